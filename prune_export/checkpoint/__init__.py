@@ -1,0 +1,1 @@
+"""Model directories: a lazy reader, a header-first writer, GGUF in."""

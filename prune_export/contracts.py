@@ -1,0 +1,166 @@
+"""What a method, a healer, an exporter and a runner are: the whole of what a plug-in implements.
+
+Each is a frozen dataclass in one file; its fields are its keys in the recipe, its docstring is its
+help, and `VERSION` is raised whenever the same input would give other bytes. `docs/your-own.md`
+shows a complete method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+
+from prune_export.arch import Arch
+from prune_export.calibrate import ModelView, Statistic, TokenSet
+from prune_export.machine import Machine
+from prune_export.progress import Progress
+from prune_export.surgery import Edit
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a piece of work will take at its peak; `plan` adds it up and refuses what exceeds a limit.
+
+    `flops` (multiplications and additions) and `moved_bytes` (disk reads and writes) are turned
+    into seconds with this machine's measured rates; `seconds` is time that neither explains, such
+    as tracing a graph.
+    """
+
+    ram_bytes: int = 0
+    gpu_bytes: int = 0
+    disk_bytes: int = 0
+    flops: float = 0.0
+    moved_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """The means a running stage gets.
+
+    `scratch` is a directory that outlives a killed run: long work keeps its checkpoints there and
+    goes on from them. It is removed when the stage is complete.
+    """
+
+    machine: Machine
+    progress: Progress
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a method decided: the edits, and why, for the manifest and the report.
+
+    `log` is JSON: always `dropped` and `kept` for depth methods; `distance_map` ((L+1) x (L+1), None
+    where undefined) and `block_scores` (one number a block, `block_score_name` says of what) where
+    the method has them.
+    """
+
+    edits: Iterable[Edit]
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """Decides what to cut. It never touches a weight: it returns edits, and surgery cuts."""
+
+    VERSION: ClassVar[str]
+
+    def statistics(self, arch: Arch) -> tuple[Statistic, ...]:
+        """The calibration statistics that `decide` will read; empty when it needs no data."""
+
+    def predict(self, arch: Arch) -> Arch:
+        """The shapes after the cut, without weights or data.
+
+        Raises:
+            PlanError: the parameters cannot work on this model.
+        """
+
+    def decide(self, model: ModelView) -> Decision:
+        """What to cut, from the statistics and, where it asks, the weights."""
+
+
+@dataclass(frozen=True)
+class HealRecord:
+    """What healing did; `log` is JSON with `loss` as [[step, loss, learning rate], …]."""
+
+    steps: int
+    trained_tokens: int
+    seconds: float
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Healer(Protocol):
+    """Trains a checkpoint to recover quality and writes a plain checkpoint again."""
+
+    VERSION: ClassVar[str]
+
+    def check(self, arch: Arch, machine: Machine) -> None:
+        """Refuses in the plan what cannot work (PlanError, MissingExtra)."""
+
+    def cost(self, arch: Arch, tokens: int, length: int) -> Cost:
+        """What healing takes, for `tokens` available training tokens in windows of `length`."""
+
+    def heal(self, checkpoint: Path, tokens: TokenSet, out: Path, work: Work) -> HealRecord:
+        """Heals `checkpoint` into the directory `out`, resuming from `work.scratch`."""
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """How an engine was built; `weight_bytes` is what one decode step must read of weights."""
+
+    exporter: str
+    version: str
+    parameters: Mapping[str, Any]
+    graph: str
+    weight_bytes: int
+    seconds: float
+    toolchain: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+class Runner(Protocol):
+    """An opened engine with its KV cache inside; a context manager that frees it on exit.
+
+    It times itself: `step` returns the seconds that the engine took, without the caller's work.
+    """
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+    def reset(self) -> None:
+        """Forgets the cache."""
+
+    def step(self, ids: np.ndarray) -> tuple[np.ndarray, float]:
+        """Feeds `ids` int64 `[batch, new]` after what the cache holds.
+
+        Returns logits float32 `[batch, new or 1, vocab]` (the last position is always there) and
+        the seconds that it took.
+        """
+
+
+class Exporter(Protocol):
+    """Turns a checkpoint into an engine with a KV cache, and opens it again."""
+
+    VERSION: ClassVar[str]
+    DIRECTORY: ClassVar[str]
+
+    def check(self, arch: Arch, machine: Machine) -> None:
+        """Refuses in the plan what cannot work (PlanError, MissingExtra)."""
+
+    def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
+        """What the export takes."""
+
+    def export(self, checkpoint: Path, out: Path, work: Work) -> BuildRecord:
+        """Writes the engine, tokenizer and generation config into the directory `out`."""
+
+    def open(self, path: Path, machine: Machine) -> Runner:
+        """A runner for what `export` wrote at `path`."""

@@ -1,0 +1,1 @@
+"""Healers train a pruned checkpoint; one file each, found by its name."""

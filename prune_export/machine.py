@@ -1,0 +1,89 @@
+"""What this machine has, and how much of it the work may use.
+
+Machine settings are recorded beside results and never hashed into an artifact's id: the same
+recipe on another machine is the same artifact.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The means for the work.
+
+    `ram_bytes` is the budget for a process, Python and torch included; `gpu_bytes` is 0 without a
+    CUDA device; `threads` is the number of compute threads.
+    """
+
+    device: Literal["cpu", "cuda"]
+    ram_bytes: int
+    gpu_bytes: int
+    threads: int
+
+    @staticmethod
+    def detect(
+        *, device: str | None = None, ram_bytes: int | None = None, threads: int | None = None
+    ) -> Machine:
+        """This machine; RAM is what is available now unless given, in bytes."""
+        gpu_bytes = _gpu_bytes() if device != "cpu" else 0
+        chosen: Literal["cpu", "cuda"] = "cuda" if gpu_bytes and device != "cpu" else "cpu"
+        return Machine(
+            device=chosen,
+            ram_bytes=ram_bytes or int(psutil.virtual_memory().available),
+            gpu_bytes=gpu_bytes,
+            threads=threads or len(os.sched_getaffinity(0)),
+        )
+
+
+def _gpu_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+
+
+def describe() -> dict[str, str]:
+    """What a measurement must name: processor, cores, memory, operating system, GPU, versions."""
+    from importlib import metadata
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return ""
+
+    found = {
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory_bytes": str(psutil.virtual_memory().total),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "gpu": _gpu_name(),
+    }
+    packages = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "tensorrt",
+                "peft", "bitsandbytes", "prune-export")  # fmt: skip
+    found |= {package: version(package) for package in packages}
+    return {key: value for key, value in found.items() if value}
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else ""
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Methods decide what to cut; one file each, found by its name."""

@@ -1,0 +1,1 @@
+"""Measures what is claimed: reload, parity, quality, speed."""
