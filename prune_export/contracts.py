@@ -24,7 +24,7 @@ from prune_export.surgery import Edit
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece of work will take at its peak; `plan` adds it up and refuses what exceeds a limit.
+    """What a piece of work takes at its peak; `plan` adds it up and refuses what exceeds a limit.
 
     `flops` (multiplications and additions) and `moved_bytes` (disk reads and writes) are turned
     into seconds with this machine's measured rates; `seconds` is time that neither explains, such
@@ -56,7 +56,7 @@ class Work:
 class Decision:
     """What a method decided: the edits, and why, for the manifest and the report.
 
-    `log` is JSON: always `dropped` and `kept` for depth methods; `distance_map` ((L+1) x (L+1), None
+    `log` is JSON: `dropped` and `kept` for depth methods; `distance_map` ((L+1) x (L+1), None
     where undefined) and `block_scores` (one number a block, `block_score_name` says of what) where
     the method has them.
     """

@@ -73,8 +73,14 @@ class Arch:
                 {f"{name}.{i}": size for i in range(layers)} if axis.per_layer else {name: size}
             )
         tensors = tuple(_tensors(table, config, layers, sizes))
-        return Arch(table.family, MappingProxyType(sizes), layers, tensors,
-                    MappingProxyType(dict(config)), table)  # fmt: skip
+        return Arch(
+            table.family,
+            MappingProxyType(sizes),
+            layers,
+            tensors,
+            MappingProxyType(dict(config)),
+            table,
+        )
 
     @cached_property
     def by_name(self) -> Mapping[str, Tensor]:
@@ -108,8 +114,9 @@ class Arch:
             PlanError: there is no such axis, or it would be empty.
         """
         if axis not in self.sizes:
-            raise PlanError(f"axis {axis}", "is not an axis of this model",
-                            did_you_mean(axis, self.sizes))  # fmt: skip
+            raise PlanError(
+                f"axis {axis}", "is not an axis of this model", did_you_mean(axis, self.sizes)
+            )
         if size < 1:
             raise PlanError(f"axis {axis}", f"got size {size}, expected at least 1")
         return replace(self, sizes=MappingProxyType({**self.sizes, axis: size}))
@@ -134,8 +141,13 @@ class Arch:
         renumber = {old: new for new, old in enumerate(kept)}
         sizes = dict(_renumbered_sizes(self.sizes, self.table, renumber))
         tensors = tuple(_tensors(self.table, config, len(kept), sizes))
-        return replace(self, sizes=MappingProxyType(sizes), layers=len(kept), tensors=tensors,
-                       config=MappingProxyType(config))  # fmt: skip
+        return replace(
+            self,
+            sizes=MappingProxyType(sizes),
+            layers=len(kept),
+            tensors=tensors,
+            config=MappingProxyType(config),
+        )
 
     def kept(self, layers: Collection[int]) -> tuple[int, ...]:
         """The layers left after dropping `layers`, ascending.
@@ -150,8 +162,9 @@ class Arch:
             )
         kept = tuple(layer for layer in range(self.layers) if layer not in set(layers))
         if not kept:
-            raise PlanError("layers", f"all {self.layers} blocks would be dropped",
-                            "keep at least one")  # fmt: skip
+            raise PlanError(
+                "layers", f"all {self.layers} blocks would be dropped", "keep at least one"
+            )
         return kept
 
     def origin(self, kept: Sequence[int]) -> Mapping[str, str]:
@@ -180,8 +193,12 @@ class Arch:
         for name, axis in self.table.axes.items():
             sizes = {size for key, size in self.sizes.items() if key.split(".")[0] == name}
             if len(sizes) > 1:
-                raise PlanError(f"axis {name}", f"has sizes {sorted(sizes)} in different layers, "
-                                "which a stock config cannot say", "choose uniform sizes")  # fmt: skip
+                raise PlanError(
+                    f"axis {name}",
+                    f"has sizes {sorted(sizes)} in different layers, "
+                    "which a stock config cannot say",
+                    "choose uniform sizes",
+                )
             if sizes and value(axis.size, written) != next(iter(sizes)):
                 key = axis.size.split("|")[0].split("/")[0].strip()
                 written[key] = next(iter(sizes))
@@ -190,12 +207,17 @@ class Arch:
 
 def _refuse_unknown(table: Table, config: Mapping[str, Any], ignore: Collection[str]) -> None:
     rules = table.config
-    known = {*rules.accepts, *rules.per_layer, *rules.known, *rules.depth_requires, *common_keys(),
-             *_depth_keys(table), *ignore}  # fmt: skip
+    known = {
+        *rules.accepts,
+        *rules.per_layer,
+        *rules.known,
+        *rules.depth_requires,
+        *common_keys(),
+        *_depth_keys(table),
+        *ignore,
+    }
     for axis in table.axes.values():
-        known |= {
-            term for term in axis.size.replace("|", " ").replace("/", " ").replace("*", " ").split()
-        }
+        known |= set(axis.size.replace("|", " ").replace("/", " ").replace("*", " ").split())
     for key in config:
         if key not in known:
             raise UnsupportedArch(
@@ -218,8 +240,11 @@ def _depth_keys(table: Table) -> set[str]:
 
 def _used(axis: str, table: Table, config: Mapping[str, Any]) -> bool:
     rows = (*table.head, *table.block, *table.tail)
-    return any(axis in Dims.parse(row.dims).axes() or f"{{{axis}}}" in row.name
-               for row in rows if holds(row.when, config))  # fmt: skip
+    return any(
+        axis in Dims.parse(row.dims).axes() or f"{{{axis}}}" in row.name
+        for row in rows
+        if holds(row.when, config)
+    )
 
 
 def _members(name: str, table: Table, config: Mapping[str, Any], layers: int) -> set[int]:
