@@ -26,7 +26,6 @@ from typing import Any, Final
 
 from prune_export.errors import StageError
 
-_CHUNK: Final = 1 << 22
 _MANIFEST: Final = "manifest.json"
 
 
@@ -301,11 +300,11 @@ def place(source: Path, target: Path) -> None:
     So an edit of the copy never reaches the source.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as reader, target.open("wb") as writer:
-        try:
+    try:
+        with source.open("rb") as reader, target.open("wb") as writer:
             fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-        except OSError:
-            shutil.copyfileobj(reader, writer, _CHUNK)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 _FICLONE: Final = 0x40049409
