@@ -72,7 +72,12 @@ class ConfigRules(_Frozen):
 
 
 class Table(_Frozen):
-    """A family."""
+    """A family.
+
+    `blocks`, `final_norm` and `embeddings` are module paths in the transformers model, which are
+    also prefixes of the stored names: the list of blocks, the norm after the last block (None
+    where there is none), and what runs before the first block.
+    """
 
     family: str
     model_types: list[str]
@@ -80,6 +85,8 @@ class Table(_Frozen):
     source: str
     layers: str
     blocks: str
+    final_norm: str | None
+    embeddings: list[str]
     axes: dict[str, Axis]
     layer_sets: dict[str, LayerSet] = Field(default_factory=dict)
     head: list[TensorRow]
