@@ -72,7 +72,14 @@ class ConfigRules(_Frozen):
 
 
 class Table(_Frozen):
-    """A family."""
+    """A family.
+
+    `blocks`, `final_norm` and `embeddings` are module paths in the transformers model, which are
+    also prefixes of the stored names: the list of blocks, the norm after the last block (None
+    where there is none), and what runs before the first block.
+    `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
+    transformers stored and that carry nothing: they are accepted, and left behind.
+    """
 
     family: str
     model_types: list[str]
@@ -80,6 +87,8 @@ class Table(_Frozen):
     source: str
     layers: str
     blocks: str
+    final_norm: str | None
+    embeddings: list[str]
     axes: dict[str, Axis]
     layer_sets: dict[str, LayerSet] = Field(default_factory=dict)
     head: list[TensorRow]
@@ -87,6 +96,7 @@ class Table(_Frozen):
     tail: list[TensorRow]
     config: ConfigRules
     activations: list[str] = Field(default_factory=list)
+    ignored_tensors: list[str] = Field(default_factory=list)
     notes: str = ""
 
 
