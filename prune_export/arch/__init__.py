@@ -6,7 +6,6 @@ are, what each dimension means, what a cut leaves, and how the config must say i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,7 @@ from prune_export.arch.rules import (
 )
 from prune_export.arch.table import Table, table_for
 from prune_export.arch.tensors import Binding, Tensor
-from prune_export.errors import CheckpointError, PlanError, UnsupportedArch, did_you_mean
+from prune_export.errors import PlanError, UnsupportedArch, did_you_mean
 
 __all__ = ["Arch", "Dims", "Tensor"]
 
@@ -175,43 +174,6 @@ class Arch:
                 rest = tensor.name.removeprefix(f"{self.table.blocks}.{tensor.layer}.")
                 found[f"{self.table.blocks}.{new[tensor.layer]}.{rest}"] = tensor.name
         return found
-
-    def located(self, names: Collection[str]) -> Mapping[str, str]:
-        """For each tensor that a checkpoint must hold, the name that it has among `names`.
-
-        Older files leave the decoder's prefix away (`h.0.…` for `transformer.h.0.…`), hold buffers
-        that transformers computes itself, or repeat a tied tensor; the latter two are passed over.
-
-        Raises:
-            CheckpointError: a tensor is missing, or one is there that the family does not have.
-        """
-        left, prefix = set(names), self.table.prefix
-        found, missing = {}, []
-        for tensor in self.tensors:
-            for name in (tensor.name, tensor.name.removeprefix(prefix)):
-                if name in left:
-                    left.remove(name)
-                    if tensor.tied_to is None:
-                        found[tensor.name] = name
-                    break
-            else:
-                missing += [tensor.name] if tensor.tied_to is None else []
-        if missing:
-            raise CheckpointError(
-                missing[0],
-                f"is missing ({len(missing)} of {len(self.stored())} tensors are)",
-                f"the files do not hold the {self.family} model that config.json describes",
-            )
-        unexpected = sorted(
-            name for name in left if not any(re.search(skip, name) for skip in self.table.ignored)
-        )
-        if unexpected:
-            raise CheckpointError(
-                unexpected[0],
-                f"is no tensor of this {self.family} model ({len(unexpected)} names are not)",
-                "the config does not describe these files",
-            )
-        return MappingProxyType(found)
 
     def to_config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """`base` with every key rewritten that this model's sizes and layers change.
