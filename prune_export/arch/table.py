@@ -72,7 +72,11 @@ class ConfigRules(_Frozen):
 
 
 class Table(_Frozen):
-    """A family."""
+    """A family.
+
+    `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
+    transformers stored and that carry nothing: they are accepted, and left behind.
+    """
 
     family: str
     model_types: list[str]
@@ -87,6 +91,7 @@ class Table(_Frozen):
     tail: list[TensorRow]
     config: ConfigRules
     activations: list[str] = Field(default_factory=list)
+    ignored_tensors: list[str] = Field(default_factory=list)
     notes: str = ""
 
 

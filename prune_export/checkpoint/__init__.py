@@ -1,5 +1,6 @@
 """Model directories: a lazy reader, a header-first writer, GGUF in."""
 
-from prune_export.checkpoint.reader import Checkpoint, Entry
+from prune_export.checkpoint.header import Entry
+from prune_export.checkpoint.reader import Checkpoint
 
 __all__ = ["Checkpoint", "Entry"]
