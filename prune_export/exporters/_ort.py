@@ -84,7 +84,10 @@ def session_for(
 
 
 class OrtRunner:
-    """An opened graph: feeds ids, keeps the KV cache as `OrtValue`s, times the session alone."""
+    """An opened graph: feeds ids, keeps the KV cache as `OrtValue`s, times the session alone.
+
+    `cache_shape` is (key/value heads, size of a head), for graphs that give these dimensions names.
+    """
 
     def __init__(
         self,
@@ -93,12 +96,14 @@ class OrtRunner:
         *,
         provider: str | None = None,
         prepack: bool = True,
+        cache_shape: tuple[int, int] | None = None,
     ) -> None:
         self._session = session_for(graph, machine, provider=provider, prepack=prepack)
         self._device = "cuda" if machine.device == "cuda" else "cpu"
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
         self._past = [name for name in self._inputs if _PAST.fullmatch(name)]
+        self._cache_shape = cache_shape
         self._cache: dict[str, Any] = {}
         self._seen = 0
 
@@ -153,7 +158,8 @@ class OrtRunner:
         for name in self._past:
             if name not in self._cache:
                 entry = self._inputs[name]
-                shape = (batch, int(entry.shape[1]), 0, int(entry.shape[3]))
+                heads, size = self._cache_shape or (entry.shape[1], entry.shape[3])
+                shape = (batch, int(heads), 0, int(size))
                 kind = _DTYPES.get(entry.type, _BFLOAT16)
                 self._cache[name] = OrtValue.ortvalue_from_shape_and_type(shape, kind, self._device)
             yield name, self._cache[name]
@@ -165,8 +171,9 @@ def _present(past: str) -> str:
 
 def _float32(value: Any) -> np.ndarray:
     if value.data_type() == "tensor(bfloat16)":
-        import torch
+        from torch.utils.dlpack import from_dlpack
 
-        return torch.from_dlpack(value._ortvalue.to_dlpack()).float().numpy()
+        converted: np.ndarray = from_dlpack(value._ortvalue.to_dlpack()).float().numpy()
+        return converted
     array: np.ndarray = value.numpy()
     return array.astype(np.float32, copy=False)
