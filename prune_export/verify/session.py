@@ -81,6 +81,11 @@ class Session:
         del kind, error, trace
         self._end()
 
+    def release(self) -> None:
+        """Ends the process and frees its memory; arrays that it gave stay until the session ends."""
+        if self._process.returncode is None:
+            self._stop()
+
     def ready(self) -> int:
         """Waits until the engine is open; the size of its vocabulary."""
         if self._vocabulary is None:
@@ -187,6 +192,10 @@ class Session:
         self._process.send_signal(signal.SIGCONT)
 
     def _end(self) -> None:
+        self.release()
+        self._files.cleanup()
+
+    def _stop(self) -> None:
         process = self._process
         self._resume()
         if process.stdin is not None:
@@ -201,7 +210,6 @@ class Session:
             process.wait()
         if process.stdout is not None:
             process.stdout.close()
-        self._files.cleanup()
 
     def _file(self, name: str) -> str:
         self._saved += 1  # never the same twice: an array may still be mapped
@@ -225,6 +233,7 @@ def environment(machine: Machine) -> dict[str, str]:
         "GOMP_SPINCOUNT": "0",
         "KMP_BLOCKTIME": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
     }
 
