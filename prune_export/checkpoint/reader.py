@@ -1,28 +1,359 @@
-"""Reads a model directory lazily: everything is checked, no weight is read until asked for."""
+"""Reads a model directory lazily: everything is checked, no weight is read until asked for.
+
+Opening reads `config.json`, the index and the headers of the safetensors files, and nothing else;
+it needs neither torch nor transformers. Shard files may be symbolic links (the Hub's cache is made
+of them), but names in an index must stay inside the directory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
+from prune_export.arch import Arch
+from prune_export.arch.table import Table, tables
+from prune_export.checkpoint.config import full_config, read_config, read_json
+from prune_export.checkpoint.header import FLOATS, TORCH, Entry, read_header
+from prune_export.errors import CheckpointError, did_you_mean
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies: `file`, bytes `[start, stop)` in it, its dtype name and shape."""
+if TYPE_CHECKING:
+    import torch
 
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+__all__ = ["Checkpoint", "Entry"]
+
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5"})
+"""Formats that can run code when they are opened, or are another framework's: never read."""
+
+_CONVERT = (
+    "convert it once where you trust it: `AutoModelForCausalLM.from_pretrained(SOURCE)"
+    ".save_pretrained(TARGET)` with transformers writes safetensors"
+)
+_SIDE_NAMES: Final = frozenset({
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "merges.txt", "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model",
+    "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer.model.v3", "tokenizer_config.json", "vocab.json", "vocab.txt",
+})  # fmt: skip
+_SIDE_STEMS: Final = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A validated model directory."""
+    """A validated model directory.
+
+    `config` is config.json as it stands; `entries` are the stored tensors by name, in the order in
+    which they lie in the files; it is empty for a directory that was opened without weights.
+    """
 
     path: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
+
+    @staticmethod
+    def open(path: Path | str, *, weights: bool = True) -> Checkpoint:
+        """Opens a directory; with `weights=False` only its config.json.
+
+        Raises:
+            CheckpointError: the directory is broken, unsafe, incomplete, quantized or pickled.
+        """
+        path = Path(path)
+        _refuse_files(path)
+        config = read_config(path)
+        if not weights:
+            return Checkpoint(path, MappingProxyType(config), MappingProxyType({}))
+        entries = _entries(path)
+        table = tables().get(str(config.get("model_type")))
+        if table is not None:
+            entries = _prefixed(entries, table)
+        return Checkpoint(path, MappingProxyType(config), MappingProxyType(entries))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all stored tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def dtype(self) -> str:
+        """The torch name, such as `bfloat16`, of the dtype that most of the bytes have."""
+        count: Counter[str] = Counter()
+        for entry in self.entries.values():
+            count[entry.dtype] += entry.nbytes
+        return TORCH[count.most_common(1)[0][0]] if count else str(self.full_config().get("dtype"))
+
+    def full_config(self) -> dict[str, Any]:
+        """config.json with transformers' defaults filled in; its own code is never run.
+
+        Raises:
+            UnsupportedArch: transformers does not know the model type.
+            CheckpointError: transformers refuses the values.
+        """
+        return full_config(self.config, self.path)
+
+    def arch(self, ignore_keys: Collection[str] = ()) -> Arch:
+        """The architecture, with the stored names and shapes checked against it.
+
+        Raises:
+            UnsupportedArch: no table describes this config.
+            CheckpointError: a tensor is missing, unexpected, of another shape or not a float.
+        """
+        arch = Arch.from_config(self.full_config(), ignore_keys=ignore_keys)
+        if self.entries:
+            self.check(arch)
+        return arch
+
+    def check(self, arch: Arch) -> None:
+        """Checks names, shapes and dtypes against an architecture.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected, of another shape or not a float.
+        """
+        stored = {tensor.name: tensor for tensor in arch.stored()}
+        missing = [name for name in stored if name not in self.entries]
+        spare = set(self.redundant(arch))
+        unexpected = [name for name in self.entries if name not in stored and name not in spare]
+        if missing:
+            raise CheckpointError(
+                f"{self.path}  {missing[0]}",
+                f"is missing ({len(missing)} of {len(stored)} tensors of this config are)"
+                + (f"; unexpected: {_some(unexpected)}" if unexpected else ""),
+                "fetch the whole model; config.json and the weights must be of the same model",
+            )
+        if unexpected:
+            raise CheckpointError(
+                f"{self.path}  {unexpected[0]}",
+                f"is not part of a {arch.family} model of this config "
+                f"({len(unexpected)} unexpected: {_some(unexpected)})",
+                "config.json and the weights must be of the same model",
+            )
+        for name, tensor in stored.items():
+            entry = self.entries[name]
+            if entry.shape != arch.shape(tensor):
+                raise CheckpointError(
+                    f"{self.path}  {name}",
+                    f"got shape {list(entry.shape)}, expected {list(arch.shape(tensor))} "
+                    f"({tensor.dims})",
+                    "config.json and the weights must be of the same model",
+                )
+            if entry.dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{self.path}  {name}",
+                    f"got dtype {entry.dtype}, expected plain floats",
+                    "the weights are quantized: start from the unquantized model",
+                )
+
+    def redundant(self, arch: Arch) -> tuple[str, ...]:
+        """Stored names that carry nothing: copies of tied tensors, and buffers of old releases."""
+        tied = {tensor.name for tensor in arch.tensors if tensor.tied_to is not None}
+        stored = {tensor.name for tensor in arch.stored()}
+        ignored = [re.compile(pattern) for pattern in arch.table.ignored]
+        return tuple(
+            name
+            for name in self.entries
+            if name not in stored and (name in tied or any(p.search(name) for p in ignored))
+        )
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor on the CPU, in memory of its own.
+
+        Raises:
+            CheckpointError: there is no such tensor, or the file has changed since it was opened.
+        """
+        entry = self._entry(name)
+        return _read(entry, entry.shape, entry.start, name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `[start, stop)` of a tensor's first dimension, nothing else of it being read.
+
+        Raises:
+            CheckpointError: there is no such tensor or no such row.
+        """
+        entry = self._entry(name)
+        if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
+            raise CheckpointError(
+                f"{self.path}  {name}",
+                f"got rows {start} to {stop}, but its shape is {list(entry.shape)}",
+            )
+        row = entry.nbytes // entry.shape[0] if entry.shape[0] else 0
+        return _read(entry, (stop - start, *entry.shape[1:]), entry.start + start * row, name)
+
+    def side_files(self) -> tuple[Path, ...]:
+        """Files to carry along, sorted: tokenizer, chat template, generation config, licence.
+
+        The card and everything unknown stay behind: they describe, or belong to, another model.
+        """
+        return tuple(
+            found
+            for found in sorted(self.path.iterdir())
+            if found.is_file()
+            and (found.name in _SIDE_NAMES or found.name.upper().startswith(_SIDE_STEMS))
+        )
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, in the order in which `entries` visits them."""
+        return tuple(dict.fromkeys(entry.file for entry in self.entries.values()))
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise CheckpointError(
+                f"{self.path}  {name}", "is not a tensor here", did_you_mean(name, self.entries)
+            )
+        return self.entries[name]
+
+
+def _read(entry: Entry, shape: tuple[int, ...], start: int, name: str) -> torch.Tensor:
+    import torch
+
+    if entry.dtype not in TORCH:
+        raise CheckpointError(
+            f"{entry.file}  {name}",
+            f"torch has no plain dtype for {entry.dtype}",
+            "start from the unquantized model",
+        )
+    tensor = torch.empty(shape, dtype=getattr(torch, TORCH[entry.dtype]))
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while view:
+            count = stream.readinto(view)
+            if not count:
+                raise CheckpointError(
+                    f"{entry.file}  {name}",
+                    "ends before the tensor does: it has changed since it was opened",
+                    "let nothing write to a model that is being read, then run again",
+                )
+            view = view[count:]
+    return tensor
+
+
+def _refuse_files(path: Path) -> None:
+    """Says what to do when the path is not a directory."""
+    if path.is_dir():
+        return
+    if not path.exists():
+        raise CheckpointError(str(path), "does not exist", "give a model directory")
+    if path.suffix == ".gguf":
+        raise CheckpointError(
+            str(path),
+            "is a GGUF file, expected a model directory",
+            "import it first: `prune_export.checkpoint.import_gguf(path, out)`",
+        )
+    if path.suffix in PICKLES:
+        raise CheckpointError(str(path), "is not safetensors; pickles can run code", _CONVERT)
+    raise CheckpointError(
+        str(path),
+        "is a file, expected a model directory",
+        "give the directory that holds config.json and the safetensors files",
+    )
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    # transformers prefers the single file too, when both are there.
+    if (path / SINGLE).exists():
+        return read_header(path / SINGLE)
+    if (path / INDEX).exists():
+        return _sharded(path)
+    names = sorted(found.name for found in path.iterdir())
+    pickled = [name for name in names if Path(name.removesuffix(".index.json")).suffix in PICKLES]
+    if pickled:
+        raise CheckpointError(
+            str(path / pickled[0]),
+            "the weights are not safetensors; pickles can run code, so they are not opened",
+            _CONVERT,
+        )
+    others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    raise CheckpointError(
+        str(path),
+        f"has no weights: expected {SINGLE}, or {INDEX} with its shards"
+        + (f"; got {_some(others)}" if others else ""),
+        "name the .gguf file itself as the model"
+        if any(name.endswith(".gguf") for name in others)
+        else "fetch the whole model, or save it with transformers (`save_pretrained`)",
+    )
+
+
+def _sharded(path: Path) -> dict[str, Entry]:
+    index = path / INDEX
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(
+            f"{index}  weight_map", f"got {listed!r:.60}, expected tensor names and their shards"
+        )
+    for name, shard in listed.items():
+        _refuse_outside(index, name, shard)
+    entries: dict[str, Entry] = {}
+    for shard in sorted(set(listed.values())):
+        if not (path / shard).exists():
+            raise CheckpointError(
+                f"{index}  {shard}",
+                "is a shard that does not exist",
+                f"fetch {shard} into {path}",
+            )
+        found = read_header(path / shard)
+        for name, entry in found.items():
+            if name in entries:
+                raise CheckpointError(
+                    f"{path / shard}  {name}",
+                    f"is also in {entries[name].file.name}, expected each tensor in one shard",
+                    "remove the shards that are of another model, or save the model again",
+                )
+            entries[name] = entry
+    for name, shard in listed.items():
+        if name not in entries or entries[name].file != path / shard:
+            raise CheckpointError(
+                f"{index}  {name}",
+                f"should be in {shard}, which does not hold it",
+                "the index and the shards are of different models: fetch both again",
+            )
+    unlisted = [name for name in entries if name not in listed]
+    if unlisted:
+        raise CheckpointError(
+            f"{index}  {unlisted[0]}",
+            f"is in {entries[unlisted[0]].file.name}, but not in the index "
+            f"({len(unlisted)} such: {_some(unlisted)})",
+            "the index and the shards are of different models: fetch both again",
+        )
+    return entries
+
+
+def _refuse_outside(index: Path, name: str, shard: object) -> None:
+    if not isinstance(shard, str) or not shard:
+        raise CheckpointError(f"{index}  {name}", f"got {shard!r:.60}, expected a file name")
+    parts = PurePosixPath(shard)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in shard or "\0" in shard:
+        raise CheckpointError(
+            f"{index}  {name}",
+            f"got {shard!r}, which points outside the directory",
+            "do not use this model: a sound index names files beside it",
+        )
+    if parts.suffix in PICKLES:
+        raise CheckpointError(
+            f"{index}  {name}", f"got {shard!r}, which is not safetensors", _CONVERT
+        )
+
+
+def _prefixed(entries: dict[str, Entry], table: Table) -> dict[str, Entry]:
+    """The entries with the base model's prefix put back, which some old checkpoints lack.
+
+    GPT-2 on the Hub, for one, stores `h.0.…` for `transformer.h.0.…`.
+    """
+    prefix, dot, rest = table.blocks.partition(".")
+    if not dot or any(name.startswith(f"{prefix}.") for name in entries):
+        return entries
+    if not any(name.startswith(f"{rest}.") for name in entries):
+        return entries
+    whole = {row.name for row in (*table.head, *table.tail)}
+    return {name if name in whole else f"{prefix}.{name}": entry for name, entry in entries.items()}
+
+
+def _some(names: Iterable[str], shown: int = 3) -> str:
+    listed = list(names)
+    return ", ".join(listed[:shown]) + (", …" if len(listed) > shown else "")

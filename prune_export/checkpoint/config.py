@@ -1,0 +1,128 @@
+"""config.json: read as data, and filled in with transformers' defaults. Its code is never run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
+
+LONGEST_JSON_BYTES: Final = 100_000_000
+_NESTED: Final = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is far too long, or is not a JSON object.
+    """
+    try:
+        size = file.stat().st_size
+        if size > LONGEST_JSON_BYTES:
+            raise CheckpointError(
+                str(file), f"has {size} bytes, at most {LONGEST_JSON_BYTES} are allowed"
+            )
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(str(file), f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            str(file), f"is not JSON: {error}", "fetch or write the file again"
+        ) from None
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            str(file),
+            f"is a JSON {type(found).__name__}, expected an object",
+            "fetch or write the file again",
+        )
+    return found
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model directory, its keys in their order.
+
+    Raises:
+        CheckpointError: there is none, it is not an object, or it says that weights are quantized.
+    """
+    file = path / "config.json"
+    if not file.exists():
+        adapter = (path / "adapter_config.json").exists()
+        raise CheckpointError(
+            str(file),
+            "is missing" + ("; the directory holds a PEFT adapter" if adapter else ""),
+            "merge the adapter into its base model first (`merge_and_unload`)"
+            if adapter
+            else "give a directory that transformers' `save_pretrained` wrote",
+        )
+    config = read_json(file)
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f"{file}  model_type",
+            f"got {config.get('model_type')!r:.60}, expected the name of a model type",
+            'write it, for example `"model_type": "llama"`',
+        )
+    if config.get("quantization_config"):
+        how = config["quantization_config"]
+        named = how.get("quant_method") if isinstance(how, dict) else None
+        raise CheckpointError(
+            f"{file}  quantization_config",
+            f"the weights are quantized ({named or 'unknown method'}), expected plain floats",
+            "start from the unquantized model; quantize at export, after the pruning",
+        )
+    return config
+
+
+def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """`config` with transformers' defaults filled in, as a plain dict.
+
+    Only configuration classes that transformers ships, or that this process registered, are used;
+    `auto_map` is ignored.
+
+    Raises:
+        UnsupportedArch: transformers does not know the model type, or it is a multimodal wrapper.
+        CheckpointError: transformers refuses the values.
+    """
+    file = path / "config.json"
+    model_type = str(config.get("model_type"))
+    nested = next((key for key in _NESTED if isinstance(config.get(key), dict)), None)
+    if nested is not None:
+        inner = config[nested].get("model_type", "text model")
+        raise UnsupportedArch(
+            f"{file}  {nested}",
+            f"{model_type!r} wraps a language model ({inner}) in a larger one, "
+            "expected a plain causal language model",
+            "save the language model alone with transformers "
+            "(`AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(OUT)`), and use that",
+        )
+    # Imported here: transformers brings torch, and opening a checkpoint must stay cheap.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        remote = " (it brings code of its own, which is never run)" if "auto_map" in config else ""
+        raise UnsupportedArch(
+            f"{file}  model_type",
+            f"got {model_type!r}, which this transformers does not know{remote}",
+            did_you_mean(model_type, CONFIG_MAPPING.keys()),
+        )
+    plain = {key: value for key, value in config.items() if key != "auto_map"}
+    # transformers logs advice about odd values; what matters is refused by the tables.
+    noise = logging.getLogger("transformers")
+    level = noise.level
+    noise.setLevel(logging.ERROR)
+    try:
+        filled = CONFIG_MAPPING[model_type].from_dict(plain).to_dict()
+    except Exception as error:
+        # Whatever a configuration class raises on odd values, they are the file's fault.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            str(file),
+            f"transformers refuses it: {' '.join(line.strip() for line in reason)}",
+            "correct the value, or fetch the file again",
+        ) from error
+    finally:
+        noise.setLevel(level)
+    return dict(filled)
