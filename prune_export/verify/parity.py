@@ -77,23 +77,25 @@ def measure_parity(
         )
     name = name or engine.exporter
     prompt = windows[0, : min(GREEDY_PROMPT, windows.shape[1])]
-    with (progress or Silent()).task(f"parity of {name}", 2) as task:
-        with Session(reference, machine) as pytorch:
-            expected = pytorch.cached_logits(windows, CACHED_STEPS)
-            tokens, taught = pytorch.greedy(prompt, GREEDY_TOKENS)
+    precision = precision or _precision(engine)
+    with (
+        (progress or Silent()).task(f"parity of {name}", 2) as task,
+        Session(reference, machine) as pytorch,
+    ):
+        expected = pytorch.cached_logits(windows, CACHED_STEPS)
+        tokens, taught = pytorch.greedy(prompt, GREEDY_TOKENS)
+        task.advance()
+        # Its arrays are still read, but its memory need not be held while the other model runs.
+        pytorch.release()
+        followed = np.concatenate([prompt, tokens[:-1]])[None]
+        with Session(engine, machine) as other:
+            got = _alike(other.cached_logits(windows, CACHED_STEPS), expected, name)
+            said = other.cached_logits(followed, GREEDY_TOKENS - 1)[0, -GREEDY_TOKENS:]
             task.advance()
-            # Its files are mapped, so they must outlive its process, but its memory need not be
-            # held while the other model runs.
-            pytorch.release()
-            followed = np.concatenate([prompt, tokens[:-1]])[None]
-            with Session(engine, machine) as other:
-                got = _last_of(other.cached_logits(windows, CACHED_STEPS), expected, name)
-                said = other.cached_logits(followed, GREEDY_TOKENS - 1)[0, -GREEDY_TOKENS:]
-                task.advance()
-                return _parity(name, precision or _precision(engine), expected, got, taught, said)
+            return _parity(name, precision, expected, got, taught, said)
 
 
-def _last_of(got: np.ndarray, expected: np.ndarray, name: str) -> np.ndarray:
+def _alike(got: np.ndarray, expected: np.ndarray, name: str) -> np.ndarray:
     if got.shape[-1] != expected.shape[-1] or got.shape[0] != expected.shape[0]:
         raise VerifyError(
             f"parity of {name}",
@@ -159,7 +161,9 @@ def deviation(expected: np.ndarray, got: np.ndarray) -> tuple[float, float]:
     return max(errors), float(np.mean(divergences))
 
 
-def greedy_agreement(taught: np.ndarray, said: np.ndarray, *, tied_within: float) -> tuple[int, int]:
+def greedy_agreement(
+    taught: np.ndarray, said: np.ndarray, *, tied_within: float
+) -> tuple[int, int]:
     """How many of the largest tokens are equal, and how many differ only by a tie.
 
     Both `[new, vocab]`. A tie: in `taught`, the token that `said` prefers is at most `tied_within`

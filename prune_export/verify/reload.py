@@ -86,7 +86,7 @@ def _run(checkpoint: Path, machine: Machine) -> dict[str, Any]:
         raise VerifyError(
             f"reload of {checkpoint}",
             f"stock transformers could not load it (exit code {done.returncode}){words}",
-            "a checkpoint that only loads with prune_export's own classes must say `layout: narrow`",
+            "the last line above is transformers' own reason",
         )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -3,7 +3,7 @@
     python -I reload_child.py DIRECTORY RAM_BYTES
 
 It must not import prune_export: a user who downloads the checkpoint has none. Prints one JSON line,
-`reload.Loaded`. A model that does not fit into RAM_BYTES is loaded with its weights left on disk
+what `check` returns. A model that does not fit into RAM_BYTES is loaded with its weights left on disk
 (accelerate), and generates 4 tokens instead of 16.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 
 def check(directory: Path, ram_bytes: int) -> dict[str, Any]:
+    """What loading `directory` found, as JSON types."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -64,9 +65,7 @@ class Session:
                 env=environment(self._machine),
             )
         try:
-            self._send(
-                "open", {"engine": self.engine.to_json(), "machine": asdict(self._machine)}
-            )
+            self._send("open", {"engine": self.engine.to_json(), "machine": asdict(self._machine)})
         except BaseException:
             self._end()
             raise
@@ -82,7 +81,7 @@ class Session:
         self._end()
 
     def release(self) -> None:
-        """Ends the process and frees its memory; arrays that it gave stay until the session ends."""
+        """Ends the process and frees its memory; its arrays stay until the session ends."""
         if self._process.returncode is None:
             self._stop()
 
@@ -110,7 +109,7 @@ class Session:
         return _mapped(out)
 
     def greedy(self, prompt: np.ndarray, new: int) -> tuple[np.ndarray, np.ndarray]:
-        """`drive.greedy`: tokens int64 `[new]`, and their logits as `cached_logits` returns them."""
+        """`drive.greedy`: tokens int64 `[new]` and the logits that they were chosen from."""
         out = self._file("greedy.npy")
         tokens = self._ask("greedy", {"prompt": prompt.tolist(), "new": new, "out_file": out})
         return np.array(tokens, dtype=np.int64), _mapped(out)
@@ -199,10 +198,8 @@ class Session:
         process = self._process
         self._resume()
         if process.stdin is not None:
-            try:
+            with suppress(BrokenPipeError):
                 process.stdin.close()
-            except BrokenPipeError:
-                pass
         try:
             process.wait(timeout=10 if self._vocabulary is not None else 0.1)
         except subprocess.TimeoutExpired:
