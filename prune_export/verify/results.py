@@ -36,7 +36,10 @@ class Speed:
     every sequence). `ratio` is dense / pruned time, above 1 is faster; `low` and `high` are its
     95 % bootstrap interval; `floor_low` and `floor_high` bound what dense against dense (A/A)
     showed on this machine. `bound` is weight bytes dense / pruned: what memory traffic allows in
-    decode. Tokens per second count all sequences of the batch.
+    decode, 0 where that is not known. Tokens per second count all sequences of the batch.
+    `again_seconds` are the samples of a second process of the dense engine, and `rounds` says how
+    many of the samples came from each launch: from these every figure can be computed again
+    (`compare.compare`).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -55,6 +58,8 @@ class Speed:
     verdict: Verdict
     dense_tokens_per_second: float
     pruned_tokens_per_second: float
+    again_seconds: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
