@@ -337,13 +337,12 @@ def _show_plan(planned: Any, *, as_json: bool) -> None:
 
 
 def _show_report(report: Any, out: Path) -> None:
-    from prune_export.report.table import rows
+    from prune_export.report import COLUMNS, summary_rows, where_to_look
 
-    found = rows(report)
-    console.table(report["recipe"]["description"] or report["recipe"]["name"], found[0], found[1:])
-    typer.echo(
-        f"\nreport  {out / 'report.html'}\nmodel   {out}  (AutoModelForCausalLM.from_pretrained)"
-    )
+    rows = [row.cells for row in summary_rows(report)]
+    console.table(report["recipe"]["description"] or report["recipe"]["name"], COLUMNS, rows)
+    typer.echo("")
+    console.pairs([(str(out / place), what) for place, what in where_to_look(report)])
 
 
 def _publish(
