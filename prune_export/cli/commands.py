@@ -173,15 +173,13 @@ def methods(
 
     known = {kind: registry.names(kind) for kind in registry.KINDS}
     if name is None:
-        rows = [
-            (kind, entry, described(kind, entry).summary) for kind in known for entry in known[kind]
-        ]
+        found = [described(kind, entry) for kind in known for entry in known[kind]]
         if json:
-            console.print_json(
-                [dict(zip(("kind", "name", "what"), row, strict=True)) for row in rows]
-            )
+            keys = ("kind", "name", "summary")
+            console.print_json([{key: getattr(entry, key) for key in keys} for entry in found])
         else:
-            console.table("", ["name", "kind", "what it does"], [(n, k, s) for k, n, s in rows])
+            shown = [(entry.name, entry.kind, entry.summary) for entry in found]
+            console.table("", ["name", "kind", "what it does"], shown)
         return
     kinds = [kind for kind in known if name in known[kind]]
     if not kinds:

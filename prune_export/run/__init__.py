@@ -70,6 +70,8 @@ def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
         CheckpointError: the model is broken or unsafe.
         UnsupportedArch: the architecture tables do not describe the model.
     """
+    if recipe.verify.quality:
+        check_tasks(recipe.verify.quality.tasks)
     spec, path, _ = _model(recipe, model)
     if path.suffix == ".gguf":
         checkpoint = Checkpoint(path, gguf_config(path), {})
