@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import yaml
 from transformers.activations import ACT2FN
 
 from prune_export.arch.conditions import holds, keys_of, value
-from prune_export.arch.table import common, parse_table, table_for, tables
+from prune_export.arch.table import ConfigRules, common, parse_table, table_for, tables
 from prune_export.errors import UnsupportedArch
 
 LLAMA = files("prune_export.arch").joinpath("families/llama.yaml").read_text(encoding="utf-8")
@@ -117,3 +118,14 @@ def test_common_keys_are_sorted_into_one_list_only() -> None:
     text = files("prune_export.arch").joinpath("families/_common.yaml").read_text(encoding="utf-8")
     lists = yaml.safe_load(text)
     assert len(common().keys()) == sum(len(keys) for keys in lists.values())
+
+
+def test_the_documentation_names_every_family_and_every_rule() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+    assert ", ".join(sorted({t.family for t in tables().values()})) == (
+        text.split("Known: ")[1].split(".")[0].replace("\n", " ").replace(" (text)", "")
+    )
+    for rule in ConfigRules.model_fields:
+        assert f"`{rule}`" in text
+    example = text.split("```yaml\n")[1].split("```")[0]
+    assert all(line in LLAMA for line in example.splitlines())
