@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -40,6 +40,26 @@ def draw_figures(report: Report | Mapping[str, Any], out: Path) -> list[Path]:
         if _summary(report, out / "summary.png"):
             written.append(out / "summary.png")
     return written
+
+
+_TITLES: Final = {
+    "distance_map": "Angular distance of every run of blocks, with the cut marked",
+    "block_scores": "Score of each block, the removed ones coloured",
+    "loss_curve": "Loss while healing",
+    "quality": "Perplexity of each model",
+    "speed": "Speed of each engine against its dense twin",
+    "summary": "What was removed, what it cost, what it gained",
+}
+
+
+def figure_title(stem: str) -> str:
+    """What a figure shows, for a caption or a text reader."""
+    return _TITLES.get(stem.partition("-")[0], stem)
+
+
+def figure_names(report: Report) -> frozenset[str]:
+    """The files that `draw_figures` would write."""
+    return frozenset(_plan(report)) | ({"summary.png"} if _summary_parts(report) else set())
 
 
 def draw_summary(report: Report | Mapping[str, Any], path: Path) -> bool:
@@ -81,7 +101,8 @@ def has_map(log: Mapping[str, Any]) -> bool:
     return len(table) > 1 and any(value is not None for row in table for value in row)
 
 
-def _summary(report: Report, path: Path) -> bool:
+def _summary_parts(report: Report) -> list[tuple[Draw, float]]:
+    """The panels of the wide figure, each with its relative width."""
     parts: list[tuple[Draw, float]] = []
     stage = next((one for one in report.prunes if has_map(one.log)), None)
     scored = next((one for one in report.prunes if one.log.get("block_scores")), None)
@@ -94,6 +115,11 @@ def _summary(report: Report, path: Path) -> bool:
         parts.append((partial(panels.quality, report=report, compact=True), 0.95))
     if checks and checks.speed:
         parts.append((partial(panels.speed, report=report, compact=True), 1.35))
+    return parts
+
+
+def _summary(report: Report, path: Path) -> bool:
+    parts = _summary_parts(report)
     if not parts:
         return False
     widths = [width for _, width in parts]
@@ -102,9 +128,8 @@ def _summary(report: Report, path: Path) -> bool:
     layout = figure.get_layout_engine()
     assert isinstance(layout, ConstrainedLayoutEngine)
     layout.set(wspace=0.08, w_pad=0.08, h_pad=0.06)
-    for axes, (draw, _) in zip(
-        figure.subplots(1, len(parts), width_ratios=widths, squeeze=False)[0], parts, strict=True
-    ):
+    drawn = figure.subplots(1, len(parts), width_ratios=widths, squeeze=False)[0]
+    for axes, (draw, _) in zip(drawn, parts, strict=True):
         draw(axes)
     style.save(figure, path)
     return True
@@ -112,7 +137,6 @@ def _summary(report: Report, path: Path) -> bool:
 
 def _headline(report: Report) -> str:
     done = " and ".join(style.label(stage.name, 24) for stage in report.stages)
-    name = style.label(report.base.model.rstrip("/").rpartition("/")[2], 40)
-    return f"{name}: {report.base.layers} → {report.result.layers} blocks" + (
-        f" by {done}" if done else ""
-    )
+    name = style.label(report.base.name, 40)
+    blocks = f"{name}: {report.base.layers} → {report.result.layers} blocks"
+    return f"{blocks} by {done}" if done else blocks

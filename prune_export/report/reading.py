@@ -31,7 +31,7 @@ class RecipeText:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that was pruned; `source` tells a Hub id from a directory of the same spelling."""
+    """The model that was pruned; only one from the Hub has a `revision`, its commit."""
 
     model: str
     parameters: int
@@ -40,7 +40,12 @@ class Base:
     id: str = ""
     license: str | None = None
     dtype: str = ""
-    source: Literal["hub", "local", "gguf"] | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A Hub id as it is; of a path, the last part."""
+        return self.model if self.revision else Path(self.model).name or self.model
 
 
 @dataclass(frozen=True)

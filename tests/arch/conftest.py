@@ -23,7 +23,7 @@ PROMPT = torch.tensor(
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny random model, where it is saved and its Arch; `full` is its config, defaults filled in."""
+    """A tiny random model, where it is saved, its config with defaults filled in, and its Arch."""
 
     model: PreTrainedModel
     path: Path
@@ -53,23 +53,30 @@ def tiny_config(model_type: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {**ends, **table_for(model_type).tiny.config, **changes}
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Callable[..., Tiny]:
-    """Makes a tiny model; every parameter is random, so that none is a zero that hides."""
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tiny]:
+    """Makes a tiny model, once for all tests: they leave it as they found it."""
+    made: dict[str, Tiny] = {}
 
     def make(model_type: str, **changes: Any) -> Tiny:
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **tiny_config(model_type, changes))
-        model = AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                spread = 0.6 if parameter.dim() > 1 else 0.3
-                parameter.normal_(std=spread)
-                if parameter.dim() == 1 and name.endswith("weight") and "gemma" not in model_type:
-                    parameter.add_(1.0)
-        path = tmp_path / "dense"
-        model.save_pretrained(path)
-        full = AutoConfig.from_pretrained(path).to_dict()
-        return Tiny(model, path, full, Arch.from_config(full))
+        key = json.dumps([model_type, changes], sort_keys=True)
+        if key not in made:
+            made[key] = random_model(model_type, changes, tmp_path_factory.mktemp("dense"))
+        return made[key]
 
     return make
+
+
+def random_model(model_type: str, changes: Mapping[str, Any], path: Path) -> Tiny:
+    """Every parameter is random, so that none is a zero that hides a mistake."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **tiny_config(model_type, changes))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.6 if parameter.dim() > 1 else 0.3)
+            if parameter.dim() == 1:
+                parameter.add_(0.5)
+    model.save_pretrained(path)
+    full = AutoConfig.from_pretrained(path).to_dict()
+    return Tiny(model, path, full, Arch.from_config(full))
