@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from prune_export.arch.table import tables
 from prune_export.calibrate import (
@@ -23,6 +24,7 @@ from prune_export.calibrate import (
     stream,
 )
 from prune_export.calibrate.skeleton import Skeleton
+from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 
@@ -71,7 +73,9 @@ def test_every_statistic_equals_brute_force(
 
     fewer = found[ALL[3]]
     assert fewer.dense == pytest.approx(made.loss(tokens.ids[:3, :7]), rel=1e-6, abs=1e-5)
-    assert fewer.bypassed[2] == pytest.approx(made.loss(tokens.ids[:3, :7], [2]), rel=1e-6, abs=1e-5)
+    assert fewer.bypassed[2] == pytest.approx(
+        made.loss(tokens.ids[:3, :7], [2]), rel=1e-6, abs=1e-5
+    )
 
 
 def test_the_last_point_is_not_normed(
@@ -107,7 +111,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("ram_bytes", [1, 8 * 1024**3], ids=["spooled", "in memory"])
-@pytest.mark.parametrize("at", [0, 1, 4, 5, 11])
+@pytest.mark.parametrize("at", [0, 1, 4, 5, 8])
 def test_a_killed_pass_goes_on_and_ends_in_the_same_bits(
     twin: Callable[..., Any],
     tokens: TokenSet,
@@ -177,8 +181,10 @@ def test_bfloat16_weights_are_computed_in_float32(
 ) -> None:
     made = twin("llama")
     made.model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    half = dataclasses.replace(made, model=made.model.float())
-    checkpoint = type(made.checkpoint).open(tmp_path / "half")
+    # Read back: casting a model in memory would round its rotary frequencies as well.
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    half = dataclasses.replace(made, model=read.eval())
+    checkpoint = Checkpoint.open(tmp_path / "half")
     losses = gather(checkpoint, ALL[2:3], tokens, machine)[ALL[2]]
     assert losses.dense == pytest.approx(half.loss(tokens.ids), abs=1e-6)
 
