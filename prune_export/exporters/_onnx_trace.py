@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from prune_export.errors import PlanError
+from prune_export.exporters._onnx_fuse import optimize
 
 OPSET: Final = 23
 DOMAIN: Final = "prune_export"
@@ -59,7 +60,7 @@ def trace(config: Any, dtype: torch.dtype, blocks: str, *, last: bool) -> Trace:
     _mark(model.get_submodule(blocks))
     with _registered():
         graph = _graph_of(wrapper, config)
-    _optimize(graph)
+    optimize(graph)
     return Trace(
         graph, blocks, kinds, dict(_computed(model)), _tied(model), _renaming(model),
         _experts_visited(model),
@@ -393,22 +394,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _optimize(model: Any) -> None:
-    """Folds constants and fuses norms and rotary embeddings.
-
-    Weights are graph inputs meanwhile: as constants they would be folded, and equal ones merged.
-    """
-    from onnxscript import optimizer
-    from onnxscript.rewriter import onnx_fusions
-
-    graph = model.graph
-    weights = [value for name, value in graph.initializers.items() if name.startswith("model.")]
-    for value in weights:
-        del graph.initializers[value.name]
-        value.const_value = None
-        graph.inputs.append(value)
-    optimizer.optimize_ir(model)
-    onnx_fusions.fuse(model)
-    optimizer.optimize_ir(model)
