@@ -67,8 +67,17 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "gpu": _gpu_name(),
     }
-    packages = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai", "tensorrt",
-                "peft", "bitsandbytes", "prune-export")  # fmt: skip
+    packages = (
+        "torch",
+        "transformers",
+        "onnx",
+        "onnxruntime",
+        "onnxruntime-genai",
+        "tensorrt",
+        "peft",
+        "bitsandbytes",
+        "prune-export",
+    )
     found |= {package: version(package) for package in packages}
     return {key: value for key, value in found.items() if value}
 

@@ -1,11 +1,29 @@
-"""Edits, and the only code that applies them to weights."""
+"""Edits, and the only code that applies them to weights.
+
+A method yields edits, all of which speak of the model as it was: names, layers and positions before
+any cut, and whole tensors of the old shape where it overwrites. `rewrite` turns them into a new
+checkpoint. Every new shape follows from the architecture's table, so the files are laid out before
+a weight is read; what no edit touches is copied byte for byte without passing through this process;
+what is cut passes through in windows of rows. A cut is made on the bits, so every dtype stays.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
+from prune_export.arch import Arch, Tensor
+from prune_export.checkpoint.header import TORCH, Entry
+from prune_export.checkpoint.reader import Checkpoint
+from prune_export.checkpoint.writer import SHARD_BYTES, Planned, write_checkpoint
+from prune_export.errors import CheckpointError, PlanError, did_you_mean
+from prune_export.progress import Progress
+from prune_export.units import MIB
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -25,10 +43,306 @@ class Drop:
 
 @dataclass(frozen=True)
 class Overwrite:
-    """Replace a tensor's values; `value` is called when the tensor is written, and then freed."""
+    """Replace a tensor's values; `value` is called when the tensor is written, and then freed.
+
+    The value has the tensor's old shape and dtype; a `Keep` cuts it as it would the old values.
+    """
 
     tensor: str
     value: Callable[[], torch.Tensor]
 
 
 Edit = Keep | Drop | Overwrite
+
+Cuts = tuple[tuple[int, list[int]], ...]
+"""(dimension, ascending positions to keep in it), each dimension once."""
+
+_DEAD_KEYS: Final = ("auto_map", "_name_or_path", "_model_name_or_path")
+"""Config keys that would point at code or places that the new checkpoint does not come with."""
+
+_WINDOW_BYTES: Final = 64 * MIB
+"""Rows read at a time; more is no faster."""
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Edits sorted by kind and checked against the model that they speak of."""
+
+    drop: frozenset[int] = frozenset()
+    keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    overwrite: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(edits: Iterable[Edit], arch: Arch) -> Edits:
+        """Sorts and checks; an iterator is exhausted, the values of `Overwrite` stay uncalled.
+
+        Raises:
+            PlanError: an edit names what is not there, what another edit removes, or comes twice.
+        """
+        drop: set[int] = set()
+        keep: dict[str, tuple[int, ...]] = {}
+        overwrite: dict[str, Callable[[], torch.Tensor]] = {}
+        for edit in edits:
+            match edit:
+                case Drop(layers):
+                    drop |= set(layers)
+                case Keep(axis, index):
+                    _check_keep(axis, index, arch, keep)
+                    keep[axis] = index
+                case Overwrite(name, value):
+                    _check_overwrite(name, arch, overwrite)
+                    overwrite[name] = value
+        gone = sorted(axis for axis in keep if _layer(axis) in drop)
+        gone += [name for name in overwrite if arch.by_name[name].layer in drop]
+        if gone:
+            raise PlanError(gone[0], "is edited, but its block is dropped", "do one or the other")
+        return Edits(frozenset(drop), keep, overwrite)
+
+    def after(self, arch: Arch) -> Arch:
+        """The architecture that these edits leave of `arch`.
+
+        Raises:
+            PlanError: the family cannot be cut in this way.
+        """
+        kept = arch.kept(self.drop)
+        cut = arch.without(self.drop) if self.drop else arch
+        for axis, index in self.keep.items():
+            layer = _layer(axis)
+            name = axis if layer is None else f"{axis.split('.')[0]}.{kept.index(layer)}"
+            cut = cut.resized(name, len(index))
+        return cut
+
+
+def rewrite(
+    source: Checkpoint,
+    arch: Arch,
+    edits: Iterable[Edit],
+    out: Path,
+    *,
+    ram_bytes: int,
+    max_shard_bytes: int = SHARD_BYTES,
+    fsync: bool = True,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Applies `edits` to `source`, whose architecture is `arch`, and writes the result to `out`.
+
+    `ram_bytes` is the process's budget; a fraction of it bounds the rows that are read at a time,
+    while a value that `Overwrite` brings is whole. Tokenizer, templates, generation config and
+    licence come along. The same arguments give the same bytes.
+
+    Raises:
+        PlanError: an edit is impossible, or the disk is too small; nothing has been written.
+        CheckpointError: the source is not what `arch` says, has changed while it was read, or the
+            result is not what was predicted.
+    """
+    sorted_edits = Edits.of(edits, arch)
+    after = sorted_edits.after(arch)
+    config = after.to_config(source.config)
+    for key in _DEAD_KEYS:
+        config.pop(key, None)
+    source.check(arch)
+    _refuse_untied(source, arch)
+    window = max(MIB, min(_WINDOW_BYTES, ram_bytes // 16))
+    planned = list(_planned(source, arch, after, sorted_edits, window))
+    result = write_checkpoint(
+        out,
+        config,
+        planned,
+        side_files=source.side_files(),
+        max_shard_bytes=max_shard_bytes,
+        fsync=fsync,
+        progress=progress,
+    )
+    _check_result(result, after)
+    return result
+
+
+def _planned(
+    source: Checkpoint, arch: Arch, after: Arch, edits: Edits, window: int
+) -> Iterator[Planned]:
+    """The tensors to write, in the order in which the source stores them: its bytes stay runs."""
+    names = {old: new for new, old in arch.origin(arch.kept(edits.drop)).items()}
+    for old, entry in source.entries.items():
+        if old not in names:
+            continue
+        new, cuts = names[old], _cuts(arch.by_name[old], arch, edits.keep)
+        shape = after.shape(after.by_name[new])
+        content: Entry | Callable[[], torch.Tensor | Iterator[torch.Tensor]] = entry
+        if old in edits.overwrite:
+            content = _Overwritten(old, entry, edits.overwrite[old], cuts)
+        elif cuts:
+            content = _Cut(source, old, cuts, window)
+        yield Planned(new, entry.dtype, shape, content)
+
+
+def _cuts(tensor: Tensor, arch: Arch, keep: Mapping[str, tuple[int, ...]]) -> Cuts:
+    """What of a tensor's dimensions survives all of `keep`, several axes in one dimension too."""
+    sizes = dict(arch.sizes)
+    left: dict[int, list[int]] = {}
+    for axis in sorted(tensor.dims.axes() & keep.keys()):
+        for dim, positions in tensor.dims.kept(axis, keep[axis], sizes):
+            before = left.get(dim)
+            left[dim] = positions if before is None else [before[at] for at in positions]
+        sizes[axis] = len(keep[axis])
+    return tuple(sorted(left.items()))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What is left of a stored tensor, read in windows of at most `window` bytes."""
+
+    source: Checkpoint
+    name: str
+    cuts: Cuts
+    window: int
+
+    def __call__(self) -> Iterator[torch.Tensor]:
+        entry = self.source.entries[self.name]
+        of = dict(self.cuts)
+        rows = of.pop(0, None) or range(entry.shape[0])
+        row_bytes = max(1, entry.nbytes // entry.shape[0])
+        for part in _windows(rows, max(1, self.window // row_bytes)):
+            first, last = part[0], part[-1]
+            piece = self.source.read_rows(self.name, first, last + 1)
+            inside = [(0, [row - first for row in part]), *of.items()]
+            yield _cut(piece, tuple(inside))
+
+
+@dataclass(frozen=True)
+class _Overwritten:
+    """A new value, checked to be like the old and then cut."""
+
+    name: str
+    entry: Entry
+    value: Callable[[], torch.Tensor]
+    cuts: Cuts
+
+    def __call__(self) -> torch.Tensor:
+        import torch
+
+        found = self.value()
+        dtype = getattr(torch, TORCH[self.entry.dtype])
+        if tuple(found.shape) != self.entry.shape or found.dtype != dtype:
+            raise CheckpointError(
+                self.name,
+                f"is overwritten with {_text(found.dtype)} {list(found.shape)}, "
+                f"expected {_text(dtype)} {list(self.entry.shape)}",
+                "an Overwrite keeps the dtype and the shape that the tensor had before any cut",
+            )
+        if found.element_size() > 1 and not bool(torch.isfinite(found).all()):
+            raise CheckpointError(
+                self.name,
+                f"is overwritten with {int((~torch.isfinite(found)).sum())} values that are not "
+                "finite",
+                "use a wider dtype, or stronger damping, in the method that computes it",
+            )
+        return _cut(found.detach().cpu(), self.cuts)
+
+
+def _cut(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    """The positions kept; on the bits, because not every dtype can be indexed."""
+    import torch
+
+    if not cuts:
+        return tensor
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    left = tensor.contiguous().view(bits)
+    for dim, positions in cuts:
+        if len(positions) != left.shape[dim]:
+            left = left.index_select(dim, torch.tensor(positions))
+    return left.view(tensor.dtype)
+
+
+def _windows(rows: Iterable[int], span: int) -> Iterator[list[int]]:
+    """Ascending rows in groups, the first and the last of which are less than `span` apart."""
+    group: list[int] = []
+    for row in rows:
+        if group and row - group[0] >= span:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def _check_keep(
+    axis: str, index: tuple[int, ...], arch: Arch, keep: Mapping[str, tuple[int, ...]]
+) -> None:
+    if axis not in arch.sizes:
+        raise PlanError(
+            f"axis {axis}", "is not an axis of this model", did_you_mean(axis, arch.sizes)
+        )
+    if axis in keep:
+        raise PlanError(f"axis {axis}", "is cut by two edits", "keep one index of each axis")
+    size = arch.sizes[axis]
+    ascending = all(a < b for a, b in zip(index, index[1:], strict=False))
+    if not index or not ascending or index[0] < 0 or index[-1] >= size:
+        raise PlanError(
+            f"axis {axis}",
+            f"got an index of {len(index)} positions {str(list(index[:8]))[:-1]}"
+            f"{', …' if len(index) > 8 else ''}], expected ascending positions below {size}",
+        )
+
+
+def _check_overwrite(name: str, arch: Arch, overwrite: Mapping[str, Any]) -> None:
+    if name not in arch.by_name:
+        raise PlanError(name, "is not a tensor of this model", did_you_mean(name, arch.by_name))
+    tied = arch.by_name[name].tied_to
+    if tied is not None:
+        raise PlanError(name, f"is tied to {tied} and not stored", f"overwrite {tied} instead")
+    if name in overwrite:
+        raise PlanError(name, "is overwritten twice", "yield one Overwrite a tensor")
+
+
+def _layer(axis: str) -> int | None:
+    name, dot, layer = axis.rpartition(".")
+    return int(layer) if dot and name and layer.isdecimal() else None
+
+
+def _refuse_untied(source: Checkpoint, arch: Arch) -> None:
+    """A stored copy of a tied tensor is left behind, but only if it is a copy."""
+    for tensor in arch.tensors:
+        if tensor.tied_to is None or tensor.name not in source.entries:
+            continue
+        one, other = source.entries[tensor.name], source.entries[tensor.tied_to]
+        if one.nbytes != other.nbytes or not _same_bytes(one, other):
+            raise CheckpointError(
+                f"{source.path}  {tensor.name}",
+                f"differs from {tensor.tied_to}, but config.json says that they are tied",
+                'write `"tie_word_embeddings": false` into config.json, or remove the tensor',
+            )
+
+
+def _same_bytes(one: Entry, other: Entry) -> bool:
+    with one.file.open("rb") as left, other.file.open("rb") as right:
+        left.seek(one.start)
+        right.seek(other.start)
+        for start in range(0, one.nbytes, MIB):
+            count = min(MIB, one.nbytes - start)
+            if left.read(count) != right.read(count):
+                return False
+    return True
+
+
+def _check_result(result: Checkpoint, after: Arch) -> None:
+    """Reads the result back: what its files say, and what its config means, is what was planned."""
+    result.check(after)
+    # The keys of the source's config were accepted, or answered for, before.
+    meant = Arch.from_config(result.full_config(), ignore_keys=after.config.keys())
+    if meant.sizes != after.sizes or meant.tensors != after.tensors:
+        wrong = sorted(
+            axis
+            for axis in {*meant.sizes, *after.sizes}
+            if meant.sizes.get(axis) != after.sizes.get(axis)
+        )
+        raise CheckpointError(
+            str(result.path / "config.json"),
+            "does not say what was cut"
+            + (f": {wrong[0]} reads back as {meant.sizes.get(wrong[0])}, "
+               f"planned was {after.sizes.get(wrong[0])}" if wrong else ""),
+            f"the {after.family} table is wrong: report it with this message",
+        )  # fmt: skip
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -61,19 +61,20 @@ class _Cut:
     hidden: dict[str, str] = field(default_factory=dict)
 
 
-def stamp(trace: Trace, dtype: int, *, last: bool) -> Stamped:
-    """The graph of all layers; `dtype` is the ONNX element type of cache and logits.
+def stamp(trace: Trace, *, last: bool) -> Stamped:
+    """The graph of all layers; `last` says that it was traced for the last position's logits.
 
     Raises:
         PlanError: the model computes something that does not belong to one block.
     """
-    return _Stamper(trace, dtype, last).run()
+    return _Stamper(trace, last).run()
 
 
 class _Stamper:
-    def __init__(self, trace: Trace, dtype: int, last: bool) -> None:
-        self.trace, self.dtype, self.last = trace, dtype, last
+    def __init__(self, trace: Trace, last: bool) -> None:
+        self.trace, self.last = trace, last
         graph = trace.model.graph
+        self.dtype = int(graph.outputs[0].dtype)
         self.parameters = {
             value.name: value for value in graph.inputs if value.name.startswith(_WRAPPER)
         }

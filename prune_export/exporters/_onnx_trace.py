@@ -32,7 +32,8 @@ class Trace:
     `model` is an `onnx_ir.Model` whose weights are inputs, named as in the torch model; `blocks` is
     the path of the block list (`model.layers`); `kinds[i]` is the traced block that stands for
     layer `i`; `buffers` are the values of what is computed rather than stored; `tied` names, for a
-    parameter that shares its storage, the others that do.
+    parameter that shares its storage, the others that do; `experts_visited` is the fraction of a
+    block's experts that one token visits.
     """
 
     model: Any
@@ -40,6 +41,7 @@ class Trace:
     kinds: tuple[int, ...]
     buffers: Mapping[str, torch.Tensor]
     tied: Mapping[str, tuple[str, ...]]
+    experts_visited: float = 1.0
 
 
 def trace(config: Any, dtype: torch.dtype, blocks: str, *, last: bool) -> Trace:
@@ -56,7 +58,13 @@ def trace(config: Any, dtype: torch.dtype, blocks: str, *, last: bool) -> Trace:
     with _registered():
         graph = _graph_of(wrapper, config)
     _optimize(graph)
-    return Trace(graph, blocks, kinds, dict(_computed(model)), tied(model))
+    return Trace(graph, blocks, kinds, dict(_computed(model)), tied(model), _experts_visited(model))
+
+
+def _experts_visited(model: Any) -> float:
+    used = getattr(model.config, "num_experts_per_tok", None)
+    counts = [m.num_experts for m in model.modules() if hasattr(m, "is_concatenated")]
+    return used / counts[0] if used and counts else 1.0
 
 
 def _computed(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import onnx
 import torch
@@ -117,17 +117,20 @@ def write(
     (out / "model.onnx").write_bytes(stamped.model.SerializeToString(deterministic=True))
 
 
-def decode_bytes(stamped: Stamped, dtype: torch.dtype, experts_used: Mapping[str, Any]) -> int:
+def decode_bytes(stamped: Stamped, dtype: torch.dtype, experts_visited: float) -> int:
     """The weight bytes that one decode step of one sequence reads.
 
-    Embedding rows are left out; of the experts, as many as a token visits are counted.
+    Embedding rows are left out; of the experts, the fraction that a token visits is counted.
     """
-    total, shares = 0.0, float(experts_used.get("of", 1))
-    for weight in stamped.weights:
-        if not weight.looked_up:
-            share = 1.0 if weight.expert is None else experts_used["used"] / shares
-            total += prod(weight.shape) * dtype.itemsize * share
-    return int(total)
+    return int(
+        sum(
+            prod(weight.shape)
+            * dtype.itemsize
+            * (experts_visited if weight.expert is not None else 1)
+            for weight in stamped.weights
+            if not weight.looked_up
+        )
+    )
 
 
 def _values(weight: Weight, source: Source, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,391 @@
+"""What a recipe will do to a model, and what that will take, before any weight is read.
+
+Only the config, the safetensors headers and the recipe are looked at, so a plan takes seconds for
+a model of any size, and works for one that is only a config. Whatever can be known to fail, fails
+here as a `PlanError`, with nothing written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+from prune_export.arch import Arch
+from prune_export.checkpoint import Checkpoint
+from prune_export.contracts import Cost
+from prune_export.errors import PlanError
+from prune_export.machine import Machine
+from prune_export.recipe import Recipe, Source, Stage
+from prune_export.units import GIB, MIB, text_from_bytes
+
+_PROCESS_BYTES: Final = 700 * MIB
+"""Python with torch and transformers imported, measured; every stage's process holds it."""
+
+_TRAINED_CHARACTERS_PER_TOKEN: Final = 4
+_ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+_REPORT_BYTES: Final = 32 * MIB
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is: blocks, stored parameters and bytes."""
+
+    layers: int
+    parameters: int
+    bytes: int
+
+    @staticmethod
+    def of(arch: Arch, item_bytes: Mapping[str, int] | int) -> Size:
+        """The size of `arch`, with an item size a tensor's origin or one for all."""
+        each = item_bytes if isinstance(item_bytes, int) else max(item_bytes.values(), default=4)
+        return Size(arch.layers, arch.parameters(), arch.parameters() * each)
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One step: what it is, the model before and after it, and what it takes."""
+
+    kind: str
+    name: str
+    parameters: Mapping[str, Any]
+    before: Size
+    after: Size
+    cost: Cost
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every step in order, and their peaks and sums."""
+
+    recipe: str
+    model: str
+    family: str
+    stages: tuple[PlannedStage, ...]
+    machine: Machine
+    archs: tuple[Arch, ...]
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        """The most memory that any step's processes hold."""
+        return max((stage.cost.ram_bytes for stage in self.stages), default=0)
+
+    @property
+    def peak_gpu_bytes(self) -> int:
+        """The most GPU memory that any step holds."""
+        return max((stage.cost.gpu_bytes for stage in self.stages), default=0)
+
+    @property
+    def disk_bytes(self) -> int:
+        """What all steps write together: store and result."""
+        return sum(stage.cost.disk_bytes for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """The estimated time of all steps."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {
+            "recipe": self.recipe,
+            "model": self.model,
+            "family": self.family,
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "peak_gpu_bytes": self.peak_gpu_bytes,
+            "disk_bytes": self.disk_bytes,
+            "seconds": round(self.seconds, 1),
+            "machine": dataclasses.asdict(self.machine),
+            "stages": [
+                dataclasses.asdict(stage) | {"parameters": dict(stage.parameters)}
+                for stage in self.stages
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does: multiply-adds a second (counted as 2) and bytes written a second."""
+
+    flops: float
+    disk_bytes: float
+
+    @staticmethod
+    def measure(machine: Machine) -> Rates:
+        """Times a small matrix product for about 0.2 s; the disk is taken at 400 MB/s."""
+        import torch
+
+        size = 512 if machine.device == "cpu" else 4096
+        a = torch.ones(size, size, device=machine.device)
+        (a @ a).sum().item()
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < 0.2:
+            (a @ a).sum().item()
+            count += 1
+        # A model's products are smaller and interrupted by other work: two thirds, measured.
+        return Rates(2 * size**3 * count / (time.perf_counter() - began) * 0.67, 400e6)
+
+    def seconds(self, cost: Cost) -> float:
+        """The time that a cost takes here."""
+        return cost.seconds + cost.flops / self.flops + cost.moved_bytes / self.disk_bytes
+
+
+def make_plan(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    machine: Machine,
+    *,
+    model: str,
+    store: Path,
+    out: Path,
+    ram_limit: int | None = None,
+    ignore_keys: tuple[str, ...] = (),
+    imported: bool = False,
+) -> Plan:
+    """Resolves, costs and checks a recipe for a model.
+
+    `checkpoint` may be only a config. `imported` says that it is to be made from a GGUF file first.
+    `ram_limit` in bytes replaces the available memory as what must not be exceeded.
+
+    Raises:
+        PlanError: something in it cannot work, with the stage and what to do.
+        UnsupportedArch: the model is not one that the tables describe.
+    """
+    arch = checkpoint.arch(ignore_keys=ignore_keys)
+    planner = _Planner(recipe, checkpoint, machine, Rates.measure(machine))
+    stages, archs = [], [arch]
+    if imported:
+        stages.append(planner.imported(arch))
+    for index, stage in enumerate(recipe.stages):
+        planned, arch = planner.stage(index, stage, arch)
+        stages.append(planned)
+        archs.append(arch)
+    stages += planner.exports(archs[0], arch)
+    stages += planner.verification(archs[0], arch)
+    stages.append(planner.result(arch, stages))
+    plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
+    _refuse_what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out)
+    return plan
+
+
+@dataclass(frozen=True)
+class _Planner:
+    recipe: Recipe
+    checkpoint: Checkpoint
+    machine: Machine
+    rates: Rates
+
+    def size(self, arch: Arch) -> Size:
+        return Size(arch.layers, arch.parameters(), arch.parameters() * self.item_bytes())
+
+    def item_bytes(self) -> int:
+        if self.checkpoint.entries:
+            stored = sum(prod(entry.shape) for entry in self.checkpoint.entries.values())
+            return max(1, round(self.checkpoint.nbytes / max(stored, 1)))
+        config = self.checkpoint.config
+        return _ITEM_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4)
+
+    def planned(
+        self,
+        kind: str,
+        name: str,
+        parameters: Mapping[str, Any],
+        before: Arch,
+        after: Arch,
+        cost: Cost,
+        note: str = "",
+    ) -> PlannedStage:
+        return PlannedStage(
+            kind,
+            name,
+            parameters,
+            self.size(before),
+            self.size(after),
+            cost,
+            self.rates.seconds(cost),
+            note,
+        )
+
+    def imported(self, arch: Arch) -> PlannedStage:
+        size = self.size(arch)
+        cost = Cost(
+            ram_bytes=_PROCESS_BYTES + 3 * size.bytes,
+            disk_bytes=size.bytes,
+            moved_bytes=2 * size.bytes,
+            seconds=6,
+        )
+        return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
+
+    def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
+        where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.name}"
+        try:
+            return self._prune(stage, arch) if stage.kind == "prune" else self._heal(stage, arch)
+        except PlanError as error:
+            raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
+
+    def _prune(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
+        after = stage.entry.predict(arch)
+        statistics = stage.entry.statistics(arch)
+        cost, note = Cost(), ""
+        if statistics:
+            source = self._source(stage)
+            samples, length = _windows(source, self.recipe.root), source.length
+            self._refuse_too_long(stage.data, length, arch)
+            cost = _forward_cost(arch, samples, length, self.machine)
+            note = f"{samples} x {length} tokens"
+        written = self.size(after).bytes
+        cost = dataclasses.replace(
+            cost,
+            ram_bytes=max(cost.ram_bytes, _PROCESS_BYTES),
+            disk_bytes=cost.disk_bytes + written,
+            moved_bytes=2 * written,
+        )
+        return self.planned("prune", stage.name, stage.parameters(), arch, after, cost, note), after
+
+    def _heal(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
+        source = self._source(stage)
+        self._refuse_too_long(stage.data, source.length, arch)
+        stage.entry.check(arch, self.machine)
+        samples = _windows(source, self.recipe.root)
+        cost = stage.entry.cost(arch, samples * source.length, source.length)
+        note = f"up to {samples} x {source.length} tokens"
+        return self.planned("heal", stage.name, stage.parameters(), arch, arch, cost, note), arch
+
+    def exports(self, dense: Arch, arch: Arch) -> Iterator[PlannedStage]:
+        for export in self.recipe.export:
+            compared = self.recipe.verify.speed is not None
+            for which in ([dense] if compared else []) + [arch]:
+                export.entry.check(which, self.machine)
+                cost = export.entry.cost(which, self.size(which).bytes)
+                note = "the dense model, to compare with" if which is dense and compared else ""
+                yield self.planned(
+                    "export", export.name, export.parameters(), which, which, cost, note
+                )
+
+    def verification(self, dense: Arch, arch: Arch) -> Iterator[PlannedStage]:
+        verify = self.recipe.verify
+        heaviest = self.size(dense).parameters * 4 + _PROCESS_BYTES
+        flops = 0.0
+        if verify.quality and verify.quality.perplexity:
+            source = self.recipe.data[verify.quality.perplexity]
+            self._refuse_too_long(verify.quality.perplexity, source.length, dense)
+            tokens = _windows(source, self.recipe.root) * source.length
+            models = 2 + any(stage.kind == "heal" for stage in self.recipe.stages)
+            engines = len(self.recipe.export) if verify.quality.engines else 0
+            flops = 2.0 * dense.parameters() * tokens * (models + engines)
+        cost = Cost(ram_bytes=heaviest, flops=flops, seconds=20)
+        yield self.planned("verify", "quality", {}, dense, arch, cost)
+        if verify.speed:
+            seconds = (
+                40 * verify.speed.minutes * len(verify.speed.workloads) * len(self.recipe.export)
+            )
+            together = 2 * (self.size(dense).parameters * 4 + _PROCESS_BYTES)
+            cost = Cost(ram_bytes=together, seconds=seconds)
+            yield self.planned("verify", "speed", verify.speed.model_dump(), dense, arch, cost)
+
+    def result(self, arch: Arch, stages: list[PlannedStage]) -> PlannedStage:
+        exported = sum(
+            stage.cost.disk_bytes for stage in stages if stage.kind == "export" and not stage.note
+        )
+        written = self.size(arch).bytes + exported + _REPORT_BYTES
+        cost = Cost(ram_bytes=_PROCESS_BYTES, disk_bytes=written, moved_bytes=written, seconds=5)
+        return self.planned("report", "report and card", {}, arch, arch, cost)
+
+    def _source(self, stage: Stage) -> Source:
+        if stage.data not in self.recipe.data:
+            raise PlanError(
+                "data",
+                f"the recipe defines no `{stage.data}`, which {stage.name} needs",
+                f"add `data: {{{stage.data}: {{files: [...]}}}}`",
+            )
+        return self.recipe.data[stage.data]
+
+    def _refuse_too_long(self, name: str, length: int, arch: Arch) -> None:
+        for key in ("max_position_embeddings", "n_positions"):
+            positions = arch.config.get(key)
+            if positions and length > positions:
+                raise PlanError(
+                    f"data.{name}.length",
+                    f"is {length}, but the model has {positions} positions",
+                    f"write `length: {positions}` or less",
+                )
+
+
+def _windows(source: Source, root: Path) -> int:
+    """How many windows a source gives: what it asks for, or an estimate from its files' size."""
+    if source.samples is not None:
+        return source.samples
+    patterns = getattr(source, "files", ())
+    size = sum(file.stat().st_size for pattern in patterns for file in _matching(root, pattern))
+    return max(1, size // _TRAINED_CHARACTERS_PER_TOKEN // source.length) if size else 1000
+
+
+def _matching(root: Path, pattern: str) -> list[Path]:
+    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise PlanError(
+            f"data file {pattern}",
+            f"leaves the data root {root}",
+            "give `--data-root` and write paths relative to it",
+        )
+    found = sorted(root.glob(pattern))
+    if not found:
+        raise PlanError(
+            f"data file {pattern}",
+            f"no such file below {root}",
+            "give `--data-root`, or correct the path",
+        )
+    return found
+
+
+def _forward_cost(arch: Arch, samples: int, length: int, machine: Machine) -> Cost:
+    blocks = [sum(prod(arch.shape(t)) for t in arch.block(i)) for i in range(arch.layers)]
+    hidden = arch.sizes["residual"]
+    states = samples * length * hidden * 4
+    held = min(states, max(machine.ram_bytes // 4, 256 * MIB))
+    embedded = max((prod(arch.shape(t)) for t in arch.tensors if t.role == "embed"), default=0)
+    peak = max(2 * max(blocks) * 4, embedded * 4) + held
+    tokens = samples * length
+    attention = 4.0 * arch.layers * tokens * length * hidden
+    return Cost(
+        ram_bytes=_PROCESS_BYTES + peak + 8 * length * hidden * 4 * 4,
+        gpu_bytes=peak if machine.device == "cuda" else 0,
+        disk_bytes=states if held < states else 0,
+        flops=2.0 * sum(blocks) * tokens + attention,
+        moved_bytes=sum(blocks) * 4,
+    )
+
+
+def _refuse_what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> None:
+    heaviest = max(plan.stages, key=lambda stage: stage.cost.ram_bytes)
+    if heaviest.cost.ram_bytes > ram_limit:
+        raise PlanError(
+            f"{heaviest.kind} {heaviest.name}",
+            f"needs about {text_from_bytes(heaviest.cost.ram_bytes)} of memory, and "
+            f"{text_from_bytes(ram_limit)} may be used",
+            "use fewer or shorter samples, a smaller batch, or a machine with more; "
+            "`--ram` sets the limit",
+        )
+    if plan.peak_gpu_bytes > plan.machine.gpu_bytes and plan.machine.device == "cuda":
+        raise PlanError(
+            "GPU",
+            f"needs about {text_from_bytes(plan.peak_gpu_bytes)}, the GPU has "
+            f"{text_from_bytes(plan.machine.gpu_bytes)}",
+            "pass `--device cpu`",
+        )
+    for folder in (store, out):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if plan.disk_bytes + GIB // 4 > free:
+            raise PlanError(
+                str(folder),
+                f"needs about {text_from_bytes(plan.disk_bytes)} of disk, "
+                f"and {text_from_bytes(free)} are free",
+                "free some, run `prune-export store gc`, or pass `--store`",
+            )

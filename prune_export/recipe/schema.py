@@ -1,0 +1,357 @@
+"""The recipe: what it may say, checked key by key against the registered entries.
+
+A stage or an exporter is checked against the dataclass of its name, so a new method's keys are
+known here without an edit, and the JSON Schema for editors is made from the same classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from prune_export import registry
+from prune_export.errors import PlanError, RecipeError, did_you_mean
+from prune_export.recipe.document import Document, Path_, dotted
+from prune_export.recipe.sources import SOURCES, Frozen, Source
+
+VERSION = 1
+
+StageKind = Literal["prune", "heal"]
+_REGISTRY: Mapping[str, registry.Kind] = {"prune": "methods", "heal": "heal"}
+_DEFAULT_DATA = {"prune": "calibration", "heal": "healing"}
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Workload(Frozen):
+    """A request: `prompt` tokens in, `new` tokens out, for `batch` sequences."""
+
+    batch: Annotated[int, Field(ge=1, description="Sequences at once.")] = 1
+    prompt: Annotated[int, Field(ge=1, description="Prompt tokens.")] = 512
+    new: Annotated[int, Field(ge=1, description="New tokens.")] = 128
+
+
+class Quality(Frozen):
+    """What quality is measured on."""
+
+    perplexity: Annotated[str | None, Field(description="Name of a `data` source.")] = None
+    at_most: Annotated[
+        float | None,
+        Field(gt=0, description="Gate: perplexity may be at most this many times the dense one."),
+    ] = None
+    tasks: Annotated[tuple[str, ...], Field(description="lm-eval tasks.")] = ()
+    task_samples: Annotated[int | None, Field(gt=0, description="Samples of each task.")] = None
+    engines: Annotated[bool, Field(description="Measure each engine's perplexity as well.")] = True
+
+
+class Speed(Frozen):
+    """What speed is measured on."""
+
+    workloads: Annotated[tuple[Workload, ...], Field(min_length=1, description="Requests.")] = (
+        Workload(),
+    )
+    at_least: Annotated[
+        float | None, Field(gt=0, description="Gate: the speedup must be at least this.")
+    ] = None
+    phase: Annotated[
+        Literal["prefill", "decode"], Field(description="The phase that the gate is about.")
+    ] = "decode"
+    minutes: Annotated[
+        float, Field(gt=0, description="Time limit for each engine and workload, in minutes.")
+    ] = 3.0
+
+
+class Verify(Frozen):
+    """What is measured on the result."""
+
+    reload: Annotated[bool, Field(description="Load in a fresh process.")] = True
+    parity: Annotated[bool, Field(description="Engines against PyTorch.")] = True
+    generation: Annotated[bool, Field(description="Generation stability beside dense.")] = True
+    quality: Annotated[Quality | None, Field(description="Perplexity and tasks.")] = None
+    speed: Annotated[Speed | None, Field(description="Engines against dense engines.")] = None
+
+
+class Publish(Frozen):
+    """Where the result goes."""
+
+    repo: Annotated[str | None, Field(description="`owner/name` on the Hub.")] = None
+    private: Annotated[bool, Field(description="Create it as private.")] = True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a registered entry with its parameters, and the name of its data."""
+
+    kind: StageKind
+    name: str
+    entry: Any
+    data: str
+
+    def parameters(self) -> dict[str, Any]:
+        """The entry's fields as plain data, defaults included."""
+        return plain(self.entry)
+
+
+@dataclass(frozen=True)
+class Export:
+    """One export: a registered exporter with its parameters."""
+
+    name: str
+    entry: Any
+
+    def parameters(self) -> dict[str, Any]:
+        """The entry's fields as plain data, defaults included."""
+        return plain(self.entry)
+
+
+def plain(entry: Any) -> dict[str, Any]:
+    """A dataclass entry's fields as JSON types."""
+    dumped: dict[str, Any] = TypeAdapter(type(entry)).dump_python(entry, mode="json")
+    return dumped
+
+
+def sources(document: Document) -> dict[str, Source]:
+    """The `data` section.
+
+    Raises:
+        RecipeError: a source that is none of the kinds, or a bad key of one.
+    """
+    found: dict[str, Source] = {}
+    for name, body in _mapping(document, ("data",)).items():
+        path: Path_ = ("data", name)
+        kinds = [key for key in SOURCES if key in _mapping(document, path)]
+        if len(kinds) != 1:
+            raise RecipeError(
+                document.where(path),
+                f"names {len(kinds)} kinds of source, expected exactly one of `dataset`, `files`, "
+                "`tokens`",
+                "write for example `files: [corpus/*.jsonl]`",
+            )
+        found[name] = model(document, path, SOURCES[kinds[0]], body)
+    return found
+
+
+def stages(document: Document, known_data: Mapping[str, Source]) -> tuple[Stage, ...]:
+    """The `stages` section.
+
+    Raises:
+        RecipeError: an unknown kind, method, key or value, or data that is not in `data`.
+    """
+    return tuple(_stages(document, known_data))
+
+
+def _stages(document: Document, known_data: Mapping[str, Source]) -> Iterator[Stage]:
+    for i, item in enumerate(_list(document, ("stages",))):
+        path: Path_ = ("stages", i)
+        kind = _single(document, path, item, _REGISTRY)
+        body = dict(_mapping(document, (*path, kind)))
+        if "method" not in body:
+            raise RecipeError(
+                document.where((*path, kind)),
+                "has no `method`",
+                did_you_mean("", registry.names(_REGISTRY[kind])),
+            )
+        name, data = str(body.pop("method")), body.pop("data", _DEFAULT_DATA[kind])
+        if data not in known_data and "data" in item[kind]:
+            raise RecipeError(
+                document.where((*path, kind, "data")),
+                f"got {data!r}, which `data` does not define",
+                did_you_mean(str(data), known_data),
+            )
+        entry = _entry(document, (*path, kind), _REGISTRY[kind], name, body, "method")
+        yield Stage(kind, name, entry, str(data))  # type: ignore[arg-type]
+
+
+def exports(document: Document) -> tuple[Export, ...]:
+    """The `export` section: names, or names with parameters.
+
+    Raises:
+        RecipeError: an unknown exporter, key or value, or two that write the same directory.
+    """
+    found = []
+    taken: dict[str, str] = {}
+    for i, item in enumerate(_list(document, ("export",))):
+        path: Path_ = ("export", i)
+        item = {item: None} if isinstance(item, str) else item
+        name = _single(document, path, item, registry.names("exporters"))
+        entry = _entry(document, (*path, name), "exporters", name, item[name] or {}, None)
+        if type(entry).DIRECTORY in taken:
+            raise RecipeError(
+                document.where(path),
+                f"`{name}` and `{taken[type(entry).DIRECTORY]}`"
+                f" both write {type(entry).DIRECTORY}/",
+                "keep one of the two",
+            )
+        taken[type(entry).DIRECTORY] = name
+        found.append(Export(name, entry))
+    return tuple(found)
+
+
+def _entry(
+    document: Document,
+    path: Path_,
+    kind: registry.Kind,
+    name: str,
+    body: Any,
+    key: str | None,
+) -> Any:
+    try:
+        entry = registry.find(kind, name)
+    except PlanError as error:
+        at = (*path, key) if key else path
+        raise RecipeError(document.where(at), error.problem, error.fix) from None
+    if not isinstance(body, dict):
+        raise RecipeError(document.where(path), f"got {body!r}, expected keys", "indent them below")
+    return entry_from(entry, body, document, path)
+
+
+def entry_from(cls: Any, body: Mapping[str, Any], document: Document, path: Path_) -> Any:
+    """An instance of an entry class from its recipe keys.
+
+    Raises:
+        RecipeError: an unknown key or a value that its field does not take.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in body:
+        if key not in known:
+            raise RecipeError(
+                document.where((*path, key)),
+                f"`{key}` is not a key of {cls.__module__.rsplit('.', 1)[-1]}",
+                did_you_mean(key, known) or "it takes no keys",
+            )
+    try:
+        return TypeAdapter(cls).validate_python(body)
+    except ValidationError as error:
+        raise _translated(document, path, error) from None
+    except PlanError as error:
+        raise RecipeError(document.where(path), error.problem, error.fix) from None
+
+
+def model(document: Document, path: Path_, schema: type[M], body: Any) -> M:
+    """A pydantic model from a section of the document.
+
+    Raises:
+        RecipeError: an unknown key or a value that its field does not take.
+    """
+    try:
+        return schema.model_validate(body)
+    except ValidationError as error:
+        raise _translated(document, path, error, schema) from None
+
+
+def _translated(
+    document: Document, path: Path_, error: ValidationError, schema: type[BaseModel] | None = None
+) -> RecipeError:
+    first = error.errors()[0]
+    at: Path_ = (*path, *(step for step in first["loc"] if step in _steps(document, path, first)))
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _keys_at(schema, first["loc"][:-1]) if schema else ()
+        return RecipeError(
+            document.where(at),
+            f"`{first['loc'][-1]}` is not a key here",
+            did_you_mean(str(first["loc"][-1]), known),
+        )
+    if first["type"] in ("missing", "missing_argument"):
+        return RecipeError(document.where(path), f"has no `{dotted(first['loc'])}`", "add it")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    what = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    what = what[0].lower() + what[1:]
+    return RecipeError(
+        document.where(at), f"got {first['input']!r:.80}: {what}{more}", _advice(first)
+    )
+
+
+def _steps(document: Document, path: Path_, first: Any) -> list[str | int]:
+    """The steps of a pydantic location that are keys of the document."""
+    data: Any = document.data
+    for step in path:
+        data = data[step] if not isinstance(data, dict) or step in data else {}
+    steps: list[str | int] = []
+    for step in first["loc"]:
+        if (isinstance(data, dict) and step in data) or (
+            isinstance(data, list) and isinstance(step, int) and step < len(data)
+        ):
+            data = data[step]
+        else:
+            continue
+        steps.append(step)
+    return steps
+
+
+def _keys_at(schema: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    current: Any = schema
+    for step in path:
+        if isinstance(step, int):
+            continue
+        field = current.model_fields.get(step)
+        parts = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        current = next(
+            (p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)), current
+        )
+    return list(current.model_fields)
+
+
+def _advice(first: Any) -> str:
+    limits = first.get("ctx") or {}
+    value = first["input"]
+    if (
+        first["type"] in ("less_than", "less_than_equal")
+        and isinstance(value, int | float)
+        and limits.get("lt", limits.get("le")) == 1
+        and 1 <= value <= 100
+    ):
+        return f"write `{value / 100:g}` for {value:g} %"
+    if first["type"] == "literal_error":
+        return did_you_mean(
+            str(value),
+            [
+                word.strip("'")
+                for word in str(limits.get("expected", "")).replace(" or ", ", ").split(", ")
+            ],
+        )
+    return ""
+
+
+def _mapping(document: Document, path: Path_) -> dict[str, Any]:
+    data: Any = document.data
+    for step in path:
+        data = data.get(step) if isinstance(data, dict) else data[int(step)]
+        if data is None:
+            return {}
+    if not isinstance(data, dict):
+        raise RecipeError(
+            document.where(path),
+            f"got {data!r:.60}, expected keys and values",
+            "indent `key: value` lines below it",
+        )
+    return data
+
+
+def _list(document: Document, path: Path_) -> list[Any]:
+    data = document.data.get(path[0])
+    if data is None:
+        return []
+    if not isinstance(data, list):
+        raise RecipeError(
+            document.where(path), f"got {data!r:.60}, expected a list", "start each entry with `- `"
+        )
+    return data
+
+
+def _single(document: Document, path: Path_, item: Any, known: Any) -> str:
+    if not isinstance(item, dict) or len(item) != 1:
+        raise RecipeError(
+            document.where(path),
+            f"got {item!r:.60}, expected one key",
+            "write for example `- prune: {method: angular_distance, sparsity: 0.4}`",
+        )
+    name = str(next(iter(item)))
+    if name not in known:
+        raise RecipeError(
+            document.where((*path, name)), f"`{name}` is unknown here", did_you_mean(name, known)
+        )
+    return name
