@@ -38,7 +38,9 @@ def main(request: dict[str, Any]) -> None:
     ids = _ids(source)
     with GenaiRunner(out, machine) as runner:
         got = [runner.step(ids[:, :-_STEPS])[0]]
-        got += [runner.step(ids[:, i : i + 1])[0] for i in range(ids.shape[1] - _STEPS, len(ids[0]))]
+        got += [
+            runner.step(ids[:, i : i + 1])[0] for i in range(ids.shape[1] - _STEPS, len(ids[0]))
+        ]
     engine = np.concatenate(got, axis=1)[0]  # [positions, vocab]
     places = np.arange(ids.shape[1])
     if got[0].shape[1] == 1:
