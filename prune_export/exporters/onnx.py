@@ -84,7 +84,7 @@ class Onnx:
         import torch
         from transformers import AutoConfig
 
-        from prune_export.exporters import _onnx_check, _onnx_stamp, _onnx_trace, _onnx_weights
+        from prune_export.exporters import _onnx_stamp, _onnx_trace, _onnx_weights
 
         opened = Checkpoint.open(checkpoint)
         blocks = table_for(str(opened.config.get("model_type"))).blocks
