@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from prune_export.report import panels, style
-from prune_export.report.reading import Report
+from prune_export.report.reading import Report, StageReading
 
 Draw = Callable[[Axes], None]
 
@@ -93,6 +93,21 @@ def _plan(report: Report) -> dict[str, tuple[Draw, tuple[float, float]]]:
         height = 1.45 + (0.52 if many else 0.42) * len(checks.speed)
         add("speed", partial(panels.speed, report=report), (7.2, height))
     return found
+
+
+def draw_inspection(log: Mapping[str, Any], model: str, path: Path) -> None:
+    """Writes one PNG of what was found before any cut: the distance map beside the block scores.
+
+    `log` has `distance_map`, `block_scores` and `block_score_name`, as a method's decision does.
+    """
+    stage = StageReading(index=0, kind="prune", name="inspect", log=dict(log))
+    with style.styled():
+        figure = style.new_figure(11.5, 4.6)
+        figure.suptitle(style.label(model, 60), x=0.006, ha="left", fontsize=10.5, color=style.INK)
+        left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.1))
+        panels.distance_map(left, stage)
+        panels.block_scores(right, stage)
+        style.save(figure, path)
 
 
 def has_map(log: Mapping[str, Any]) -> bool:

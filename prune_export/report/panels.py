@@ -60,10 +60,11 @@ def distance_map(axes: Axes, stage: StageReading, *, compact: bool = False) -> N
     bar.ax.tick_params(length=0, labelsize=7.5)
     if not compact:
         bar.set_label("angular distance (fraction of π)", color=style.MUTED)
-    note = "dots: the closest pair for each size" if compact else (
-        "How far the residual stream turns across a run of blocks; low = redundant.\n"
-        "White dots: the best place for each size. Ring: the cut that was made."
-    )  # fmt: skip
+    note = "dots: the closest pair for each size"
+    if not compact:
+        note = "How far the residual stream turns across a run of blocks; low = redundant.\n"
+        note += "White dots: the best place for each size."
+        note += " Ring: the cut that was made." if cuts else ""
     style.title(axes, "Angular distance", note)
 
 
@@ -109,10 +110,11 @@ def block_scores(axes: Axes, stage: StageReading) -> None:
     axes.set_ylabel(style.label(name, 48) + (" (log scale)" if log else ""))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     axes.grid(axis="y")
-    axes.plot([], [], "o", color=style.DENSE, label="kept")
-    axes.plot([], [], "o", color=style.PRUNED, label=f"removed: {_blocks(gone, 26)}")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, handletextpad=0.2,
-                columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
+    if gone:
+        axes.plot([], [], "o", color=style.DENSE, label="kept")
+        axes.plot([], [], "o", color=style.PRUNED, label=f"removed: {_blocks(gone, 26)}")
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, handletextpad=0.2,
+                    columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
     style.title(axes, "Score of each block")
 
 
