@@ -180,7 +180,9 @@ def _picked(step: int, samples: int, settings: Settings) -> torch.Tensor:
     """The windows of a step: each epoch visits all of them in an order of its own."""
     first = step * settings.batch
     places = range(first, first + settings.batch)
-    orders = {epoch: _order(settings.seed, epoch, samples) for epoch in {p // samples for p in places}}
+    orders = {
+        epoch: _order(settings.seed, epoch, samples) for epoch in {p // samples for p in places}
+    }
     return torch.stack([orders[place // samples][place % samples] for place in places])
 
 
