@@ -108,7 +108,7 @@ class _Stamper:
 
     def _transposed(self) -> dict[str, str]:
         """Values that are a weight's transpose, where nothing else reads the weight."""
-        found = {}
+        found: dict[str, str] = {}
         for name, value in self.parameters.items():
             users = value.consumers()
             if users and all(

@@ -14,6 +14,7 @@ import torch
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError
 from prune_export.exporters._onnx_stamp import Stamped, Weight
+from prune_export.exporters._onnx_trace import Trace
 from prune_export.progress import Progress
 
 ALIGNMENT: Final = 4096
@@ -30,11 +31,19 @@ _EXPERTS: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
 class Source:
     """Finds a torch parameter's values in a checkpoint, whatever the files call and cut it.
 
-    `tied` names, for each parameter that shares its storage, the others that do.
+    `stored` gives the name in the files for a torch name, and `tied` for each parameter that shares
+    its storage the others that do.
     """
 
     checkpoint: Checkpoint
+    stored: Mapping[str, str]
     tied: Mapping[str, tuple[str, ...]]
+
+    @staticmethod
+    def of(checkpoint: Checkpoint, trace: Trace) -> Source:
+        """The source for the model that was traced."""
+        stored = {trace.parameter_of(name): name for name in checkpoint.entries}
+        return Source(checkpoint, stored, trace.tied)
 
     def read(self, parameter: str, expert: int | None = None) -> torch.Tensor:
         """The parameter, or one expert of a stacked one, in the dtype of the file.
@@ -42,11 +51,11 @@ class Source:
         Raises:
             CheckpointError: the checkpoint does not hold it.
         """
-        for name in self._spellings(parameter):
-            if name in self.checkpoint.entries:
+        for name in (parameter, *self.tied.get(parameter, ())):
+            if name in self.stored:
                 if expert is None:
-                    return self.checkpoint.read(name)
-                return self.checkpoint.read_rows(name, expert, expert + 1)[0]
+                    return self.checkpoint.read(self.stored[name])
+                return self.checkpoint.read_rows(self.stored[name], expert, expert + 1)[0]
         if expert is not None:
             return self._expert(parameter, expert)
         if parameter.rpartition(".")[2] in _EXPERTS:
@@ -57,18 +66,12 @@ class Source:
             "config.json and the weights must be of the same model",
         )
 
-    def _spellings(self, parameter: str) -> Iterator[str]:
-        for name in (parameter, *self.tied.get(parameter, ())):
-            yield name
-            yield name.replace(".mlp.", ".block_sparse_moe.")
-
     def _expert(self, parameter: str, expert: int) -> torch.Tensor:
         stem, _, part = parameter.rpartition(".")
-        for prefix in self._spellings(stem):
-            for names in _EXPERTS.get(part, ()):
-                paths = [f"{prefix}.{expert}.{name}" for name in names]
-                if all(path in self.checkpoint.entries for path in paths):
-                    return torch.cat([self.checkpoint.read(path) for path in paths])
+        for names in _EXPERTS.get(part, ()):
+            paths = [f"{stem}.{expert}.{name}" for name in names]
+            if all(path in self.stored for path in paths):
+                return torch.cat([self.checkpoint.read(self.stored[path]) for path in paths])
         raise CheckpointError(
             f"{self.checkpoint.path}  {parameter}",
             f"expert {expert} is not stored under any name known here",
@@ -76,12 +79,11 @@ class Source:
         )
 
     def _all_experts(self, parameter: str) -> Iterator[torch.Tensor]:
-        prefixes = [f"{name}." for name in self._spellings(parameter.rpartition(".")[0])]
+        stem = parameter.rpartition(".")[0] + "."
         numbers = {
-            int(name[len(prefix) :].split(".")[0])
-            for name in self.checkpoint.entries
-            for prefix in prefixes
-            if name.startswith(prefix)
+            name.removeprefix(stem).partition(".")[0]
+            for name in self.stored
+            if name.startswith(stem)
         }
         for number in range(len(numbers)):
             yield self._expert(parameter, number)
@@ -105,7 +107,7 @@ def write(
             stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
             start = stream.tell()
             values = _values(weight, source, dtype)
-            stream.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
+            stream.write(values.view(-1).view(torch.uint8).numpy().data)
             proto = graph.initializer.add()
             proto.name, proto.data_type = weight.name, graph.output[0].type.tensor_type.elem_type
             proto.dims.extend(weight.shape)

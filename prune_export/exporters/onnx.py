@@ -84,7 +84,7 @@ class Onnx:
         import torch
         from transformers import AutoConfig
 
-        from prune_export.exporters import _onnx_check, _onnx_stamp, _onnx_trace, _onnx_weights
+        from prune_export.exporters import _onnx_stamp, _onnx_trace, _onnx_weights
 
         opened = Checkpoint.open(checkpoint)
         blocks = table_for(str(opened.config.get("model_type"))).blocks
@@ -96,7 +96,7 @@ class Onnx:
             trace = _onnx_trace.trace(config, dtype, blocks, last=last)
             task.advance()
         stamped = _onnx_stamp.stamp(trace, last=last)
-        source = _onnx_weights.Source(opened, trace.tied)
+        source = _onnx_weights.Source.of(opened, trace)
         _onnx_weights.write(stamped, source, dtype, out, work.progress)
         _carry(opened, out)
         with work.progress.task("compare with PyTorch", 1) as task:

@@ -15,15 +15,18 @@ from typing import Any
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
 from prune_export.errors import PlanError
-from prune_export.machine import Machine, describe
+from prune_export.machine import Machine
 from prune_export.plan import Plan, make_plan
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Recipe
+from prune_export.report import write_report
 from prune_export.run import artifacts
 from prune_export.run.artifacts import Base, Bench
-from prune_export.run.measure import Measured, measured
+from prune_export.run.measure import measured
+from prune_export.run.record import report_of
 from prune_export.run.result import LOCK, Result, lock_of, refuse_foreign
 from prune_export.store import Artifact, Store
+from prune_export.verify import check_tasks
 from prune_export.verify.results import Gate, Verification
 
 __all__ = ["Plan", "RunResult", "make_plan", "plan", "run"]
@@ -67,6 +70,8 @@ def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
         CheckpointError: the model is broken or unsafe.
         UnsupportedArch: the architecture tables do not describe the model.
     """
+    if recipe.verify.quality:
+        check_tasks(recipe.verify.quality.tasks)
     spec, path, _ = _model(recipe, model)
     if path.suffix == ".gguf":
         checkpoint = Checkpoint(path, gguf_config(path), {})

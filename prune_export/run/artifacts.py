@@ -131,8 +131,10 @@ def tokens(
     elif isinstance(source, TokenFile):
         patterns = (source.tokens,)
     for pattern in patterns:
-        for file in sorted(bench.recipe.root.glob(pattern)):
-            inputs.append(f"{pattern}:{bench.store.file_hash(file)}")
+        inputs += [
+            f"{pattern}:{bench.store.file_hash(file)}"
+            for file in sorted(bench.recipe.root.glob(pattern))
+        ]
     excluded = frozenset(exclude)
     inputs.append(f"exclude:{sha256_of_json(sorted(excluded))}")
     key = Key("data", name, _DATA_VERSION, parameters, tuple(inputs))
