@@ -63,8 +63,13 @@ class GenaiRunner:
         Returns logits float32 `[batch, new or 1, vocab]` and the seconds that it took, those for
         feeding and growing the cache included.
         """
-        start = perf_counter()
         batch, new = ids.shape
+        if batch > 1 and new > 1 and self._seen:
+            # The attention continues several sequences by one token at a time only.
+            parts = [self.step(ids[:, i : i + 1]) for i in range(new)]
+            kept = parts[-1:] if self._last else parts
+            return np.concatenate([part[0] for part in kept], axis=1), sum(p[1] for p in parts)
+        start = perf_counter()
         total = self._seen + new
         self._make_room(batch, total)
         binding = self._binding
