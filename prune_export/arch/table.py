@@ -6,16 +6,19 @@ how to write one; the contract test proves it against a tiny random model of tra
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from prune_export.arch.conditions import holds, keys_of, value
+from prune_export.arch.dims import Dims
 from prune_export.errors import UnsupportedArch, did_you_mean
+
+__all__ = ["Axis", "ConfigRules", "LayerSet", "Table", "TensorRow", "common", "holds", "value"]
 
 
 class _Frozen(BaseModel):
@@ -23,10 +26,15 @@ class _Frozen(BaseModel):
 
 
 class Axis(_Frozen):
-    """A named size: an expression over config keys, the same in every layer or its own in each."""
+    """A named size: an expression over config keys.
+
+    It is the same everywhere (`residual`), or its own in each layer (`mlp.3`), or its own in each
+    expert of each layer (`moe.3.7`).
+    """
 
     size: str
     per_layer: bool = False
+    per_expert: bool = False
 
 
 class TensorRow(_Frozen):
@@ -34,7 +42,7 @@ class TensorRow(_Frozen):
 
     `name` is the stored name; inside `block` it is relative to the block and may hold `{expert}`.
     `when` is a condition over config keys (`attention_bias`, `not bias`, `activation == gelu`).
-    `layers` limits a row to a named layer set of the table.
+    `layers` limits a row to a named layer set of the table, or to `not` that set.
     """
 
     name: str
@@ -56,27 +64,61 @@ class LayerSet(_Frozen):
     excluding: str
 
 
-class ConfigRules(_Frozen):
-    """What each config key means for a cut.
+class Count(_Frozen):
+    """A key that says how many entries of the per-layer list `of` are `value`."""
 
-    `accepts` limits a key to values that this table is true for. `per_layer` are lists with one
-    entry a layer. `known` are keys that need no change. `depth_requires` are keys that must have
-    the value given before blocks may be dropped, because the computation depends on the layer's
-    number.
+    of: str
+    value: str
+
+
+class ConfigRules(_Frozen):
+    """What each config key means for a cut; a key that stands nowhere is refused.
+
+    Attributes:
+        known: keys that need no change.
+        accepts: keys of which this table is true only for the values listed.
+        per_layer: lists with one entry a layer; sliced with the layers, and written out after a
+            depth cut even where the file left them to a default.
+        derives: keys that only fill in a `per_layer` list that is absent. After a depth cut the
+            list is written, and these, now untrue, are removed.
+        counts: keys that count entries of a `per_layer` list; recounted after a depth cut.
+        depth_requires: keys that must have the value given before blocks may be renumbered,
+            because a block computes with its own number.
+        writes: for each key that states a size, its value as an expression over the axes.
+        divides: key pairs (divisor, multiple) that transformers insists on.
+        at_most: key pairs (less, more) without which the model cannot run.
+        aliases: other names that transformers accepts for a key, and the name that it writes.
     """
 
+    known: list[str] = Field(default_factory=list)
     accepts: dict[str, list[Any]] = Field(default_factory=dict)
     per_layer: list[str] = Field(default_factory=list)
-    known: list[str] = Field(default_factory=list)
+    derives: list[str] = Field(default_factory=list)
+    counts: dict[str, Count] = Field(default_factory=dict)
     depth_requires: dict[str, Any] = Field(default_factory=dict)
+    writes: dict[str, str] = Field(default_factory=dict)
+    divides: list[tuple[str, str]] = Field(default_factory=list)
+    at_most: list[tuple[str, str]] = Field(default_factory=list)
+    aliases: dict[str, str] = Field(default_factory=dict)
+
+
+class Tiny(_Frozen):
+    """The tiny random models that prove a table.
+
+    `config` is given to transformers' config class; each of `variants` is a set of changes to it.
+    """
+
+    config: dict[str, Any]
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class Table(_Frozen):
     """A family.
 
     `blocks`, `final_norm` and `embeddings` are module paths in the transformers model, which are
-    also prefixes of the stored names: the list of blocks, the norm after the last block (None
-    where there is none), and what runs before the first block.
+    also prefixes of the stored names: the list of blocks, the norm after the last block (None, or
+    `final_norm_when` untrue, where there is none), and what runs before the first block.
+
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
     transformers stored and that carry nothing: they are accepted, and left behind.
     """
@@ -88,34 +130,114 @@ class Table(_Frozen):
     layers: str
     blocks: str
     final_norm: str | None
+    final_norm_when: str | None = None
     embeddings: list[str]
     axes: dict[str, Axis]
     layer_sets: dict[str, LayerSet] = Field(default_factory=dict)
     head: list[TensorRow]
     block: list[TensorRow]
     tail: list[TensorRow]
-    config: ConfigRules
-    activations: list[str] = Field(default_factory=list)
     ignored_tensors: list[str] = Field(default_factory=list)
+    config: ConfigRules
+    tiny: Tiny
     notes: str = ""
+
+    def rows(self) -> Iterator[TensorRow]:
+        """Every row, in the order of the model."""
+        yield from (*self.head, *self.block, *self.tail)
+
+    def depth_keys(self) -> tuple[str, ...]:
+        """The config keys that a depth cut rewrites."""
+        sets = [key for row in self.layer_sets.values() for key in (row.every, row.excluding)]
+        return (self.layers, *self.config.per_layer, *sets, *self.config.counts)
+
+    def keys(self) -> frozenset[str]:
+        """Every config key that the table knows, without those common to all families."""
+        rules = self.config
+        sized = {key for axis in self.axes.values() for key in keys_of(axis.size)}
+        return frozenset(
+            {*rules.known, *rules.accepts, *rules.derives, *rules.depth_requires, *rules.writes}
+            | {*rules.aliases, *self.depth_keys()}
+            | sized
+        )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        known, names = self.keys() | common().keys(), {row.name for row in self.rows()}
+        for row in self.rows():
+            unknown = Dims.parse(row.dims).axes() - self.axes.keys()
+            if unknown:
+                raise ValueError(f"{row.name}: dims use unknown axes {sorted(unknown)}")
+            if row.layers and row.layers.removeprefix("not ") not in self.layer_sets:
+                raise ValueError(f"{row.name}: unknown layer set {row.layers!r}")
+            if row.tied_to and row.tied_to not in names:
+                raise ValueError(f"{row.name}: tied to {row.tied_to}, which is no row")
+            for condition in (row.when, row.tied_when):
+                unknown = keys_of(condition or "") - known
+                if unknown:
+                    raise ValueError(f"{row.name}: condition on unknown keys {sorted(unknown)}")
+        for key, expression in self.config.writes.items():
+            unknown = keys_of(expression) - self.axes.keys()
+            if unknown:
+                raise ValueError(f"config.writes.{key}: unknown axes {sorted(unknown)}")
+        return self
+
+
+class Common(_Frozen):
+    """Config keys that any family may carry: harmless, limited to values, or refused with advice.
+
+    A refused key is let pass where it is null or empty.
+    """
+
+    known: list[str]
+    accepts: dict[str, list[Any]]
+    refuses: dict[str, str]
+
+    def keys(self) -> frozenset[str]:
+        """Every key that stands here."""
+        return frozenset({*self.known, *self.accepts, *self.refuses})
 
 
 @cache
 def tables() -> Mapping[str, Table]:
-    """Every table, by model type."""
+    """Every table, by model type.
+
+    Raises:
+        UnsupportedArch: a table is malformed; file and key are named.
+    """
     found: dict[str, Table] = {}
     for entry in sorted(files("prune_export.arch").joinpath("families").iterdir(), key=str):
         if entry.name.endswith(".yaml") and not entry.name.startswith("_"):
-            table = Table.model_validate(yaml.safe_load(entry.read_text(encoding="utf-8")))
+            table = parse_table(entry.read_text(encoding="utf-8"), entry.name)
             found |= dict.fromkeys(table.model_types, table)
     return found
 
 
+def parse_table(text: str, name: str) -> Table:
+    """The table that a YAML text says; `name` is the file's, for messages.
+
+    Raises:
+        UnsupportedArch: it is malformed.
+    """
+    try:
+        return Table.model_validate(yaml.safe_load(text))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise UnsupportedArch(
+            f"families/{name}  {where}".rstrip(),
+            first["msg"],
+            "docs/architectures.md shows what a table may say",
+        ) from None
+    except yaml.YAMLError as error:
+        raise UnsupportedArch(f"families/{name}", f"is not YAML: {error}") from None
+
+
 @cache
-def common_keys() -> frozenset[str]:
-    """Config keys that any family may carry and that never change the decoder's computation."""
+def common() -> Common:
+    """What `families/_common.yaml` says of config keys that any family may carry."""
     text = files("prune_export.arch").joinpath("families/_common.yaml").read_text(encoding="utf-8")
-    return frozenset(yaml.safe_load(text)["known"])
+    return Common.model_validate(yaml.safe_load(text))
 
 
 def table_for(model_type: str) -> Table:
@@ -129,55 +251,7 @@ def table_for(model_type: str) -> Table:
         raise UnsupportedArch(
             "config.json  model_type",
             f"got {model_type!r}, which no architecture table describes",
-            did_you_mean(model_type, known)
-            or "add prune_export/arch/families/<family>.yaml (docs/architectures.md)",
+            f"{did_you_mean(model_type, known)}; a new family is one file, "
+            "prune_export/arch/families/<family>.yaml (docs/architectures.md)",
         )
     return known[model_type]
-
-
-def value(expression: str, config: Mapping[str, Any]) -> int:
-    """Evaluates `a | b / c`: alternatives in order, the first without a missing key; integers only.
-
-    Raises:
-        UnsupportedArch: no alternative has all of its keys, or a division leaves a rest.
-    """
-    for alternative in expression.split("|"):
-        terms = re.findall(r"[*/]|[A-Za-z_][A-Za-z0-9_]*|[0-9]+", alternative)
-        numbers = [
-            int(term) if term.isdecimal() else config.get(term)
-            for term in terms
-            if term not in "*/"
-        ]
-        if any(number is None for number in numbers):
-            continue
-        total = int(numbers[0])
-        for sign, number in zip((t for t in terms if t in "*/"), numbers[1:], strict=True):
-            if sign == "/" and total % int(number):
-                raise UnsupportedArch(
-                    "config.json", f"{alternative.strip()} leaves a rest: {total} / {number}"
-                )
-            total = total * int(number) if sign == "*" else total // int(number)
-        return total
-    raise UnsupportedArch(
-        "config.json",
-        f"has none of what `{expression}` needs",
-        "the config is incomplete; load and save it once with transformers",
-    )
-
-
-Verdict = Literal[True, False]
-
-
-def holds(condition: str | None, config: Mapping[str, Any]) -> bool:
-    """Whether a row's condition is true of a config; None is always true."""
-    if condition is None:
-        return True
-    if " and " in condition:
-        return all(holds(part, config) for part in condition.split(" and "))
-    for sign, equal in ((" == ", True), (" != ", False)):
-        if sign in condition:
-            key, wanted = condition.split(sign)
-            return (str(config.get(key.strip())) == wanted.strip()) is equal
-    if condition.startswith("not "):
-        return not config.get(condition[4:].strip())
-    return bool(config.get(condition.strip()))

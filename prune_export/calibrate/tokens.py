@@ -2,22 +2,100 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Final, Self
 
 import torch
+
+from prune_export.errors import CheckpointError
+
+_KEY: Final = "prune_export.tokens"
+_VERSION: Final = 1
 
 
 @dataclass(frozen=True)
 class TokenSet:
     """Token windows: `ids` int64 `[samples, length]`, and where they came from.
 
-    `fingerprint` is a sha256 of ids and provenance; `documents` are hashes of the source documents,
-    in the order of their first use, by which overlap between two sets is found.
+    Every window is full: nothing is padded. `fingerprint` is a sha256 of ids and provenance;
+    `documents` are hashes of the source documents, in the order of their first use, by which
+    overlap between two sets is found. `provenance` is JSON and never holds a path of this machine.
     """
 
     ids: torch.Tensor
     fingerprint: str
     documents: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        ids: torch.Tensor,
+        documents: tuple[str, ...] = (),
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The set of these windows, fingerprinted."""
+        ids = ids.to(torch.int64).contiguous()
+        known = dict(provenance or {})
+        return cls(ids, _fingerprint(ids, known), documents, known)
+
+    @property
+    def samples(self) -> int:
+        """The number of windows."""
+        return int(self.ids.shape[0])
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window."""
+        return int(self.ids.shape[1])
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file; the same set gives the same bytes."""
+        from safetensors.torch import save_file
+
+        known = {
+            "version": _VERSION,
+            "fingerprint": self.fingerprint,
+            "documents": list(self.documents),
+            "provenance": dict(self.provenance),
+        }
+        # One key: safetensors writes several metadata keys in an arbitrary order.
+        save_file({"ids": self.ids}, path, metadata={_KEY: json.dumps(known, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is not a token set, or was changed.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        fix = "write it again with this tool (`TokenSet.save`)"
+        try:
+            with safe_open(path, framework="pt") as file:
+                known = json.loads((file.metadata() or {})[_KEY])
+                ids = file.get_tensor("ids")
+            fingerprint, documents = str(known["fingerprint"]), tuple(known["documents"])
+            provenance = dict(known["provenance"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(str(path), f"is not a token set: {error}", fix) from None
+        if (
+            ids.dtype != torch.int64
+            or ids.dim() != 2
+            or fingerprint != _fingerprint(ids, provenance)
+        ):
+            raise CheckpointError(
+                str(path), "holds other tokens than its fingerprint says: it was changed", fix
+            )
+        return cls(ids, fingerprint, documents, provenance)
+
+
+def _fingerprint(ids: torch.Tensor, provenance: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps([list(ids.shape), provenance], sort_keys=True).encode())
+    digest.update(ids.contiguous().numpy().data)
+    return digest.hexdigest()

@@ -33,10 +33,10 @@ _ORIGINAL = "start from the original safetensors model"
 def import_gguf(
     file: Path,
     out: Path,
+    progress: Progress | None = None,
     *,
     ignore_keys: Collection[str] = (),
     max_shard_bytes: int = SHARD_BYTES,
-    progress: Progress | None = None,
 ) -> Checkpoint:
     """Writes the model in `file`, with its tokenizer, as a plain float32 checkpoint.
 
@@ -58,7 +58,7 @@ def import_gguf(
         task = stack.enter_context(told.task(f"dequantizing {file.name}", len(header.tensors)))
         stack.enter_context(_quiet(task))
         place = Path(stack.enter_context(TemporaryDirectory(prefix="prune-export-")))
-        arch = _arch(file, header, ignore_keys)
+        arch = Arch.from_config(_config(file, header), ignore_keys=ignore_keys)
         _refuse_small_memory(file, header)
         model = _dequantized(file)
         config = json.loads(model.config.to_json_string())
@@ -82,20 +82,20 @@ def import_gguf(
         )
 
 
-def arch_of_gguf(file: Path, *, ignore_keys: Collection[str] = ()) -> Arch:
-    """The architecture of a GGUF file, from its header: what `plan` needs, no weight being read.
+def gguf_config(file: Path) -> dict[str, Any]:
+    """The full transformers config of a GGUF file, from its header: no weight is read.
 
     Raises:
         MissingExtra: gguf is not installed.
         CheckpointError: the file is truncated or not GGUF.
-        UnsupportedArch: transformers, or our tables, do not describe the model exactly.
+        UnsupportedArch: transformers does not read this model from GGUF, or not exactly.
     """
     header = read_gguf_header(file)
     with _quiet():
-        return _arch(file, header, ignore_keys)
+        return _config(file, header)
 
 
-def _arch(file: Path, header: GgufHeader, ignore_keys: Collection[str]) -> Arch:
+def _config(file: Path, header: GgufHeader) -> dict[str, Any]:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     try:
@@ -108,7 +108,7 @@ def _arch(file: Path, header: GgufHeader, ignore_keys: Collection[str]) -> Arch:
         ) from error
     config = {key: value for key, value in config.items() if key not in _DEAD_KEYS}
     _refuse_ignored_rope(file, header, config)
-    return Arch.from_config(full_config(config, file), ignore_keys=ignore_keys)
+    return full_config(config, file)
 
 
 def _refuse_ignored_rope(file: Path, header: GgufHeader, config: Mapping[str, Any]) -> None:

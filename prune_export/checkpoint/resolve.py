@@ -6,50 +6,33 @@ From the Hub come config, tokenizer and safetensors, and nothing that could run 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from prune_export.checkpoint.config import read_json
 from prune_export.checkpoint.reader import CONVERT, INDEX, PICKLES, SIDE_NAMES, SIDE_STEMS, SINGLE
-from prune_export.errors import CheckpointError
+from prune_export.errors import CheckpointError, PlanError, PruneExportError
 
 _ID: Final = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@\s]+))?")
 _SIDE: Final = ("config.json", *sorted(SIDE_NAMES), *(f"{stem}*" for stem in SIDE_STEMS))
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """Where a model lies: `path` is a directory or a `.gguf` file.
-
-    `id` and `revision`, the commit, are known for a model from the Hub.
-    """
-
-    path: Path
-    id: str | None = None
-    revision: str | None = None
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether it must be imported first."""
-        return self.path.suffix == ".gguf"
-
-
 def resolve_model(
     spec: str, *, offline: bool = False, weights: bool = True, endpoint: str | None = None
-) -> Resolved:
-    """The model that `spec` names, downloaded when it is on the Hub and not in its cache.
+) -> tuple[Path, str | None]:
+    """The local place of a model, fetched from the Hub where needed, and its commit there.
 
     `spec` is a directory, a `.gguf` file, or `org/name[@revision]`. `offline` looks in the cache
     only, and so does the environment's HF_HUB_OFFLINE; `weights=False` fetches all but the weights.
 
     Raises:
-        CheckpointError: there is no such model, it may not be fetched, or it has no safetensors.
+        PlanError: there is no such model, or it may not or cannot be fetched.
+        CheckpointError: a file of another format, or a repository without safetensors.
     """
     place = Path(spec).expanduser()
     if place.exists():
         if place.is_dir() or place.suffix == ".gguf":
-            return Resolved(place)
+            return place, None
         raise CheckpointError(
             spec,
             "is a file, expected a model directory, a .gguf file or a Hub id",
@@ -57,14 +40,14 @@ def resolve_model(
         )
     named = _ID.fullmatch(spec)
     if named is None or place.suffix == ".gguf" or spec.startswith((".", "~", "/")):
-        raise CheckpointError(
+        raise PlanError(
             spec,
             "does not exist, and is not a Hub id (`org/name`, `org/name@revision`)",
             "give a model directory, a .gguf file or a Hub id",
         )
     try:
         return _from_hub(named["id"], named["revision"], offline, weights, endpoint)
-    except CheckpointError:
+    except PruneExportError:
         raise
     except Exception as error:
         raise _readable(spec, error) from error
@@ -72,7 +55,7 @@ def resolve_model(
 
 def _from_hub(
     name: str, revision: str | None, offline: bool, weights: bool, endpoint: str | None
-) -> Resolved:
+) -> tuple[Path, str]:
     from huggingface_hub import constants, snapshot_download
 
     offline = offline or constants.HF_HUB_OFFLINE
@@ -96,7 +79,7 @@ def _from_hub(
         shards = {str(shard) for shard in listed.values()} if isinstance(listed, dict) else set()
         # The commit, not the branch: the index and its shards must be of one version.
         path = fetch(path.name, *sorted(shards))
-    return Resolved(path, name, path.name)
+    return path, path.name
 
 
 def _refuse_without_safetensors(name: str, revision: str | None, endpoint: str | None) -> None:
@@ -130,7 +113,7 @@ def _refuse_without_safetensors(name: str, revision: str | None, endpoint: str |
     raise CheckpointError(name, f"has no weights: neither {SINGLE} nor {INDEX}")
 
 
-def _readable(spec: str, error: Exception) -> CheckpointError:
+def _readable(spec: str, error: Exception) -> PlanError:
     """What huggingface_hub raised, in three lines."""
     from huggingface_hub import errors
 
@@ -138,31 +121,31 @@ def _readable(spec: str, error: Exception) -> CheckpointError:
     cause: Any = error
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
-        return CheckpointError(
+        return PlanError(
             where,
             "is gated: its owner lets only those read it who accepted its terms",
             "accept them on the model's page, then run `hf auth login`",
         )
     if isinstance(error, errors.RevisionNotFoundError | errors.RevisionResolutionError):
-        return CheckpointError(
+        return PlanError(
             where, "has no such revision", "write a branch, a tag or a commit after the `@`"
         )
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-        return CheckpointError(
+        return PlanError(
             where,
             "is not found there, or is private; no such directory exists here either",
             "check the spelling; for a private model run `hf auth login`",
         )
     if isinstance(error, errors.HFValidationError):
-        return CheckpointError(where, f"is not a Hub id: {error}", "write `org/name`")
+        return PlanError(where, f"is not a Hub id: {error}", "write `org/name`")
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return CheckpointError(
+        return PlanError(
             where,
             "is not in the local cache, and the Hub is not asked (offline) or not reached",
             "fetch it once with a network (`hf download ID`), or give a local directory",
         )
-    return CheckpointError(
+    return PlanError(
         where,
         f"cannot be fetched: {first}",
         "check the network and run again; what was fetched is kept",

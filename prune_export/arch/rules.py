@@ -1,0 +1,196 @@
+"""What a table says of config keys, applied: refusing, slicing and writing them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from prune_export.arch.conditions import value
+from prune_export.arch.table import Table, common
+from prune_export.arch.tensors import members
+from prune_export.errors import PlanError, UnsupportedArch, did_you_mean
+
+
+def with_stored_names(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with other names of a key replaced by the one that transformers writes."""
+    named = dict(config)
+    for alias, key in table.config.aliases.items():
+        if alias in named:
+            other = named.pop(alias)
+            if named.setdefault(key, other) != other:
+                raise UnsupportedArch(
+                    f"config.json  {alias}",
+                    f"got {other!r}, but {key}, which means the same, is {named[key]!r}",
+                    "remove the one that is wrong",
+                )
+    return named
+
+
+def with_names_of(
+    table: Table, config: Mapping[str, Any], base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config with each key under the name that `base` had for it, for its other readers."""
+    used = {
+        key: alias
+        for alias, key in table.config.aliases.items()
+        if alias in base and key not in base
+    }
+    return {used.get(key, key): value for key, value in config.items()}
+
+
+def refuse_unknown(table: Table, config: Mapping[str, Any], ignore: Collection[str]) -> None:
+    """Checks every key of a config against the table.
+
+    Raises:
+        UnsupportedArch: a key or a value that the table does not know, unless it is in `ignore`.
+    """
+    shared, known = common(), table.keys() | common().keys()
+    for key in sorted(config.keys() - set(ignore)):
+        got = config[key]
+        if key not in known:
+            raise UnsupportedArch(
+                f"config.json  {key}",
+                f"the {table.family} table does not know this key (value {got!r:.60})",
+                f"if it does not change the computation, pass `--ignore-config-key {key}`",
+            )
+        if key in shared.refuses and got:
+            raise UnsupportedArch(
+                f"config.json  {key}", f"got {got!r:.60}, expected none", shared.refuses[key]
+            )
+        accepted = table.config.accepts.get(key, shared.accepts.get(key))
+        if accepted is not None and got not in accepted:
+            close = did_you_mean(got, filter(None, accepted)) if isinstance(got, str) else ""
+            raise UnsupportedArch(
+                f"config.json  {key}",
+                f"got {got!r:.60}, the {table.family} table is true for {_listed(accepted)}",
+                close,
+            )
+
+
+def check_lists(table: Table, config: Mapping[str, Any], layers: int) -> None:
+    """Checks that every per-layer list has an entry for each layer.
+
+    Raises:
+        UnsupportedArch: one has not, or is no list.
+    """
+    for key in table.config.per_layer:
+        listed = config.get(key)
+        if listed is None:
+            continue
+        if not isinstance(listed, list | tuple) or len(listed) != layers:
+            count = f"{len(listed)} entries" if isinstance(listed, list | tuple) else f"{listed!r}"
+            raise UnsupportedArch(
+                f"config.json  {key}",
+                f"got {count}, expected a list with one entry for each of {layers} layers",
+            )
+
+
+def cut_config(table: Table, config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The config of the model that has only the layers `kept`, renumbered from 0.
+
+    Raises:
+        PlanError: a block computes with its own number, which would change.
+    """
+    layers, rules = value(table.layers, config), table.config
+    for key, wanted in rules.depth_requires.items():
+        if config.get(key, wanted) != wanted and list(kept) != list(range(len(kept))):
+            raise PlanError(
+                f"config.json  {key}",
+                f"is {config[key]!r}: each block computes with its own number, so no block but "
+                "the last ones can be dropped without changing others",
+                "drop blocks from the end (method `deepest`), or choose a width method",
+            )
+    cut = dict(config) | {table.layers: len(kept)}
+    for key in rules.per_layer:
+        if config.get(key) is not None:
+            cut[key] = [config[key][layer] for layer in kept]
+    for name, row in table.layer_sets.items():
+        inside = members(table, name, config, layers)
+        cut[row.every] = 1
+        cut[row.excluding] = [new for new, old in enumerate(kept) if old not in inside]
+    for key, count in rules.counts.items():
+        if cut.get(count.of) is not None and key in config:
+            cut[key] = cut[count.of].count(count.value)
+    return cut
+
+
+def write_depth(table: Table, cut: Mapping[str, Any], written: dict[str, Any]) -> None:
+    """Writes the depth keys of `cut` into `written`, in place.
+
+    A file that leaves a per-layer list to a default says something else once the layers are cut,
+    so after a cut every list is stated.
+    """
+    unchanged = written.get(table.layers) == cut[table.layers]
+    for key in table.depth_keys():
+        if key in cut and not (unchanged and written.get(key) is None):
+            written[key] = cut[key]
+    if not unchanged:
+        for key in table.config.derives:
+            written.pop(key, None)
+
+
+def write_width(
+    table: Table, config: Mapping[str, Any], sizes: Mapping[str, int], written: dict[str, Any]
+) -> bool:
+    """Writes the sizes into `written`, in place, and returns whether any had changed.
+
+    Raises:
+        PlanError: they differ between layers or experts, or the family's config cannot say them.
+    """
+    uniform: dict[str, int] = {}
+    for axis, size in sizes.items():
+        name = axis.split(".")[0]
+        if uniform.setdefault(name, size) != size:
+            found = sorted({size for key, size in sizes.items() if key.split(".")[0] == name})
+            raise PlanError(
+                f"axis {name}",
+                f"has sizes {found} in different places, which a stock config cannot say",
+                "choose one size for all",
+            )
+    if not _unsaid(table, config, uniform):
+        return False
+    everywhere = {
+        name: uniform[name] if name in uniform else value(axis.size, config)
+        for name, axis in table.axes.items()
+    }
+    for key, expression in table.config.writes.items():
+        written[key] = value(expression, everywhere)
+    said = {**config, **written}
+    for name in _unsaid(table, said, uniform):
+        raise PlanError(
+            f"axis {name}",
+            f"cannot have size {uniform[name]}: a {table.family} config says "
+            f"`{table.axes[name].size}`, which would be {value(table.axes[name].size, said)}",
+            "choose another axis or size",
+        )
+    for divisor, multiple in table.config.divides:
+        if said[multiple] % said[divisor]:
+            raise PlanError(
+                f"config.json  {divisor}",
+                f"would be {said[divisor]}, but transformers insists that it divides {multiple}, "
+                f"{said[multiple]}",
+                f"choose a {divisor} that divides it",
+            )
+    for less, more in table.config.at_most:
+        if said[less] > said[more]:
+            raise PlanError(
+                f"config.json  {more}",
+                f"would be {said[more]}, fewer than {less}, {said[less]}",
+                f"keep at least {said[less]}",
+            )
+    return True
+
+
+def _unsaid(table: Table, config: Mapping[str, Any], uniform: Mapping[str, int]) -> list[str]:
+    return [name for name, size in uniform.items() if _says(table, name, config) != size]
+
+
+def _says(table: Table, axis: str, config: Mapping[str, Any]) -> int | None:
+    try:
+        return value(table.axes[axis].size, config)
+    except UnsupportedArch:
+        return None
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(repr(value) for value in values)

@@ -1,0 +1,52 @@
+"""The command line. It parses, calls the package, and prints; it decides nothing.
+
+Exit status: 0 done, 1 a verification gate or a stage failed, 2 bad input (recipe, model, machine).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Final
+
+import typer
+
+from prune_export.cli import console
+from prune_export.errors import PruneExportError, PublishError, StageError, VerifyError
+
+_QUIET_LIBRARIES: Final = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "BITSANDBYTES_NOWELCOME": "1",
+}
+
+
+def main() -> None:
+    """Runs the command line; errors of this package become three lines and an exit status."""
+    verbose = "--verbose" in sys.argv or "-v" in sys.argv
+    if not verbose:
+        for variable, value in _QUIET_LIBRARIES.items():
+            os.environ.setdefault(variable, value)
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+    from prune_export.cli.commands import app
+
+    try:
+        app()
+    except PruneExportError as error:
+        if verbose:
+            console.errors.print_exception()
+        console.show_error(error, as_json="--json" in sys.argv)
+        failed = isinstance(error, StageError | VerifyError | PublishError)
+        raise SystemExit(1 if failed else 2) from None
+    except KeyboardInterrupt:
+        console.errors.print("interrupted; the same command goes on from here")
+        raise SystemExit(130) from None
+
+
+__all__ = ["main", "typer"]

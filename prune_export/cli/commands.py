@@ -1,0 +1,363 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prune_export import __version__, registry
+from prune_export.cli import console, options
+from prune_export.errors import PlanError, VerifyError
+from prune_export.units import text_from_bytes, text_from_count, text_from_seconds
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Prune, heal, export and verify language models from a declarative recipe.",
+)
+store_app = typer.Typer(no_args_is_help=True, help="Look at the artifact store, or clean it.")
+app.add_typer(store_app, name="store")
+
+RecipeName = Annotated[str, typer.Argument(help="A recipe: file, bundled name or hf://owner/name.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The result directory.")],
+    model: options.Model = None,
+    data_root: options.DataRoot = None,
+    sets: options.Sets = None,
+    store: options.StoreDir = None,
+    ram: options.Ram = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(help="Do a step again: `heal`, `export.onnx`, `verify.speed`. Repeatable."),
+    ] = None,
+    ignore_config_key: options.IgnoreKeys = None,
+    push_to: Annotated[str | None, typer.Option(help="Publish the result to `owner/name`.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print the plan.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Carry a recipe out: prune, heal, export, verify, report.
+
+        prune-export run depth40-angular-qlora --model meta-llama/Llama-3.1-8B --out out/
+        prune-export run my.yaml -m ./checkpoint -o out/ -s stages.0.prune.remove=6
+
+    Killed or interrupted, the same command goes on where it was.
+    """
+    from prune_export.recipe import Recipe
+    from prune_export.run import Options
+    from prune_export.run import plan as plan_of
+    from prune_export.run import run as run_recipe
+
+    loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
+    chosen = Options(
+        out=out,
+        store=options.store_directory(store),
+        machine=options.machine(ram, threads, device),
+        force=frozenset(force or ()),
+        ignore_keys=tuple(ignore_config_key or ()),
+        command=options.command_line(),
+    )
+    if dry_run:
+        _show_plan(plan_of(loaded, model, chosen), as_json=json)
+        return
+    result = run_recipe(loaded, model, chosen, console.progress(quiet=quiet or json))
+    if json:
+        console.print_json(result.report)
+    else:
+        _show_report(result.report, result.out)
+    repo = push_to or loaded.publish.repo
+    if repo:
+        _publish(result.out, repo, private=loaded.publish.private, force=False, quiet=quiet)
+    if result.failed:
+        gate = result.failed[0]
+        raise VerifyError(
+            gate.what,
+            f"claimed {gate.claimed:g}, measured {gate.measured:.3g}",
+            f"the result is in {result.out}; change the recipe, or its gate",
+        )
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    model: options.Model = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The result directory.")] = Path("out"),
+    data_root: options.DataRoot = None,
+    sets: options.Sets = None,
+    store: options.StoreDir = None,
+    ram: options.Ram = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    ignore_config_key: options.IgnoreKeys = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Say what a recipe would do to a model and what it would take; read no weights, write nothing.
+
+        prune-export plan depth40-angular-qlora --model ./Llama-3.1-70B --ram 64GiB
+
+    The model may be a directory that holds only a config.json.
+    """
+    from prune_export.recipe import Recipe
+    from prune_export.run import Options
+    from prune_export.run import plan as plan_of
+
+    loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
+    chosen = Options(
+        out=out,
+        store=options.store_directory(store),
+        machine=options.machine(ram, threads, device),
+        ignore_keys=tuple(ignore_config_key or ()),
+    )
+    _show_plan(plan_of(loaded, model, chosen), as_json=json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this bundled recipe.")] = None,
+    json: options.Json = False,
+) -> None:
+    """List the bundled recipes, or print one.
+
+    prune-export recipes
+    prune-export recipes demo > mine.yaml
+    """
+    from prune_export.recipe import Recipe, bundled
+
+    known = bundled()
+    if name is None:
+        found = {key: Recipe.load(key).description for key in known}
+        if json:
+            console.print_json(found)
+        else:
+            console.table("", ["recipe", "what it does"], list(found.items()))
+    elif name in known:
+        typer.echo(known[name].read_text(encoding="utf-8"), nl=False)
+    else:
+        from prune_export.errors import RecipeError, did_you_mean
+
+        raise RecipeError(name, "is not a bundled recipe", did_you_mean(name, known))
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one with its keys.")] = None,
+    json: options.Json = False,
+) -> None:
+    """List the pruning methods, healers and exporters, or show one with its keys.
+
+    prune-export methods
+    prune-export methods angular_distance
+    """
+    from prune_export.recipe.reference import described
+
+    known = {kind: registry.names(kind) for kind in registry.KINDS}
+    if name is None:
+        found = [described(kind, entry) for kind in known for entry in known[kind]]
+        if json:
+            keys = ("kind", "name", "summary")
+            console.print_json([{key: getattr(entry, key) for key in keys} for entry in found])
+        else:
+            shown = [(entry.name, entry.kind, entry.summary) for entry in found]
+            console.table("", ["name", "kind", "what it does"], shown)
+        return
+    kinds = [kind for kind in known if name in known[kind]]
+    if not kinds:
+        from prune_export.errors import did_you_mean
+
+        every = [entry for entries in known.values() for entry in entries]
+        raise PlanError(name, "nothing is registered under this name", did_you_mean(name, every))
+    entry = described(kinds[0], name)
+    if json:
+        console.print_json(dataclasses.asdict(entry))
+        return
+    typer.echo(entry.text + "\n")
+    rows = [(key.name, key.type, key.default, key.help) for key in entry.keys]
+    console.table("", ["key", "type", "default", "meaning"], rows)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors that complete and check YAML.
+
+    prune-export schema > prune_recipe.schema.json
+    """
+    from prune_export.recipe.reference import json_schema
+
+    console.print_json(json_schema())
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hub id, directory or .gguf.")],
+    data: Annotated[
+        list[Path], typer.Option("--data", "-d", help="Text, JSON-lines or Parquet. Repeatable.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture.")] = Path("inspect.png"),
+    samples: Annotated[int, typer.Option(min=1, help="Windows.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of windows.")] = 0,
+    store: options.StoreDir = None,
+    ram: options.Ram = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    ignore_config_key: options.IgnoreKeys = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Draw how redundant a model's blocks are: the angular-distance map and block influence.
+
+    prune-export inspect ./SmolLM2-135M --data corpus.jsonl --out map.png
+    """
+    from prune_export.cli.inspecting import inspected, shown
+
+    found = inspected(
+        model, data, samples=samples, length=length, seed=seed, picture=out,
+        store=options.store_directory(store), machine=options.machine(ram, threads, device),
+        ignore_keys=tuple(ignore_config_key or ()), progress=console.progress(quiet=quiet or json),
+        command=options.command_line(),
+    )  # fmt: skip
+    shown(found, out, as_json=json)
+
+
+@app.command()
+def publish(
+    directory: Annotated[Path, typer.Argument(help="A result directory.")],
+    repo: Annotated[str, typer.Option(help="`owner/name` on the Hub.")],
+    public: Annotated[bool, typer.Option(help="Create the repository as public.")] = False,
+    force: Annotated[bool, typer.Option(help="Publish although verification failed.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only list what would be uploaded.")] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Upload a result directory to the Hub: checkpoint, engines, recipe, lock, card, report.
+
+        prune-export publish out/ --repo me/SmolLM2-135M-depth24
+
+    The token is taken from the environment or the Hub's login, and written nowhere.
+    """
+    _publish(
+        directory, repo, private=not public, force=force, quiet=quiet, dry_run=dry_run, as_json=json
+    )
+
+
+@store_app.command("ls")
+def store_ls(store: options.StoreDir = None, json: options.Json = False) -> None:
+    """List what is in the store."""
+    from datetime import datetime
+
+    from prune_export.store import Store
+
+    found = list(Store(options.store_directory(store)).artifacts())
+    if json:
+        keys = ("id", "bytes", "changed", "complete")
+        console.print_json([dict(zip(keys, row, strict=True)) for row in found])
+        return
+    rows = [
+        (name, text_from_bytes(size), f"{datetime.fromtimestamp(when):%Y-%m-%d %H:%M}",
+         "yes" if complete else "no")
+        for name, size, when, complete in found
+    ]  # fmt: skip
+    console.table("", ["artifact", "size", "changed", "complete"], rows)
+    typer.echo(f"{len(rows)} artifacts, {text_from_bytes(sum(row[1] for row in found))}")
+
+
+@store_app.command("gc")
+def store_gc(
+    store: options.StoreDir = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Delete what no result directory needs; what is being built now is left alone."""
+    from prune_export.store import Store
+
+    opened = Store(options.store_directory(store))
+    sizes = {name: size for name, size, _, _ in opened.artifacts()}
+    doomed = opened.garbage()
+    for name in doomed:
+        if not dry_run:
+            opened.remove(name)
+    freed = sum(sizes[name] for name in doomed)
+    if json:
+        console.print_json({"removed": doomed, "bytes": freed, "dry_run": dry_run})
+    else:
+        verb = "would remove" if dry_run else "removed"
+        typer.echo(f"{verb} {len(doomed)} artifacts, {text_from_bytes(freed)}")
+
+
+def _show_plan(planned: Any, *, as_json: bool) -> None:
+    if as_json:
+        console.print_json(planned.to_json())
+        return
+    rows = []
+    for stage in planned.stages:
+        change = f"{stage.after.layers}"
+        if stage.before.layers != stage.after.layers:
+            change = f"{stage.before.layers} → {stage.after.layers}"
+        rows.append((
+            f"{stage.kind}: {stage.name}" + (f" ({stage.note})" if stage.note else ""),
+            change, text_from_count(stage.after.parameters), text_from_bytes(stage.after.bytes),
+            text_from_bytes(stage.cost.ram_bytes), text_from_bytes(stage.cost.disk_bytes),
+            text_from_seconds(stage.seconds),
+        ))  # fmt: skip
+    columns = ["step", "blocks", "parameters", "weights", "peak RAM", "disk", "about"]
+    console.table(f"{planned.recipe} on {planned.model} ({planned.family})", columns, rows)
+    gpu = (
+        f", GPU memory {text_from_bytes(planned.peak_gpu_bytes)}" if planned.peak_gpu_bytes else ""
+    )
+    typer.echo(
+        f"peak RAM {text_from_bytes(planned.peak_ram_bytes)}{gpu}, disk "
+        f"{text_from_bytes(planned.disk_bytes)}, about {text_from_seconds(planned.seconds)} "
+        f"with {planned.machine.threads} threads on {planned.machine.device}"
+    )
+
+
+def _show_report(report: Any, out: Path) -> None:
+    from prune_export.report import COLUMNS, summary_rows, where_to_look
+
+    rows = [row.cells for row in summary_rows(report)]
+    console.table(report["recipe"]["description"] or report["recipe"]["name"], COLUMNS, rows)
+    typer.echo("")
+    console.pairs([(str(out / place), what) for place, what in where_to_look(report)])
+
+
+def _publish(
+    directory: Path,
+    repo: str,
+    *,
+    private: bool,
+    force: bool,
+    quiet: bool,
+    dry_run: bool = False,
+    as_json: bool = False,
+) -> None:
+    from prune_export.hub import publish as upload
+
+    found = upload(directory, repo, private=private, force=force, dry_run=dry_run,
+                   progress=console.progress(quiet=quiet or as_json))  # fmt: skip
+    if as_json:
+        console.print_json(dataclasses.asdict(found))
+    else:
+        typer.echo(str(found))

@@ -1,0 +1,94 @@
+"""The options that several commands share, and what they turn into."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from prune_export.errors import PlanError
+from prune_export.machine import Machine
+from prune_export.units import bytes_from_text
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show tracebacks and the libraries' own logs.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Hub id, directory or .gguf; replaces the recipe's."),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override a key: `stages.0.prune.remove=6`. Repeatable."),
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Directory below which the recipe's files lie; its own unless given."),
+]
+StoreDir = Annotated[
+    Path | None,
+    typer.Option("--store", help="Where artifacts are kept [env PRUNE_EXPORT_STORE]."),
+]
+Ram = Annotated[
+    str | None, typer.Option(help="Memory that may be used: `16GiB`; what is free unless given.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Compute threads; every core unless given.")
+]
+Device = Annotated[str | None, typer.Option(help="`cpu` or `cuda`; CUDA where there is one.")]
+IgnoreKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-config-key",
+        help="A config.json key that you know not to change the computation. Repeatable.",
+    ),
+]
+
+_STORE_VARIABLE: Final = "PRUNE_EXPORT_STORE"
+
+
+def store_directory(given: Path | None) -> Path:
+    """The store: as given, by the environment, or in the user's cache."""
+    if given is not None:
+        return given
+    named = os.environ.get(_STORE_VARIABLE)
+    if named:
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "prune_export" / "store"
+
+
+def machine(ram: str | None, threads: int | None, device: str | None) -> Machine:
+    """This machine as the options limit it.
+
+    Raises:
+        PlanError: a size that is not one, a device that is not there.
+    """
+    if device not in (None, "cpu", "cuda"):
+        raise PlanError("--device", f"got {device!r}", "write `cpu` or `cuda`")
+    try:
+        limit = bytes_from_text(ram) if ram else None
+    except ValueError as error:
+        raise PlanError("--ram", str(error)) from None
+    found = Machine.detect(device=device, ram_bytes=limit, threads=threads)
+    if device == "cuda" and found.device != "cuda":
+        raise PlanError(
+            "--device cuda",
+            "no CUDA device is there, or torch is a build without CUDA",
+            "pass `--device cpu`, or install torch for your CUDA version",
+        )
+    import torch
+
+    torch.set_num_threads(found.threads)
+    return found
+
+
+def command_line() -> str:
+    """The command that was typed, to be typed again."""
+    return shlex.join(["prune-export", *sys.argv[1:]])

@@ -1,0 +1,157 @@
+"""The report's figures as PNG files; a figure exists only where its numbers do.
+
+    distance_map.png   angular distance, first block x block count, with the cut marked
+    block_scores.png   one score a block, the removed ones coloured
+    loss_curve.png     healing loss
+    quality.png        perplexity of dense, pruned, healed and each engine
+    speed.png          speed against the dense engine, with intervals and the A/A noise band
+    summary.png        the three that matter most, side by side, for a README
+
+A second prune or heal stage adds `distance_map-2.png` and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from prune_export.report import panels, style
+from prune_export.report.reading import Report, StageReading
+
+Draw = Callable[[Axes], None]
+
+
+def draw_figures(report: Report | Mapping[str, Any], out: Path) -> list[Path]:
+    """Writes every figure that the report has numbers for into `out`; its bytes follow from it."""
+    report = Report.of(report)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    with style.styled():
+        for name, (draw, size) in _plan(report).items():
+            figure = style.new_figure(*size)
+            draw(figure.add_subplot())
+            style.save(figure, out / name)
+            written.append(out / name)
+        if _summary(report, out / "summary.png"):
+            written.append(out / "summary.png")
+    return written
+
+
+_TITLES: Final = {
+    "distance_map": "Angular distance of every run of blocks, with the cut marked",
+    "block_scores": "Score of each block, the removed ones coloured",
+    "loss_curve": "Loss while healing",
+    "quality": "Perplexity of each model",
+    "speed": "Speed of each engine against its dense twin",
+    "summary": "What was removed, what it cost, what it gained",
+}
+
+
+def figure_title(stem: str) -> str:
+    """What a figure shows, for a caption or a text reader."""
+    return _TITLES.get(stem.partition("-")[0], stem)
+
+
+def figure_names(report: Report) -> frozenset[str]:
+    """The files that `draw_figures` would write."""
+    return frozenset(_plan(report)) | ({"summary.png"} if _summary_parts(report) else set())
+
+
+def draw_summary(report: Report | Mapping[str, Any], path: Path) -> bool:
+    """Writes the wide figure alone; False where there is nothing to draw."""
+    with style.styled():
+        return _summary(Report.of(report), path)
+
+
+def _plan(report: Report) -> dict[str, tuple[Draw, tuple[float, float]]]:
+    """File name -> how it is drawn, and its width and height in inches."""
+    found: dict[str, tuple[Draw, tuple[float, float]]] = {}
+
+    def add(stem: str, draw: Draw, size: tuple[float, float]) -> None:
+        count = sum(name.startswith(stem) for name in found)
+        found[f"{stem}-{count + 1}.png" if count else f"{stem}.png"] = draw, size
+
+    for stage in report.prunes:
+        if has_map(stage.log):
+            add("distance_map", partial(panels.distance_map, stage=stage), (6.4, 4.9))
+        if stage.log.get("block_scores"):
+            add("block_scores", partial(panels.block_scores, stage=stage), (7.2, 3.2))
+    for stage in report.heals:
+        if stage.losses:
+            add("loss_curve", partial(panels.loss_curve, stage=stage), (7.2, 3.2))
+    checks = report.verification
+    if checks and checks.perplexity:
+        height = 1.25 + 0.38 * len(checks.perplexity)
+        add("quality", partial(panels.quality, report=report), (7.2, height))
+    if checks and checks.speed:
+        many = len({one.workload for one in checks.speed}) > 1
+        height = 1.45 + (0.52 if many else 0.42) * len(checks.speed)
+        add("speed", partial(panels.speed, report=report), (7.2, height))
+    return found
+
+
+def draw_inspection(log: Mapping[str, Any], model: str, path: Path) -> None:
+    """Writes one PNG of what was found before any cut: the distance map beside the block scores.
+
+    `log` has `distance_map`, `block_scores` and `block_score_name`, as a method's decision does.
+    """
+    stage = StageReading(index=0, kind="prune", name="inspect", log=dict(log))
+    with style.styled():
+        figure = style.new_figure(11.5, 4.6)
+        figure.suptitle(style.label(model, 60), x=0.006, ha="left", fontsize=10.5, color=style.INK)
+        left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.1))
+        panels.distance_map(left, stage)
+        panels.block_scores(right, stage)
+        style.save(figure, path)
+
+
+def has_map(log: Mapping[str, Any]) -> bool:
+    """Whether a stage's log holds a distance map with something in it."""
+    table = log.get("distance_map") or ()
+    return len(table) > 1 and any(value is not None for row in table for value in row)
+
+
+def _summary_parts(report: Report) -> list[tuple[Draw, float]]:
+    """The panels of the wide figure, each with its relative width."""
+    parts: list[tuple[Draw, float]] = []
+    stage = next((one for one in report.prunes if has_map(one.log)), None)
+    scored = next((one for one in report.prunes if one.log.get("block_scores")), None)
+    if stage is not None:
+        parts.append((partial(panels.distance_map, stage=stage, compact=True), 1.15))
+    elif scored is not None:
+        parts.append((partial(panels.block_scores, stage=scored), 1.3))
+    checks = report.verification
+    if checks and checks.perplexity:
+        parts.append((partial(panels.quality, report=report, compact=True), 0.95))
+    if checks and checks.speed:
+        parts.append((partial(panels.speed, report=report, compact=True), 1.35))
+    return parts
+
+
+def _summary(report: Report, path: Path) -> bool:
+    parts = _summary_parts(report)
+    if not parts:
+        return False
+    widths = [width for _, width in parts]
+    figure = style.new_figure(3.0 * sum(widths), 3.35)
+    figure.suptitle(_headline(report), x=0.006, ha="left", fontsize=10.5, color=style.INK)
+    layout = figure.get_layout_engine()
+    assert isinstance(layout, ConstrainedLayoutEngine)
+    layout.set(wspace=0.08, w_pad=0.08, h_pad=0.06)
+    drawn = figure.subplots(1, len(parts), width_ratios=widths, squeeze=False)[0]
+    for axes, (draw, _) in zip(drawn, parts, strict=True):
+        draw(axes)
+    style.save(figure, path)
+    return True
+
+
+def _headline(report: Report) -> str:
+    done = " and ".join(style.label(stage.name, 24) for stage in report.stages)
+    name = style.label(report.base.name, 40)
+    blocks = f"{name}: {report.base.layers} → {report.result.layers} blocks"
+    return f"{blocks} by {done}" if done else blocks

@@ -1,0 +1,269 @@
+"""One typed reading of report.json, which table, figures, page and card all share.
+
+Nothing is measured here. What is derived (which base blocks are gone, the paired interval of a
+perplexity) comes from what the report holds, so a reader can recompute it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from prune_export.errors import CheckpointError
+from prune_export.verify.results import Perplexity, Verification
+
+
+@dataclass(frozen=True)
+class RecipeText:
+    """The recipe: its name, its one-line description and its exact text."""
+
+    name: str
+    text: str
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that was pruned; only one from the Hub has a `revision`, its commit."""
+
+    model: str
+    parameters: int
+    bytes: int
+    layers: int
+    id: str = ""
+    license: str | None = None
+    dtype: str = ""
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A Hub id as it is; of a path, the last part."""
+        return self.model if self.revision else Path(self.model).name or self.model
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the published checkpoint holds."""
+
+    parameters: int
+    bytes: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class StageReading:
+    """One stage as it ran; `log` is the method's or the healer's own account."""
+
+    index: int
+    kind: Literal["prune", "heal"]
+    name: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    id: str = ""
+    seconds: float | None = None
+    parameters_after: int | None = None
+    bytes_after: int | None = None
+    log: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """The blocks that it removed, as indices into the stage's input."""
+        return tuple(sorted(int(block) for block in self.log.get("dropped") or ()))
+
+    @property
+    def losses(self) -> list[tuple[int, float, float | None]]:
+        """(step, loss, learning rate) of each logged training step."""
+        return [
+            (int(row[0]), as_number(row[1]), as_number(row[2]) if len(row) > 2 else None)
+            for row in self.log.get("loss") or ()
+        ]
+
+
+@dataclass(frozen=True)
+class ExportReading:
+    """One engine's build record and the directory that holds it."""
+
+    directory: str
+    exporter: str
+    version: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    graph: str = ""
+    weight_bytes: int | None = None
+    seconds: float | None = None
+    toolchain: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """report.json, typed; unknown keys are left to later versions and ignored."""
+
+    __pydantic_config__ = ConfigDict(extra="ignore")
+
+    version: Literal[1]
+    recipe: RecipeText
+    base: Base
+    result: Size
+    stages: list[StageReading] = field(default_factory=list)
+    exports: list[ExportReading] = field(default_factory=list)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    verification: Verification | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+    @staticmethod
+    def of(source: Report | Mapping[str, Any]) -> Report:
+        """The typed reading of a report dict.
+
+        Raises:
+            CheckpointError: a part is missing or of another type.
+        """
+        if isinstance(source, Report):
+            return source
+        try:
+            return TypeAdapter(Report).validate_python(_with_nan(source))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise CheckpointError(
+                f"report.json  {'.'.join(str(part) for part in first['loc'])}",
+                f"{first['msg']} ({error.error_count()} such)",
+                "run the recipe again with this version to write the report anew",
+            ) from None
+
+    @staticmethod
+    def load(path: Path) -> Report:
+        """The report in a file.
+
+        Raises:
+            CheckpointError: no such file, not JSON, or not a report.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                str(path),
+                f"cannot be read as JSON: {error}",
+                "give the report.json that a run wrote",
+            ) from error
+        return Report.of(data)
+
+    @property
+    def prunes(self) -> list[StageReading]:
+        return [stage for stage in self.stages if stage.kind == "prune"]
+
+    @property
+    def heals(self) -> list[StageReading]:
+        return [stage for stage in self.stages if stage.kind == "heal"]
+
+    @cached_property
+    def removed_blocks(self) -> tuple[int, ...]:
+        """The base model's blocks that are gone, through all stages."""
+        left = list(range(self.base.layers))
+        for stage in self.prunes:
+            gone = set(stage.dropped)
+            left = [block for place, block in enumerate(left) if place not in gone]
+        return tuple(sorted(set(range(self.base.layers)) - set(left)))
+
+    @property
+    def final_name(self) -> Literal["healed", "pruned"]:
+        """The perplexity entry that belongs to the published checkpoint."""
+        return "healed" if self.heals else "pruned"
+
+    def perplexity(self, name: str) -> Perplexity | None:
+        """The measured perplexity of `dense`, `pruned`, `healed` or an engine."""
+        entries = self.verification.perplexity if self.verification else ()
+        return next((entry for entry in entries if entry.name == name), None)
+
+    @property
+    def engine_perplexities(self) -> list[Perplexity]:
+        entries = self.verification.perplexity if self.verification else ()
+        return [entry for entry in entries if entry.name not in ("dense", "pruned", "healed")]
+
+
+def as_number(value: Any) -> float:
+    """A float, NaN where JSON had to say null."""
+    return math.nan if value is None else float(value)
+
+
+def _with_nan(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The same report with NaN where strict JSON had to write null for a number."""
+    found = dict(report)
+    checks = found.get("verification")
+    if not isinstance(checks, Mapping):
+        return found
+    checks = dict(checks)
+    for part in ("perplexity", "parity", "speed", "gates"):
+        checks[part] = [
+            {key: math.nan if value is None else value for key, value in entry.items()}
+            for entry in checks.get(part) or ()
+        ]
+    for entry in checks["perplexity"]:
+        entry["losses"] = [as_number(loss) for loss in entry.get("losses") or ()]
+    found["verification"] = checks
+    return found
+
+
+def runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """(first, last) of each unbroken run: `[3, 5, 6, 7]` gives `[(3, 3), (5, 7)]`."""
+    found: list[tuple[int, int]] = []
+    for block in sorted(set(blocks)):
+        if found and block == found[-1][1] + 1:
+            found[-1] = (found[-1][0], block)
+        else:
+            found.append((block, block))
+    return found
+
+
+def text_from_blocks(blocks: Iterable[int]) -> str:
+    """`3, 5–7` for `[3, 5, 6, 7]`; `none` when empty."""
+    parts = [f"{first}" if first == last else f"{first}–{last}" for first, last in runs(blocks)]
+    return ", ".join(parts) or "none"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A perplexity as a multiple of another; `low` and `high` bound it at 95 % where known."""
+
+    ratio: float
+    low: float | None = None
+    high: float | None = None
+
+
+def perplexity_change(before: Perplexity | None, after: Perplexity | None) -> Change | None:
+    """How many times higher `after` is, paired by window; None where either is not a number.
+
+    The interval is exp(mean ± 1.96 standard errors) of the windows' loss differences, given only
+    when both were measured on the same number of windows of the same length, and 8 at least.
+    """
+    if before is None or after is None:
+        return None
+    if not (math.isfinite(before.value) and math.isfinite(after.value) and before.value > 0):
+        return None
+    ratio = after.value / before.value
+    paired = len(before.losses) == len(after.losses) >= 8 and before.length == after.length
+    differences = [b - a for a, b in zip(before.losses, after.losses, strict=False)]
+    if not paired or not all(map(math.isfinite, differences)):
+        return Change(ratio)
+    mean, error = _mean_and_error(differences)
+    return Change(ratio, math.exp(mean - 1.96 * error), math.exp(mean + 1.96 * error))
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error, for two values or more."""
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def shorten(text: str, most: int) -> str:
+    """At most `most` characters, the middle left out; ends say more than middles in model names."""
+    if len(text) <= most:
+        return text
+    tail = (most - 1) // 2
+    return f"{text[: most - 1 - tail]}…{text[len(text) - tail :]}"

@@ -1,0 +1,213 @@
+"""Carries a recipe out: plan, artifacts, measurement, result. `run` is the whole of it.
+
+Every step is an artifact of the store, so a run that was killed goes on where it was, and a step
+that an earlier run has done is taken from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_export.calibrate import TokenSet
+from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
+from prune_export.errors import PlanError
+from prune_export.machine import Machine
+from prune_export.plan import Plan, make_plan
+from prune_export.progress import Progress, Silent
+from prune_export.recipe import PUBLISHED_NAME, Recipe
+from prune_export.report import write_report
+from prune_export.run import artifacts
+from prune_export.run.artifacts import Base, Bench
+from prune_export.run.measure import measured
+from prune_export.run.record import report_of
+from prune_export.run.result import LOCK, Result, lock_of, refuse_foreign
+from prune_export.store import Artifact, Store
+from prune_export.verify import check_tasks
+from prune_export.verify.results import Gate, Verification
+
+__all__ = ["Plan", "RunResult", "make_plan", "plan", "run"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where the result lies, its report, and the gates that failed."""
+
+    out: Path
+    report: Mapping[str, Any]
+    verification: Verification
+
+    @property
+    def failed(self) -> tuple[Gate, ...]:
+        """The gates of the recipe that were not met."""
+        return tuple(gate for gate in self.verification.gates if not gate.ok)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and with what to work; none of it changes the bytes of an artifact."""
+
+    out: Path
+    store: Path
+    machine: Machine
+    ram_limit: int | None = None
+    force: frozenset[str] = frozenset()
+    ignore_keys: tuple[str, ...] = ()
+    command: str = ""
+
+
+def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
+    """The plan of a recipe for a model; nothing is written and no weight is read.
+
+    `model` is a Hub id, a directory (a config.json alone will do) or a .gguf file; it replaces the
+    recipe's own.
+
+    Raises:
+        PlanError: the work cannot succeed, or the model cannot be found.
+        CheckpointError: the model is broken or unsafe.
+        UnsupportedArch: the architecture tables do not describe the model.
+    """
+    if recipe.verify.quality:
+        check_tasks(recipe.verify.quality.tasks)
+    spec, path, _ = _model(recipe, model)
+    if path.suffix == ".gguf":
+        checkpoint = Checkpoint(path, gguf_config(path), {})
+    else:
+        weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+        checkpoint = Checkpoint.open(path, weights=weights)
+    return make_plan(
+        recipe,
+        checkpoint,
+        options.machine,
+        model=spec,
+        store=options.store,
+        out=options.out,
+        ram_limit=options.ram_limit,
+        ignore_keys=options.ignore_keys,
+        imported=path.suffix == ".gguf",
+    )
+
+
+def run(
+    recipe: Recipe, model: str | None, options: Options, progress: Progress | None = None
+) -> RunResult:
+    """Carries the recipe out and puts the result into `options.out`.
+
+    A failed gate is not an exception: the result is written, and `RunResult.failed` names it.
+
+    Raises:
+        PruneExportError: from planning, before anything is written, or from a stage; then what
+            earlier stages finished is kept, and the same call goes on from there.
+    """
+    progress = progress or Silent()
+    refuse_foreign(options.out)
+    plan(recipe, model, options)
+    bench = Bench(
+        Store(options.store),
+        options.machine,
+        progress,
+        options.force,
+        options.ignore_keys,
+        options.command,
+    )
+    base = artifacts.base(bench, *_model(recipe, model))
+    data = _data(bench, recipe, base)
+    stages = _stages(bench, recipe, base, data)
+    last = stages[-1] if stages else base
+    exports = [artifacts.exported(bench, export, last.path, last.id) for export in recipe.export]
+    dense = []
+    if recipe.verify.speed:
+        dense = [
+            artifacts.exported(bench, export, base.path, base.id, of=", dense to compare with")
+            for export in recipe.export
+        ]
+    sets = {name: tokens for name, (_, tokens) in data.items()}
+    found = measured(bench, recipe, base, stages, exports, dense, sets)
+    return _finished(bench, recipe, options.out, base, data, stages, exports, found)
+
+
+def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
+    spec = model or recipe.model
+    if spec is None:
+        raise PlanError(recipe.name, "names no model", "pass `--model`, or write `model:`")
+    below = recipe.root / spec
+    if model is None and below.exists() and below.resolve().is_relative_to(recipe.root):
+        return spec, below, None
+    path, revision = resolve_model(spec)
+    return spec, path, revision
+
+
+def _data(bench: Bench, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
+    """The token sets that the recipe uses; none shares a document with the evaluation set."""
+    used = {stage.data for stage in recipe.stages if stage.data in recipe.data}
+    quality = recipe.verify.quality
+    evaluation = quality.perplexity if quality else None
+    data = {}
+    seen: tuple[str, ...] = ()
+    if evaluation:
+        data[evaluation] = artifacts.tokens(
+            bench, evaluation, recipe.data[evaluation], recipe.root, base
+        )
+        seen = data[evaluation][1].documents
+    for name in sorted(used - {evaluation}):
+        data[name] = artifacts.tokens(bench, name, recipe.data[name], recipe.root, base, seen)
+    return data
+
+
+def _stages(
+    bench: Bench,
+    recipe: Recipe,
+    base: Base,
+    data: Mapping[str, tuple[Artifact, TokenSet]],
+) -> list[Artifact]:
+    made: list[Artifact] = []
+    for stage in recipe.stages:
+        source = made[-1] if made else base
+        tokens = data.get(stage.data)
+        if stage.kind == "heal":
+            if tokens is None:
+                raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
+            made.append(artifacts.healed(bench, stage, source.path, source.id, tokens))
+        else:
+            made.append(artifacts.pruned(bench, stage, source.path, source.id, tokens))
+    return made
+
+
+def _finished(
+    bench: Bench,
+    recipe: Recipe,
+    out: Path,
+    base: Base,
+    data: Mapping[str, tuple[Artifact, TokenSet]],
+    stages: list[Artifact],
+    exports: list[Artifact],
+    found: Verification,
+) -> RunResult:
+    report = report_of(bench, recipe, base, data, stages, exports, found)
+    result = Result(out)
+    named: dict[str, Artifact] = {}
+    for stage, artifact in zip(recipe.stages, stages, strict=True):
+        named[f"stages.{len(named)}.{stage.kind}"] = artifact
+    if stages:
+        result.add(stages[-1])
+    for export, artifact in zip(recipe.export, exports, strict=True):
+        named[f"export.{export.name}"] = artifact
+        result.add(artifact, type(export.entry).DIRECTORY)
+    text = recipe.to_yaml()
+    result.write_text(PUBLISHED_NAME, text)
+    used = {
+        name: {"id": made.id, "fingerprint": set_.fingerprint}
+        for name, (made, set_) in sorted(data.items())
+    }
+    origin = {"model": base.spec, "revision": base.revision, "id": base.id}
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    result.write_json(LOCK, lock_of(origin, used, named, digest, artifacts.versions()))
+    result.write_json("verify.json", found.to_json())
+    result.write_json("report.json", report)
+    write_report(report, result.partial)
+    every = [*named.values(), *(made for made, _ in data.values())]
+    bench.store.remember(out, [artifact.id for artifact in every] + [base.id])
+    return RunResult(result.finish(), report, found)

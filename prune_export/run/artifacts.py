@@ -1,0 +1,266 @@
+"""The artifacts of a run, each made through the store: base, data, prune, heal, export.
+
+Every function here says what an artifact depends on (its key) and how it is built. Nothing else
+decides whether work is done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import prune_export
+from prune_export.calibrate import ModelView, TokenSet, gather, token_set
+from prune_export.checkpoint import Checkpoint, import_gguf
+from prune_export.contracts import Work
+from prune_export.errors import PruneExportError, StageError
+from prune_export.machine import Machine
+from prune_export.progress import Progress
+from prune_export.recipe import Export, LocalText, Source, Stage, TokenFile
+from prune_export.store import Artifact, Key, Store, sha256_of_json
+from prune_export.surgery import rewrite
+
+_IMPORT_VERSION: Final = "1"
+_DATA_VERSION: Final = "1"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a run starts from. `id` is made of its files' hashes, not of its place."""
+
+    spec: str
+    revision: str | None
+    path: Path
+    id: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every artifact of a run is made with."""
+
+    store: Store
+    machine: Machine
+    progress: Progress
+    force: frozenset[str] = frozenset()
+    ignore_keys: tuple[str, ...] = ()
+    command: str = ""
+
+    def make(
+        self, key: Key, label: str, build: Callable[[Path, Work], Mapping[str, Any]]
+    ) -> Artifact:
+        """The artifact of `key`, told on the progress, with unexpected errors explained.
+
+        Raises:
+            StageError: `build` failed in a way that nobody foresaw; the log is kept.
+        """
+
+        def guarded(files: Path, scratch: Path) -> Mapping[str, Any]:
+            try:
+                return build(files, Work(self.machine, self.progress, scratch))
+            except PruneExportError:
+                raise
+            except MemoryError:
+                raise StageError(
+                    label,
+                    "ran out of memory",
+                    "use fewer or shorter samples, or `--ram` to plan with less",
+                ) from None
+            except Exception as error:
+                log = scratch.parent / "error.log"
+                log.write_text(traceback.format_exc(), encoding="utf-8")
+                raise StageError(
+                    label,
+                    f"failed: {type(error).__name__}: {error}",
+                    f"the log is {log}; what was finished is kept, go on with\n  {self.command}",
+                ) from error
+
+        forced = not self.force.isdisjoint({key.kind, key.name, f"{key.kind}.{key.name}"})
+        before = None if forced else self.store.get(key.id)
+        if before is not None:
+            self.progress.say(f"{label}: already there")
+            return before
+        self.progress.say(label)
+        return self.store.make(
+            key,
+            guarded,
+            force=forced,
+            waiting=lambda: self.progress.say(f"{label}: another process is at it; waiting"),
+        )
+
+
+def base(bench: Bench, spec: str, path: Path, revision: str | None) -> Base:
+    """The model at `path`: a directory as it lies, or a GGUF file imported once."""
+    if path.suffix == ".gguf":
+        return base_from_gguf(bench, spec, path)
+    return base_from_directory(bench, spec, path, revision)
+
+
+def base_from_gguf(bench: Bench, spec: str, file: Path) -> Base:
+    """The plain checkpoint of a GGUF file, dequantized once."""
+    key = Key("import", "gguf", _IMPORT_VERSION, {}, (bench.store.file_hash(file),))
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        import_gguf(file, files, work.progress)
+        return {}
+
+    artifact = bench.make(key, f"import {file.name}", build)
+    return Base(spec, None, artifact.path, artifact.id)
+
+
+def base_from_directory(bench: Bench, spec: str, path: Path, revision: str | None) -> Base:
+    """A checkpoint directory as it lies, known by the hashes of what decides its computation."""
+    checkpoint = Checkpoint.open(path)
+    decisive = [path / "config.json", *checkpoint.files, *checkpoint.side_files()]
+    with bench.progress.task("hash the model's files", len(decisive)) as task:
+        hashes = {}
+        for file in decisive:
+            hashes[file.name] = bench.store.file_hash(file)
+            task.advance()
+    return Base(spec, revision, path, f"model-{sha256_of_json(hashes)[:24]}")
+
+
+def tokens(
+    bench: Bench,
+    name: str,
+    source: Source,
+    root: Path,
+    base: Base,
+    exclude: Collection[str] = (),
+) -> tuple[Artifact, TokenSet]:
+    """The token windows of a data source below `root`, less the documents in `exclude` (hashes)."""
+    parameters = source.model_dump(mode="json")
+    tokenizer = [file for file in Checkpoint.open(base.path).side_files() if _tokenizes(file)]
+    inputs = [f"{file.name}:{bench.store.file_hash(file)}" for file in tokenizer]
+    patterns: tuple[str, ...] = ()
+    if isinstance(source, LocalText):
+        patterns = source.files
+    elif isinstance(source, TokenFile):
+        patterns = (source.tokens,)
+    for pattern in patterns:
+        inputs += [
+            f"{pattern}:{bench.store.file_hash(file)}" for file in sorted(root.glob(pattern))
+        ]
+    excluded = frozenset(exclude)
+    inputs.append(f"exclude:{sha256_of_json(sorted(excluded))}")
+    key = Key("data", name, _DATA_VERSION, parameters, tuple(inputs))
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        made = token_set(source, base.path, root, exclude=excluded, progress=work.progress)
+        made.save(files / "tokens.safetensors")
+        return {
+            "fingerprint": made.fingerprint,
+            "samples": made.ids.shape[0],
+            "length": made.ids.shape[1],
+            "provenance": dict(made.provenance),
+        }
+
+    artifact = bench.make(key, f"tokenize {name}", build)
+    return artifact, TokenSet.load(artifact.path / "tokens.safetensors")
+
+
+def pruned(
+    bench: Bench, stage: Stage, source: Path, source_id: str, data: tuple[Artifact, TokenSet] | None
+) -> Artifact:
+    """The checkpoint after a prune stage; `record["log"]` says what was removed and why."""
+    key = Key(
+        "prune",
+        stage.name,
+        stage.entry.VERSION,
+        stage.parameters(),
+        (source_id,),
+        data[1].fingerprint if data else None,
+    )
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        checkpoint = Checkpoint.open(source)
+        arch = checkpoint.arch(bench.ignore_keys)
+        statistics = stage.entry.statistics(arch)
+        results = (
+            gather(checkpoint, statistics, data[1], work.machine, work.progress, work.scratch)
+            if statistics and data
+            else {}
+        )
+        decision = stage.entry.decide(ModelView(arch, checkpoint, results))
+        after = rewrite(
+            checkpoint,
+            arch,
+            decision.edits,
+            files,
+            ram_bytes=work.machine.ram_bytes,
+            progress=work.progress,
+        )
+        return {
+            "log": dict(decision.log),
+            "parameters": after.arch(bench.ignore_keys).parameters(),
+            "bytes": after.nbytes,
+        }
+
+    return bench.make(key, f"prune: {stage.name}", build)
+
+
+def healed(
+    bench: Bench, stage: Stage, source: Path, source_id: str, data: tuple[Artifact, TokenSet]
+) -> Artifact:
+    """The checkpoint after a heal stage; `record["log"]` holds the loss curve."""
+    key = Key(
+        "heal",
+        stage.name,
+        stage.entry.VERSION,
+        stage.parameters(),
+        (source_id,),
+        data[1].fingerprint,
+    )
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        record = stage.entry.heal(source, data[1], files, work)
+        after = Checkpoint.open(files)
+        return {
+            "log": dict(record.log),
+            "steps": record.steps,
+            "trained_tokens": record.trained_tokens,
+            "bytes": after.nbytes,
+            "parameters": after.arch(bench.ignore_keys).parameters(),
+        }
+
+    return bench.make(key, f"heal: {stage.name}", build)
+
+
+def exported(
+    bench: Bench, export: Export, source: Path, source_id: str, *, of: str = ""
+) -> Artifact:
+    """The engine of a checkpoint; the record is its BuildRecord."""
+    key = Key("export", export.name, export.entry.VERSION, export.parameters(), (source_id,))
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        record = dataclasses.asdict(export.entry.export(source, files, work))
+        return record | {
+            "parameters": dict(record["parameters"]),
+            "notes": list(record["notes"]),
+            "toolchain": dict(record["toolchain"]),
+        }
+
+    return bench.make(key, f"export: {export.name}{of}", build)
+
+
+def versions() -> dict[str, str]:
+    """What wrote the lock: this tool's version."""
+    return {"prune_export": prune_export.__version__}
+
+
+def _tokenizes(file: Path) -> bool:
+    return file.name.startswith(
+        (
+            "tokenizer",
+            "vocab",
+            "merges",
+            "special_tokens",
+            "added_tokens",
+            "spiece",
+            "tekken",
+            "sentencepiece",
+        )
+    )

@@ -1,0 +1,144 @@
+"""What verification does with an opened Runner: time it, score text, continue text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from prune_export.contracts import Runner
+from prune_export.errors import VerifyError
+
+CHUNK: Final = 256
+"""Tokens that are scored at once: bounds the logits' memory at 256 x vocabulary x 4 bytes."""
+
+
+def time_once(runner: Runner, ids: np.ndarray, prompt: int) -> tuple[float, float]:
+    """Seconds for the prompt, and seconds for a decoding step (mean over the steps).
+
+    `ids` int64 `[batch, prompt + new]` are fed as they are, so that two models do the same work
+    whatever they would have generated. One untimed step goes before, which brings weights and
+    threads back after another process had the machine.
+    """
+    runner.reset()
+    runner.step(ids[:, :1])
+    runner.reset()
+    _, prefill = runner.step(ids[:, :prompt])
+    steps = [runner.step(ids[:, at : at + 1])[1] for at in range(prompt, ids.shape[1])]
+    runner.reset()
+    return prefill, sum(steps) / len(steps)
+
+
+def window_losses(
+    runner: Runner, ids: np.ndarray, advance: Callable[[int], None], *, batch: int = 8
+) -> list[float]:
+    """Each window's mean cross-entropy in nats over its `length - 1` predictions.
+
+    `ids` int64 `[windows, length]`. A window is fed in chunks through the cache, so that its
+    logits are never in memory as a whole. An engine that returns only the last position's logits
+    is fed token by token instead, `batch` windows at once: slower, and its decode path is what is
+    measured then.
+    """
+    if not len(ids):
+        return []
+    whole = _returns_all(runner, ids)
+    step, rows = (CHUNK, 1) if whole else (1, batch)
+    losses: list[float] = []
+    for first in range(0, len(ids), rows):
+        window = ids[first : first + rows]
+        total = np.zeros(len(window))
+        runner.reset()
+        for start in range(0, window.shape[1] - 1, step):
+            fed = window[:, start : min(start + step, window.shape[1] - 1)]
+            logits, _ = runner.step(fed)
+            total += _losses(logits, window[:, start + 1 : start + 1 + fed.shape[1]])
+        losses += [float(loss) for loss in total / (window.shape[1] - 1)]
+        advance(len(window))
+    runner.reset()
+    return losses
+
+
+def _returns_all(runner: Runner, ids: np.ndarray) -> bool:
+    runner.reset()
+    logits, _ = runner.step(ids[:1, :2])
+    return bool(logits.shape[1] == 2)
+
+
+def _losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Summed cross-entropy float64 `[batch]` of logits `[batch, new, vocab]`."""
+    flat = torch.from_numpy(logits).flatten(0, 1)
+    wanted = torch.from_numpy(np.ascontiguousarray(targets)).flatten()
+    loss = torch.nn.functional.cross_entropy(flat, wanted, reduction="none")
+    return loss.double().view(targets.shape).sum(dim=1).numpy()
+
+
+def cached_logits(runner: Runner, ids: np.ndarray, steps: int) -> np.ndarray:
+    """Logits float32 `[windows, positions, vocab]`; the last `steps` tokens are fed one by one.
+
+    The first positions are those of the prompt that the engine returns: all, or the last.
+    """
+    prompt = ids.shape[1] - steps
+    runner.reset()
+    parts = [runner.step(ids[:, :prompt])[0]]
+    parts += [runner.step(ids[:, at : at + 1])[0] for at in range(prompt, ids.shape[1])]
+    runner.reset()
+    return np.concatenate(parts, axis=1)
+
+
+def continuations(
+    runner: Runner, prompts: Sequence[Sequence[int]], new: int, advance: Callable[[int], None]
+) -> list[list[int]]:
+    """`new` greedy tokens after each prompt, all prompts in one batch and without padding.
+
+    All rows advance together: the first step feeds as many tokens as the shortest prompt has; a
+    row with prompt left is then fed from it, and the others from what they said. So no engine
+    needs a padding mask, and twelve prompts cost little more than one.
+    """
+    if not prompts or not all(prompts):
+        raise VerifyError(
+            "generation", "got an empty prompt", "give each prompt at least one token"
+        )
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    texts = [list(prompt) for prompt in prompts]
+    runner.reset()
+    logits, _ = runner.step(np.array([text[:shortest] for text in texts], dtype=np.int64))
+    for position in range(shortest, longest + new):
+        said = logits[:, -1].argmax(axis=-1)
+        for row, text in enumerate(texts):
+            if len(text) == position:
+                text.append(int(said[row]))
+        if position + 1 < longest + new:
+            logits, _ = runner.step(np.array([[text[position]] for text in texts], dtype=np.int64))
+            advance(1)
+    runner.reset()
+    return [
+        text[len(prompt) : len(prompt) + new] for text, prompt in zip(texts, prompts, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Greedy tokens of a model and how sure it was of each.
+
+    `tokens` and `logits` are what it said after each step: `tokens[i]` is the largest of
+    `logits[i]`, float32 `[new, vocab]`.
+    """
+
+    tokens: np.ndarray
+    logits: np.ndarray
+
+
+def greedy(runner: Runner, prompt: np.ndarray, new: int) -> Teacher:
+    """`new` greedy tokens after `prompt` int64 `[length]`, through the cache, batch 1."""
+    runner.reset()
+    logits, _ = runner.step(prompt[None])
+    rows = [logits[0, -1]]
+    for _ in range(new - 1):
+        token = np.array([[rows[-1].argmax()]], dtype=np.int64)
+        rows.append(runner.step(token)[0][0, -1])
+    runner.reset()
+    stacked = np.stack(rows)
+    return Teacher(stacked.argmax(axis=-1).astype(np.int64), stacked)

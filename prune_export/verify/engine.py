@@ -1,0 +1,76 @@
+"""Names an engine so that another process can open it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import TypeAdapter, ValidationError
+
+from prune_export import registry
+from prune_export.contracts import BuildRecord, Runner
+from prune_export.errors import VerifyError
+from prune_export.machine import Machine
+from prune_export.verify.pytorch import PyTorch
+
+PYTORCH: Final = "pytorch"
+"""The name under which a checkpoint itself is an engine: transformers in eager mode."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Something that can be opened as a Runner: an exporter's name, its keys, and what it wrote.
+
+    `weight_bytes` is what one decode step must read of weights, 0 where that is not known.
+    """
+
+    exporter: str
+    path: Path
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    weight_bytes: int = 0
+
+    @staticmethod
+    def of(record: BuildRecord, path: Path) -> Engine:
+        """The engine that `record` describes, lying in `path`."""
+        return Engine(record.exporter, path, dict(record.parameters), record.weight_bytes)
+
+    @staticmethod
+    def pytorch(checkpoint: Path, *, weight_bytes: int = 0, **parameters: Any) -> Engine:
+        """A checkpoint in PyTorch eager; `parameters` are the fields of `PyTorch`."""
+        return Engine(PYTORCH, checkpoint, parameters, weight_bytes)
+
+    def open(self, machine: Machine) -> Runner:
+        """A runner for it, in this process.
+
+        Raises:
+            VerifyError: the exporter does not know a parameter of the build record.
+            PlanError: no such exporter.
+        """
+        kind = PyTorch if self.exporter == PYTORCH else registry.find("exporters", self.exporter)
+        try:
+            exporter = TypeAdapter(kind).validate_python(dict(self.parameters))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise VerifyError(
+                f"engine {self.exporter}  {'.'.join(map(str, first['loc']))}",
+                f"got {first['input']!r}: {first['msg']}",
+                "export it again with this version of prune_export",
+            ) from error
+        runner: Runner = exporter.open(self.path, machine)
+        return runner
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "exporter": self.exporter,
+            "path": str(self.path),
+            "parameters": dict(self.parameters),
+            "weight_bytes": self.weight_bytes,
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Engine:
+        return Engine(
+            data["exporter"], Path(data["path"]), data["parameters"], data["weight_bytes"]
+        )

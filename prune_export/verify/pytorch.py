@@ -1,0 +1,138 @@
+"""A checkpoint in PyTorch eager as a Runner: what engines are compared with."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+
+from prune_export.contracts import Runner
+from prune_export.errors import MissingExtra
+from prune_export.machine import Machine
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "stored": "auto",
+}
+
+
+@dataclass(frozen=True)
+class PyTorch:
+    """Opens a model directory with stock transformers, without remote code and without a network.
+
+    `precision` is the dtype of the computation (`stored`: that of the files); `logits: last` is
+    what text generation computes and what timing uses, `all` is what verification needs.
+    """
+
+    precision: Literal["float32", "float16", "bfloat16", "stored"] = "float32"
+    logits: Literal["all", "last"] = "all"
+
+    def open(self, path: Path, machine: Machine) -> Runner:
+        """A runner on `machine.device`.
+
+        A model larger than the memory is left on disk and streams through it block by block at
+        each step, which accelerate does.
+
+        Raises:
+            MissingExtra: it does not fit, and accelerate is not installed.
+        """
+        return _PyTorchRunner(path, machine, self)
+
+
+class _PyTorchRunner:
+    """See `contracts.Runner`."""
+
+    def __init__(self, path: Path, machine: Machine, how: PyTorch) -> None:
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(machine.threads)
+        dtype: Any = _DTYPES[how.precision]
+        self._offloaded = tempfile.TemporaryDirectory(prefix="prune-export-")
+        fits = _fits(path, machine, dtype)
+        placement = {} if fits else _offload(path, machine, self._offloaded.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, **placement
+        )
+        self._model = model.eval() if placement else model.eval().to(machine.device)
+        self._device = machine.device
+        self._keep = {"logits_to_keep": 1} if how.logits == "last" else {}
+        self._cache: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        del kind, error, trace
+        self._cache = None
+        del self._model
+        self._offloaded.cleanup()
+
+    def reset(self) -> None:
+        self._cache = None
+
+    @torch.inference_mode()
+    def step(self, ids: np.ndarray) -> tuple[np.ndarray, float]:
+        start = time.perf_counter()
+        # The copy in and the synchronisation belong to a step; the logits' way back does not.
+        tokens = torch.from_numpy(np.ascontiguousarray(ids)).to(self._device)
+        output = self._model(
+            input_ids=tokens, past_key_values=self._cache, use_cache=True, **self._keep
+        )
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        self._cache = output.past_key_values
+        return output.logits.float().cpu().numpy(), seconds
+
+
+def stored_bytes(path: Path) -> int:
+    """The bytes of a model directory's safetensors files."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _fits(path: Path, machine: Machine, dtype: Any) -> bool:
+    """Whether the weights leave a fifth of the memory for activations and the cache."""
+    stored = stored_bytes(path)
+    # 16-bit files double in float32.
+    needed = 2 * stored if dtype == torch.float32 and not _stored_as_float32(path) else stored
+    budget = machine.gpu_bytes if machine.device == "cuda" else machine.ram_bytes
+    return needed <= 0.8 * budget
+
+
+def _stored_as_float32(path: Path) -> bool:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return bool(config.dtype == torch.float32)
+
+
+def _offload(path: Path, machine: Machine, folder: str) -> dict[str, Any]:
+    """Arguments of from_pretrained that leave on disk what does not fit."""
+    import importlib.util
+
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingExtra.of(
+            f"opening {path}, which is larger than the memory", "accelerate", "heal"
+        )
+    memory: dict[Any, int] = {"cpu": int(0.5 * machine.ram_bytes)}
+    if machine.device == "cuda":
+        memory[0] = int(0.7 * machine.gpu_bytes)
+    return {
+        "device_map": "auto",
+        "max_memory": memory,
+        "offload_buffers": True,
+        "offload_folder": folder,
+    }

@@ -1,0 +1,200 @@
+"""What verification measures, as values: JSON in, JSON out, nothing computed here.
+
+Every class holds JSON types only, so that `verify.json` and the report are these values written
+down, raw samples included, and a reader can recompute every figure that is shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter
+
+Phase = Literal["prefill", "decode"]
+Verdict = Literal["faster", "slower", "no speedup"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an engine is timed on: `batch` sequences of `prompt` tokens, then `new` tokens each."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    batch: int
+    prompt: int
+    new: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Dense against pruned engine of one exporter, on one workload, in one phase.
+
+    The samples are raw, one a round, interleaved pairs: in `prefill` seconds for the whole prompt
+    (all sequences of the batch), in `decode` seconds for one decoding step (one new token for
+    every sequence). `ratio` is dense / pruned time, above 1 is faster; `low` and `high` are its
+    95 % bootstrap interval; `floor_low` and `floor_high` bound what dense against dense (A/A)
+    showed on this machine. `bound` is weight bytes dense / pruned: what memory traffic allows in
+    decode, 0 where that is not known. Tokens per second count all sequences of the batch.
+    `again_seconds` are the samples of a second process of the dense engine, and `rounds` says how
+    many of the samples came from each launch: from these every figure can be computed again
+    (`compare.compare`).
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    engine: str
+    workload: Workload
+    phase: Phase
+    dense_seconds: list[float]
+    pruned_seconds: list[float]
+    ratio: float
+    low: float
+    high: float
+    floor_low: float
+    floor_high: float
+    bound: float
+    verdict: Verdict
+    dense_tokens_per_second: float
+    pruned_tokens_per_second: float
+    again_seconds: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean loss) over non-overlapping windows of `length` tokens.
+
+    `name` is dense, pruned, healed or an engine's name; `losses` holds each window's mean
+    cross-entropy in nats over its `length - 1` predicted tokens; `tokens` counts all of these.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    value: float
+    windows: int
+    length: int
+    tokens: int
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How many of the greedy continuations of the built-in prompts went wrong, and the texts."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    prompts: int
+    empty: int
+    repetitive: int
+    broken: int
+    examples: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """An engine against PyTorch of the same checkpoint, on the same tokens.
+
+    `max_logit_error` is absolute; `mean_kl` is KL(PyTorch ‖ engine) in nats; `greedy_equal` of
+    `greedy_total` greedy tokens agree. `tolerance` is the largest logit error that is accepted,
+    0 where the precision's error is reported but not gated.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    engine: str
+    against: str
+    max_logit_error: float
+    mean_kl: float
+    greedy_equal: int
+    greedy_total: int
+    ok: bool
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Reload:
+    """Stock transformers in a fresh process: did it load every tensor and nothing else?"""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    ok: bool
+    model_type: str
+    missing: list[str]
+    unexpected: list[str]
+    parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """One metric of one lm-eval task, `dense` None where the dense model was not evaluated."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    metric: str
+    dense: float | None
+    pruned: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Something that the recipe claims, what was measured, and whether it holds."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    what: str
+    claimed: float
+    measured: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All of the above for one run, and the machine that it was measured on."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    reload: Reload
+    parity: list[Parity] = field(default_factory=list)
+    perplexity: list[Perplexity] = field(default_factory=list)
+    generation: list[Generation] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
+    speed: list[Speed] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
+    machine: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it reloads, every gated engine agrees with PyTorch, and every gate holds."""
+        return (
+            self.reload.ok
+            and all(parity.ok for parity in self.parity)
+            and all(gate.ok for gate in self.gates)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Any) -> Verification:
+        return from_json(Verification, data)
+
+
+def to_json(value: Any) -> Any:
+    """The JSON form of a result of this module, or of a list of them."""
+    return [to_json(item) for item in value] if isinstance(value, list) else asdict(value)
+
+
+def from_json(kind: type[T], data: Any) -> T:
+    """The result (`Speed`, `list[Parity]` …) that `to_json` turned into `data`.
+
+    Raises:
+        pydantic.ValidationError: a field is missing, unknown or of another type.
+    """
+    return TypeAdapter(kind).validate_python(data, strict=False)

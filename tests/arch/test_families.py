@@ -1,0 +1,207 @@
+"""Every table in families/ against transformers: a new file is tested here without an edit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import PROMPT, Tiny, headers, logits, tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from prune_export.arch import Arch
+from prune_export.arch.table import tables
+from prune_export.errors import PlanError
+
+VARIANTS = [
+    pytest.param(model_type, changes, id=f"{model_type}-{name}")
+    for model_type, table in sorted(tables().items())
+    for name, changes in {"plain": {}, **table.tiny.variants}.items()
+]
+DROPS = [(1,), (0, 2, 4), (0, 1, 3, 4, 5)]
+
+
+def cut(tiny: Tiny, layers: Collection[int], base: Mapping[str, Any], out: Path) -> PreTrainedModel:
+    """Cuts files by what Arch says and loads the result as a stranger would."""
+    arch, source = tiny.arch.without(layers), load_file(tiny.path / "model.safetensors")
+    names = tiny.arch.origin(tiny.arch.kept(layers))
+    out.mkdir()
+    save_file(
+        {new: source[old] for new, old in names.items()},
+        out / "model.safetensors",
+        {"format": "pt"},
+    )
+    (out / "config.json").write_text(json.dumps(arch.to_config(base)))
+    assert {tensor.name: arch.shape(tensor) for tensor in arch.stored()} == headers(out)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert type(model) is type(tiny.model)
+    return model.eval()
+
+
+@contextmanager
+def bypassed(tiny: Tiny, layers: Collection[int]) -> Iterator[None]:
+    """Makes the blocks return their input; nothing else of the model or its config changes."""
+
+    def unchanged(_module: object, inputs: Any, named: Any, output: Any) -> Any:
+        states = inputs[0] if inputs else named["hidden_states"]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    blocks = tiny.model.get_submodule(tiny.arch.table.blocks)
+    hooks = [blocks[i].register_forward_hook(unchanged, with_kwargs=True) for i in layers]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
+def test_names_and_shapes_are_those_on_disk(
+    tiny: Callable[..., Tiny], model_type: str, changes: dict[str, Any], tied: bool
+) -> None:
+    made = tiny(model_type, **changes, tie_word_embeddings=tied)
+    arch = made.arch
+    assert {tensor.name: arch.shape(tensor) for tensor in arch.stored()} == headers(made.path)
+    assert arch.parameters() == sum(parameter.numel() for parameter in made.model.parameters())
+    assert type(made.model).__name__ in arch.table.architectures
+    assert any(tensor.tied_to for tensor in arch.tensors) is tied
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
+def test_module_paths_exist(
+    tiny: Callable[..., Tiny], model_type: str, changes: dict[str, Any]
+) -> None:
+    made = tiny(model_type, **changes)
+    table = made.arch.table
+    assert len(made.model.get_submodule(table.blocks)) == made.arch.layers
+    assert table.final_norm
+    norm = getattr(
+        made.model.get_submodule(table.final_norm.rpartition(".")[0]),
+        table.final_norm.rpartition(".")[2],
+    )
+    assert (norm is None) is (made.arch.final_norm is None)
+    for path in table.embeddings:
+        parent, _, name = path.rpartition(".")
+        assert hasattr(made.model.get_submodule(parent), name)
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
+def test_a_depth_cut_computes_as_the_model_that_skips_those_blocks(
+    tiny: Callable[..., Tiny], tmp_path: Path, model_type: str, changes: dict[str, Any]
+) -> None:
+    made = tiny(model_type, **changes)
+    whole = made.logits()
+    for number, layers in enumerate(DROPS):
+        smaller = cut(made, layers, made.full, tmp_path / str(number))
+        with bypassed(made, layers):
+            expected = made.logits()
+        assert (expected - whole).abs().max() > 1e-2
+        torch.testing.assert_close(logits(smaller), expected, atol=1e-6, rtol=0)
+
+
+def test_blocks_that_compute_with_their_number_may_lose_the_last(
+    tiny: Callable[..., Tiny], tmp_path: Path
+) -> None:
+    made = tiny("gpt2", scale_attn_by_inverse_layer_idx=True)
+    smaller = cut(made, (4, 5), made.full, tmp_path / "cut")
+    with bypassed(made, (4, 5)):
+        torch.testing.assert_close(logits(smaller), made.logits(), atol=1e-6, rtol=0)
+
+
+PATTERNED = sorted(name for name, table in tables().items() if table.config.per_layer)
+
+
+@pytest.mark.parametrize("model_type", PATTERNED)
+def test_without_the_sliced_lists_the_cut_model_would_compute_something_else(
+    tiny: Callable[..., Tiny], tmp_path: Path, model_type: str
+) -> None:
+    made = tiny(model_type)
+    rules = made.arch.table.config
+    with bypassed(made, (1,)):
+        expected = made.logits()
+    cut(made, (1,), made.full, tmp_path / "cut")
+    naive = made.full | {made.arch.table.layers: made.arch.layers - 1}
+    for key in rules.per_layer:
+        del naive[key]
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(naive))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut", dtype=torch.float32)
+    assert (logits(model) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
+def test_a_cut_model_generates_the_same_with_and_without_cache(
+    tiny: Callable[..., Tiny], tmp_path: Path, model_type: str, changes: dict[str, Any]
+) -> None:
+    made = tiny(model_type, **changes)
+    smaller = cut(made, DROPS[1], made.full, tmp_path / "cut")
+    asked = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(PROMPT),
+        "pad_token_id": 0,
+    }
+    cached = smaller.generate(PROMPT, use_cache=True, **asked)
+    assert cached.shape == (2, PROMPT.shape[1] + 8)
+    assert torch.equal(cached, smaller.generate(PROMPT, use_cache=False, **asked))
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
+def test_a_file_without_defaults_gives_the_same_cut_as_a_full_one(
+    model_type: str, changes: dict[str, Any]
+) -> None:
+    full = AutoConfig.for_model(model_type, **tiny_config(model_type, changes)).to_dict()
+    arch = Arch.from_config(full)
+    sparse = {"model_type": model_type, **tiny_config(model_type, changes)}
+    written = arch.without(DROPS[1]).to_config(sparse)
+    assert arch.table.config.derives == [] or set(arch.table.config.derives).isdisjoint(written)
+    expected = AutoConfig.for_model(**arch.without(DROPS[1]).to_config(full)).to_dict()
+    loaded = AutoConfig.for_model(**written).to_dict()
+    for key in (*arch.table.depth_keys(), "rope_parameters"):
+        assert loaded.get(key) == expected.get(key), key
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
+def test_nothing_is_written_where_nothing_is_cut(
+    tiny: Callable[..., Tiny], model_type: str, changes: dict[str, Any]
+) -> None:
+    made = tiny(model_type, **changes)
+    raw = json.loads((made.path / "config.json").read_text())
+    assert made.arch.without(()).to_config(raw) == raw
+    assert made.arch.to_config(made.full) == made.full
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
+def test_a_width_cut_is_written_so_that_transformers_builds_it_or_refused(
+    model_type: str, changes: dict[str, Any]
+) -> None:
+    full = AutoConfig.for_model(model_type, **tiny_config(model_type, changes)).to_dict()
+    arch, written = Arch.from_config(full), set()
+    for name in arch.table.axes:
+        try:
+            smaller = halved(arch, name)
+            config = smaller.to_config(full)
+        except PlanError:
+            continue
+        if smaller == arch:
+            continue
+        written.add(name)
+        loaded = AutoConfig.for_model(**config)
+        assert Arch.from_config(loaded.to_dict()).sizes == smaller.sizes
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(loaded)
+        assert smaller.parameters() == sum(value.numel() for value in model.parameters())
+    assert written >= {"vocab", "mlp", "moe"} & {axis.split(".")[0] for axis in arch.sizes}
+
+
+def halved(arch: Arch, name: str) -> Arch:
+    for axis in [axis for axis in arch.sizes if axis.split(".")[0] == name]:
+        if arch.sizes.get(axis, 1) > 1:
+            arch = arch.resized(axis, arch.sizes[axis] // 2)
+    return arch
