@@ -7,7 +7,6 @@ of them), but names in an index must stay inside the directory.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -153,11 +152,11 @@ class Checkpoint:
         """Stored names that carry nothing: copies of tied tensors, and buffers of old releases."""
         tied = {tensor.name for tensor in arch.tensors if tensor.tied_to is not None}
         stored = {tensor.name for tensor in arch.stored()}
-        ignored = [re.compile(pattern) for pattern in arch.table.ignored]
+        ends = tuple(f".{suffix}" for suffix in arch.table.ignored_tensors)
         return tuple(
             name
             for name in self.entries
-            if name not in stored and (name in tied or any(p.search(name) for p in ignored))
+            if name not in stored and (name in tied or bool(ends and name.endswith(ends)))
         )
 
     def read(self, name: str) -> torch.Tensor:

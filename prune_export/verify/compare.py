@@ -73,8 +73,14 @@ def compare(dense: Launches, again: Launches, pruned: Launches, *, seed: int = 0
         verdict = "faster"
     elif high < -floor:
         verdict = "slower"
-    ratio = float(np.exp(np.median(np.concatenate(effect))))
-    return Comparison(ratio, *(float(np.exp(x)) for x in (low, high, -floor, floor)), verdict)
+    return Comparison(
+        ratio=float(np.exp(np.median(np.concatenate(effect)))),
+        low=float(np.exp(low)),
+        high=float(np.exp(high)),
+        floor_low=float(np.exp(-floor)),
+        floor_high=float(np.exp(floor)),
+        verdict=verdict,
+    )
 
 
 def _log_ratios(above: Launches, below: Launches) -> list[np.ndarray]:

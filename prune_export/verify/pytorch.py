@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,9 @@ class _PyTorchRunner:
 
         torch.set_num_threads(machine.threads)
         dtype: Any = _DTYPES[how.precision]
-        placement = {} if _fits(path, machine, dtype) else _offload(path, machine)
+        self._offloaded = tempfile.TemporaryDirectory(prefix="prune-export-")
+        fits = _fits(path, machine, dtype)
+        placement = {} if fits else _offload(path, machine, self._offloaded.name)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, local_files_only=True, trust_remote_code=False, **placement
         )
@@ -75,6 +78,7 @@ class _PyTorchRunner:
         del kind, error, trace
         self._cache = None
         del self._model
+        self._offloaded.cleanup()
 
     def reset(self) -> None:
         self._cache = None
@@ -115,13 +119,20 @@ def _stored_as_float32(path: Path) -> bool:
     return bool(config.dtype == torch.float32)
 
 
-def _offload(path: Path, machine: Machine) -> dict[str, Any]:
+def _offload(path: Path, machine: Machine, folder: str) -> dict[str, Any]:
     """Arguments of from_pretrained that leave on disk what does not fit."""
     import importlib.util
 
     if importlib.util.find_spec("accelerate") is None:
-        raise MissingExtra.of(f"opening {path}, which is larger than the memory", "accelerate", "heal")
+        raise MissingExtra.of(
+            f"opening {path}, which is larger than the memory", "accelerate", "heal"
+        )
     memory: dict[Any, int] = {"cpu": int(0.5 * machine.ram_bytes)}
     if machine.device == "cuda":
         memory[0] = int(0.7 * machine.gpu_bytes)
-    return {"device_map": "auto", "max_memory": memory, "offload_buffers": True}
+    return {
+        "device_map": "auto",
+        "max_memory": memory,
+        "offload_buffers": True,
+        "offload_folder": folder,
+    }

@@ -40,7 +40,9 @@ CASES = {
     "a list": Case("- 1\n- 2\n", "bad.yaml", "not a mapping"),
     "unclosed brace": Case("recipe: 1\nstages: [{\n", "bad.yaml:3", "not YAML", "indentation"),
     "tab": Case("recipe: 1\nstages:\n\t- prune: {}\n", "bad.yaml:3", "not YAML"),
-    "tag": Case("recipe: 1\nmodel: !!python/object:os.system x\n", "bad.yaml:2", "tag", "plain data"),
+    "tag": Case(
+        "recipe: 1\nmodel: !!python/object:os.system x\n", "bad.yaml:2", "tag", "plain data"
+    ),
     "local tag": Case("recipe: !include other.yaml\n", "bad.yaml:1", "tag `!include`"),
     "anchor": Case("recipe: 1\ndata: &d {}\n", "bad.yaml:2", "anchor or alias `d`"),
     "alias bomb": Case("a: &a [x]\nb: &b [*a, *a]\n", "bad.yaml:1", "anchor or alias `a`"),

@@ -112,8 +112,12 @@ def test_the_json_schema_is_one_and_refuses_what_the_loader_refuses() -> None:
     validator = jsonschema.Draft202012Validator(json_schema())
     validator.check_schema(json_schema())
     assert not validator.is_valid({"recipe": 1, "stage": []})
-    assert not validator.is_valid({"recipe": 1, "stages": [{"prune": {"method": "deepest", "x": 1}}]})
-    assert validator.is_valid({"recipe": 1, "stages": [{"prune": {"method": "deepest", "remove": 1}}]})
+    assert not validator.is_valid(
+        {"recipe": 1, "stages": [{"prune": {"method": "deepest", "x": 1}}]}
+    )
+    assert validator.is_valid(
+        {"recipe": 1, "stages": [{"prune": {"method": "deepest", "remove": 1}}]}
+    )
 
 
 def test_the_reference_is_up_to_date() -> None:
