@@ -11,11 +11,11 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from prune_export.calibrate import AngularDistance, BlockInfluence, TokenSet, gather
 from prune_export.checkpoint import Checkpoint
@@ -23,6 +23,10 @@ from prune_export.machine import Machine
 from prune_export.progress import Progress
 from prune_export.report import style
 from prune_export.scores import least, runs
+
+
+_SHARES: Final = (0.2, 0.4)
+"""The fractions of the blocks whose best run the picture names."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,8 @@ def _draw_map(axes: Axes, inspection: Inspection) -> None:
         markersize=max(2.2, min(4.5, 110 / layers)), markeredgecolor=style.INK,
         markeredgewidth=0.6, zorder=3,
     )  # fmt: skip
-    for share in (0.2, 0.4):
-        _point_at(axes, inspection, max(1, round(share * layers)), share)
+    for place, share in enumerate(_SHARES):
+        _mark(axes, inspection, max(1, round(share * layers)), place)
     axes.set(xlim=(-0.5, layers - 0.5), ylim=(0.5, layers + 0.5))
     axes.set_xlabel("first block of the run (0 = first)")
     axes.set_ylabel("blocks in the run")
@@ -150,23 +154,27 @@ def _draw_map(axes: Axes, inspection: Inspection) -> None:
     bar.set_label("angular distance (fraction of π)", color=style.MUTED)
     style.title(
         axes, "Angular distance",
-        "How far the residual state of a window's last token turns across a run of blocks; "
-        "low = redundant.\nDots: the best run of each size.",
+        "How far the residual state of a window's last token turns across a run of blocks.\n"
+        "Low = redundant. White dots: the best run of each size.",
     )  # fmt: skip
 
 
-def _point_at(axes: Axes, inspection: Inspection, remove: int, share: float) -> None:
-    if not 1 <= remove < inspection.layers:
+def _mark(axes: Axes, inspection: Inspection, remove: int, place: int) -> None:
+    """Colours the best run of a size, and says what it is in the empty corner of the map."""
+    if remove >= inspection.layers:
         return
-    run, layers = inspection.best_runs[remove - 1], inspection.layers
+    run = inspection.best_runs[remove - 1]
     last = run.first + remove - 1
     blocks = f"block {run.first}" if remove == 1 else f"blocks {run.first} to {last}"
+    color = (style.PRUNED, style.HEALED)[place % 2]
+    axes.plot(
+        run.first, remove, "o", color=color, markersize=7.5, markeredgecolor="white",
+        markeredgewidth=1.4, zorder=4,
+    )  # fmt: skip
     axes.annotate(
-        f"{share:.0%}: {blocks}\ndistance {run.distance:.3f}",
-        (run.first, remove), xytext=(layers - 0.8, layers * (0.45 + 1.1 * share)),
-        ha="right", va="center", fontsize=8.5, fontweight="bold", color=style.PRUNED, zorder=4,
-        arrowprops={"arrowstyle": "-", "color": style.PRUNED, "linewidth": 1.2,
-                    "shrinkA": 2, "shrinkB": 4},
+        f"{remove} blocks ({remove / inspection.layers:.0%}): {blocks}, distance {run.distance:.3f}",
+        (1.0, 0.97 - 0.065 * place), xycoords="axes fraction", ha="right", va="top",
+        fontsize=8.5, fontweight="bold", color=color,
     )  # fmt: skip
 
 
@@ -183,6 +191,9 @@ def _draw_influence(axes: Axes, inspection: Inspection) -> None:
         )  # fmt: skip
     if log:
         axes.set_yscale("log")
+        # The style reads no mathematics, in which the default labels are written.
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(-0.7, len(scores) - 0.3)
     axes.set_xlabel("block (0 = first)")
     axes.set_ylabel("1 - mean cosine" + (", log scale" if log else ""))

@@ -19,7 +19,7 @@ import jinja2
 
 from prune_export.report import table
 from prune_export.report.caveats import caveats, failed
-from prune_export.report.figures import figure_title
+from prune_export.report.figures import figure_title, names_by_stage
 from prune_export.report.reading import Change, Report, perplexity_change, text_from_blocks
 from prune_export.report.style import DPI
 from prune_export.units import text_from_bytes, text_from_count, text_from_seconds
@@ -64,10 +64,11 @@ def render_page(report: Report | Mapping[str, Any], figures: Path) -> str:
         failures=[one.text for one in found if one.kind == "failure"],
         limits=[one.text for one in found if one.kind == "limit"],
         figures={
-            path.stem: figure_of(path)
+            path.name: figure_of(path)
             for path in sorted(figures.glob("*.png"))
-            if path.stem != "summary"
+            if path.name != "summary.png"
         },
+        by_stage=names_by_stage(report),
         removed=frozenset(report.removed_blocks),
     )  # fmt: skip
 

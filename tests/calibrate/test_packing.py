@@ -24,8 +24,8 @@ def test_packed_windows_worked_by_hand() -> None:
     rows = sorted(found.ids.tolist())
     assert rows == [
         [1, 0, 1, 2, 2],
-        [1, 100, 101, 102, 103],
         [1, 2, 200, 201, 202],
+        [1, 100, 101, 102, 103],
     ]
     assert found.available == 3
 
