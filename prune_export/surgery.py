@@ -142,8 +142,8 @@ def rewrite(
     config = after.to_config(source.config)
     for key in _DEAD_KEYS:
         config.pop(key, None)
-    _refuse_unsayable(config, after, out)
     source.check(arch)
+    _refuse_unsayable(config, after, out)
     _refuse_untied(source, arch)
     window = max(MIB, min(_WINDOW_BYTES, ram_bytes // 16))
     planned = list(_planned(source, arch, after, sorted_edits, window))

@@ -18,7 +18,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prune_export.checkpoint import Checkpoint, Planned, write_checkpoint
 from prune_export.errors import CheckpointError, PlanError
-from prune_export.surgery import Drop, Edit, Edits, Keep, Overwrite, _Cut, rewrite
+from prune_export.surgery import (
+    Drop,
+    Edit,
+    Edits,
+    Keep,
+    Overwrite,
+    _Cut,
+    _refuse_unsayable,
+    rewrite,
+)
 
 Saved = Callable[..., Path]
 PROMPT = torch.tensor([[5, 9, 40, 3, 17, 22, 8, 61], [7, 1, 1, 33, 4, 60, 59, 21]])
@@ -392,9 +401,18 @@ def test_a_size_that_transformers_refuses_is_refused_before_anything_is_written(
 ) -> None:
     path = saved("llama", head_dim=8, num_attention_heads=8, num_key_value_heads=2)
     edits = [Keep(f"group.{i}", (0, 1, 2)) for i in range(6)]  # 6 heads; 32 / 6 leaves a rest
-    with pytest.raises(PlanError, match="not a multiple of the number of attention heads"):
+    with pytest.raises(PlanError, match="divides hidden_size"):
         cut(path, edits, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_would_not_say_what_was_cut_is_refused(saved: Saved, tmp_path: Path) -> None:
+    source = Checkpoint.open(saved("llama"))
+    after = source.arch().without((0,))
+    with pytest.raises(PlanError, match="could not say what is cut"):
+        _refuse_unsayable(source.config, after, tmp_path)
+    with pytest.raises(PlanError, match="would be a model that transformers refuses"):
+        _refuse_unsayable({**source.config, "hidden_size": "wide"}, after, tmp_path)
 
 
 def test_a_source_that_is_not_the_architecture_is_refused(saved: Saved, tmp_path: Path) -> None:
