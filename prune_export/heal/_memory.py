@@ -160,9 +160,7 @@ def cost(
     working = (
         base_bytes(size, quantization, item)
         + 16 * size.adapters
-        + activation_bytes(
-            arch, settings, item, tokens, checkpointing=found.gradient_checkpointing
-        )
+        + activation_bytes(arch, settings, item, tokens, checkpointing=found.gradient_checkpointing)
     )
     stored_item = _ITEM_BYTES.get(str(arch.config.get("dtype")), 4)
     stored = size.stored * stored_item

@@ -40,7 +40,9 @@ def merged(
         if name in factors or name in base:
             yield Overwrite(
                 name,
-                _Merged(source, name, factors.get(name), scaling, name in transposed, base.get(name)),
+                _Merged(
+                    source, name, factors.get(name), scaling, name in transposed, base.get(name)
+                ),
             )
 
 

@@ -107,9 +107,7 @@ class Settings:
                 )
         if not 0 <= self.dropout < 1:
             raise PlanError("dropout", f"got {self.dropout}, expected a fraction in [0, 1)")
-        if self.micro_batch is not None and (
-            self.micro_batch < 1 or self.batch % self.micro_batch
-        ):
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
             fitting = [n for n in range(1, self.batch + 1) if self.batch % n == 0]
             raise PlanError(
                 "micro_batch",

@@ -45,7 +45,9 @@ class State:
             if item.name != "tensors"
         }
         meta = {_META: json.dumps({**known, "key": key})}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()
+        }
         write_whole(scratch / _FILE, save(tensors, metadata=meta))
 
     @staticmethod

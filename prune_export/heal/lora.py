@@ -35,9 +35,7 @@ class Lora(Settings):
         require("heal: lora", "peft", "accelerate")
         targets(self.targets, arch)
 
-    def cost(
-        self, arch: Arch, tokens: int, length: int, machine: Machine | None = None
-    ) -> Cost:
+    def cost(self, arch: Arch, tokens: int, length: int, machine: Machine | None = None) -> Cost:
         """What healing takes; every step trains whole windows, however many `tokens` there are."""
         del tokens
         return _memory.cost(arch, self, None, machine, length=length)

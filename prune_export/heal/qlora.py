@@ -73,9 +73,7 @@ class Qlora(Settings):
                 "use `method: lora` with attention targets",
             )
 
-    def cost(
-        self, arch: Arch, tokens: int, length: int, machine: Machine | None = None
-    ) -> Cost:
+    def cost(self, arch: Arch, tokens: int, length: int, machine: Machine | None = None) -> Cost:
         """What healing takes; every step trains whole windows, however many `tokens` there are."""
         del tokens
         return _memory.cost(arch, self, self._quantization, machine, length=length)
