@@ -173,15 +173,13 @@ def methods(
 
     known = {kind: registry.names(kind) for kind in registry.KINDS}
     if name is None:
-        rows = [
-            (kind, entry, described(kind, entry).summary) for kind in known for entry in known[kind]
-        ]
+        found = [described(kind, entry) for kind in known for entry in known[kind]]
         if json:
-            console.print_json(
-                [dict(zip(("kind", "name", "what"), row, strict=True)) for row in rows]
-            )
+            keys = ("kind", "name", "summary")
+            console.print_json([{key: getattr(entry, key) for key in keys} for entry in found])
         else:
-            console.table("", ["name", "kind", "what it does"], [(n, k, s) for k, n, s in rows])
+            shown = [(entry.name, entry.kind, entry.summary) for entry in found]
+            console.table("", ["name", "kind", "what it does"], shown)
         return
     kinds = [kind for kind in known if name in known[kind]]
     if not kinds:
@@ -337,13 +335,12 @@ def _show_plan(planned: Any, *, as_json: bool) -> None:
 
 
 def _show_report(report: Any, out: Path) -> None:
-    from prune_export.report.table import rows
+    from prune_export.report import COLUMNS, summary_rows, where_to_look
 
-    found = rows(report)
-    console.table(report["recipe"]["description"] or report["recipe"]["name"], found[0], found[1:])
-    typer.echo(
-        f"\nreport  {out / 'report.html'}\nmodel   {out}  (AutoModelForCausalLM.from_pretrained)"
-    )
+    rows = [row.cells for row in summary_rows(report)]
+    console.table(report["recipe"]["description"] or report["recipe"]["name"], COLUMNS, rows)
+    typer.echo("")
+    console.pairs([(str(out / place), what) for place, what in where_to_look(report)])
 
 
 def _publish(

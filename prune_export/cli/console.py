@@ -134,6 +134,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     output.print(made)
 
 
+def pairs(rows: Sequence[tuple[str, str]]) -> None:
+    """Prints lines of a place and what is there."""
+    made = Table.grid(padding=(0, 2))
+    for place, what in rows:
+        made.add_row(Text(place, style="bold"), Text(what))
+    output.print(made)
+
+
 def print_json(value: Any) -> None:
     """Prints JSON on standard output, and nothing else there."""
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
