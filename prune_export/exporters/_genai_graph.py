@@ -24,9 +24,7 @@ def decode_bytes(graph: Path) -> int:
     for node in loaded.node:
         for place, name in enumerate(node.input):
             users[name].append((node, place))
-    return sum(
-        _size(tensor) for tensor in loaded.initializer if _read_whole(tensor.name, users)
-    )
+    return sum(_size(tensor) for tensor in loaded.initializer if _read_whole(tensor.name, users))
 
 
 def _read_whole(name: str, users: dict[str, list[tuple[Any, int]]]) -> bool:
