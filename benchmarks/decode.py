@@ -233,10 +233,10 @@ def built_by_builder(checkpoint: Path, precision: str, out: Path, scratch: Path)
     done = out.with_suffix(".done")
     if not done.is_file():
         command = ["-i", str(checkpoint), "-o", str(out), "-p", precision, "-e", "cpu"]
+        command += ["-c", str(scratch / "cache")]
         start = perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "onnxruntime_genai.models.builder", *command]
-            + ["-c", str(scratch / "cache")],
+            [sys.executable, "-m", "onnxruntime_genai.models.builder", *command],
             check=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

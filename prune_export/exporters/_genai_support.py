@@ -112,7 +112,7 @@ def _family_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("use_bidirectional_attention"):
         yield "the builder's attention is causal only (`use_bidirectional_attention`)"
     if config.get("qk_layernorm"):
-        yield "the builder does not build `qk_layernorm`"
+        yield "the builder leaves out `qk_layernorm`"
 
 
 def corrections(config: Mapping[str, Any]) -> dict[str, Any]:
