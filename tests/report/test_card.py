@@ -260,7 +260,7 @@ def test_the_transformers_snippet_runs(
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     tiny_tokenizer(tmp_path)
-    (code,) = [one for one in blocks(model_card(made("no_export")), "python")]
+    (code,) = blocks(model_card(made("no_export")), "python")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     exec(compile(code, "card", "exec"), {})

@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
     @property
     def words(self) -> str:
-        return " ".join("".join(self.text).split())
+        return " ".join(" ".join(self.text).split())
 
 
 def words(name: str, tmp_path: Path) -> str:
