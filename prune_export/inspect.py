@@ -24,7 +24,6 @@ from prune_export.progress import Progress
 from prune_export.report import style
 from prune_export.scores import least, runs
 
-
 _SHARES: Final = (0.2, 0.4)
 """The fractions of the blocks whose best run the picture names."""
 
