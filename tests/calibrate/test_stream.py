@@ -145,6 +145,29 @@ def test_a_killed_pass_goes_on_and_ends_in_the_same_bits(
     assert min(blocks) in (reached, reached + 1)
 
 
+@pytest.mark.parametrize("ram_bytes", [1, 8 * 1024**3], ids=["spooled", "in memory"])
+def test_a_pass_that_ended_is_not_run_again(
+    twin: Callable[..., Any],
+    tokens: TokenSet,
+    machine: Machine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ram_bytes: int,
+) -> None:
+    made = twin("llama")
+    machine = dataclasses.replace(machine, ram_bytes=ram_bytes)
+    monkeypatch.setattr(resume.Saves, "due", lambda _self: True)
+    first = gather(made.checkpoint, ALL, tokens, machine, scratch=tmp_path / "scratch")
+    assert not list((tmp_path / "scratch").rglob("*-states*"))
+
+    def refuse(*_: Any) -> torch.Tensor:
+        raise Killed
+
+    monkeypatch.setattr(Skeleton, "run", refuse)
+    again = gather(made.checkpoint, ALL, tokens, machine, scratch=tmp_path / "scratch")
+    assert_same_bits(again, first)
+
+
 def test_a_save_of_another_boot_is_not_trusted(
     twin: Callable[..., Any],
     tokens: TokenSet,
