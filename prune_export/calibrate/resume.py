@@ -22,9 +22,14 @@ _SHARE: Final = 20
 
 
 class Saves:
-    """The saved states of one pass in a directory of its own."""
+    """The saved states of one pass in a directory of its own.
+
+    `layout` names the buffers that are in memory: where less memory is free than when the pass was
+    killed, others are, and it starts again.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.layout: tuple[str, ...] = ()
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._mark = folder / "mark.json"
@@ -51,7 +56,7 @@ class Saves:
         for name, buffer in buffers.items():
             buffer.save(self._file(name, new))
         save_file(dict(state), self._file("collectors", new))
-        mark = {"done": done, "generation": new, "boot": _boot()}
+        mark = {"done": done, "generation": new, "boot": _boot(), "layout": self.layout}
         partial = self._mark.with_suffix(".partial")
         partial.write_text(json.dumps(mark), encoding="utf-8")
         partial.replace(self._mark)
@@ -68,6 +73,8 @@ class Saves:
         mark = json.loads(self._mark.read_text(encoding="utf-8"))
         if mark["boot"] != _boot():
             # The files were not flushed to the disk: after a power loss they may hold anything.
+            return 0
+        if tuple(mark["layout"]) != self.layout:
             return 0
         self._generation = int(mark["generation"])
         return int(mark["done"])

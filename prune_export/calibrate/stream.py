@@ -215,6 +215,7 @@ class _Pass:
             self._stream(number, tokens.ids[:samples, :length], group)
             for number, ((samples, length), group) in enumerate(groups.items())
         ]
+        self.saves.layout = tuple(sorted(self._states | self._kept))
 
     def _stream(self, number: int, ids: torch.Tensor, statistics: Sequence[Statistic]) -> _Stream:
         samples, length = ids.shape
