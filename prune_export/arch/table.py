@@ -86,6 +86,7 @@ class ConfigRules(_Frozen):
             because a block computes with its own number.
         writes: for each key that states a size, its value as an expression over the axes.
         divides: key pairs (divisor, multiple) that transformers insists on.
+        at_most: key pairs (less, more) without which the model cannot run.
         aliases: other names that transformers accepts for a key, and the name that it writes.
     """
 
@@ -97,6 +98,7 @@ class ConfigRules(_Frozen):
     depth_requires: dict[str, Any] = Field(default_factory=dict)
     writes: dict[str, str] = Field(default_factory=dict)
     divides: list[tuple[str, str]] = Field(default_factory=list)
+    at_most: list[tuple[str, str]] = Field(default_factory=list)
     aliases: dict[str, str] = Field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ trace: attention is one marker that says what the stamped graph reads from the p
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from prune_export.errors import PlanError
+from prune_export.exporters._onnx_fuse import optimize
 
 OPSET: Final = 23
 DOMAIN: Final = "prune_export"
@@ -32,8 +34,10 @@ class Trace:
     `model` is an `onnx_ir.Model` whose weights are inputs, named as in the torch model; `blocks` is
     the path of the block list (`model.layers`); `kinds[i]` is the traced block that stands for
     layer `i`; `buffers` are the values of what is computed rather than stored; `tied` names, for a
-    parameter that shares its storage, the others that do; `experts_visited` is the fraction of a
-    block's experts that one token visits.
+    parameter that shares its storage, the others that do; `parameter_of` gives the torch name of a
+    tensor in a file; `experts_visited` is the fraction of its experts that a token visits;
+    `routers` are parameters of the traced model that choose experts, which rounding would send to
+    others.
     """
 
     model: Any
@@ -41,7 +45,9 @@ class Trace:
     kinds: tuple[int, ...]
     buffers: Mapping[str, torch.Tensor]
     tied: Mapping[str, tuple[str, ...]]
-    experts_visited: float = 1.0
+    parameter_of: Callable[[str], str]
+    experts_visited: float
+    routers: frozenset[str]
 
 
 def trace(config: Any, dtype: torch.dtype, blocks: str, *, last: bool) -> Trace:
@@ -57,8 +63,29 @@ def trace(config: Any, dtype: torch.dtype, blocks: str, *, last: bool) -> Trace:
     _mark(model.get_submodule(blocks))
     with _registered():
         graph = _graph_of(wrapper, config)
-    _optimize(graph)
-    return Trace(graph, blocks, kinds, dict(_computed(model)), tied(model), _experts_visited(model))
+    optimize(graph)
+    return Trace(
+        graph, blocks, kinds, dict(_computed(model)), _tied(model), _renaming(model),
+        _experts_visited(model), _routers(model),
+    )  # fmt: skip
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """Transformers' own renaming of stored names, such as GPT-NeoX's `embed_out` to `lm_head`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    return lambda name: str(rename_source_key(name, rules, [])[0])
+
+
+def _routers(model: nn.Module) -> frozenset[str]:
+    return frozenset(
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if "Router" in type(module).__name__
+        for name in module._parameters
+    )
 
 
 def _experts_visited(model: Any) -> float:
@@ -75,7 +102,7 @@ def _computed(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{path}.{name}" if path else name, buffer
 
 
-def tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """For each parameter that shares its storage, the names of the others that do."""
     sharing: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -100,11 +127,11 @@ def weightless(config: Any, dtype: torch.dtype) -> Any:
             param = nn.Parameter(torch.zeros((), dtype=dtype).expand(param.shape), False)
         original(module, name, param)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="eager"
+                copy.deepcopy(config), dtype=dtype, attn_implementation="eager"
             )
         model.tie_weights()
     finally:
@@ -131,7 +158,7 @@ def _kinds(layers: nn.ModuleList, config: Any) -> tuple[tuple[int, ...], list[in
 
 def _per_layer(config: Any, layers: int) -> dict[str, list[Any]]:
     return {
-        key: value
+        key: list(value)
         for key, value in vars(config).items()
         if isinstance(value, list | tuple) and len(value) == layers and key != "architectures"
     }
@@ -167,7 +194,7 @@ def _reduce(model: Any, blocks: str, firsts: list[int]) -> None:
     for number, layer in enumerate(chosen):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = number
+                vars(module)["layer_idx"] = number
             if hasattr(module, "is_concatenated"):  # stacked experts: one of them is traced
                 for name, stack in list(module._parameters.items()):
                     if stack is not None:
@@ -351,9 +378,11 @@ def _graph_of(wrapper: _Wrapper, config: Any) -> Any:
             program = torch.export.export(
                 wrapper, (ids, mask, positions), dynamic_shapes=shapes, strict=False
             )
-            return torch.onnx.export(
+            exported = torch.onnx.export(
                 program, args=(), opset_version=OPSET, optimize=False, verbose=False
-            ).model
+            )
+            assert exported is not None  # it is, unless a file was given to write to
+            return exported.model
     except PlanError:
         raise
     except Exception as error:
@@ -377,22 +406,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _optimize(model: Any) -> None:
-    """Folds constants and fuses norms and rotary embeddings.
-
-    Weights are graph inputs meanwhile: as constants they would be folded, and equal ones merged.
-    """
-    from onnxscript import optimizer
-    from onnxscript.rewriter import onnx_fusions
-
-    graph = model.graph
-    weights = [value for name, value in graph.initializers.items() if name.startswith("model.")]
-    for value in weights:
-        del graph.initializers[value.name]
-        value.const_value = None
-        graph.inputs.append(value)
-    optimizer.optimize_ir(model)
-    onnx_fusions.fuse(model)
-    optimizer.optimize_ir(model)

@@ -19,7 +19,7 @@ import jinja2
 
 from prune_export.report import table
 from prune_export.report.caveats import caveats, failed
-from prune_export.report.figures import figure_title
+from prune_export.report.figures import figure_title, names_by_stage
 from prune_export.report.reading import Change, Report, perplexity_change, text_from_blocks
 from prune_export.report.style import DPI
 from prune_export.units import text_from_bytes, text_from_count, text_from_seconds
@@ -64,10 +64,11 @@ def render_page(report: Report | Mapping[str, Any], figures: Path) -> str:
         failures=[one.text for one in found if one.kind == "failure"],
         limits=[one.text for one in found if one.kind == "limit"],
         figures={
-            path.stem: figure_of(path)
+            path.name: figure_of(path)
             for path in sorted(figures.glob("*.png"))
-            if path.stem != "summary"
+            if path.name != "summary.png"
         },
+        by_stage=names_by_stage(report),
         removed=frozenset(report.removed_blocks),
     )  # fmt: skip
 
@@ -161,9 +162,15 @@ def _parity_words(one: Parity) -> str:
 
 def _share_of_bound(one: Speed) -> str:
     """`98 % of 1.19×` in decode, where memory traffic bounds; empty elsewhere."""
-    if one.phase != "decode" or not (math.isfinite(one.ratio) and one.bound > 0):
+    if not table.has_bound(one) or not math.isfinite(one.ratio):
         return ""
     return f"{100 * one.ratio / one.bound:.0f} % of {table.times(one.bound)}"
+
+
+def _rounds(one: Speed) -> str:
+    """`14 + 14 in 3 launches`: raw samples dense + pruned, and fresh processes behind them."""
+    launches = f" in {len(one.rounds)} launches" if len(one.rounds) > 1 else ""
+    return f"{len(one.dense_seconds)} + {len(one.pruned_seconds)}{launches}"
 
 
 def _change_words(change: Change | None) -> str:
@@ -218,6 +225,7 @@ def _environment() -> jinja2.Environment:
         "count": text_from_count,
         "number": table.number,
         "parity": _parity_words,
+        "rounds": _rounds,
         "scalars": scalars,
         "seconds": text_from_seconds,
         "share": _share_of_bound,

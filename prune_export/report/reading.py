@@ -191,22 +191,26 @@ def as_number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def _with_nan(report: Mapping[str, Any]) -> dict[str, Any]:
+def _with_nan(report: Any) -> Any:
     """The same report with NaN where strict JSON had to write null for a number."""
-    found = dict(report)
-    checks = found.get("verification")
+    checks = report.get("verification") if isinstance(report, Mapping) else None
     if not isinstance(checks, Mapping):
-        return found
-    checks = dict(checks)
+        return report
+    found = dict(checks)
     for part in ("perplexity", "parity", "speed", "gates"):
-        checks[part] = [
-            {key: math.nan if value is None else value for key, value in entry.items()}
+        found[part] = [
+            {key: _nan_for_null(value) for key, value in entry.items()}
+            if isinstance(entry, Mapping)
+            else entry
             for entry in checks.get(part) or ()
         ]
-    for entry in checks["perplexity"]:
-        entry["losses"] = [as_number(loss) for loss in entry.get("losses") or ()]
-    found["verification"] = checks
-    return found
+    return {**report, "verification": found}
+
+
+def _nan_for_null(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_nan_for_null(one) for one in value]
+    return math.nan if value is None else value
 
 
 def runs(blocks: Iterable[int]) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ Quality depends on the files alone. Speed is about a machine, so that is part of
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
+from prune_export import recipe as recipes
 from prune_export.calibrate import TokenSet
 from prune_export.contracts import BuildRecord, Work
 from prune_export.machine import describe
+from prune_export.recipe import Quality, Recipe
 from prune_export.run.artifacts import Base, Bench
 from prune_export.store import Artifact, Key
 from prune_export.verify import (
@@ -57,6 +60,7 @@ class Point:
 
 def measured(
     bench: Bench,
+    recipe: Recipe,
     base: Base,
     stages: Sequence[Artifact],
     exports: Sequence[Artifact],
@@ -67,8 +71,8 @@ def measured(
 
     Parity and speed feed evaluation tokens, or those of another source where there are none.
     """
-    asked = bench.recipe.verify
-    points = _points(bench, base, stages)
+    asked = recipe.verify
+    points = _points(recipe, base, stages)
     engines = [_engine(artifact) for artifact in exports]
     quality = asked.quality
     text = data.get(quality.perplexity) if quality and quality.perplexity else None
@@ -87,23 +91,23 @@ def measured(
     if asked.generation:
         found.generation.extend(_generation(bench, point) for point in (points[0], points[-1]))
     if quality and quality.tasks:
-        found.tasks.extend(_tasks(bench, points))
+        found.tasks.extend(_tasks(bench, quality, points))
     for artifact, engine in zip(exports, engines, strict=True):
         if asked.parity:
             found.parity.append(_parity(bench, artifact, engine, points[-1], ids))
     if asked.speed:
         for one, other in zip(dense, exports, strict=True):
-            found.speed.extend(_speed(bench, one, other, ids))
+            found.speed.extend(_speed(bench, asked.speed, one, other, ids))
         found.gates.extend(speed_gates(found.speed, asked.speed.at_least, asked.speed.phase))
     if quality:
         found.gates.extend(perplexity_gates(found.perplexity, points[-1].name, quality.at_most))
     return found
 
 
-def _points(bench: Bench, base: Base, stages: Sequence[Artifact]) -> list[Point]:
+def _points(recipe: Recipe, base: Base, stages: Sequence[Artifact]) -> list[Point]:
     """The dense model, the last one before healing, and the result."""
     points = [Point("dense", base.path, base.id)]
-    kinds = [stage.kind for stage in bench.recipe.stages]
+    kinds = [stage.kind for stage in recipe.stages]
     if "heal" in kinds:
         before = kinds.index("heal") - 1
         if before >= 0:
@@ -174,9 +178,7 @@ def _generation(bench: Bench, point: Point) -> Generation:
     )  # fmt: skip
 
 
-def _tasks(bench: Bench, points: Sequence[Point]) -> list[Task]:
-    quality = bench.recipe.verify.quality
-    assert quality is not None
+def _tasks(bench: Bench, quality: Quality, points: Sequence[Point]) -> list[Task]:
     return _kept(
         bench, "tasks", "verify: lm-eval tasks", list[Task], (points[0].id, points[-1].id),
         {"tasks": list(quality.tasks), "samples": quality.task_samples},
@@ -199,9 +201,9 @@ def _parity(
     )  # fmt: skip
 
 
-def _speed(bench: Bench, dense: Artifact, pruned: Artifact, ids: np.ndarray) -> list[Speed]:
-    asked = bench.recipe.verify.speed
-    assert asked is not None
+def _speed(
+    bench: Bench, asked: recipes.Speed, dense: Artifact, pruned: Artifact, ids: np.ndarray
+) -> list[Speed]:
     workloads = [Workload(w.batch, w.prompt, w.new) for w in asked.workloads]
     one, other = _engine(dense), _engine(pruned)
     effort = Effort(seconds=asked.minutes * 60)
@@ -217,6 +219,4 @@ def _speed(bench: Bench, dense: Artifact, pruned: Artifact, ids: np.ndarray) -> 
 
 
 def _digest(ids: np.ndarray) -> str:
-    import hashlib
-
     return hashlib.sha256(np.ascontiguousarray(ids[:4]).tobytes()).hexdigest()

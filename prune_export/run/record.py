@@ -8,6 +8,7 @@ from typing import Any
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import describe
+from prune_export.recipe import Recipe
 from prune_export.run.artifacts import Base, Bench
 from prune_export.store import Artifact
 from prune_export.verify.results import Verification
@@ -15,6 +16,7 @@ from prune_export.verify.results import Verification
 
 def report_of(
     bench: Bench,
+    recipe: Recipe,
     base: Base,
     data: Mapping[str, tuple[Artifact, TokenSet]],
     stages: Sequence[Artifact],
@@ -22,7 +24,6 @@ def report_of(
     found: Verification,
 ) -> dict[str, Any]:
     """The report of a run; every number in it was measured or counted."""
-    recipe = bench.recipe
     source = Checkpoint.open(base.path)
     last = Checkpoint.open(stages[-1].path) if stages else source
     return {

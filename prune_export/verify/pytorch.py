@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,13 +56,15 @@ class _PyTorchRunner:
 
         torch.set_num_threads(machine.threads)
         dtype: Any = _DTYPES[how.precision]
-        self._offloaded = tempfile.TemporaryDirectory(prefix="prune-export-")
-        fits = _fits(path, machine, dtype)
-        placement = {} if fits else _offload(path, machine, self._offloaded.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False, **placement
-        )
-        self._model = model.eval() if placement else model.eval().to(machine.device)
+        self._closing = ExitStack()
+        with ExitStack() as stack:
+            fits = _fits(path, machine, dtype)
+            placement = {} if fits else _offload(path, machine, stack)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, trust_remote_code=False, **placement
+            ).eval()
+            self._closing = stack.pop_all()
+        self._model = model.to(machine.device) if fits else model
         self._device = machine.device
         self._keep = {"logits_to_keep": 1} if how.logits == "last" else {}
         self._cache: Any = None
@@ -78,7 +81,7 @@ class _PyTorchRunner:
         del kind, error, trace
         self._cache = None
         del self._model
-        self._offloaded.cleanup()
+        self._closing.close()
 
     def reset(self) -> None:
         self._cache = None
@@ -119,7 +122,7 @@ def _stored_as_float32(path: Path) -> bool:
     return bool(config.dtype == torch.float32)
 
 
-def _offload(path: Path, machine: Machine, folder: str) -> dict[str, Any]:
+def _offload(path: Path, machine: Machine, stack: ExitStack) -> dict[str, Any]:
     """Arguments of from_pretrained that leave on disk what does not fit."""
     import importlib.util
 
@@ -134,5 +137,5 @@ def _offload(path: Path, machine: Machine, folder: str) -> dict[str, Any]:
         "device_map": "auto",
         "max_memory": memory,
         "offload_buffers": True,
-        "offload_folder": folder,
+        "offload_folder": stack.enter_context(tempfile.TemporaryDirectory(prefix="prune-export-")),
     }

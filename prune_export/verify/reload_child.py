@@ -3,8 +3,8 @@
     python -I reload_child.py DIRECTORY RAM_BYTES
 
 It must not import prune_export: a user who downloads the checkpoint has none. Prints one JSON line,
-what `check` returns. A model that does not fit into RAM_BYTES is loaded with its weights left on disk
-(accelerate), and generates 4 tokens instead of 16.
+what `check` returns. A model that does not fit into RAM_BYTES is loaded with its weights left on
+disk (accelerate), and generates 4 tokens instead of 16.
 """
 
 import json

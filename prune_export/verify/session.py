@@ -84,6 +84,10 @@ class Session:
         """Ends the process and frees its memory; its arrays stay until the session ends."""
         if self._process.returncode is None:
             self._stop()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
 
     def ready(self) -> int:
         """Waits until the engine is open; the size of its vocabulary."""
@@ -205,8 +209,6 @@ class Session:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
 
     def _file(self, name: str) -> str:
         self._saved += 1  # never the same twice: an array may still be mapped

@@ -36,8 +36,8 @@ class Effort:
     but `launches` launches of one round are always finished.
     """
 
-    launches: Annotated[int, Field(ge=3)] = 3
-    rounds: Annotated[int, Field(ge=1)] = 6
+    launches: Annotated[int, Field(ge=3)] = 5
+    rounds: Annotated[int, Field(ge=1)] = 4
     most_launches: Annotated[int, Field(ge=3)] = 12
     width: Annotated[float, Field(gt=0)] = 0.06
     seconds: Annotated[float, Field(gt=0)] = 180.0

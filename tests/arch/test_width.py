@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny, logits
 from safetensors.torch import load_file, save_file
+from tiny_models import Tiny, logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prune_export.arch import Arch
