@@ -1,1 +1,37 @@
-"""Measures what is claimed: reload, parity, quality, speed."""
+"""Measures what is claimed: reload, parity, quality, speed.
+
+A model or an engine that is measured is opened in a process of its own (`session`, `worker`), so
+that this process stays small and one engine has the machine alone.
+"""
+
+from prune_export.verify.engine import Engine
+from prune_export.verify.generation import measure_generation
+from prune_export.verify.parity import measure_parity
+from prune_export.verify.quality import measure_perplexity
+from prune_export.verify.reload import measure_reload
+from prune_export.verify.speed import Effort, measure_speed
+from prune_export.verify.tasks import check_tasks, measure_tasks
+from prune_export.verify.verification import (
+    Checks,
+    EnginePair,
+    perplexity_gates,
+    speed_gates,
+    verify,
+)
+
+__all__ = [
+    "Checks",
+    "Effort",
+    "Engine",
+    "EnginePair",
+    "check_tasks",
+    "measure_generation",
+    "measure_parity",
+    "measure_perplexity",
+    "measure_reload",
+    "measure_speed",
+    "measure_tasks",
+    "perplexity_gates",
+    "speed_gates",
+    "verify",
+]

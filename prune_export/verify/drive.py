@@ -68,7 +68,7 @@ def _returns_all(runner: Runner, ids: np.ndarray) -> bool:
 
 
 def _losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Summed cross-entropy float64 `[batch]`; logits `[batch, new, vocab]`, targets `[batch, new]`."""
+    """Summed cross-entropy float64 `[batch]` of logits `[batch, new, vocab]`."""
     flat = torch.from_numpy(logits).flatten(0, 1)
     wanted = torch.from_numpy(np.ascontiguousarray(targets)).flatten()
     loss = torch.nn.functional.cross_entropy(flat, wanted, reduction="none")
@@ -76,7 +76,7 @@ def _losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def cached_logits(runner: Runner, ids: np.ndarray, steps: int) -> np.ndarray:
-    """Logits float32 `[windows, positions, vocab]`: all but `steps` tokens at once, then one by one.
+    """Logits float32 `[windows, positions, vocab]`; the last `steps` tokens are fed one by one.
 
     The first positions are those of the prompt that the engine returns: all, or the last.
     """
@@ -98,7 +98,9 @@ def continuations(
     needs a padding mask, and twelve prompts cost little more than one.
     """
     if not prompts or not all(prompts):
-        raise VerifyError("generation", "got an empty prompt", "give each prompt at least one token")
+        raise VerifyError(
+            "generation", "got an empty prompt", "give each prompt at least one token"
+        )
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     texts = [list(prompt) for prompt in prompts]
     runner.reset()

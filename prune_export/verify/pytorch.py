@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,11 +56,15 @@ class _PyTorchRunner:
 
         torch.set_num_threads(machine.threads)
         dtype: Any = _DTYPES[how.precision]
-        placement = {} if _fits(path, machine, dtype) else _offload(path, machine)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False, **placement
-        )
-        self._model = model.eval() if placement else model.eval().to(machine.device)
+        self._closing = ExitStack()
+        with ExitStack() as stack:
+            fits = _fits(path, machine, dtype)
+            placement = {} if fits else _offload(path, machine, stack)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, trust_remote_code=False, **placement
+            ).eval()
+            self._closing = stack.pop_all()
+        self._model = model.to(machine.device) if fits else model
         self._device = machine.device
         self._keep = {"logits_to_keep": 1} if how.logits == "last" else {}
         self._cache: Any = None
@@ -75,6 +81,7 @@ class _PyTorchRunner:
         del kind, error, trace
         self._cache = None
         del self._model
+        self._closing.close()
 
     def reset(self) -> None:
         self._cache = None
@@ -115,13 +122,20 @@ def _stored_as_float32(path: Path) -> bool:
     return bool(config.dtype == torch.float32)
 
 
-def _offload(path: Path, machine: Machine) -> dict[str, Any]:
+def _offload(path: Path, machine: Machine, stack: ExitStack) -> dict[str, Any]:
     """Arguments of from_pretrained that leave on disk what does not fit."""
     import importlib.util
 
     if importlib.util.find_spec("accelerate") is None:
-        raise MissingExtra.of(f"opening {path}, which is larger than the memory", "accelerate", "heal")
+        raise MissingExtra.of(
+            f"opening {path}, which is larger than the memory", "accelerate", "heal"
+        )
     memory: dict[Any, int] = {"cpu": int(0.5 * machine.ram_bytes)}
     if machine.device == "cuda":
         memory[0] = int(0.7 * machine.gpu_bytes)
-    return {"device_map": "auto", "max_memory": memory, "offload_buffers": True}
+    return {
+        "device_map": "auto",
+        "max_memory": memory,
+        "offload_buffers": True,
+        "offload_folder": stack.enter_context(tempfile.TemporaryDirectory(prefix="prune-export-")),
+    }

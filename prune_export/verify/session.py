@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -64,9 +65,7 @@ class Session:
                 env=environment(self._machine),
             )
         try:
-            self._send(
-                "open", {"engine": self.engine.to_json(), "machine": asdict(self._machine)}
-            )
+            self._send("open", {"engine": self.engine.to_json(), "machine": asdict(self._machine)})
         except BaseException:
             self._end()
             raise
@@ -80,6 +79,15 @@ class Session:
     ) -> None:
         del kind, error, trace
         self._end()
+
+    def release(self) -> None:
+        """Ends the process and frees its memory; its arrays stay until the session ends."""
+        if self._process.returncode is None:
+            self._stop()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
 
     def ready(self) -> int:
         """Waits until the engine is open; the size of its vocabulary."""
@@ -105,7 +113,7 @@ class Session:
         return _mapped(out)
 
     def greedy(self, prompt: np.ndarray, new: int) -> tuple[np.ndarray, np.ndarray]:
-        """`drive.greedy`: tokens int64 `[new]`, and their logits as `cached_logits` returns them."""
+        """`drive.greedy`: tokens int64 `[new]` and the logits that they were chosen from."""
         out = self._file("greedy.npy")
         tokens = self._ask("greedy", {"prompt": prompt.tolist(), "new": new, "out_file": out})
         return np.array(tokens, dtype=np.int64), _mapped(out)
@@ -187,21 +195,20 @@ class Session:
         self._process.send_signal(signal.SIGCONT)
 
     def _end(self) -> None:
+        self.release()
+        self._files.cleanup()
+
+    def _stop(self) -> None:
         process = self._process
         self._resume()
         if process.stdin is not None:
-            try:
+            with suppress(BrokenPipeError):
                 process.stdin.close()
-            except BrokenPipeError:
-                pass
         try:
             process.wait(timeout=10 if self._vocabulary is not None else 0.1)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-        self._files.cleanup()
 
     def _file(self, name: str) -> str:
         self._saved += 1  # never the same twice: an array may still be mapped
@@ -225,6 +232,7 @@ def environment(machine: Machine) -> dict[str, str]:
         "GOMP_SPINCOUNT": "0",
         "KMP_BLOCKTIME": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
     }
 

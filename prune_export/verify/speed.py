@@ -36,8 +36,8 @@ class Effort:
     but `launches` launches of one round are always finished.
     """
 
-    launches: Annotated[int, Field(ge=3)] = 3
-    rounds: Annotated[int, Field(ge=1)] = 6
+    launches: Annotated[int, Field(ge=3)] = 5
+    rounds: Annotated[int, Field(ge=1)] = 4
     most_launches: Annotated[int, Field(ge=3)] = 12
     width: Annotated[float, Field(gt=0)] = 0.06
     seconds: Annotated[float, Field(gt=0)] = 180.0
@@ -170,7 +170,10 @@ class _Bench:
     def _fit_together(self) -> bool:
         """Whether three engines fit: their files, and half again for what runtimes repack."""
         budget = self.machine.gpu_bytes if self.machine.device == "cuda" else self.machine.ram_bytes
-        return 1.5 * (2 * _directory_bytes(self.dense.path) + _directory_bytes(self.pruned.path)) <= budget
+        return (
+            1.5 * (2 * _directory_bytes(self.dense.path) + _directory_bytes(self.pruned.path))
+            <= budget
+        )
 
 
 def tokens_of(workload: Workload, ids: np.ndarray) -> np.ndarray:

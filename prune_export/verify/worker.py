@@ -116,6 +116,7 @@ def die_with_parent() -> None:
 
 
 def main() -> None:
+    """Answers the parent's requests until it closes the pipe."""
     die_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -1,0 +1,142 @@
+"""Whether a model still speaks: greedy continuations of built-in prompts, and what is wrong.
+
+Perplexity averages over text that is given; a pruned model can do well there and still fall into a
+loop as soon as it speaks itself. Small dense models loop as well, so the counts mean something only
+beside those of the dense model.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from prune_export.machine import Machine
+from prune_export.progress import Progress, Silent
+from prune_export.verify.engine import Engine
+from prune_export.verify.results import Generation
+from prune_export.verify.session import Session
+
+NEW_TOKENS: Final = 64
+PROMPTS: Final = (
+    "What is the capital of France, and which river runs through it?",
+    "Explain in two sentences why the sky looks blue at noon.",
+    "Write a short letter that thanks a neighbour for watering the plants.",
+    "List three things that a beginner should know before baking bread.",
+    "How many minutes are there in a day? Show the calculation.",
+    "Write a Python function that returns the largest number in a list.",
+    "The old lighthouse keeper had not spoken to anyone for weeks, until one evening",
+    "In 1969, for the first time in history, human beings",
+    "The committee met on Tuesday to decide whether the new bridge",
+    "Water boils at a lower temperature in the mountains because",
+    "Translate into French: The train to the coast leaves at half past seven.",
+    "Two farmers share a field. The first one plants potatoes, the second one",
+)
+_GRAM: Final = 4
+_REPETITIVE: Final = 0.5
+_LOOP_PERIOD: Final = 3
+_LOOP_TOKENS: Final = 24
+
+
+def measure_generation(
+    name: str,
+    engine: Engine,
+    tokenizer: Path,
+    machine: Machine,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    new: int = NEW_TOKENS,
+    progress: Progress | None = None,
+) -> Generation:
+    """`new` greedy tokens after each prompt, and how many of the texts are faulty.
+
+    `tokenizer` is a directory with the tokenizer; a prompt goes through its chat template where it
+    has one. A text ends before the first end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    spoken = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    fed = [_encoded(spoken, prompt) for prompt in prompts]
+    steps = max(map(len, fed)) - min(map(len, fed)) + new - 1
+    with (
+        (progress or Silent()).task(f"generation of {name}", steps) as task,
+        Session(engine, machine) as session,
+    ):
+        said = session.continuations(fed, new, task)
+    ends = {spoken.eos_token_id, *_ends(tokenizer)}
+    cut = [_until(tokens, ends) for tokens in said]
+    texts = [str(spoken.decode(tokens, skip_special_tokens=True)) for tokens in cut]
+    return judge(name, prompts, cut, texts)
+
+
+def judge(
+    name: str, prompts: Sequence[str], tokens: Sequence[Sequence[int]], texts: Sequence[str]
+) -> Generation:
+    """The counts; a text is counted once, as the first of empty, broken, repetitive that it is."""
+    empty = [not text.strip() for text in texts]
+    broken = [
+        not nothing and is_broken(said, text)
+        for nothing, said, text in zip(empty, tokens, texts, strict=True)
+    ]
+    repetitive = [
+        not nothing and not worse and repeated_share(said) > _REPETITIVE
+        for nothing, worse, said in zip(empty, broken, tokens, strict=True)
+    ]
+    return Generation(
+        name=name,
+        prompts=len(prompts),
+        empty=sum(empty),
+        repetitive=sum(repetitive),
+        broken=sum(broken),
+        examples=[
+            {"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)
+        ],
+    )
+
+
+def repeated_share(tokens: Sequence[int]) -> float:
+    """The share of 4-grams of tokens that occurred before; 0 for fewer than 8 tokens."""
+    grams = [tuple(tokens[at : at + _GRAM]) for at in range(len(tokens) - _GRAM + 1)]
+    if len(tokens) < 2 * _GRAM:
+        return 0.0
+    return 1 - len(set(grams)) / len(grams)
+
+
+def is_broken(tokens: Sequence[int], text: str) -> bool:
+    """Whether the text is not text.
+
+    That is: undecodable bytes (a character cut off by the end is none), control characters, or one
+    to three tokens repeated from the start through 24 tokens.
+    """
+    if "\ufffd" in text.rstrip("\ufffd"):
+        return True
+    if any(unicodedata.category(c) in ("Cc", "Cn", "Co") and c not in "\n\r\t" for c in text):
+        return True
+    start = list(tokens[:_LOOP_TOKENS])
+    return len(start) == _LOOP_TOKENS and any(
+        start[period:] == start[:-period] for period in range(1, _LOOP_PERIOD + 1)
+    )
+
+
+def _encoded(tokenizer: Any, prompt: str) -> list[int]:
+    if not tokenizer.chat_template:
+        return [int(token) for token in tokenizer(prompt)["input_ids"]]
+    turns = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    return [int(token) for token in ids]
+
+
+def _ends(directory: Path) -> set[int]:
+    """The end-of-sequence tokens of the generation config, if it has one."""
+    from transformers import GenerationConfig
+
+    if not (directory / "generation_config.json").is_file():
+        return set()
+    ends = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
+
+
+def _until(tokens: Sequence[int], ends: set[int | None]) -> list[int]:
+    stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+    return list(tokens[:stop])

@@ -1,0 +1,78 @@
+"""Perplexity of a checkpoint or of an engine, by one protocol.
+
+Source: METHODS of the field's pruning papers (Wanda, SparseGPT): the text is tokenised once and cut
+into non-overlapping windows; perplexity = exp(sum(loss * length) / (windows * length)). Windows
+are of equal length, so this is exp of the mean of the windows' mean losses. The window's first
+token is given and not predicted. State the length with the number: a dense Llama-2-7B has 5.47 at
+2048 tokens and 5.12 at 4096.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from prune_export.calibrate import TokenSet
+from prune_export.errors import VerifyError
+from prune_export.machine import Machine
+from prune_export.progress import Progress, Silent
+from prune_export.verify.engine import Engine
+from prune_export.verify.results import Perplexity
+from prune_export.verify.session import Session
+
+
+def measure_perplexity(
+    name: str,
+    engine: Engine,
+    tokens: TokenSet,
+    machine: Machine,
+    *,
+    windows: int | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of `engine` over the first `windows` windows of `tokens`, all unless given.
+
+    For a checkpoint, `engine` is `Engine.pytorch(path)`, computed in float32; one that is larger
+    than the memory streams from disk. For an engine the tokens go through its own cache, so that
+    the number is that of what will be served.
+
+    Raises:
+        VerifyError: there is no window of at least 2 tokens, or a loss is not finite.
+    """
+    ids = tokens.ids[:windows].numpy()
+    if not len(ids) or ids.shape[1] < 2:
+        raise VerifyError(
+            f"perplexity of {name}",
+            f"got tokens {ids.shape}, expected at least one window of at least 2",
+            "give more evaluation text, or a shorter `length`",
+        )
+    with (
+        (progress or Silent()).task(f"perplexity of {name}", len(ids)) as task,
+        Session(engine, machine) as session,
+    ):
+        losses = session.losses(ids, task)
+    return perplexity(name, losses, int(ids.shape[1]))
+
+
+def perplexity(name: str, losses: list[float], length: int) -> Perplexity:
+    """The result from each window's mean loss in nats.
+
+    Raises:
+        VerifyError: a loss is not finite.
+    """
+    bad = [at for at, loss in enumerate(losses) if not math.isfinite(loss)]
+    if bad:
+        raise VerifyError(
+            f"perplexity of {name}",
+            f"the loss of window {bad[0]} is {losses[bad[0]]}, expected a finite number",
+            "its weights or activations overflow: check them, or use float32 or bfloat16",
+        )
+    return Perplexity(
+        name=name,
+        value=float(np.exp(np.mean(losses))),
+        windows=len(losses),
+        length=length,
+        tokens=len(losses) * (length - 1),
+        losses=losses,
+    )

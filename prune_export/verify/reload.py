@@ -1,0 +1,92 @@
+"""Loads a checkpoint as a stranger would: stock transformers, a fresh process, no remote code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from prune_export.errors import VerifyError
+from prune_export.machine import Machine
+from prune_export.progress import Progress, Silent
+from prune_export.verify import reload_child
+from prune_export.verify.results import Reload
+
+_TIMEOUT_SECONDS = 3600
+_KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "SYSTEMROOT")
+
+
+def measure_reload(
+    checkpoint: Path, machine: Machine, *, progress: Progress | None = None
+) -> Reload:
+    """What AutoModelForCausalLM.from_pretrained says to `checkpoint`.
+
+    The process runs isolated (`python -I`, a bare environment, no network), so neither this package
+    nor a variable of the user's can help. `ok` means that no key was missing, unexpected or of
+    another shape, and that generation with the cache gives the logits of generation without it.
+    A model larger than the memory is loaded with its weights left on disk.
+
+    Raises:
+        VerifyError: transformers refuses the directory, or the cache does not work.
+    """
+    progress = progress or Silent()
+    start = time.monotonic()
+    with progress.task(f"reload of {checkpoint.name}", 1) as task:
+        found = _run(checkpoint, machine)
+        task.advance()
+    if not found["whole"]:
+        progress.say(f"{checkpoint.name} is larger than the memory: reloaded from disk in parts")
+    if found["foreign"]:
+        raise VerifyError(
+            f"reload of {checkpoint}",
+            f"the isolated process imported {', '.join(found['foreign'])}",
+            "a .pth file of this environment imports prune_export: remove it",
+        )
+    if found["cache_differs_at"] is not None:
+        raise VerifyError(
+            f"reload of {checkpoint}",
+            f"token {found['cache_differs_at']} has other logits with the KV cache than without",
+            "the blocks' numbering in config.json or in the weights' names is wrong",
+        )
+    # A tensor of another shape is a missing one under a name that exists.
+    missing = sorted({*found["missing"], *found["mismatched"]})
+    return Reload(
+        ok=not missing and not found["unexpected"],
+        model_type=found["model_type"],
+        missing=missing,
+        unexpected=found["unexpected"],
+        parameters=found["parameters"],
+        seconds=time.monotonic() - start,
+    )
+
+
+def _run(checkpoint: Path, machine: Machine) -> dict[str, Any]:
+    environment = {key: os.environ[key] for key in _KEPT_VARIABLES if key in os.environ}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "OMP_NUM_THREADS": str(machine.threads),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    script = Path(reload_child.__file__)
+    done = subprocess.run(
+        [sys.executable, "-I", str(script), str(checkpoint.resolve()), str(machine.ram_bytes)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0:
+        words = "".join(f"\n    {line}" for line in done.stderr.splitlines()[-12:])
+        raise VerifyError(
+            f"reload of {checkpoint}",
+            f"stock transformers could not load it (exit code {done.returncode}){words}",
+            "the last line above is transformers' own reason",
+        )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

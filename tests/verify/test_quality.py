@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prune_export.calibrate import TokenSet
+from prune_export.errors import VerifyError
+from prune_export.machine import Machine
+from prune_export.verify.engine import Engine
+from prune_export.verify.quality import measure_perplexity, perplexity
+
+
+def test_by_hand() -> None:
+    """exp of the mean of the windows' losses."""
+    found = perplexity("dense", [np.log(2.0), np.log(8.0)], 5)
+    assert found.value == pytest.approx(4.0)
+    assert (found.windows, found.length, found.tokens) == (2, 5, 8)
+
+
+def test_refuses_a_loss_that_is_not_finite() -> None:
+    with pytest.raises(VerifyError, match="loss of window 1 is nan"):
+        perplexity("dense", [1.0, float("nan")], 5)
+
+
+def test_refuses_no_windows(tiny: Path, machine: Machine) -> None:
+    tokens = TokenSet(torch.zeros(0, 8, dtype=torch.int64), "")
+    with pytest.raises(VerifyError, match="at least one window"):
+        measure_perplexity("dense", Engine.pytorch(tiny), tokens, machine)
+
+
+@pytest.mark.slow
+def test_is_that_of_transformers(tiny: Path, machine: Machine, ids: np.ndarray) -> None:
+    tokens = TokenSet(torch.from_numpy(ids), "")
+    found = measure_perplexity("dense", Engine.pytorch(tiny), tokens, machine, windows=4)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    four = torch.from_numpy(ids)[:4]
+    with torch.inference_mode():
+        expected = float(model(input_ids=four, labels=four).loss)
+    assert np.log(found.value) == pytest.approx(expected, abs=1e-5)
+    assert found.windows == 4

@@ -1,0 +1,92 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prune_export.errors import StageError, VerifyError
+from prune_export.machine import Machine
+from prune_export.verify.compare import compare
+from prune_export.verify.engine import Engine
+from prune_export.verify.results import Speed, Workload
+from prune_export.verify.speed import Effort, measure_speed, tokens_of
+
+SHORT = Effort(launches=3, rounds=2, most_launches=3, seconds=1000)
+
+
+def launches(seconds: list[float], rounds: list[int]) -> list[np.ndarray]:
+    return np.split(np.array(seconds), np.cumsum(rounds)[:-1])
+
+
+def check_figures(speed: Speed) -> None:
+    """Every figure follows from the raw samples that stand beside it."""
+    raw = (speed.dense_seconds, speed.again_seconds, speed.pruned_seconds)
+    found = compare(*(launches(seconds, speed.rounds) for seconds in raw))
+    assert (found.ratio, found.low, found.high) == (speed.ratio, speed.low, speed.high)
+    assert (found.floor_low, found.floor_high) == (speed.floor_low, speed.floor_high)
+    assert found.verdict == speed.verdict
+    tokens = speed.workload.batch * (speed.workload.prompt if speed.phase == "prefill" else 1)
+    assert speed.dense_tokens_per_second == pytest.approx(tokens / np.median(raw[0]))
+    assert speed.pruned_tokens_per_second == pytest.approx(tokens / np.median(raw[2]))
+
+
+def test_tokens_in_reading_order_and_over_again() -> None:
+    ids = np.arange(6).reshape(2, 3)
+    expected = [[0, 1, 2, 3, 4], [5, 0, 1, 2, 3]]
+    assert tokens_of(Workload(batch=2, prompt=3, new=2), ids).tolist() == expected
+
+
+@pytest.mark.slow
+def test_interleaves_engines_in_processes(
+    tiny: Path, other: Path, machine: Machine, ids: np.ndarray
+) -> None:
+    dense = Engine.pytorch(tiny, weight_bytes=300, logits="last")
+    pruned = Engine.pytorch(other, weight_bytes=200, logits="last")
+    workloads = [Workload(1, 8, 2), Workload(2, 16, 1)]
+    found = measure_speed(dense, pruned, workloads, ids, machine, name="eager", effort=SHORT)
+    assert [(speed.workload, speed.phase) for speed in found] == [
+        (workload, phase) for workload in workloads for phase in ("prefill", "decode")
+    ]
+    for speed in found:
+        assert speed.engine == "eager"
+        assert speed.rounds == [2, 2, 2]
+        assert speed.bound == 1.5
+        assert min(speed.dense_seconds + speed.again_seconds + speed.pruned_seconds) > 0
+        check_figures(speed)
+
+
+@pytest.mark.slow
+def test_takes_turns_where_memory_is_short(tiny: Path, machine: Machine, ids: np.ndarray) -> None:
+    """Three engines do not fit, one does: each sample then has its own process."""
+    one = sum(file.stat().st_size for file in tiny.glob("*"))
+    engine = Engine.pytorch(tiny, logits="last")
+    short = replace(machine, ram_bytes=4 * one)
+    effort = replace(SHORT, rounds=3)
+    found = measure_speed(engine, engine, [Workload(1, 4, 1)], ids, short, effort=effort)
+    for speed in found:
+        assert speed.rounds == [1, 1, 1]
+        check_figures(speed)
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_ends_the_measurement(
+    tiny: Path, tmp_path: Path, machine: Machine, ids: np.ndarray
+) -> None:
+    dense, broken = Engine.pytorch(tiny), Engine.pytorch(tmp_path)
+    with pytest.raises(StageError, match="config"):
+        measure_speed(dense, broken, [Workload(1, 4, 1)], ids, machine, effort=SHORT)
+
+
+@pytest.mark.parametrize("workload", [Workload(0, 4, 1), Workload(1, 0, 1), Workload(1, 4, 0)])
+def test_empty_workloads_are_refused(
+    tiny: Path, machine: Machine, ids: np.ndarray, workload: Workload
+) -> None:
+    engine = Engine.pytorch(tiny)
+    with pytest.raises(VerifyError, match="below 1"):
+        measure_speed(engine, engine, [workload], ids, machine)
+
+
+def test_no_tokens_are_refused(tiny: Path, machine: Machine) -> None:
+    engine = Engine.pytorch(tiny)
+    with pytest.raises(VerifyError, match="no token ids"):
+        measure_speed(engine, engine, [Workload(1, 4, 1)], np.array([]), machine)
