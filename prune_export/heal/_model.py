@@ -38,7 +38,7 @@ class Trainee:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """By stored weight, a copy of its adapter: A `[rank, in]` and B `[out, rank]`, on the CPU."""
+        """By stored weight, a copy of its adapter: A `[rank, in]` and B `[out, rank]`."""
         return {
             name: (
                 module.lora_A[_ADAPTER].weight.detach().cpu().clone(),
@@ -50,7 +50,7 @@ class Trainee:
     def dequantized(self) -> dict[str, Callable[[], torch.Tensor]]:
         """By stored weight, how to get what the 4-bit base stands for: float32, as stored."""
         return {
-            name: _Dequantize(module, name in self.transposed)
+            name: _Dequantize(module, _is_transposed(module))
             for name, module in _quantized_modules(self.model).items()
         }
 
@@ -64,7 +64,7 @@ class _Dequantize:
         import bitsandbytes.functional as bnb
 
         weight = self.module.weight
-        value = bnb.dequantize_4bit(weight.data, weight.quant_state).float().cpu()
+        value: torch.Tensor = bnb.dequantize_4bit(weight.data, weight.quant_state).float().cpu()
         return value.T.contiguous() if self.transposed else value
 
 
@@ -110,9 +110,7 @@ def trainee(
     return Trainee(adapted, carriers, frozenset(transposed))
 
 
-def _frozen(
-    path: Path, device: str, dtype: torch.dtype, quantization: Quantization | None
-) -> torch.nn.Module:
+def _frozen(path: Path, device: str, dtype: torch.dtype, quantization: Quantization | None) -> Any:
     """The plain or 4-bit model of a directory, frozen, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +129,7 @@ def _frozen(
         # In evaluation, on a CPU with bfloat16 instructions, bitsandbytes repacks the weights in
         # place and rounds their scales to bfloat16: what is trained on must stay as it is.
         module.support_avx512bf16_for_cpu = False
-    return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
+    return model.requires_grad_(False).eval()
 
 
 def plain(path: Path, nbytes: int, machine: Machine, scratch: Path) -> torch.nn.Module:
@@ -217,23 +215,29 @@ def _modules(
     for target in targets:
         name = target.removesuffix(".weight")
         module = modules.get(name)
-        # bitsandbytes' Linear4bit is a Linear; transformers notes on it what it replaced.
-        replaced = getattr(module, "source_cls", type(module))
         if not isinstance(module, torch.nn.Linear | Conv1D):
             raise StageError(
                 target,
                 f"is a {type(module).__name__} in transformers' model, expected a linear layer",
                 "leave its role out of `targets`",
             )
-        if issubclass(replaced, Conv1D):
+        if _is_transposed(module):
             transposed.add(target)
         found[target] = name
     return found, frozenset(transposed)
 
 
-def _quantized_modules(model: torch.nn.Module) -> dict[str, Any]:
+def _is_transposed(module: Any) -> bool:
+    """Whether a layer's weight is stored `[in, out]`."""
+    from transformers.pytorch_utils import Conv1D
+
+    # A 4-bit layer is a Linear; transformers notes on it what it stands for.
+    return issubclass(getattr(module, "source_cls", type(module)), Conv1D)
+
+
+def _quantized_modules(model: Any) -> dict[str, Any]:
     """The 4-bit linear layers by the stored name of their weight, also under adapters."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(base, "is_loaded_in_4bit", False):
         return {}
     from bitsandbytes.nn import Linear4bit

@@ -97,7 +97,7 @@ def train(
                 group["lr"] = rate
             loss = 0.0
             batch = windows[_picked(step, len(windows), settings)]
-            for place, ids in enumerate(batch.to(accelerator.device).split(run.micro_batch)):
+            for place, ids in enumerate(_split(batch, run.micro_batch, run.device)):
                 _seed(settings.seed, "step", step, place)
                 logits = model(input_ids=ids, use_cache=False).logits
                 part = next_token_loss(logits, ids) * (len(ids) / settings.batch)
@@ -139,8 +139,7 @@ def held_out_loss(
     model.eval()
     total = 0.0
     with torch.no_grad():
-        for ids in windows.split(micro_batch):
-            ids = ids.to(device)
+        for ids in _split(windows, micro_batch, device):
             logits = model(input_ids=ids, use_cache=False).logits
             total += next_token_loss(logits, ids).item() * len(ids)
     return total / len(windows)
@@ -184,6 +183,11 @@ def _picked(step: int, samples: int, settings: Settings) -> torch.Tensor:
         epoch: _order(settings.seed, epoch, samples) for epoch in {p // samples for p in places}
     }
     return torch.stack([orders[place // samples][place % samples] for place in places])
+
+
+def _split(windows: torch.Tensor, count: int, device: str) -> Iterator[torch.Tensor]:
+    for start in range(0, len(windows), count):
+        yield windows[start : start + count].to(device)
 
 
 @lru_cache(maxsize=4)
