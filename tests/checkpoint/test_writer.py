@@ -68,7 +68,7 @@ def data(path: Path) -> dict[str, bytes]:
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
-    lambda name: name != "__metadata__"
+    lambda name: name.isprintable() and name != "__metadata__"
 )
 TENSORS = st.dictionaries(
     NAMES,
@@ -321,6 +321,11 @@ def test_a_write_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
 def test_names_that_cannot_be_are_refused(names: list[str], tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="the name is taken"):
         write_checkpoint(tmp_path, CONFIG, [planned(name, "F32", (2,)) for name in names])
+
+
+def test_a_name_that_cannot_be_printed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot be printed"):
+        write_checkpoint(tmp_path, CONFIG, [planned("a\x1b[2J", "F32", (2,))])
 
 
 def test_nothing_to_write_is_refused(tmp_path: Path) -> None:
