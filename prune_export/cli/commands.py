@@ -246,6 +246,123 @@ def inspect(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, directory or .gguf.")],
+    to: Annotated[str, typer.Option(help="An exporter: `onnx`, `ort_genai`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The engine's directory.")],
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="A key of the exporter: `precision=int8`. Repeatable."),
+    ] = None,
+    store: options.StoreDir = None,
+    ram: options.Ram = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    ignore_config_key: options.IgnoreKeys = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Make an engine of a checkpoint, pruned or not, and test that it loads.
+
+    prune-export export out/ --to ort_genai --set precision=int4 --out engine/
+    """
+    from prune_export.cli.engines import exported
+
+    record = exported(
+        checkpoint, to, sets or (), out, store=options.store_directory(store),
+        machine=options.machine(ram, threads, device), ignore_keys=tuple(ignore_config_key or ()),
+        progress=console.progress(quiet=quiet or json), command=options.command_line(),
+    )  # fmt: skip
+    if json:
+        console.print_json(record)
+        return
+    typer.echo(
+        f"{out / record['graph']}: {text_from_bytes(record['weight_bytes'])} of weights "
+        f"are read for each token, built in {text_from_seconds(record['seconds'])}"
+    )
+    for note in record["notes"]:
+        typer.echo(f"note: {note}")
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A result directory.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", "-d", help="Text for perplexity and parity. Repeatable."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 16,
+    length: Annotated[int, typer.Option(min=32, help="Tokens in a window.")] = 512,
+    ram: options.Ram = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Measure a result directory again: reload, engines against PyTorch, generation, perplexity.
+
+        prune-export verify out/ --data corpus.jsonl
+
+    Exit status 1 when it does not reload or an engine does not agree with PyTorch.
+    """
+    from prune_export.cli.engines import show_verification, verified
+
+    found = verified(
+        directory, data or [], samples=samples, length=length,
+        machine=options.machine(ram, threads, device),
+        progress=console.progress(quiet=quiet or json),
+    )  # fmt: skip
+    if json:
+        console.print_json(found.to_json())
+    else:
+        show_verification(found)
+    if not found.ok:
+        raise VerifyError(str(directory), "does not reload, or an engine differs from PyTorch",
+                          "export again, or run the recipe again")  # fmt: skip
+
+
+@app.command()
+def compare(
+    dense: Annotated[Path, typer.Argument(help="A checkpoint or result directory.")],
+    other: Annotated[Path, typer.Argument(help="The one to compare with it.")],
+    engine: Annotated[
+        str, typer.Option(help="`pytorch`, or an exporter that both directories hold.")
+    ] = "pytorch",
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", "-d", help="Text for perplexity. Repeatable.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
+    new: Annotated[int, typer.Option(min=1, help="New tokens.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    minutes: Annotated[float, typer.Option(min=0.05, help="Time limit of the timing.")] = 2.0,
+    ram: options.Ram = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Compare two models: speed in turns with a noise floor, and perplexity on your text.
+
+    prune-export compare ./Llama-3.1-8B out/ --data corpus.jsonl
+    prune-export compare out-a/ out-b/ --engine onnx
+    """
+    from prune_export.cli.engines import compared, show_verification
+
+    found = compared(
+        dense, other, engine, data or [], workload=(batch, prompt, new), minutes=minutes,
+        machine=options.machine(ram, threads, device),
+        progress=console.progress(quiet=quiet or json),
+    )  # fmt: skip
+    if json:
+        console.print_json(found.to_json())
+    else:
+        show_verification(found)
+
+
+@app.command()
 def publish(
     directory: Annotated[Path, typer.Argument(help="A result directory.")],
     repo: Annotated[str, typer.Option(help="`owner/name` on the Hub.")],

@@ -37,6 +37,11 @@ class Base:
     path: Path
     id: str
 
+    @property
+    def name(self) -> str:
+        """What may be published: a Hub id, or the last part of a local path."""
+        return self.spec if self.revision else Path(self.spec).name
+
 
 @dataclass(frozen=True)
 class Bench:

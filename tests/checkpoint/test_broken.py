@@ -341,7 +341,7 @@ def sharded_12(path: Path) -> None:
     edit_index(path, lambda names: names.pop(NORM))
 
 
-@case("a tensor in two shards", "is also in model-00001-of-", "expected each tensor in one shard")
+@case("a tensor in two shards", "is also in extra.safetensors", "expected each tensor in one shard")
 def sharded_13(path: Path) -> None:
     shutil.copy(first_shard(path), path / "extra.safetensors")
     edit_index(path, lambda names: names.update({NORM: "extra.safetensors"}))
@@ -350,7 +350,7 @@ def sharded_13(path: Path) -> None:
 # --- weights that are not of this config --------------------------------------------------------
 
 
-@case("a missing tensor", NORM, "is missing (1 of 56", "unexpected: model.norm.weights")
+@case("a missing tensor", NORM, "is missing (1 of 57", "unexpected: model.norm.weights")
 def _(path: Path) -> None:
     edit_header(path, lambda header: header.update({f"{NORM}s": header.pop(NORM)}))
 
