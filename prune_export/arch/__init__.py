@@ -7,7 +7,7 @@ are, what each dimension means, what a cut leaves, and how the config must say i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from types import MappingProxyType

@@ -20,7 +20,10 @@ from math import prod
 Part = tuple[str, ...]
 Dim = tuple[Part, ...]
 
-_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_.]*|[0-9]+|[()+])")
+_AXIS = r"(?:[A-Za-z_][A-Za-z0-9_.]*|[0-9]+)"
+_PART = re.compile(
+    rf"\s*(?P<part>{_AXIS}|\(\s*{_AXIS}(?:\s+{_AXIS})*\s*\))(?=[\s+]|$)(?P<plus>\s*\+)?"
+)
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,15 @@ class Dims:
     ) -> tuple[tuple[int, list[int]], ...]:
         """What survives when only `index` of `axis` is kept.
 
-        Returns (dimension, positions kept in it) for each dimension that holds the axis, where the
-        positions are ascending within each concatenated part and follow `index`'s order.
+        Returns (dimension, positions kept in it) for each dimension that holds the axis; positions
+        follow the order of `index`, so a permuted index permutes.
 
         Raises:
-            ValueError: an axis stands twice in one product, which no cut can mean.
+            ValueError: an index is outside the axis, or the axis stands twice in one product, which
+                no cut can mean.
         """
+        if any(not 0 <= number < sizes[axis] for number in index):
+            raise ValueError(f"axis {axis!r} has size {sizes[axis]}, got index {list(index)}")
         found = []
         for number, dim in enumerate(self.of):
             if any(axis in part for part in dim):
@@ -112,34 +118,17 @@ def _part_text(part: Part) -> str:
 
 
 def _dims(text: str) -> Iterator[Dim]:
-    at, open_part, dim, joined = 0, None, [], False
-    while at < len(text.rstrip()):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise ValueError(f"dims {text!r}: unexpected character at {at}")
-        token, at = match.group(1), match.end()
-        if token == "(" and open_part is None:
-            open_part = []
-        elif token == ")" and open_part:
-            part, open_part = tuple(open_part), None
-            if dim and not joined:
-                yield tuple(dim)
-                dim = []
-            dim.append(part)
-            joined = False
-        elif token == "+" and open_part is None and dim and not joined:
-            joined = True
-        elif token not in "()+" and open_part is not None:
-            open_part.append(token)
-        elif token not in "()+":
-            if dim and not joined:
-                yield tuple(dim)
-                dim = []
-            dim.append((token,))
-            joined = False
-        else:
-            raise ValueError(f"dims {text!r}: unexpected {token!r} before {at}")
-    if open_part is not None or joined:
-        raise ValueError(f"dims {text!r}: unfinished")
-    if dim:
+    at, end = 0, len(text.rstrip())
+    while at < end:
+        dim: list[Part] = []
+        joined = True
+        while joined:
+            match = _PART.match(text, at)
+            if match is None:
+                raise ValueError(
+                    f"dims {text!r}: expected an axis, a number or (axes) after {text[:at]!r}"
+                )
+            dim.append(tuple(match["part"].strip("()").split()))
+            at = match.end()
+            joined = match["plus"] is not None
         yield tuple(dim)

@@ -171,6 +171,13 @@ def write_width(
                 f"{said[multiple]}",
                 f"choose a {divisor} that divides it",
             )
+    for less, more in table.config.at_most:
+        if said[less] > said[more]:
+            raise PlanError(
+                f"config.json  {more}",
+                f"would be {said[more]}, fewer than {less}, {said[less]}",
+                f"keep at least {said[less]}",
+            )
     return True
 
 

@@ -86,6 +86,7 @@ class ConfigRules(_Frozen):
             because a block computes with its own number.
         writes: for each key that states a size, its value as an expression over the axes.
         divides: key pairs (divisor, multiple) that transformers insists on.
+        at_most: key pairs (less, more) without which the model cannot run.
         aliases: other names that transformers accepts for a key, and the name that it writes.
     """
 
@@ -97,6 +98,7 @@ class ConfigRules(_Frozen):
     depth_requires: dict[str, Any] = Field(default_factory=dict)
     writes: dict[str, str] = Field(default_factory=dict)
     divides: list[tuple[str, str]] = Field(default_factory=list)
+    at_most: list[tuple[str, str]] = Field(default_factory=list)
     aliases: dict[str, str] = Field(default_factory=dict)
 
 
@@ -115,9 +117,10 @@ class Table(_Frozen):
 
     `blocks`, `final_norm` and `embeddings` are module paths in the transformers model, which are
     also prefixes of the stored names: the list of blocks, the norm after the last block (None, or
-    `final_norm_when` untrue, where there is none), and what runs before the first block. `prefix`
-    is what some published files leave away before every name of the decoder, and `ignored` are
-    patterns of stored buffers that transformers computes itself.
+    `final_norm_when` untrue, where there is none), and what runs before the first block.
+
+    `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
+    transformers stored and that carry nothing: they are accepted, and left behind.
     """
 
     family: str
@@ -129,13 +132,12 @@ class Table(_Frozen):
     final_norm: str | None
     final_norm_when: str | None = None
     embeddings: list[str]
-    prefix: str = ""
-    ignored: list[str] = Field(default_factory=list)
     axes: dict[str, Axis]
     layer_sets: dict[str, LayerSet] = Field(default_factory=dict)
     head: list[TensorRow]
     block: list[TensorRow]
     tail: list[TensorRow]
+    ignored_tensors: list[str] = Field(default_factory=list)
     config: ConfigRules
     tiny: Tiny
     notes: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 from prune_export.arch.conditions import holds, value
@@ -72,9 +73,9 @@ class Binding:
         rows = [row for row in self.table.block if self._has(row)]
         sets = {row.layers: self._members(row.layers) for row in rows if row.layers}
         for layer in range(self.layers):
-            for row in rows:
-                if not row.layers or layer in sets[row.layers]:
-                    yield from self._inside(row, layer)
+            here = (row for row in rows if not row.layers or layer in sets[row.layers])
+            for of_experts, group in groupby(here, key=lambda row: "{expert}" in row.name):
+                yield from (self._experts if of_experts else self._plain)(tuple(group), layer)
         yield from (self._outside(row) for row in self.table.tail if self._has(row))
 
     def _has(self, row: TensorRow) -> bool:
@@ -88,18 +89,25 @@ class Binding:
         tied = row.tied_to if row.tied_to and holds(row.tied_when, self.config) else None
         return Tensor(row.name, parse(row.dims), row.role, None, tied)
 
-    def _inside(self, row: TensorRow, layer: int) -> Iterator[Tensor]:
-        axes = self.table.axes.items()
-        own = {name: f"{name}.{layer}" for name, axis in axes if axis.per_layer}
-        start = f"{self.table.blocks}.{layer}."
-        if "{expert}" not in row.name:
-            yield Tensor(start + row.name, parse(row.dims).renamed(own), row.role, layer)
-            return
+    def _plain(self, rows: Sequence[TensorRow], layer: int) -> Iterator[Tensor]:
+        own = self._own(layer)
+        for row in rows:
+            name = f"{self.table.blocks}.{layer}.{row.name}"
+            yield Tensor(name, parse(row.dims).renamed(own), row.role, layer)
+
+    def _experts(self, rows: Sequence[TensorRow], layer: int) -> Iterator[Tensor]:
+        own = self._own(layer)
         for expert in range(self.size(own.get("expert", "expert"))):
+            axes = self.table.axes.items()
             mine = {name: f"{name}.{layer}.{expert}" for name, axis in axes if axis.per_expert}
-            name = start + row.name.replace("{expert}", str(expert))
-            dims = parse(row.dims).renamed(own | mine)
-            yield Tensor(name, dims, row.role, layer, None, expert)
+            for row in rows:
+                name = f"{self.table.blocks}.{layer}.{row.name.replace('{expert}', str(expert))}"
+                dims = parse(row.dims).renamed(own | mine)
+                yield Tensor(name, dims, row.role, layer, None, expert)
+
+    def _own(self, layer: int) -> dict[str, str]:
+        axes = self.table.axes.items()
+        return {name: f"{name}.{layer}" for name, axis in axes if axis.per_layer}
 
 
 def members(table: Table, name: str, config: Mapping[str, Any], layers: int) -> frozenset[int]:

@@ -1,11 +1,70 @@
-"""What a method may ask of a calibration pass. Each statistic is a hashable specification."""
+"""What a method may ask of a calibration pass, and what gathers it.
+
+A statistic is a frozen, hashable specification; its collector sees the states as they pass. To add
+one, write both in a file beside `block_influence.py`; the pass needs no edit.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from prune_export.calibrate.spool import Buffer
+
+MakeBuffer = Callable[[str, int, tuple[int, ...], torch.dtype], Buffer]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a collector is made for: `samples` windows of `length` tokens through `layers` blocks.
+
+    `buffer(name, rows, shape, dtype)` gives room for what is too large to hold by right; it is
+    kept when the pass is killed and goes on.
+    """
+
+    layers: int
+    residual: int
+    samples: int
+    length: int
+    buffer: MakeBuffer
+
+
+class Collector(Protocol):
+    """Gathers one statistic."""
+
+    def see(self, layer: int, start: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Sees a block's inputs and outputs `[batch, length, residual]` of samples from `start`.
+
+        Outputs are residual states: those of the last block come before the final norm.
+        """
+
+    def hear(self, dense: float, bypassed: Mapping[int, float]) -> None:
+        """Hears mean losses in nats a token; called once, and only where blocks are bypassed."""
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """Everything it has gathered outside of buffers; the pass saves it."""
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes back what `state` gave."""
+
+    def result(self) -> Any: ...
 
 
 class Statistic(Protocol):
-    """A specification of something to gather; equal specifications are gathered once."""
+    """A specification of something to gather; equal specifications are gathered once.
 
+    It wants the first `samples` windows, cut to their first `length` tokens; None wants all.
+    `bypassed` are the blocks for each of which it wants the loss of the model without that block.
+    """
+
+    @property
+    def samples(self) -> int | None: ...
+    @property
+    def length(self) -> int | None: ...
+    @property
+    def bypassed(self) -> tuple[int, ...]: ...
     def __hash__(self) -> int: ...
+    def collector(self, scope: Scope) -> Collector: ...

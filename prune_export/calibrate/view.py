@@ -18,3 +18,11 @@ class ModelView:
     arch: Arch
     checkpoint: Checkpoint
     results: Mapping[Statistic, Any]
+
+    def stat(self, statistic: Statistic) -> Any:
+        """The result of a statistic.
+
+        Raises:
+            KeyError: the method did not ask for it in `statistics`.
+        """
+        return self.results[statistic]

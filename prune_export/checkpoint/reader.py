@@ -7,7 +7,6 @@ of them), but names in an index must stay inside the directory.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from prune_export.arch import Arch
 from prune_export.arch.table import Table, tables
 from prune_export.checkpoint.config import full_config, read_config, read_json
 from prune_export.checkpoint.header import FLOATS, TORCH, Entry, read_header
-from prune_export.errors import CheckpointError, did_you_mean
+from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -32,17 +31,17 @@ INDEX: Final = "model.safetensors.index.json"
 PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5"})
 """Formats that can run code when they are opened, or are another framework's: never read."""
 
-_CONVERT = (
+CONVERT: Final = (
     "convert it once where you trust it: `AutoModelForCausalLM.from_pretrained(SOURCE)"
     ".save_pretrained(TARGET)` with transformers writes safetensors"
 )
-_SIDE_NAMES: Final = frozenset({
+SIDE_NAMES: Final = frozenset({
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
     "merges.txt", "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model",
     "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json", "tokenizer.model",
     "tokenizer.model.v3", "tokenizer_config.json", "vocab.json", "vocab.txt",
 })  # fmt: skip
-_SIDE_STEMS: Final = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+SIDE_STEMS: Final = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,13 @@ class Checkpoint:
             UnsupportedArch: no table describes this config.
             CheckpointError: a tensor is missing, unexpected, of another shape or not a float.
         """
-        arch = Arch.from_config(self.full_config(), ignore_keys=ignore_keys)
+        try:
+            arch = Arch.from_config(self.full_config(), ignore_keys=ignore_keys)
+        except UnsupportedArch as error:
+            # The tables know no files; who reads the message has several models.
+            if not error.where.startswith("config.json"):
+                raise
+            raise UnsupportedArch(f"{self.path}/{error.where}", error.problem, error.fix) from None
         if self.entries:
             self.check(arch)
         return arch
@@ -153,11 +158,11 @@ class Checkpoint:
         """Stored names that carry nothing: copies of tied tensors, and buffers of old releases."""
         tied = {tensor.name for tensor in arch.tensors if tensor.tied_to is not None}
         stored = {tensor.name for tensor in arch.stored()}
-        ignored = [re.compile(pattern) for pattern in arch.table.ignored]
+        ends = tuple(f".{suffix}" for suffix in arch.table.ignored_tensors)
         return tuple(
             name
             for name in self.entries
-            if name not in stored and (name in tied or any(p.search(name) for p in ignored))
+            if name not in stored and (name in tied or bool(ends and name.endswith(ends)))
         )
 
     def read(self, name: str) -> torch.Tensor:
@@ -193,7 +198,7 @@ class Checkpoint:
             found
             for found in sorted(self.path.iterdir())
             if found.is_file()
-            and (found.name in _SIDE_NAMES or found.name.upper().startswith(_SIDE_STEMS))
+            and (found.name in SIDE_NAMES or found.name.upper().startswith(SIDE_STEMS))
         )
 
     @cached_property
@@ -247,7 +252,7 @@ def _refuse_files(path: Path) -> None:
             "import it first: `prune_export.checkpoint.import_gguf(path, out)`",
         )
     if path.suffix in PICKLES:
-        raise CheckpointError(str(path), "is not safetensors; pickles can run code", _CONVERT)
+        raise CheckpointError(str(path), "is not safetensors; pickles can run code", CONVERT)
     raise CheckpointError(
         str(path),
         "is a file, expected a model directory",
@@ -267,7 +272,7 @@ def _entries(path: Path) -> dict[str, Entry]:
         raise CheckpointError(
             str(path / pickled[0]),
             "the weights are not safetensors; pickles can run code, so they are not opened",
-            _CONVERT,
+            CONVERT,
         )
     others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     raise CheckpointError(
@@ -336,7 +341,7 @@ def _refuse_outside(index: Path, name: str, shard: object) -> None:
         )
     if parts.suffix in PICKLES:
         raise CheckpointError(
-            f"{index}  {name}", f"got {shard!r}, which is not safetensors", _CONVERT
+            f"{index}  {name}", f"got {shard!r}, which is not safetensors", CONVERT
         )
 
 

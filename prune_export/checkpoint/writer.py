@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ SHARD_BYTES: Final = 5_000_000_000
 _COPY_BYTES: Final = 64 * 2**20
 _BUFFER_BYTES: Final = 4 * 2**20
 _SPARE_BYTES: Final = 16 * 2**20
+_PAGE_BYTES: Final = 4096
 _NOT_HERE: Final = frozenset({
     errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY,
 })  # fmt: skip
@@ -120,7 +122,7 @@ def write_checkpoint(
 ) -> Checkpoint:
     """Writes a model directory that safetensors and transformers load, and opens it.
 
-    The same arguments give the same bytes. Every file appears under its name only when it is
+    The same arguments give the same bytes. The files appear under their names only when all are
     complete; config.json and the index come last. Weight files that an earlier, broken attempt
     left in `out` are replaced. `fsync=False` leaves it to the caller, or to the kernel, when the
     bytes reach the disk.
@@ -136,17 +138,20 @@ def write_checkpoint(
     for stale in (*out.glob("model*.safetensors"), *out.glob(INDEX), *out.glob(".*.partial")):
         stale.unlink()
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    with (progress or Silent()).task("writing weights", total) as task:
-        for shard in shards:
-            with _whole(out / shard.file, fsync=fsync) as target:
-                _write(target, shard.header)
-                _append(target, shard.tensors, task)
-    for file in side_files:
-        with _whole(out / file.name, fsync=fsync) as target, file.open("rb", buffering=0) as source:
-            _copy(source.fileno(), target, 0, os.fstat(source.fileno()).st_size, file)
-    _write_json(out / "config.json", config, fsync=fsync)
-    if len(shards) > 1:
-        _write_json(out / INDEX, _index(shards, total), fsync=fsync)
+    with _together(fsync=fsync) as files:
+        with (progress or Silent()).task("writing weights", total) as task:
+            for shard in shards:
+                with _file(out / shard.file, files) as target:
+                    _write(target, shard.header)
+                    _append(target, shard.tensors, task)
+        for side in side_files:
+            with _file(out / side.name, files) as target, side.open("rb", buffering=0) as source:
+                _copy(source.fileno(), target, 0, side.stat().st_size, side)
+        jsons = {"config.json": config} | ({INDEX: _index(shards, total)} if shards[1:] else {})
+        for name, value in jsons.items():
+            with _file(out / name, files) as target:
+                text = json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n"
+                _write(target, text.encode())
     return Checkpoint.open(out)
 
 
@@ -163,8 +168,26 @@ def _shard(file: str, tensors: Sequence[Planned]) -> Shard:
         }
         at = stop
     text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    step, phase = _phase(ordered)
+    text += b" " * ((phase - 8 - len(text)) % step)
     return Shard(file, struct.pack("<Q", len(text)) + text, ordered)
+
+
+def _phase(tensors: Sequence[Planned]) -> tuple[int, int]:
+    """Where the data should begin: at a multiple of the first number plus the second.
+
+    The format asks for multiples of 8. The kernel copies a fifth faster between files when both
+    offsets lie at the same place in their pages, so the header is padded to where most of the
+    copied bytes come to lie as they did in their source.
+    """
+    count: Counter[int] = Counter()
+    at = 0
+    for tensor in tensors:
+        if isinstance(tensor.content, Entry):
+            count[(tensor.content.start - at) % _PAGE_BYTES] += tensor.nbytes
+        at += tensor.nbytes
+    best = max(sorted(count), key=count.__getitem__, default=0)
+    return (_PAGE_BYTES, best) if count and best % 8 == 0 else (8, 0)
 
 
 def _index(shards: Sequence[Shard], total: int) -> dict[str, Any]:
@@ -205,31 +228,51 @@ def _refuse_full_disk(out: Path, weights: int, side_files: Sequence[Path]) -> No
 
 
 @contextmanager
-def _whole(file: Path, *, fsync: bool) -> Iterator[int]:
-    """A descriptor to write a file that appears under its name only when it is complete."""
-    partial = file.with_name(f".{file.name}.partial")
-    target = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+def _together(*, fsync: bool) -> Iterator[list[Path]]:
+    """Collects files that all appear under their names, in order, when the last is complete.
+
+    They are forced to the disk at the end, not one by one: the kernel writes the first while this
+    process still copies the last.
+    """
+    files: list[Path] = []
     try:
-        try:
-            yield target
-            if fsync:
-                os.fsync(target)
-        finally:
-            os.close(target)
-        partial.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
+        yield files
+        for file in files if fsync else ():
+            descriptor = os.open(_partial(file), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        for file in files:
+            _partial(file).replace(file)
+    except BaseException as error:
+        for file in files:
+            with suppress(OSError):
+                _partial(file).unlink()
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(
-            str(file),
+            error.filename or str(files[-1]),
             f"cannot be written: {error.strerror}",
             "free some space, or choose another disk for the output"
             if error.errno in (errno.ENOSPC, errno.EDQUOT)
             else "see that the directory can be written, then run again",
         ) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+
+
+@contextmanager
+def _file(file: Path, files: list[Path]) -> Iterator[int]:
+    """A descriptor to append to a file that does not have its name yet."""
+    target = os.open(_partial(file), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    files.append(file)
+    try:
+        yield target
+    finally:
+        os.close(target)
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(f".{file.name}.partial")
 
 
 def _append(target: int, tensors: Sequence[Planned], task: Task) -> None:
@@ -337,9 +380,3 @@ def _unplanned(tensor: Planned, got: str) -> CheckpointError:
         f"got {got}, planned were {TORCH[tensor.dtype]} {list(tensor.shape)}",
         "what computes this tensor must keep the dtype and the shape that were announced",
     )
-
-
-def _write_json(file: Path, value: Mapping[str, Any], *, fsync: bool) -> None:
-    text = json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n"
-    with _whole(file, fsync=fsync) as target:
-        _write(target, text.encode())

@@ -150,7 +150,9 @@ def recipes(
         if json:
             console.print_json(found)
         else:
-            console.table("", ["recipe", "what it does"], list(found.items()))
+            console.table(
+                "", ["recipe", "what it does"], list(found.items()), wrapped=[1], left=[0, 1]
+            )
     elif name in known:
         typer.echo(known[name].read_text(encoding="utf-8"), nl=False)
     else:
@@ -173,15 +175,13 @@ def methods(
 
     known = {kind: registry.names(kind) for kind in registry.KINDS}
     if name is None:
-        rows = [
-            (kind, entry, described(kind, entry).summary) for kind in known for entry in known[kind]
-        ]
+        found = [described(kind, entry) for kind in known for entry in known[kind]]
         if json:
-            console.print_json(
-                [dict(zip(("kind", "name", "what"), row, strict=True)) for row in rows]
-            )
+            keys = ("kind", "name", "summary")
+            console.print_json([{key: getattr(entry, key) for key in keys} for entry in found])
         else:
-            console.table("", ["name", "kind", "what it does"], [(n, k, s) for k, n, s in rows])
+            shown = [(entry.name, entry.kind, entry.summary) for entry in found]
+            console.table("", ["name", "kind", "what it does"], shown, wrapped=[2], left=[0, 1, 2])
         return
     kinds = [kind for kind in known if name in known[kind]]
     if not kinds:
@@ -195,7 +195,9 @@ def methods(
         return
     typer.echo(entry.text + "\n")
     rows = [(key.name, key.type, key.default, key.help) for key in entry.keys]
-    console.table("", ["key", "type", "default", "meaning"], rows)
+    console.table(
+        "", ["key", "type", "default", "meaning"], rows, wrapped=[1, 3], left=[0, 1, 2, 3]
+    )
 
 
 @app.command()
@@ -326,9 +328,9 @@ def _show_plan(planned: Any, *, as_json: bool) -> None:
         ))  # fmt: skip
     columns = ["step", "blocks", "parameters", "weights", "peak RAM", "disk", "about"]
     console.table(f"{planned.recipe} on {planned.model} ({planned.family})", columns, rows)
-    gpu = (
-        f", GPU memory {text_from_bytes(planned.peak_gpu_bytes)}" if planned.peak_gpu_bytes else ""
-    )
+    gpu = ""
+    if planned.machine.device == "cuda":
+        gpu = f", GPU memory {text_from_bytes(planned.peak_gpu_bytes)}"
     typer.echo(
         f"peak RAM {text_from_bytes(planned.peak_ram_bytes)}{gpu}, disk "
         f"{text_from_bytes(planned.disk_bytes)}, about {text_from_seconds(planned.seconds)} "
@@ -337,13 +339,12 @@ def _show_plan(planned: Any, *, as_json: bool) -> None:
 
 
 def _show_report(report: Any, out: Path) -> None:
-    from prune_export.report.table import rows
+    from prune_export.report import COLUMNS, summary_rows, where_to_look
 
-    found = rows(report)
-    console.table(report["recipe"]["description"] or report["recipe"]["name"], found[0], found[1:])
-    typer.echo(
-        f"\nreport  {out / 'report.html'}\nmodel   {out}  (AutoModelForCausalLM.from_pretrained)"
-    )
+    rows = [row.cells for row in summary_rows(report)]
+    console.table(report["recipe"]["description"] or report["recipe"]["name"], COLUMNS, rows)
+    typer.echo("")
+    console.pairs([(str(out / place), what) for place, what in where_to_look(report)])
 
 
 def _publish(

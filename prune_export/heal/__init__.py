@@ -1,1 +1,6 @@
-"""Healers train a pruned checkpoint; one file each, found by its name."""
+"""Healers train a pruned checkpoint; one file each, found by its name.
+
+`lora` and `qlora` share what the private modules hold: `_settings` (the keys), `_targets` (which
+weights get an adapter), `_memory` (what it takes), `_model` (loading), `_loss`, `_train` (the
+loop), `_state` (its checkpoints), `_merge`, and `_heal` (the whole, in order).
+"""

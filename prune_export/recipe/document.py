@@ -168,14 +168,16 @@ def scalar(text: str) -> Any:
 
 
 def merged(base: Document, over: Document) -> Document:
-    """`over` laid over `base`: mappings merge key by key, everything else is replaced."""
+    """`over` laid over `base`: mappings merge key by key, null removes, all else is replaced.
+
+    Source: JSON Merge Patch, RFC 7386.
+    """
     places = dict(base.places)
 
     def lay(below: Any, above: Any, path: Path_) -> Any:
         if isinstance(below, dict) and isinstance(above, dict):
-            return below | {
-                key: lay(below.get(key), value, (*path, key)) for key, value in above.items()
-            }
+            laid = {key: lay(below.get(key), over, (*path, key)) for key, over in above.items()}
+            return {key: value for key, value in (below | laid).items() if value is not None}
         for place in [place for place in places if place[: len(path)] == path]:
             del places[place]
         return above

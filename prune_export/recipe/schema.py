@@ -66,9 +66,8 @@ class Speed(Frozen):
 
 
 class Verify(Frozen):
-    """What is measured on the result."""
+    """What is measured on the result; that it loads in a fresh process always is."""
 
-    reload: Annotated[bool, Field(description="Load in a fresh process.")] = True
     parity: Annotated[bool, Field(description="Engines against PyTorch.")] = True
     generation: Annotated[bool, Field(description="Generation stability beside dense.")] = True
     quality: Annotated[Quality | None, Field(description="Perplexity and tasks.")] = None

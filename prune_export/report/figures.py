@@ -13,15 +13,16 @@ A second prune or heal stage adds `distance_map-2.png` and so on.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from prune_export.report import panels, style
-from prune_export.report.reading import Report
+from prune_export.report.reading import Report, StageReading
 
 Draw = Callable[[Axes], None]
 
@@ -32,38 +33,79 @@ def draw_figures(report: Report | Mapping[str, Any], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     with style.styled():
-        for name, (draw, size) in _plan(report).items():
-            figure = style.new_figure(*size)
-            draw(figure.add_subplot())
-            style.save(figure, out / name)
-            written.append(out / name)
+        for planned in _plan(report):
+            figure = style.new_figure(*planned.size)
+            planned.draw(figure.add_subplot())
+            style.save(figure, out / planned.name)
+            written.append(out / planned.name)
         if _summary(report, out / "summary.png"):
             written.append(out / "summary.png")
     return written
 
 
-def draw_summary(report: Report | Mapping[str, Any], path: Path) -> bool:
-    """Writes the wide figure alone; False where there is nothing to draw."""
+_TITLES: Final = {
+    "distance_map": "Angular distance of every run of blocks, with the cut marked",
+    "block_scores": "Score of each block, the removed ones coloured",
+    "loss_curve": "Loss while healing",
+    "quality": "Perplexity of each model",
+    "speed": "Speed of each engine against its dense twin",
+    "summary": "What was removed, what it cost, what it gained",
+}
+
+
+def figure_title(stem: str) -> str:
+    """What a figure shows, for a caption or a text reader."""
+    return _TITLES.get(stem.partition("-")[0], stem)
+
+
+def figure_names(report: Report) -> frozenset[str]:
+    """The files that `draw_figures` would write."""
+    names = frozenset(planned.name for planned in _plan(report))
+    return names | ({"summary.png"} if _summary_parts(report) else set())
+
+
+def names_by_stage(report: Report) -> list[list[str]]:
+    """For each stage the files that show it, in the order of the stages."""
+    planned = _plan(report)
+    return [
+        [one.name for one in planned if one.stage == place] for place in range(len(report.stages))
+    ]
+
+
+def draw_summary(report: Report | Mapping[str, Any], path: Path, *, source: str = "") -> bool:
+    """Writes the wide figure alone; False where there is nothing to draw.
+
+    `source` is kept in the PNG's `Source` text, to tell later which report it shows.
+    """
     with style.styled():
-        return _summary(Report.of(report), path)
+        return _summary(Report.of(report), path, source)
 
 
-def _plan(report: Report) -> dict[str, tuple[Draw, tuple[float, float]]]:
-    """File name -> how it is drawn, and its width and height in inches."""
-    found: dict[str, tuple[Draw, tuple[float, float]]] = {}
+@dataclass(frozen=True)
+class _Planned:
+    """A figure to draw; `stage` is its stage's place in the report, None where it has none."""
 
-    def add(stem: str, draw: Draw, size: tuple[float, float]) -> None:
-        count = sum(name.startswith(stem) for name in found)
-        found[f"{stem}-{count + 1}.png" if count else f"{stem}.png"] = draw, size
+    name: str
+    draw: Draw
+    size: tuple[float, float]
+    stage: int | None = None
 
-    for stage in report.prunes:
+
+def _plan(report: Report) -> list[_Planned]:
+    found: list[_Planned] = []
+
+    def add(stem: str, draw: Draw, size: tuple[float, float], stage: int | None = None) -> None:
+        count = sum(one.name.startswith(stem) for one in found)
+        name = f"{stem}-{count + 1}.png" if count else f"{stem}.png"
+        found.append(_Planned(name, draw, size, stage))
+
+    for place, stage in enumerate(report.stages):
         if has_map(stage.log):
-            add("distance_map", partial(panels.distance_map, stage=stage), (6.4, 4.9))
+            add("distance_map", partial(panels.distance_map, stage=stage), (6.4, 4.9), place)
         if stage.log.get("block_scores"):
-            add("block_scores", partial(panels.block_scores, stage=stage), (7.2, 3.2))
-    for stage in report.heals:
+            add("block_scores", partial(panels.block_scores, stage=stage), (7.2, 3.2), place)
         if stage.losses:
-            add("loss_curve", partial(panels.loss_curve, stage=stage), (7.2, 3.2))
+            add("loss_curve", partial(panels.loss_curve, stage=stage), (7.2, 3.2), place)
     checks = report.verification
     if checks and checks.perplexity:
         height = 1.25 + 0.38 * len(checks.perplexity)
@@ -75,25 +117,46 @@ def _plan(report: Report) -> dict[str, tuple[Draw, tuple[float, float]]]:
     return found
 
 
+def draw_inspection(log: Mapping[str, Any], model: str, path: Path) -> None:
+    """Writes one PNG of what was found before any cut: the distance map beside the block scores.
+
+    `log` has `distance_map`, `block_scores` and `block_score_name`, as a method's decision does.
+    """
+    stage = StageReading(index=0, kind="prune", name="inspect", log=dict(log))
+    with style.styled():
+        figure = style.new_figure(11.5, 4.6)
+        figure.suptitle(style.label(model, 60), x=0.006, ha="left", fontsize=10.5, color=style.INK)
+        left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.1))
+        panels.distance_map(left, stage)
+        panels.block_scores(right, stage)
+        style.save(figure, path)
+
+
 def has_map(log: Mapping[str, Any]) -> bool:
     """Whether a stage's log holds a distance map with something in it."""
     table = log.get("distance_map") or ()
     return len(table) > 1 and any(value is not None for row in table for value in row)
 
 
-def _summary(report: Report, path: Path) -> bool:
+def _summary_parts(report: Report) -> list[tuple[Draw, float]]:
+    """The panels of the wide figure, each with its relative width."""
     parts: list[tuple[Draw, float]] = []
     stage = next((one for one in report.prunes if has_map(one.log)), None)
     scored = next((one for one in report.prunes if one.log.get("block_scores")), None)
     if stage is not None:
         parts.append((partial(panels.distance_map, stage=stage, compact=True), 1.15))
     elif scored is not None:
-        parts.append((partial(panels.block_scores, stage=scored), 1.3))
+        parts.append((partial(panels.block_scores, stage=scored, compact=True), 1.2))
     checks = report.verification
     if checks and checks.perplexity:
         parts.append((partial(panels.quality, report=report, compact=True), 0.95))
     if checks and checks.speed:
         parts.append((partial(panels.speed, report=report, compact=True), 1.35))
+    return parts
+
+
+def _summary(report: Report, path: Path, source: str = "") -> bool:
+    parts = _summary_parts(report)
     if not parts:
         return False
     widths = [width for _, width in parts]
@@ -102,17 +165,15 @@ def _summary(report: Report, path: Path) -> bool:
     layout = figure.get_layout_engine()
     assert isinstance(layout, ConstrainedLayoutEngine)
     layout.set(wspace=0.08, w_pad=0.08, h_pad=0.06)
-    for axes, (draw, _) in zip(
-        figure.subplots(1, len(parts), width_ratios=widths, squeeze=False)[0], parts, strict=True
-    ):
+    drawn = figure.subplots(1, len(parts), width_ratios=widths, squeeze=False)[0]
+    for axes, (draw, _) in zip(drawn, parts, strict=True):
         draw(axes)
-    style.save(figure, path)
+    style.save(figure, path, source)
     return True
 
 
 def _headline(report: Report) -> str:
     done = " and ".join(style.label(stage.name, 24) for stage in report.stages)
-    name = style.label(report.base.model.rstrip("/").rpartition("/")[2], 40)
-    return f"{name}: {report.base.layers} → {report.result.layers} blocks" + (
-        f" by {done}" if done else ""
-    )
+    name = style.label(report.base.name, 40)
+    blocks = f"{name}: {report.base.layers} → {report.result.layers} blocks"
+    return f"{blocks} by {done}" if done else blocks

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from prune_export.report import style
 from prune_export.report.reading import Report, StageReading, runs, text_from_blocks
-from prune_export.report.table import number, speed_text, times, workload_text
+from prune_export.report.table import has_bound, number, speed_text, times, workload_text
 from prune_export.verify.results import Speed
 
 LOG_SPREAD = 12.0
@@ -51,8 +51,8 @@ def distance_map(axes: Axes, stage: StageReading, *, compact: bool = False) -> N
     axes.set(xlim=(-0.5, layers - 0.5), ylim=(0.5, layers + 0.5))
     axes.set_xlabel("first block of the run (0 = first)")
     axes.set_ylabel("blocks in the run")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, min_n_ticks=1))
     figure = axes.get_figure()
     assert figure is not None
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=28, extend="max", fraction=0.05)
@@ -60,10 +60,11 @@ def distance_map(axes: Axes, stage: StageReading, *, compact: bool = False) -> N
     bar.ax.tick_params(length=0, labelsize=7.5)
     if not compact:
         bar.set_label("angular distance (fraction of π)", color=style.MUTED)
-    note = "dots: the closest pair for each size" if compact else (
-        "How far the residual stream turns across a run of blocks; low = redundant.\n"
-        "White dots: the best place for each size. Ring: the cut that was made."
-    )  # fmt: skip
+    note = "dots: the closest pair for each size"
+    if not compact:
+        note = "How far the residual stream turns across a run of blocks; low = redundant.\n"
+        note += "White dots: the best place for each size."
+        note += " Ring: the cut that was made." if cuts else ""
     style.title(axes, "Angular distance", note)
 
 
@@ -82,7 +83,7 @@ def _point_at_cut(axes: Axes, cut: tuple[int, int], values: np.ndarray, *, compa
     )  # fmt: skip
 
 
-def block_scores(axes: Axes, stage: StageReading) -> None:
+def block_scores(axes: Axes, stage: StageReading, *, compact: bool = False) -> None:
     """One stem a block, the removed ones coloured."""
     scores = [math.nan if one is None else float(one) for one in stage.log["block_scores"]]
     name = str(stage.log.get("block_score_name") or "score")
@@ -106,14 +107,15 @@ def block_scores(axes: Axes, stage: StageReading) -> None:
         axes.set_ylim(floor, high * 1.6 if log else high + 0.12 * ((high - floor) or 1.0))
     axes.set_xlim(-0.7, len(scores) - 0.3)
     axes.set_xlabel("block (0 = first)")
-    axes.set_ylabel(style.label(name, 48) + (" (log scale)" if log else ""))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    axes.set_ylabel(style.label(name, 36) + (" (log scale)" if log else ""))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
     axes.grid(axis="y")
-    axes.plot([], [], "o", color=style.DENSE, label="kept")
-    axes.plot([], [], "o", color=style.PRUNED, label=f"removed: {_blocks(gone, 26)}")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, handletextpad=0.2,
-                columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
-    style.title(axes, "Score of each block")
+    if gone and not compact:
+        axes.plot([], [], "o", color=style.DENSE, label="kept")
+        axes.plot([], [], "o", color=style.PRUNED, label=f"removed: {_blocks(gone, 26)}")
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, handletextpad=0.2,
+                    columnspacing=1.2, borderaxespad=0.2)  # fmt: skip
+    style.title(axes, "Score of each block", f"orange: removed {_blocks(gone)}" if compact else "")
 
 
 def loss_curve(axes: Axes, stage: StageReading) -> None:
@@ -137,10 +139,11 @@ def loss_curve(axes: Axes, stage: StageReading) -> None:
             )  # fmt: skip
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats per token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.margins(x=0.01, y=0.12)
     axes.grid(axis="y")
-    note = f"{len(stage.losses)} logged steps; line: running mean"
+    count = len(stage.losses)
+    note = f"{count} logged steps; line: running mean" if count > 1 else "one logged step"
     note += f"; {broken} losses were not numbers" if broken else ""
     style.title(axes, f"Healing with {style.label(stage.name)}", note)
 
@@ -199,7 +202,7 @@ def speed(axes: Axes, report: Report, *, compact: bool = False) -> None:
         if math.isfinite(one.floor_low) and math.isfinite(one.floor_high):
             axes.add_patch(Rectangle((one.floor_low, place - 0.36), one.floor_high - one.floor_low,
                                      0.72, color=style.RULE, alpha=0.7, linewidth=0))  # fmt: skip
-        if one.phase == "decode" and math.isfinite(one.bound):
+        if has_bound(one):
             axes.plot([one.bound, one.bound], [place - 0.3, place + 0.3], color=style.INK,
                       linewidth=1.4, linestyle=(0, (1.5, 1.2)))  # fmt: skip
         color = colors[one.verdict]
@@ -254,7 +257,7 @@ def _speed_limits(speeds: Sequence[Speed]) -> tuple[float, float]:
     ends = [1.0]
     for one in speeds:
         ends += [one.low, one.high, one.ratio, one.floor_low, one.floor_high]
-        ends += [one.bound] if one.phase == "decode" else []
+        ends += [one.bound] if has_bound(one) else []
     ends = [end for end in ends if math.isfinite(end)]
     margin = 0.08 * (max(ends) - min(ends)) or 0.1
     return min(ends) - margin, max(ends) + margin
@@ -278,5 +281,9 @@ def _stem(count: int) -> float:
 
 def _plain_log_ticks(axes: Axes, *, horizontal: bool = False) -> None:
     axis = axes.xaxis if horizontal else axes.yaxis
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _power(value: float) -> str:
+    return f"{value:,g}" if value < 1e6 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")

@@ -31,7 +31,7 @@ class RecipeText:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that was pruned; `source` tells a Hub id from a directory of the same spelling."""
+    """The model that was pruned; only one from the Hub has a `revision`, its commit."""
 
     model: str
     parameters: int
@@ -40,7 +40,12 @@ class Base:
     id: str = ""
     license: str | None = None
     dtype: str = ""
-    source: Literal["hub", "local", "gguf"] | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A Hub id as it is; of a path, the last part."""
+        return self.model if self.revision else Path(self.model).name or self.model
 
 
 @dataclass(frozen=True)
@@ -186,22 +191,26 @@ def as_number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def _with_nan(report: Mapping[str, Any]) -> dict[str, Any]:
+def _with_nan(report: Any) -> Any:
     """The same report with NaN where strict JSON had to write null for a number."""
-    found = dict(report)
-    checks = found.get("verification")
+    checks = report.get("verification") if isinstance(report, Mapping) else None
     if not isinstance(checks, Mapping):
-        return found
-    checks = dict(checks)
+        return report
+    found = dict(checks)
     for part in ("perplexity", "parity", "speed", "gates"):
-        checks[part] = [
-            {key: math.nan if value is None else value for key, value in entry.items()}
+        found[part] = [
+            {key: _nan_for_null(value) for key, value in entry.items()}
+            if isinstance(entry, Mapping)
+            else entry
             for entry in checks.get(part) or ()
         ]
-    for entry in checks["perplexity"]:
-        entry["losses"] = [as_number(loss) for loss in entry.get("losses") or ()]
-    found["verification"] = checks
-    return found
+    return {**report, "verification": found}
+
+
+def _nan_for_null(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_nan_for_null(one) for one in value]
+    return math.nan if value is None else value
 
 
 def runs(blocks: Iterable[int]) -> list[tuple[int, int]]:

@@ -88,10 +88,11 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, source: str = "") -> None:
     """Writes the PNG; equal figures give equal bytes, as neither time nor version is stored."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    metadata = {"Software": None} | ({"Source": source} if source else {})
+    figure.savefig(buffer, format="png", dpi=DPI, metadata=metadata)
     path.write_bytes(buffer.getvalue())
 
 

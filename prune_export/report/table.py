@@ -7,6 +7,7 @@ the same cells, so no number is formatted twice.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,9 @@ from prune_export.units import text_from_bytes, text_from_count
 from prune_export.verify.results import Perplexity, Speed
 
 Tone = Literal["better", "worse", "same", "plain"]
+_MARKED = re.compile(r"[\\`*\[\]|~$#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What Markdown may read as markup; an underscore inside a word it does not."""
+
 COLUMNS = ("", "dense", "result", "change")
 
 
@@ -69,7 +73,7 @@ def escape_markdown(text: str) -> str:
     flat = " ".join(text.split())
     for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         flat = flat.replace(character, entity)
-    return "".join(f"\\{one}" if one in r"\`*_[]|~$#" else one for one in flat)
+    return _MARKED.sub(r"\\\g<0>", flat)
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -117,6 +121,11 @@ def speed_text(speed: Speed) -> str:
     if speed.verdict == "no speedup":
         return f"no speedup: {times(speed.ratio)}{tail}"
     return f"{times(speed.ratio)} {speed.verdict}{tail}"
+
+
+def has_bound(speed: Speed) -> bool:
+    """Whether memory traffic bounds it by a factor that is known."""
+    return speed.phase == "decode" and math.isfinite(speed.bound) and speed.bound > 0
 
 
 def _size_rows(report: Report) -> list[Row]:

@@ -15,15 +15,18 @@ from typing import Any
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
 from prune_export.errors import PlanError
-from prune_export.machine import Machine, describe
+from prune_export.machine import Machine
 from prune_export.plan import Plan, make_plan
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Recipe
+from prune_export.report import write_report
 from prune_export.run import artifacts
 from prune_export.run.artifacts import Base, Bench
-from prune_export.run.measure import Measured, measured
+from prune_export.run.measure import measured
+from prune_export.run.record import report_of
 from prune_export.run.result import LOCK, Result, lock_of, refuse_foreign
 from prune_export.store import Artifact, Store
+from prune_export.verify import check_tasks
 from prune_export.verify.results import Gate, Verification
 
 __all__ = ["Plan", "RunResult", "make_plan", "plan", "run"]
@@ -67,6 +70,8 @@ def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
         CheckpointError: the model is broken or unsafe.
         UnsupportedArch: the architecture tables do not describe the model.
     """
+    if recipe.verify.quality:
+        check_tasks(recipe.verify.quality.tasks)
     spec, path, _ = _model(recipe, model)
     if path.suffix == ".gguf":
         checkpoint = Checkpoint(path, gguf_config(path), {})
@@ -101,7 +106,6 @@ def run(
     refuse_foreign(options.out)
     plan(recipe, model, options)
     bench = Bench(
-        recipe,
         Store(options.store),
         options.machine,
         progress,
@@ -109,14 +113,9 @@ def run(
         options.ignore_keys,
         options.command,
     )
-    spec, path, revision = _model(recipe, model)
-    base = (
-        artifacts.base_from_gguf(bench, spec, path)
-        if path.suffix == ".gguf"
-        else artifacts.base_from_directory(bench, spec, path, revision)
-    )
-    data = _data(bench, base)
-    stages = _stages(bench, base, data)
+    base = artifacts.base(bench, *_model(recipe, model))
+    data = _data(bench, recipe, base)
+    stages = _stages(bench, recipe, base, data)
     last = stages[-1] if stages else base
     exports = [artifacts.exported(bench, export, last.path, last.id) for export in recipe.export]
     dense = []
@@ -125,8 +124,9 @@ def run(
             artifacts.exported(bench, export, base.path, base.id, of=", dense to compare with")
             for export in recipe.export
         ]
-    found = measured(bench, base, stages, exports, dense, {n: t for n, (_, t) in data.items()})
-    return _finished(bench, options, base, data, stages, exports, found)
+    sets = {name: tokens for name, (_, tokens) in data.items()}
+    found = measured(bench, recipe, base, stages, exports, dense, sets)
+    return _finished(bench, recipe, options.out, base, data, stages, exports, found)
 
 
 def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
@@ -134,33 +134,40 @@ def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
     if spec is None:
         raise PlanError(recipe.name, "names no model", "pass `--model`, or write `model:`")
     below = recipe.root / spec
-    if model is None and below.exists() and below.resolve().is_relative_to(recipe.root):
+    if model is None and below.exists():
+        if not below.resolve().is_relative_to(recipe.root):
+            raise PlanError(f"{recipe.name}  model", f"`{spec}` leaves the data root {recipe.root}",
+                            f"pass `--model {below}` if you trust it")  # fmt: skip
         return spec, below, None
     path, revision = resolve_model(spec)
     return spec, path, revision
 
 
-def _data(bench: Bench, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
+def _data(bench: Bench, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
     """The token sets that the recipe uses; none shares a document with the evaluation set."""
-    recipe = bench.recipe
     used = {stage.data for stage in recipe.stages if stage.data in recipe.data}
     quality = recipe.verify.quality
     evaluation = quality.perplexity if quality else None
     data = {}
     seen: tuple[str, ...] = ()
     if evaluation:
-        data[evaluation] = artifacts.tokens(bench, evaluation, base)
+        data[evaluation] = artifacts.tokens(
+            bench, evaluation, recipe.data[evaluation], recipe.root, base
+        )
         seen = data[evaluation][1].documents
     for name in sorted(used - {evaluation}):
-        data[name] = artifacts.tokens(bench, name, base, seen)
+        data[name] = artifacts.tokens(bench, name, recipe.data[name], recipe.root, base, seen)
     return data
 
 
 def _stages(
-    bench: Bench, base: Base, data: Mapping[str, tuple[Artifact, TokenSet]]
+    bench: Bench,
+    recipe: Recipe,
+    base: Base,
+    data: Mapping[str, tuple[Artifact, TokenSet]],
 ) -> list[Artifact]:
     made: list[Artifact] = []
-    for stage in bench.recipe.stages:
+    for stage in recipe.stages:
         source = made[-1] if made else base
         tokens = data.get(stage.data)
         if stage.kind == "heal":
@@ -174,16 +181,16 @@ def _stages(
 
 def _finished(
     bench: Bench,
-    options: Options,
+    recipe: Recipe,
+    out: Path,
     base: Base,
     data: Mapping[str, tuple[Artifact, TokenSet]],
     stages: list[Artifact],
     exports: list[Artifact],
     found: Verification,
 ) -> RunResult:
-    recipe = bench.recipe
-    report = report_of(bench, base, data, stages, exports, found)
-    result = Result(options.out)
+    report = report_of(bench, recipe, base, data, stages, exports, found)
+    result = Result(out)
     named: dict[str, Artifact] = {}
     for stage, artifact in zip(recipe.stages, stages, strict=True):
         named[f"stages.{len(named)}.{stage.kind}"] = artifact
@@ -205,5 +212,5 @@ def _finished(
     result.write_json("report.json", report)
     write_report(report, result.partial)
     every = [*named.values(), *(made for made, _ in data.values())]
-    bench.store.remember(options.out, [artifact.id for artifact in every] + [base.id])
+    bench.store.remember(out, [artifact.id for artifact in every] + [base.id])
     return RunResult(result.finish(), report, found)

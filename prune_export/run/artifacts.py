@@ -20,7 +20,7 @@ from prune_export.contracts import Work
 from prune_export.errors import PruneExportError, StageError
 from prune_export.machine import Machine
 from prune_export.progress import Progress
-from prune_export.recipe import Export, LocalText, Recipe, Stage, TokenFile
+from prune_export.recipe import Export, LocalText, Source, Stage, TokenFile
 from prune_export.store import Artifact, Key, Store, sha256_of_json
 from prune_export.surgery import rewrite
 
@@ -42,13 +42,12 @@ class Base:
 class Bench:
     """What every artifact of a run is made with."""
 
-    recipe: Recipe
     store: Store
     machine: Machine
     progress: Progress
-    force: frozenset[str]
-    ignore_keys: tuple[str, ...]
-    command: str
+    force: frozenset[str] = frozenset()
+    ignore_keys: tuple[str, ...] = ()
+    command: str = ""
 
     def make(
         self, key: Key, label: str, build: Callable[[Path, Work], Mapping[str, Any]]
@@ -93,6 +92,13 @@ class Bench:
         )
 
 
+def base(bench: Bench, spec: str, path: Path, revision: str | None) -> Base:
+    """The model at `path`: a directory as it lies, or a GGUF file imported once."""
+    if path.suffix == ".gguf":
+        return base_from_gguf(bench, spec, path)
+    return base_from_directory(bench, spec, path, revision)
+
+
 def base_from_gguf(bench: Bench, spec: str, file: Path) -> Base:
     """The plain checkpoint of a GGUF file, dequantized once."""
     key = Key("import", "gguf", _IMPORT_VERSION, {}, (bench.store.file_hash(file),))
@@ -118,10 +124,14 @@ def base_from_directory(bench: Bench, spec: str, path: Path, revision: str | Non
 
 
 def tokens(
-    bench: Bench, name: str, base: Base, exclude: Collection[str] = ()
+    bench: Bench,
+    name: str,
+    source: Source,
+    root: Path,
+    base: Base,
+    exclude: Collection[str] = (),
 ) -> tuple[Artifact, TokenSet]:
-    """The token windows of a data source, without the documents in `exclude` (hashes)."""
-    source = bench.recipe.data[name]
+    """The token windows of a data source below `root`, less the documents in `exclude` (hashes)."""
     parameters = source.model_dump(mode="json")
     tokenizer = [file for file in Checkpoint.open(base.path).side_files() if _tokenizes(file)]
     inputs = [f"{file.name}:{bench.store.file_hash(file)}" for file in tokenizer]
@@ -131,16 +141,15 @@ def tokens(
     elif isinstance(source, TokenFile):
         patterns = (source.tokens,)
     for pattern in patterns:
-        for file in sorted(bench.recipe.root.glob(pattern)):
-            inputs.append(f"{pattern}:{bench.store.file_hash(file)}")
+        inputs += [
+            f"{pattern}:{bench.store.file_hash(file)}" for file in sorted(root.glob(pattern))
+        ]
     excluded = frozenset(exclude)
     inputs.append(f"exclude:{sha256_of_json(sorted(excluded))}")
     key = Key("data", name, _DATA_VERSION, parameters, tuple(inputs))
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
-        made = token_set(
-            source, base.path, bench.recipe.root, exclude=excluded, progress=work.progress
-        )
+        made = token_set(source, base.path, root, exclude=excluded, progress=work.progress)
         made.save(files / "tokens.safetensors")
         return {
             "fingerprint": made.fingerprint,

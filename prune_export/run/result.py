@@ -55,7 +55,7 @@ class Result:
         (self.partial / name).write_text(text, encoding="utf-8")
 
     def finish(self) -> Path:
-        """Puts the directory in place, in two renames; a kill between them is mended by the next run."""
+        """Puts the directory in place in two renames; the next run mends a kill between them."""
         old = self.out.with_name(f".{self.out.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if self.out.exists():

@@ -1,75 +1,22 @@
-"""Tiny random models of transformers, made from what the tables say in `tiny`."""
-
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-from prune_export.arch import Arch
-from prune_export.arch.table import table_for
-
-PROMPT = torch.tensor(
-    [[5, 9, 40, 3, 17, 22, 8, 61, 30, 2, 11, 50], [7, 1, 1, 33, 4, 60, 59, 21, 6, 12, 35, 44]]
-)
+from tiny_models import Tiny, random_model
 
 
-@dataclass(frozen=True)
-class Tiny:
-    """A tiny random model, where it is saved and its Arch; `full` is its config, defaults filled in."""
-
-    model: PreTrainedModel
-    path: Path
-    full: dict[str, Any]
-    arch: Arch
-
-    def logits(self) -> torch.Tensor:
-        return logits(self.model)
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(PROMPT, use_cache=False).logits
-
-
-def headers(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a directory's one safetensors file, read without any library."""
-    with (path / "model.safetensors").open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
-
-
-def tiny_config(model_type: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return {**ends, **table_for(model_type).tiny.config, **changes}
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Callable[..., Tiny]:
-    """Makes a tiny model; every parameter is random, so that none is a zero that hides."""
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tiny]:
+    """Makes a tiny model, once for all tests: they leave it as they found it."""
+    made: dict[str, Tiny] = {}
 
     def make(model_type: str, **changes: Any) -> Tiny:
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **tiny_config(model_type, changes))
-        model = AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                spread = 0.6 if parameter.dim() > 1 else 0.3
-                parameter.normal_(std=spread)
-                if parameter.dim() == 1 and name.endswith("weight") and "gemma" not in model_type:
-                    parameter.add_(1.0)
-        path = tmp_path / "dense"
-        model.save_pretrained(path)
-        full = AutoConfig.from_pretrained(path).to_dict()
-        return Tiny(model, path, full, Arch.from_config(full))
+        key = json.dumps([model_type, changes], sort_keys=True)
+        if key not in made:
+            made[key] = random_model(model_type, changes, tmp_path_factory.mktemp("dense"))
+        return made[key]
 
     return make

@@ -1,0 +1,380 @@
+"""Times decoding after a depth cut, engine by engine, against what the bytes that are left allow.
+
+    python benchmarks/decode.py --model SMOLLM2 --work DIRECTORY            # for the record
+    python benchmarks/decode.py --model SMOLLM2 --work DIRECTORY --quick    # does it run at all
+
+`--model` is a checkpoint directory; it is cut from its middle to `--keep` blocks by this package's
+surgery, and both are exported: `onnx` (fp32), `ort_genai` (fp32 and int8) and, as the yardstick,
+onnxruntime-genai's own command line builder, nothing of ours in between. What is built lies in
+`--work` and is used again. Three questions:
+
+(a) Is the cut model faster by at least 95 % of dense / pruned bytes read per token?
+(b) Do our engines decode no slower than the builder's own output, run by the same code?
+(c) Are both at least 1.5 times as fast as PyTorch eager?
+
+Every engine has its own process, stopped (SIGSTOP) while another works. A round times each engine
+once, in random order; only ratios within a round are used, and medians of them. The interval is a
+95 % bootstrap over launches (fresh processes) and rounds. Raw samples are kept in the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+PARTS = ("dense", "cut")
+AT_LEAST = {"bound": 0.95, "builder": 1.0, "pytorch": 1.5}
+NO_SLOWER = 0.02
+"""Equal engines differ by up to this in a median of rounds; (b) is judged with it."""
+
+
+@dataclass
+class Engine:
+    """One thing to time: `kind` says how to open it, `part` which of the two models it is."""
+
+    kind: str
+    precision: str
+    part: str
+    path: Path
+    weight_bytes: int = 0
+    steps: list[list[list[float]]] = field(default_factory=list)
+    """Seconds of each decoding step, by launch and round."""
+    prefill: list[list[float]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.precision} {self.part}"
+
+    def rounds(self) -> list[np.ndarray]:
+        """Median step of each round, one array a launch."""
+        return [np.array([np.median(steps) for steps in launch]) for launch in self.steps]
+
+
+# --- the child: one engine -------------------------------------------------------------------
+
+
+def open_runner(kind: str, path: Path, threads: int) -> Any:
+    from prune_export.machine import Machine
+
+    machine = Machine(device="cpu", ram_bytes=16 << 30, gpu_bytes=0, threads=threads)
+    if kind == "pytorch":
+        from prune_export.verify.pytorch import PyTorch
+
+        return PyTorch(logits="last").open(path, machine)
+    if kind == "onnx":
+        from prune_export.exporters.onnx import Onnx
+
+        return Onnx().open(path, machine)
+    if kind == "genai runtime":
+        from prune_export.exporters._genai_runner import OgRunner
+
+        return OgRunner(path, machine)
+    from prune_export.exporters.ort_genai import OrtGenai
+
+    return OrtGenai().open(path, machine)
+
+
+def serve(kind: str, path: Path, threads: int) -> None:
+    """Opens the engine and times it whenever a line of token ids comes in."""
+    with open_runner(kind, path, threads) as runner:
+        print("ready", flush=True)
+        for line in sys.stdin:
+            request = json.loads(line)
+            ids, prompt = np.array([request["ids"]], np.int64), request["prompt"]
+            runner.reset()
+            runner.step(ids[:, :8])
+            runner.step(ids[:, 8:9])
+            runner.reset()
+            prefill = runner.step(ids[:, :prompt])[1]
+            steps = [runner.step(ids[:, i : i + 1])[1] for i in range(prompt, ids.shape[1])]
+            print(json.dumps({"prefill": prefill, "steps": steps}), flush=True)
+
+
+# --- the parent ------------------------------------------------------------------------------
+
+
+@contextmanager
+def served(engine: Engine, threads: int) -> Iterator[Callable[[list[int], int], dict[str, Any]]]:
+    """A function that times `engine` in its own process, which is stopped in between."""
+    here = Path(__file__).resolve()
+    paths = [str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+    }
+    command = [sys.executable, str(here), "--serve", engine.kind, str(engine.path), str(threads)]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def answer() -> str:
+            line = stdout.readline()
+            if not line:
+                log.seek(0)
+                raise SystemExit(f"{engine.name} ended:\n{log.read()[-2000:]}")
+            process.send_signal(signal.SIGSTOP)
+            return line
+
+        def timed(ids: list[int], prompt: int) -> dict[str, Any]:
+            process.send_signal(signal.SIGCONT)
+            stdin.write(json.dumps({"ids": ids, "prompt": prompt}) + "\n")
+            stdin.flush()
+            found: dict[str, Any] = json.loads(answer())
+            return found
+
+        try:
+            answer()
+            yield timed
+        finally:
+            process.kill()
+            process.wait()
+
+
+def measure(engines: list[Engine], ids: list[int], options: argparse.Namespace) -> None:
+    """Fills in the engines' samples; all of them are in memory at once."""
+    random = np.random.default_rng(options.seed)
+    for launch in range(options.launches):
+        with ExitStack() as stack:
+            timers = [stack.enter_context(served(e, options.threads)) for e in engines]
+            for timed in timers:
+                timed(ids[: options.prompt + 4], options.prompt)
+            for engine in engines:
+                engine.steps.append([])
+                engine.prefill.append([])
+            for at in range(options.rounds):
+                for index in random.permutation(len(engines)):
+                    found = timers[index](ids, options.prompt)
+                    engines[index].steps[-1].append(found["steps"])
+                    engines[index].prefill[-1].append(found["prefill"])
+                print(f"  launch {launch + 1}, round {at + 1}", file=sys.stderr, flush=True)
+
+
+def ratio(above: Engine, below: Engine, seed: int = 0) -> dict[str, float]:
+    """Median of the rounds' ratios of seconds, and its 95 % bootstrap interval."""
+    pairs = [np.log(a / b) for a, b in zip(above.rounds(), below.rounds(), strict=True)]
+    random = np.random.default_rng(seed)
+    draws = []
+    for _ in range(2000):
+        chosen = [pairs[i] for i in random.integers(0, len(pairs), len(pairs))]
+        draws.append(np.median(np.concatenate([random.choice(p, len(p)) for p in chosen])))
+    low, high = np.exp(np.quantile(draws, [0.025, 0.975]))
+    middle = float(np.exp(np.median(np.concatenate(pairs))))
+    return {"ratio": middle, "low": float(low), "high": float(high)}
+
+
+# --- what is built ---------------------------------------------------------------------------
+
+
+def cut(model: Path, keep: int, out: Path) -> Path:
+    """`model` without blocks of its middle, so that `keep` are left."""
+    from prune_export.checkpoint import Checkpoint
+    from prune_export.surgery import Drop, rewrite
+
+    if (out / "config.json").is_file():
+        return out
+    source = Checkpoint.open(model)
+    arch = source.arch()
+    first = arch.layers - keep - 2
+    drop = Drop(tuple(range(first, first + arch.layers - keep)))
+    out.mkdir(parents=True, exist_ok=True)
+    rewrite(source, arch, [drop], out, ram_bytes=2 << 30)
+    return out
+
+
+def built(exporter: Any, checkpoint: Path, out: Path, scratch: Path, threads: int) -> int:
+    """Exports unless `out` is complete; the bytes that a decoding step reads."""
+    from prune_export.contracts import Work
+    from prune_export.machine import Machine
+    from prune_export.progress import Silent
+
+    record = out.with_suffix(".json")
+    if not record.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        machine = Machine.detect(device="cpu", threads=threads)
+        scratch.mkdir(parents=True, exist_ok=True)
+        made = exporter.export(checkpoint, out, Work(machine, Silent(), scratch))
+        print(f"{out.name}: {made.seconds:.1f} s; {'; '.join(made.notes)}", flush=True)
+        record.write_text(json.dumps(asdict(made), default=str), encoding="utf-8")
+    found: int = json.loads(record.read_text(encoding="utf-8"))["weight_bytes"]
+    return found
+
+
+def built_by_builder(checkpoint: Path, precision: str, out: Path, scratch: Path) -> int:
+    """onnxruntime-genai's command line builder with its defaults; bytes a decoding step reads."""
+    from prune_export.exporters._genai_graph import decode_bytes
+
+    done = out.with_suffix(".done")
+    if not done.is_file():
+        command = ["-i", str(checkpoint), "-o", str(out), "-p", precision, "-e", "cpu"]
+        command += ["-c", str(scratch / "cache")]
+        start = perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "onnxruntime_genai.models.builder", *command],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        print(f"{out.name}: {perf_counter() - start:.1f} s", flush=True)
+        done.touch()
+    return decode_bytes(out / "model.onnx")
+
+
+def engines_of(options: argparse.Namespace) -> dict[str, list[Engine]]:
+    """What is timed together: one list for fp32, one for int8."""
+    from prune_export.exporters.onnx import Onnx
+    from prune_export.exporters.ort_genai import OrtGenai
+
+    work, threads = options.work, options.threads
+    scratch = work / "scratch"
+    models = {"dense": options.model, "cut": cut(options.model, options.keep, work / "cut")}
+    groups: dict[str, list[Engine]] = {}
+    for precision in options.precisions:
+        group = groups.setdefault(precision, [])
+        for part, model in models.items():
+            group.append(Engine("pytorch", "fp32", part, model))
+            if precision == "fp32":
+                out = work / f"onnx-{part}"
+                read = built(Onnx(logits="last"), model, out, scratch, threads)
+                group.append(Engine("onnx", precision, part, out, read))
+            out = work / f"ort_genai-{precision}-{part}"
+            read = built(OrtGenai(precision=precision), model, out, scratch, threads)
+            group.append(Engine("ort_genai", precision, part, out, read))
+            out = work / f"builder-{precision}-{part}"
+            read = built_by_builder(model, precision, out, scratch)
+            group.append(Engine("builder", precision, part, out, read))
+            group.append(Engine("genai runtime", precision, part, out, read))
+    return groups
+
+
+# --- what it says ----------------------------------------------------------------------------
+
+
+def judged(group: list[Engine]) -> list[dict[str, Any]]:
+    """The three questions, answered for one precision."""
+    by = {(engine.kind, engine.part): engine for engine in group}
+    ours = [kind for kind in ("onnx", "ort_genai") if (kind, "dense") in by]
+    found = []
+    for kind in ours:
+        dense, pruned = by[kind, "dense"], by[kind, "cut"]
+        bound = dense.weight_bytes / pruned.weight_bytes
+        row = {"question": "a", "what": f"{kind} {dense.precision}: dense / cut"}
+        found.append(row | ratio(dense, pruned) | {"bound": bound})
+        found[-1]["wanted"] = AT_LEAST["bound"] * bound
+    for kind in ours:
+        for part in PARTS:
+            engine = by[kind, part]
+            for other, wanted in (("builder", AT_LEAST["builder"] - NO_SLOWER),
+                                  ("pytorch", AT_LEAST["pytorch"])):  # fmt: skip
+                row = {"question": "b" if other == "builder" else "c"}
+                row["what"] = f"{other} / {engine.name}"
+                found.append(row | ratio(by[other, part], engine) | {"wanted": wanted})
+    for row in found:
+        row["ok"] = row["ratio"] >= row["wanted"]
+    return found
+
+
+def tokens_of(model: Path, text: Path | None, count: int) -> list[int]:
+    """Token ids to feed: of `text` if given, else of this file."""
+    from transformers import AutoTokenizer
+
+    source = (text or Path(__file__)).read_text(encoding="utf-8")[: count * 20]
+    ids = AutoTokenizer.from_pretrained(model)(source)["input_ids"]
+    return [int(i) for i in np.resize(ids, count)]
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
+    parser.add_argument("--work", type=Path, required=True, help="what is built is kept here")
+    parser.add_argument("--text", type=Path, help="text whose tokens are fed")
+    parser.add_argument("--keep", type=int, default=18, help="blocks left by the cut")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "int8"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--launches", type=int, default=3, help="times that processes are started")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds in each launch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="one launch of 3 short rounds")
+    options = parser.parse_args()
+    if options.quick:
+        options.launches, options.rounds, options.new = 1, 3, 16
+    return options
+
+
+def main() -> int:
+    options = parsed()
+    options.work = options.work.resolve()
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.model = options.model.resolve()
+    ids = tokens_of(options.model, options.text, options.prompt + options.new)
+    groups = engines_of(options)
+    answers = []
+    for precision, group in groups.items():
+        print(f"{precision}, {options.threads} threads", flush=True)
+        measure(group, ids, options)
+        for engine in group:
+            median = float(np.median(np.concatenate(engine.rounds())))
+            print(
+                f"  {engine.name:26} {1 / median:7.1f} tokens/s decode"
+                f"  {options.prompt / np.median(np.concatenate(engine.prefill)):8.1f} prefill"
+                f"  {engine.weight_bytes / 1e6:7.1f} MB/token"
+            )
+        answers += judged(group)
+        for row in judged(group):
+            bound = f", bound {row['bound']:.3f}" if "bound" in row else ""
+            print(
+                f"  ({row['question']}) {row['what']:42} {row['ratio']:.3f} "
+                f"[{row['low']:.3f}, {row['high']:.3f}]{bound}, wanted {row['wanted']:.3f}"
+                f"  {'ok' if row['ok'] else 'MISSED'}"
+            )
+    if not options.quick:
+        from _result import save
+
+        settings = {key: value for key, value in vars(options).items() if key not in HIDDEN}
+        engines = [
+            {key: value for key, value in asdict(engine).items() if key != "path"}
+            for group in groups.values()
+            for engine in group
+        ]
+        name = f"decode-{options.threads}threads"
+        print(save(name, {"settings": settings, "answers": answers, "engines": engines}))
+    return 0 if options.quick or all(row["ok"] for row in answers) else 1
+
+
+HIDDEN = ("model", "work", "text", "quick")
+"""Settings that are paths of this machine, or say nothing."""
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    else:
+        raise SystemExit(main())

@@ -1,0 +1,68 @@
+"""What a calibration pass takes, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+import torch
+
+from prune_export.arch import Arch
+from prune_export.calibrate.statistics import Statistic
+from prune_export.machine import Machine
+
+BATCH_TOKENS: Final[Mapping[str, int]] = {"cpu": 2048, "cuda": 16384}
+"""Tokens that go through a block at once: enough for full speed, little to hold."""
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What a pass takes at its peak; `ram_bytes` comes over Python and torch themselves."""
+
+    ram_bytes: int
+    gpu_bytes: int
+    disk_bytes: int
+    flops: float
+    moved_bytes: int
+
+
+def pass_cost(
+    arch: Arch, statistics: Sequence[Statistic], samples: int, length: int, machine: Machine
+) -> PassCost:
+    """What `gather` takes over `samples` windows of `length` tokens, from shapes alone.
+
+    States count as spooled where they exceed half of the memory. All experts count as active.
+    """
+    item, residual, vocab = 4, arch.sizes["residual"], arch.sizes["vocab"]
+    block = block_bytes(arch, torch.float32)
+    widest = max(size for name, size in arch.sizes.items() if name != "vocab")
+    ram = 3 * block + min(vocab, samples * length) * residual * item
+    ram += BATCH_TOKENS[machine.device] * (4 * widest + 6 * residual) * item
+    disk, flops, moved = 0, 0.0, arch.parameters() * item
+    for statistic in dict.fromkeys(statistics):
+        count = min(statistic.samples or samples, samples)
+        tokens = min(statistic.length or length, length)
+        bypassed = statistic.bypassed
+        states = (1 + len(bypassed)) * count * tokens * residual * item
+        ram += (arch.layers + 1) * count * residual * item
+        if states > machine.ram_bytes // 2:
+            disk, moved = disk + 2 * states, moved + 2 * arch.layers * states
+        else:
+            ram += states
+        blocks = arch.layers + sum(arch.layers - 1 - layer for layer in bypassed)
+        flops += count * tokens * blocks * (2 * block / item + 2 * tokens * residual)
+        if bypassed:
+            ram += 2 * vocab * residual * item
+            flops += 2.0 * count * tokens * (1 + len(bypassed)) * vocab * residual
+    on_gpu = ram if machine.device == "cuda" else 0
+    return PassCost(ram, on_gpu, disk, flops, moved)
+
+
+def block_bytes(arch: Arch, dtype: torch.dtype) -> int:
+    """Bytes of the largest block."""
+    return max(
+        sum(prod(arch.shape(tensor)) for tensor in arch.block(layer)) * dtype.itemsize
+        for layer in range(arch.layers)
+    )

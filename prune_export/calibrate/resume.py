@@ -1,0 +1,85 @@
+"""Lets a killed calibration pass go on where it was.
+
+What is in memory is saved under a new generation number; the small file that names the generation
+is replaced last, atomically. So there is always exactly one complete state, or none.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from prune_export.calibrate.spool import Buffer
+
+INTERVAL_SECONDS: Final = 30.0
+_SHARE: Final = 20
+"""Saving may take up to a 20th of the time."""
+
+
+class Saves:
+    """The saved states of one pass in a directory of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._mark = folder / "mark.json"
+        self._generation = 0
+        self._due = time.monotonic() + INTERVAL_SECONDS
+
+    def due(self) -> bool:
+        """Whether enough time has passed since the last save for another."""
+        return time.monotonic() >= self._due
+
+    def save(
+        self, done: int, buffers: Mapping[str, Buffer], state: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Keeps the state after `done` blocks; `buffers` are those in memory."""
+        from safetensors.torch import save_file
+
+        started = time.monotonic()
+        new = self._generation + 1
+        for name, buffer in buffers.items():
+            buffer.save(self._file(name, new))
+        save_file(dict(state), self._file("collectors", new))
+        mark = {"done": done, "generation": new, "boot": _boot()}
+        partial = self._mark.with_suffix(".partial")
+        partial.write_text(json.dumps(mark), encoding="utf-8")
+        partial.replace(self._mark)
+        for name in (*buffers, "collectors"):
+            self._file(name, self._generation).unlink(missing_ok=True)
+        self._generation = new
+        spent = time.monotonic() - started
+        self._due = time.monotonic() + max(INTERVAL_SECONDS, _SHARE * spent)
+
+    def restore(self, buffers: Mapping[str, Buffer]) -> tuple[int, dict[str, torch.Tensor]]:
+        """Fills `buffers` from the last save.
+
+        Returns the number of blocks done, and the collectors' state; (0, {}) where nothing is kept.
+        """
+        from safetensors.torch import load_file
+
+        if not self._mark.exists():
+            return 0, {}
+        mark = json.loads(self._mark.read_text(encoding="utf-8"))
+        if mark["boot"] != _boot():
+            # The files were not flushed to the disk: after a power loss they may hold anything.
+            return 0, {}
+        self._generation = int(mark["generation"])
+        for name, buffer in buffers.items():
+            buffer.restore(self._file(name, self._generation))
+        return int(mark["done"]), load_file(self._file("collectors", self._generation))
+
+    def _file(self, name: str, generation: int) -> Path:
+        return self.folder / f"{name}.{generation}.saved"
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,271 @@
+"""A transformers model without weights, through which one block at a time is run.
+
+The model is built on torch's `meta` device. What stands before the first block (embedding scale,
+learned positions, rotary embeddings, masks) and after the last (final norm, head, soft caps) is
+transformers' own `forward`, with recorders in the blocks' places: it gives the states that enter
+the first block, the arguments that each block is called with, and the logits. So a family needs no
+code here, only its table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from prune_export.arch import Arch, Tensor
+from prune_export.checkpoint import Checkpoint
+
+_EMBEDDING_ROWS: Final = 8192
+_LOGITS: Final = 2**24
+"""Logits computed at once: 64 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with, besides the states."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class _Place(nn.Module):
+    """Stands where a block stood: keeps its call, and hands on what it got, or `carried`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._block = [block]  # in a list, so that it is not a submodule
+        self.states: torch.Tensor | None = None
+        self.carried: torch.Tensor | None = None
+        self.call: Call | None = None
+
+    def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.states, self.call = states, Call(args, kwargs)
+        return states if self.carried is None else self.carried
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # A model may ask a block what kind it is before it calls it.
+            return getattr(self.__dict__["_block"][0], name)
+
+
+class Skeleton:
+    """A checkpoint's model on `meta`, with everything small in place; computes in `dtype`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, arch: Arch, *, dtype: torch.dtype, device: str
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.arch = arch
+        self.dtype = dtype
+        self.device = device
+        self.model = _on_meta(checkpoint, dtype)
+        self._names = _Names(self.model)
+        self._embedding = self.model.get_input_embeddings()
+        self._head = self.model.get_output_embeddings()
+        self._blocks = list(self.model.get_submodule(arch.table.blocks))
+        self._places = [_Place(block) for block in self._blocks]
+        parent, _, leaf = arch.table.blocks.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._places))
+        small = [
+            tensor
+            for tensor in arch.stored()
+            if tensor.layer is None and self._module(tensor) not in (self._embedding, self._head)
+        ]
+        self._place(self.model, self.read(small))
+        _rebuild_buffers(self.model, self.model, device)
+        self._known = torch.empty(0, dtype=torch.int64)
+        self._rows = torch.empty(0)
+
+    def read(self, tensors: Iterable[Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors by their names in memory, as stored; where tied, what they are tied to."""
+        return self._names.converted(
+            {tensor.name: self.checkpoint.read(tensor.tied_to or tensor.name) for tensor in tensors}
+        )
+
+    def look_up(self, ids: torch.Tensor) -> None:
+        """Reads the embedding's rows for these ids, and no others."""
+        wanted = torch.unique(ids)
+        name = next(
+            tensor.name for tensor in self.arch.stored() if self._module(tensor) is self._embedding
+        )
+        count = self.checkpoint.entries[name].shape[0]
+        parts = []
+        for start in range(0, count, _EMBEDDING_ROWS):
+            stop = min(start + _EMBEDDING_ROWS, count)
+            here = wanted[(wanted >= start) & (wanted < stop)]
+            if len(here):
+                parts.append(self.checkpoint.read_rows(name, start, stop)[here - start])
+        self._known, self._rows = wanted, torch.cat(parts)
+
+    def forget_rows(self) -> None:
+        """Frees what `look_up` read."""
+        self._rows = torch.empty(0)
+        self._embedding.weight = nn.Parameter(
+            torch.empty_like(self._embedding.weight, device="meta"), requires_grad=False
+        )
+
+    def enter(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[samples, length, residual]`: what enters the first block for ids looked up before."""
+        own, places = torch.unique(ids, return_inverse=True)
+        rows = self._rows[torch.searchsorted(self._known, own)]
+        # The embedding module itself: some families scale in it.
+        self._embedding.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
+        self.model.base_model(
+            inputs_embeds=self._embedding(places.to(self.device)), use_cache=False
+        )
+        states = self._places[0].states
+        assert states is not None
+        return states
+
+    def calls(self, ids: torch.Tensor) -> list[Call]:
+        """How each block is called for windows of this length.
+
+        Recorded with a single window: as nothing is padded, masks and positions do not depend on
+        the sample, and broadcast.
+        """
+        self.enter(ids[:1])
+        found = [place.call for place in self._places if place.call is not None]
+        for place in self._places:
+            place.call = place.states = None
+        return found
+
+    def load(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts a block's tensors, as `read` gave them, into it."""
+        prefix = f"{self.arch.table.blocks}.{layer}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        self._place(self._blocks[layer], own)
+        _rebuild_buffers(self.model, self._blocks[layer], self.device)
+        left = [name for name, tensor in self._blocks[layer].named_parameters() if tensor.is_meta]
+        if left:
+            raise RuntimeError(f"{prefix}{left[0]} is not among the tensors of the table")
+
+    def free(self, layer: int) -> None:
+        """Frees a block's tensors."""
+        self._blocks[layer].to("meta")
+
+    def run(self, layer: int, states: torch.Tensor, call: Call) -> torch.Tensor:
+        """`[samples, length, residual]`: what the block makes of `states`."""
+        out = self._blocks[layer](states, *call.args, **call.kwargs)
+        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def load_head(self) -> None:
+        """Reads the head."""
+        head = [tensor for tensor in self.arch.tensors if self._module(tensor) is self._head]
+        self._place(self.model, self.read(head))
+
+    def loss(self, states: torch.Tensor, ids: torch.Tensor) -> float:
+        """The summed next-token cross entropy of windows whose last block gave `states`.
+
+        The model's own norm, head, scale and soft cap give the logits, some positions at a time.
+        """
+        step = max(1, _LOGITS // int(self._head.weight.shape[0]))
+        # Never read: only its shape matters, for the positions it is mapped to.
+        width = int(self._embedding.weight.shape[-1])
+        total = 0.0
+        for window, own in zip(states, ids.to(self.device), strict=True):
+            for start in range(0, len(own) - 1, step):
+                stop = min(start + step, len(own) - 1)
+                part = window[None, start:stop].to(self.device)
+                blank = torch.zeros(1, stop - start, width, dtype=self.dtype, device=self.device)
+                self._places[0].carried = part
+                logits = self.model(inputs_embeds=blank, use_cache=False).logits[0].float()
+                target = own[start + 1 : stop + 1]
+                total += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
+        self._places[0].carried = None
+        return total
+
+    def _module(self, tensor: Tensor) -> nn.Module | None:
+        if tensor.layer is not None:
+            return None
+        path = self._names.renamed(tensor.name).rpartition(".")[0]
+        found: nn.Module = self.model.get_submodule(path)
+        return found
+
+    def _place(self, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            path, _, leaf = name.rpartition(".")
+            value = tensors.pop(name).to(self.device, self.dtype, non_blocking=True)
+            setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    full = checkpoint.full_config()
+    config = CONFIG_MAPPING[full["model_type"]].from_dict(full)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _rebuild_buffers(model: Any, module: nn.Module, device: str) -> None:
+    """Computes what no checkpoint stores (rotary frequencies, embedding scales), off `meta`.
+
+    By transformers' own `_init_weights`, which does the same when it loads a checkpoint.
+    """
+    for part in module.modules():
+        buffers = part.named_buffers(recurse=False)
+        blank = {name: buffer for name, buffer in buffers if buffer.is_meta}
+        for name, buffer in blank.items():
+            setattr(part, name, torch.empty_like(buffer, device=device))
+        if blank:
+            model.base_model._init_weights(part)
+
+
+class _Names:
+    """Stored names and layouts into those in memory, by transformers' own conversions.
+
+    Transformers keeps the experts of a block fused, checkpoints keep them apart.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self._model = model
+        self._known = frozenset(model.state_dict())
+        rules = get_model_conversion_mapping(model)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def renamed(self, name: str) -> str:
+        """The name in memory; of a tensor that is merged with others, that of the whole."""
+        return self._rule(name)[0]
+
+    def _rule(self, name: str) -> tuple[str, str | None]:
+        from transformers.core_model_loading import rename_source_key
+
+        if name in self._known:
+            return name, None
+        new, pattern = rename_source_key(name, self._renamings, self._converters)
+        return str(new), pattern
+
+    def converted(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same tensors under their names and in their layouts in memory."""
+        return dict(self._converted(tensors))
+
+    def _converted(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        from transformers.core_model_loading import dot_natural_key
+
+        merged: dict[str, Any] = {}
+        for name in sorted(tensors, key=dot_natural_key):
+            new, pattern = self._rule(name)
+            if pattern is None:
+                yield new, tensors[name]
+                continue
+            if new not in merged:
+                rule = next(rule for rule in self._converters if pattern in rule.source_patterns)
+                merged[new] = deepcopy(rule)
+            merged[new].add_tensor(new, name, pattern, tensors[name])
+        for new, rule in merged.items():
+            made = rule.convert(new, model=self._model, config=self._model.config)
+            for name, value in made.items():
+                yield name, value[0] if isinstance(value, list) else value

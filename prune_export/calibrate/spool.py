@@ -1,0 +1,103 @@
+"""Large arrays that live in memory where they fit, and in a plain file where they don't."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+
+class Buffer:
+    """A fixed-size array `[rows, *shape]`, read and written by rows.
+
+    In memory, or, with `path`, in a file that is read and written with plain system calls: mapped
+    pages would count as this process's memory.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        path: Path | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.rows = rows
+        self.shape = shape
+        self.dtype = dtype
+        self.path = path
+        self._row_bytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
+        self._memory = None if path else torch.zeros(rows, *shape, dtype=dtype, device=device)
+        self._file = -1
+        if path:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            os.ftruncate(self._file, rows * self._row_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array."""
+        return self.rows * self._row_bytes
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `[start, stop)`; a view of memory, or a tensor of its own where there is a file."""
+        if self._memory is not None:
+            return self._memory[start:stop]
+        found = torch.empty(stop - start, *self.shape, dtype=self.dtype)
+        view, offset = _bytes(found), start * self._row_bytes
+        while view:
+            count = os.preadv(self._file, [view], offset)
+            view, offset = view[count:], offset + count
+        return found
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Writes `rows` from row `start` on."""
+        if self._memory is not None:
+            self._memory[start : start + len(rows)].copy_(rows)
+            return
+        view, offset = _bytes(rows.to("cpu", self.dtype).contiguous()), start * self._row_bytes
+        while view:
+            count = os.pwrite(self._file, view, offset)
+            view, offset = view[count:], offset + count
+
+    def save(self, path: Path) -> None:
+        """Copies an array in memory to a file."""
+        if self._memory is None:
+            raise ValueError("the buffer is a file already")
+        with path.open("wb", buffering=0) as file:
+            for row in self._memory:
+                file.write(_bytes(row.to("cpu").contiguous()))
+
+    def restore(self, path: Path) -> None:
+        """Fills an array in memory from what `save` wrote."""
+        if self._memory is None:
+            raise ValueError("the buffer is a file")
+        stored = Buffer(self.rows, self.shape, self.dtype, path=path)
+        with stored:
+            for row in range(self.rows):
+                self._memory[row : row + 1].copy_(stored.read(row, row + 1))
+
+    def close(self) -> None:
+        """Frees memory or closes the file; the file stays."""
+        self._memory = None
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data).cast("B")

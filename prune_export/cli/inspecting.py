@@ -1,0 +1,80 @@
+"""What `inspect` does: finds model and text, measures, draws, prints."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from prune_export.checkpoint import Checkpoint, resolve_model
+from prune_export.cli import console
+from prune_export.errors import PlanError
+from prune_export.inspect import Inspection, draw, inspect_model
+from prune_export.machine import Machine
+from prune_export.progress import Progress
+from prune_export.recipe import LocalText
+from prune_export.run import artifacts
+from prune_export.run.artifacts import Bench
+from prune_export.store import Store
+
+
+def inspected(
+    model: str,
+    data: Sequence[Path],
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    picture: Path,
+    store: Path,
+    machine: Machine,
+    ignore_keys: tuple[str, ...],
+    progress: Progress,
+    command: str,
+) -> Inspection:
+    """Measures a model over text files and draws the picture.
+
+    Raises:
+        PlanError: no such file, too little text, or a picture that cannot be written.
+        CheckpointError: the model is broken.
+    """
+    if picture.suffix != ".png" or not picture.absolute().parent.is_dir():
+        raise PlanError(f"--out {picture}", "is not a .png in a directory that exists",
+                        "write for example `--out inspect.png`")  # fmt: skip
+    files = [file.resolve() for file in data]
+    for file in files:
+        if not file.is_file():
+            raise PlanError(f"--data {file}", "no such file", "give .txt, .jsonl or .parquet files")
+    bench = Bench(Store(store), machine, progress, ignore_keys=ignore_keys, command=command)
+    path, revision = resolve_model(model)
+    base = artifacts.base(bench, model, path, revision)
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    names = tuple(str(file.relative_to(root)) for file in files)
+    source = LocalText(files=names, samples=samples, length=length, seed=seed, packing="packed")
+    _, tokens = artifacts.tokens(bench, "inspection", source, root, base)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = inspect_model(Checkpoint.open(base.path), tokens, machine, progress,
+                              scratch=Path(scratch), name=Path(model).name,
+                              ignore_keys=ignore_keys)  # fmt: skip
+    draw(found, picture)
+    return found
+
+
+def shown(found: Inspection, picture: Path, *, as_json: bool) -> None:
+    """Prints the best run of each size and the influence of each block."""
+    if as_json:
+        console.print_json(found.to_json())
+        return
+    rows = []
+    for run in found.best_runs:
+        margin = "" if run.margin is None else f"{run.margin:.4f} (block {run.runner_up})"
+        blocks = f"{run.first} to {run.first + run.remove - 1}"
+        rows.append((str(run.remove), blocks, f"{run.distance:.4f}", margin))
+    columns = ["remove", "blocks", "distance (π)", "next best is further by"]
+    console.table(f"{found.model}: best runs by angular distance", columns, rows)
+    console.output.print()
+    ranked = sorted(range(found.layers), key=found.block_influence.__getitem__)
+    rows = [(str(block), f"{found.block_influence[block]:.4f}") for block in ranked]
+    console.table("Block influence, least first", ["block", "1 - mean cosine"], rows)
+    console.output.print(f"\npicture  {picture}")

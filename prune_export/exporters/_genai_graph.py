@@ -1,0 +1,46 @@
+"""What one decode step of a builder's graph reads of weights, from the graph alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Final
+
+_LOOKUPS: Final = frozenset({"Gather", "GatherBlockQuantized"})
+_SAME_BYTES: Final = frozenset({"Reshape", "Transpose", "Identity", "Cast"})
+_ROTARY: Final = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
+"""Inputs that hold the cosines and sines of all positions; a step reads one row of them."""
+
+
+def decode_bytes(graph: Path) -> int:
+    """Bytes of the initializers that every step reads whole.
+
+    A table that is only looked up (the embedding, unless it is the head too) does not count.
+    """
+    import onnx
+
+    loaded = onnx.load(str(graph), load_external_data=False).graph
+    users: dict[str, list[tuple[Any, int]]] = defaultdict(list)
+    for node in loaded.node:
+        for place, name in enumerate(node.input):
+            users[name].append((node, place))
+    return sum(_size(tensor) for tensor in loaded.initializer if _read_whole(tensor.name, users))
+
+
+def _read_whole(name: str, users: dict[str, list[tuple[Any, int]]]) -> bool:
+    for node, place in users[name]:
+        if node.op_type in _LOOKUPS or place in _ROTARY.get(node.op_type, ()):
+            continue
+        if node.op_type in _SAME_BYTES:
+            if _read_whole(node.output[0], users):
+                return True
+            continue
+        return True
+    return False
+
+
+def _size(tensor: Any) -> int:
+    for entry in tensor.external_data:
+        if entry.key == "length":
+            return int(entry.value)
+    return len(tensor.raw_data) or tensor.ByteSize()

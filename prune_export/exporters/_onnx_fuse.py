@@ -1,0 +1,102 @@
+"""Folds constants and fuses what opset 23 has operators for: norms and rotary embeddings."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from onnxscript import optimizer
+from onnxscript.rewriter import onnx_fusions, pattern
+
+_PASSES_THROUGH: Final = frozenset({"Cos", "Sin", "Cast", "Mul"})
+
+
+def optimize(model: Any) -> None:
+    """Optimizes an `onnx_ir.Model` whose weights (names starting with `model.`) are initializers.
+
+    The weights become graph inputs: as constants they would be folded, and equal ones merged.
+    """
+    graph = model.graph
+    weights = [value for name, value in graph.initializers.items() if name.startswith("model.")]
+    for value in weights:
+        del graph.initializers[value.name]
+        value.const_value = None
+        graph.inputs.append(value)
+    optimizer.optimize_ir(model)
+    onnx_fusions.fuse(model)
+    rules = [_ScaledRotary.rule(), _GemmAsMatMul.rule()]
+    pattern.RewriteRuleSet(rules).apply_to_model(model)
+    optimizer.optimize_ir(model)
+
+
+class _ScaledRotary(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """A rotary embedding whose cosines were scaled (long contexts) or rounded (half precision).
+
+    onnxscript's own rule knows only cosines that are used as computed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(remove_nodes=False)
+
+    def pattern(self, op: Any, x: Any, cos: Any, sin: Any, ends: Any, starts: Any) -> Any:
+        first = op.Slice(x, [0], ends, [3], [1])
+        second = op.Slice(x, starts, pattern.ANY_VALUE, [3], [1])
+        turned = op.Concat(op.Neg(second), first, axis=-1)
+        return x * op.Unsqueeze(cos, [1]) + turned * op.Unsqueeze(sin, [1])
+
+    def check(self, context: Any, x: Any, cos: Any, sin: Any, ends: Any, starts: Any) -> bool:
+        size = x.shape[3] if x.shape is not None and len(x.shape) == 4 else None
+        halves = [value.const_value for value in (ends, starts)]
+        return (
+            isinstance(size, int)
+            and isinstance(x.shape[1], int)
+            and all(half is not None and half.numpy().tolist() == [size // 2] for half in halves)
+            and _repeats(cos)
+            and _repeats(sin)
+        )
+
+    def rewrite(self, op: Any, x: Any, cos: Any, sin: Any, ends: Any, starts: Any) -> Any:
+        def half(value: Any) -> Any:
+            return op.Slice(value, op.Constant(value_ints=[0]), ends, op.Constant(value_ints=[2]))
+
+        return op.RotaryEmbedding(x, half(cos), half(sin), interleaved=0, num_heads=x.shape[1])
+
+
+class _GemmAsMatMul(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """A Gemm as a MatMul and an Add: one form for every weight; runtimes fuse it as they like."""
+
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.Gemm(
+            x, weight,
+            _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["product"],
+        )  # fmt: skip
+
+    def check(self, context: Any, product: Any, **_: Any) -> bool:
+        given = product.producer().attributes
+        return all(
+            given[name].value == plain
+            for name, plain in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
+            if name in given
+        )
+
+    def rewrite(self, op: Any, x: Any, weight: Any, product: Any) -> Any:
+        node = product.producer()
+        turned = node.attributes.get("transB")
+        if turned is not None and turned.value:
+            weight = op.Transpose(weight, perm=[1, 0])
+        result = op.MatMul(x, weight)
+        return op.Add(result, node.inputs[2]) if len(node.inputs) > 2 else result
+
+
+def _repeats(value: Any) -> bool:
+    """Whether the second half of the last dimension is the first one again."""
+    while (node := value.producer()) is not None:
+        if node.op_type == "Concat":
+            return len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
+        if node.op_type not in _PASSES_THROUGH:
+            return False
+        if node.op_type == "Mul" and (
+            node.inputs[1].const_value is None or node.inputs[1].const_value.size != 1
+        ):
+            return False
+        value = node.inputs[0]
+    return False

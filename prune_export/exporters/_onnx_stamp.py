@@ -1,0 +1,369 @@
+"""Cuts a traced graph at its markers and stamps its blocks, one a layer.
+
+1. Every node gets a stage: before the blocks, inside traced block j, or after the blocks. A node
+   that mixes stages (a residual past a block, a computation between two blocks) is refused.
+2. A weight that is only ever transposed is stored transposed, as MatMul wants it.
+3. Blocks are repeated with their values and weights renamed; the markers become standard
+   operators that read and write the cache, and experts are repeated inside their block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from prune_export.errors import PlanError
+from prune_export.exporters._onnx_trace import DOMAIN, OPSET, Trace
+
+IR_VERSION: Final = 10
+INT8_BLOCK: Final = 32
+_ALWAYS: Final = frozenset({"input_ids", "attention_mask", "position_ids"})
+_WRAPPER: Final = "model."  # the prefix that the traced wrapper gives every parameter
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An initializer that is still to be written.
+
+    `name` is its name in the graph, `parameter` the torch parameter it holds (its path for layer
+    and all), `expert` the expert of a stacked parameter; `transposed` says that the graph wants
+    the transpose; `looked_up` that it is only read by row, as an embedding; `block` that it is
+    stored as int8, with a scale for each `block` rows of a column (`name_int8`, `name_scale`).
+    """
+
+    name: str
+    parameter: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    transposed: bool = False
+    looked_up: bool = False
+    block: int | None = None
+
+
+@dataclass(frozen=True)
+class Stamped:
+    """A whole graph, its weights still missing."""
+
+    model: Any
+    weights: tuple[Weight, ...]
+
+
+@dataclass
+class _Cut:
+    """The traced nodes by stage, and what is known of their values."""
+
+    before: list[Any] = field(default_factory=list)
+    inside: dict[int, list[Any]] = field(default_factory=dict)
+    after: list[Any] = field(default_factory=list)
+    hidden: dict[str, str] = field(default_factory=dict)
+
+
+def stamp(trace: Trace, *, last: bool, int8: bool = False) -> Stamped:
+    """The graph of all layers.
+
+    `last` says that it was traced for the last position's logits, `int8` that the matrices are to
+    be stored as int8 and dequantized in the graph (which runtimes fuse into the multiplication).
+
+    Raises:
+        PlanError: the model computes something that does not belong to one block.
+    """
+    return _Stamper(trace, last, int8).run()
+
+
+class _Stamper:
+    def __init__(self, trace: Trace, last: bool, int8: bool) -> None:
+        self.trace, self.last, self.int8 = trace, last, int8
+        graph = trace.model.graph
+        self.dtype = int(graph.outputs[0].dtype)
+        self.parameters = {
+            value.name: value for value in graph.inputs if value.name.startswith(_WRAPPER)
+        }
+        self.in_block = re.compile(re.escape(f"{_WRAPPER}{trace.blocks}.") + r"(\d+)\.(.+)")
+        self.transposed = self._transposed()
+        self.looked_up = {
+            name
+            for name, value in self.parameters.items()
+            if all(map(_is_lookup, self._users(value)))
+        }
+        self.matrices = self._matrices() if int8 else frozenset[str]()
+        self.cut = self._cut()
+        self.nodes: list[Any] = []
+        self._copies: dict[int, Any] = {}
+        self.weights: dict[str, Weight] = {}
+        self.constants: dict[str, Any] = {}
+        self.cache: dict[int, tuple[tuple[int, int], ...]] = {}
+
+    def run(self) -> Stamped:
+        graph = self.trace.model.graph
+        names = {graph.outputs[0].name: "logits"}
+        for node in self.cut.before:
+            self._emit(node, names, "before")
+        hidden = self._name(self.cut.hidden["enter"], names)
+        for layer, kind in enumerate(self.trace.kinds):
+            hidden = self._block(layer, kind, names, hidden)
+        names[self.cut.hidden["leave"]] = hidden
+        for node in self.cut.after:
+            self._emit(node, names, "after")
+        return Stamped(self._model(), tuple(self.weights.values()))
+
+    def _transposed(self) -> dict[str, str]:
+        """Values that are a weight's transpose and can be stored so.
+
+        In int8 a matrix is stored apart from the embedding that it is tied to; otherwise the two
+        share their bytes, and the graph transposes.
+        """
+        found: dict[str, str] = {}
+        for name, value in self.parameters.items():
+            users = [user for user in value.consumers() if _is_transpose(user)]
+            if len(users) == len(value.consumers()) or self.int8:
+                found |= {user.outputs[0].name: name for user in users}
+        return found
+
+    def _matrices(self) -> frozenset[str]:
+        """Weights, and transposes of weights, that are only ever multiplied with; no routers."""
+        multiplied: set[str] = set()
+        otherwise: set[str] = set()
+        for node in self.trace.model.graph:
+            if node.outputs[0].name not in self.transposed:
+                for at, value in enumerate(node.inputs):
+                    if value is not None:
+                        found = multiplied if (node.op_type, at) == ("MatMul", 1) else otherwise
+                        found.add(value.name)
+        weights = self.parameters.keys() | self.transposed.keys()
+        return frozenset(
+            value for value in (multiplied - otherwise) & weights
+            if self.transposed.get(value, value).removeprefix(_WRAPPER) not in self.trace.routers
+        )  # fmt: skip
+
+    def _users(self, value: Any) -> list[Any]:
+        return [user for user in value.consumers() if user.outputs[0].name not in self.transposed]
+
+    def _cut(self) -> _Cut:
+        final = 2 * (max(self.trace.kinds) + 1)
+        stages: dict[str, int] = {}
+        for name in self.parameters:
+            match = self.in_block.fullmatch(name)
+            stages[name] = 2 * int(match.group(1)) + 1 if match else 0
+        cut = _Cut()
+        previous = ""
+        for node in self.trace.model.graph:
+            read = [value.name for value in node.inputs if value is not None]
+            stage = max((stages.get(name, 0) for name in read), default=0)
+            marker = node.op_type if node.domain == DOMAIN else ""
+            if marker == "BlockInput":
+                number = node.attributes["block"].as_int()
+                if number and read[0] != previous:
+                    raise self._mixed(f"something between blocks {number - 1} and {number}")
+                if number == 0:
+                    cut.hidden["enter"] = read[0]
+                cut.hidden[f"in {number}"] = node.outputs[0].name
+                stage = 2 * number + 1
+            elif marker == "BlockOutput":
+                number = node.attributes["block"].as_int()
+                cut.hidden[f"out {number}"] = read[0]
+                previous = cut.hidden["leave"] = node.outputs[0].name
+                stage = 2 * number + 2
+            elif any(stages.get(name, 0) not in (0, stage) for name in read):
+                raise self._mixed(f"a {node.op_type} reads several blocks")
+            elif stage == 0:
+                cut.before.append(node)
+            elif stage == final:
+                cut.after.append(node)
+            elif stage % 2:
+                cut.inside.setdefault(stage // 2, []).append(node)
+            else:
+                raise self._mixed(f"a {node.op_type} stands between two blocks")
+            stages |= {value.name: stage for value in node.outputs}
+        return cut
+
+    def _mixed(self, what: str) -> PlanError:
+        return PlanError(
+            "onnx",
+            f"the blocks of this model are not a plain chain: {what}",
+            "export this model with another exporter",
+        )
+
+    def _block(self, layer: int, kind: int, shared: Mapping[str, str], hidden: str) -> str:
+        names = {**shared, self.cut.hidden[f"in {kind}"]: hidden}
+        prefix = f"layers.{layer}"
+        for node in self.cut.inside[kind]:
+            for value in node.outputs:
+                if value.name not in self.transposed:
+                    names[value.name] = f"{prefix}.{value.name}"
+        inside = iter(self.cut.inside[kind])
+        for node in inside:
+            marker = node.op_type if node.domain == DOMAIN else ""
+            if marker in ("Attention", "Append"):
+                self._attend(node, layer, names)
+            elif marker == "ExpertInput":
+                self._experts(node, inside, layer, names)
+            else:
+                self._emit(node, names, prefix, layer)
+        return self._name(self.cut.hidden[f"out {kind}"], names)
+
+    def _attend(self, node: Any, layer: int, names: dict[str, str]) -> None:
+        at = 1 if node.op_type == "Attention" else 0
+        self.cache[layer] = tuple(
+            (int(value.shape[1]), int(value.shape[3])) for value in node.inputs[at : at + 2]
+        )
+        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
+        present = [f"present.{layer}.{part}" for part in ("key", "value")]
+        names |= dict(zip((v.name for v in node.outputs[at : at + 2]), present, strict=True))
+        read = [self._name(value.name, names) for value in node.inputs]
+        where = f"layers.{layer}"
+        if node.op_type == "Attention":
+            wrote = [self._name(node.outputs[0].name, names), *present]
+            scale = node.attributes["scale"].as_float()
+            self._add("Attention", [*read, *past], wrote, where, scale=scale)
+            return
+        for old, new, both in zip(past, read, present, strict=True):
+            self._add("Concat", [old, new], [both], where, axis=2)
+
+    def _experts(
+        self, start: Any, inside: Iterator[Any], layer: int, names: dict[str, str]
+    ) -> None:
+        """Repeats the one traced expert: each takes its tokens, and adds what it makes of them."""
+        template, end = [], start
+        for node in inside:
+            if node.domain == DOMAIN and node.op_type == "ExpertOutput":
+                end = node
+                break
+            template.append(node)
+        hidden, index, weight = (self._name(value.name, names) for value in start.inputs)
+        where = f"layers.{layer}.experts"
+        total = f"{where}.zero"
+        zero = onnx.helper.make_tensor("value", self.dtype, [1], [0.0])
+        self._add("Shape", [hidden], [f"{where}.shape"], where)
+        self._add("ConstantOfShape", [f"{where}.shape"], [total], where, value=zero)
+        for expert in range(start.attributes["experts"].as_int()):
+            own = f"{where}.{expert}"
+            number, last = f"expert.{expert}", f"{own}.sum"
+            self._constant(number, expert)
+            self._add("Equal", [index, number], [f"{own}.hit"], own)
+            self._add("NonZero", [f"{own}.hit"], [f"{own}.at"], own)
+            self._add("Gather", [f"{own}.at", self._constant("expert.0", 0)], [f"{own}.token"], own)
+            self._add("Gather", [hidden, f"{own}.token"], [f"{own}.rows"], own)
+            inner = {**names, start.outputs[0].name: f"{own}.rows"}
+            for node in template:
+                for value in node.outputs:
+                    if value.name not in self.transposed:
+                        inner[value.name] = f"{own}.{value.name}"
+                self._emit(node, inner, own, layer, expert)
+            made = self._name(end.inputs[0].name, inner)
+            self._add("Transpose", [f"{own}.at"], [f"{own}.places"], own, perm=[1, 0])
+            self._add("GatherND", [weight, f"{own}.places"], [f"{own}.share"], own)
+            column = self._constant("minus_one", [-1])
+            self._add("Unsqueeze", [f"{own}.share", column], [f"{own}.shares"], own)
+            self._add("Mul", [made, f"{own}.shares"], [f"{own}.part"], own)
+            self._add("Unsqueeze", [f"{own}.token", column], [f"{own}.tokens"], own)
+            self._add("ScatterND", [total, f"{own}.tokens", f"{own}.part"], [last], own,
+                      reduction="add")  # fmt: skip
+            total = last
+        names[end.outputs[0].name] = total
+
+    def _constant(self, name: str, value: int | list[int]) -> str:
+        self.constants[name] = onnx.numpy_helper.from_array(np.asarray(value, np.int64), name)
+        return name
+
+    def _emit(
+        self, node: Any, names: Mapping[str, str], where: str, layer: int = -1, expert: int = -1
+    ) -> None:
+        """Adds a copy of a traced node with its values renamed."""
+        if node.outputs[0].name in self.transposed:
+            return
+        copy = self._copies.get(id(node))
+        if copy is None:
+            copy = self._copies[id(node)] = ir.serde.serialize_node(node)
+            del copy.metadata_props[:]
+            copy.doc_string = ""
+        proto = onnx.NodeProto()
+        proto.CopyFrom(copy)
+        proto.input[:] = [
+            self._name(v.name, names, layer, expert) if v is not None else "" for v in node.inputs
+        ]
+        proto.output[:] = [self._name(value.name, names) for value in node.outputs]
+        self._append(proto, where)
+
+    def _add(
+        self, kind: str, read: list[str], wrote: list[str], where: str, **attributes: Any
+    ) -> None:
+        self._append(onnx.helper.make_node(kind, read, wrote, **attributes), where)
+
+    def _append(self, proto: Any, where: str) -> None:
+        proto.name = f"{where}/{proto.op_type}_{len(self.nodes)}"
+        self.nodes.append(proto)
+
+    def _name(self, value: str, names: Mapping[str, str], layer: int = -1, expert: int = -1) -> str:
+        """A value's name in the stamped graph; what is read of the model is noted."""
+        if self.transposed.get(value, value) in self.parameters:
+            return self._weight(value, layer, expert)
+        initializer = self.trace.model.graph.initializers.get(value)
+        if initializer is not None and value not in self.constants:
+            proto = ir.serde.serialize_tensor(initializer.const_value)
+            proto.name = value
+            proto.doc_string = ""
+            self.constants[value] = proto
+        return names.get(value, value)
+
+    def _weight(self, value: str, layer: int, expert: int) -> str:
+        traced, transposed = self.transposed.get(value, value), value in self.transposed
+        match = self.in_block.fullmatch(traced)
+        path = f"{self.trace.blocks}.{layer}.{match.group(2)}" if match else traced[len(_WRAPPER) :]
+        name = path if expert < 0 else f"{path}.{expert}"
+        buffer = self.trace.buffers.get(traced[len(_WRAPPER) :])
+        if buffer is not None:
+            self.constants[name] = onnx.numpy_helper.from_array(buffer.numpy(), name)
+            return name
+        block = INT8_BLOCK if value in self.matrices else None
+        key = f"{name}_int8" if block else name
+        if key not in self.weights:
+            shape = tuple(int(size) for size in self.parameters[traced].shape)
+            self.weights[key] = Weight(
+                name, path, shape[::-1] if transposed else shape, None if expert < 0 else expert,
+                transposed, not transposed and traced in self.looked_up, block,
+            )  # fmt: skip
+            if block:
+                read, wrote = [key, f"{name}_scale"], [f"{name}_dequantized"]
+                self._add("DequantizeLinear", read, wrote, name, axis=0, block_size=block)
+        return f"{name}_dequantized" if block else name
+
+    def _model(self) -> Any:
+        info = onnx.helper.make_tensor_value_info
+        integer = onnx.TensorProto.INT64
+        inputs = [
+            info("input_ids", integer, ["batch", "sequence"]),
+            info("attention_mask", integer, ["batch", "total_sequence"]),
+            info("position_ids", integer, ["batch", "sequence"]),
+        ]
+        vocab = int(self.trace.model.graph.outputs[0].shape[-1])
+        wide = 1 if self.last else "sequence"
+        outputs = [info("logits", self.dtype, ["batch", wide, vocab])]
+        for layer, parts in sorted(self.cache.items()):
+            for part, (heads, size) in zip(("key", "value"), parts, strict=True):
+                shape = ["batch", heads, "past_sequence", size]
+                inputs.append(info(f"past_key_values.{layer}.{part}", self.dtype, shape))
+                shape = ["batch", heads, "total_sequence", size]
+                outputs.append(info(f"present.{layer}.{part}", self.dtype, shape))
+        read = {name for node in self.nodes for name in node.input}
+        graph = onnx.helper.make_graph(
+            self.nodes, "model", [i for i in inputs if i.name in read or i.name in _ALWAYS],
+            outputs, [proto for name, proto in self.constants.items() if name in read],
+        )  # fmt: skip
+        return onnx.helper.make_model(
+            graph, producer_name="prune-export", ir_version=IR_VERSION,
+            opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        )  # fmt: skip
+
+
+def _is_lookup(node: Any) -> bool:
+    return bool(node.op_type == "Gather")
+
+
+def _is_transpose(node: Any) -> bool:
+    return bool(node.op_type == "Transpose" and node.attributes["perm"].as_ints() == (1, 0))

@@ -1,0 +1,188 @@
+"""Runs a causal language model's graph on ONNX Runtime, its KV cache never leaving the runtime.
+
+Works for any graph with the Hub's names: inputs `input_ids`, `attention_mask`, `position_ids` (the
+last two optional) and `past_key_values.{i}.key`/`.value`, outputs `logits` and `present.{i}.key`/
+`.value`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+
+from prune_export.errors import MissingExtra, StageError
+from prune_export.machine import Machine
+
+_PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_DTYPES: Final[Mapping[str, Any]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+_BFLOAT16: Final = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type
+
+
+def provider_for(machine: Machine) -> str:
+    """The execution provider that a machine's device asks for."""
+    return "CUDAExecutionProvider" if machine.device == "cuda" else "CPUExecutionProvider"
+
+
+def session_for(
+    graph: Path,
+    machine: Machine,
+    *,
+    provider: str | None = None,
+    prepack: bool = True,
+    fuse: bool = True,
+) -> Any:
+    """An `onnxruntime.InferenceSession` with this machine's threads, none of them spinning.
+
+    Without `prepack`, weights stay memory-mapped: slower steps, but the session needs hardly more
+    memory than its activations. Without `fuse`, the graph is run as it is written: int8 weights are
+    then not multiplied with activations that the runtime rounds.
+
+    Raises:
+        MissingExtra: onnxruntime is not installed.
+        StageError: the graph does not load, or another provider than the one asked for runs it.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra.of("ONNX Runtime", "onnxruntime", "onnx") from error
+    wanted = provider or provider_for(machine)
+    if wanted not in onnxruntime.get_available_providers():
+        raise StageError(
+            f"{graph}  {wanted}",
+            f"this onnxruntime offers {', '.join(onnxruntime.get_available_providers())}",
+            "install onnxruntime-gpu, or choose the device `cpu`",
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = machine.threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not fuse:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    chain = [wanted] if wanted == "CPUExecutionProvider" else [wanted, "CPUExecutionProvider"]
+    try:
+        session = onnxruntime.InferenceSession(str(graph), options, providers=chain)
+    except Exception as error:  # onnxruntime's own classes share no public base
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StageError(
+            str(graph),
+            f"onnxruntime {onnxruntime.__version__} does not load it: {reason}",
+            "report this with the recipe: the exporter wrote a graph that the runtime refuses",
+        ) from error
+    if wanted not in session.get_providers():
+        raise StageError(
+            f"{graph}  {wanted}",
+            f"could not be used; the session fell back to {session.get_providers()}",
+            "install the provider's libraries (CUDA, cuDNN), or choose the device `cpu`",
+        )
+    return session
+
+
+class OrtRunner:
+    """An opened graph: feeds ids, keeps the KV cache as `OrtValue`s, times the session alone.
+
+    `cache_shape` is (key/value heads, size of a head), for graphs that give these dimensions names.
+    """
+
+    def __init__(
+        self,
+        graph: Path,
+        machine: Machine,
+        *,
+        provider: str | None = None,
+        prepack: bool = True,
+        fuse: bool = True,
+        cache_shape: tuple[int, int] | None = None,
+    ) -> None:
+        self._session = session_for(graph, machine, provider=provider, prepack=prepack, fuse=fuse)
+        self._device = "cuda" if machine.device == "cuda" else "cpu"
+        self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
+        self._outputs = [entry.name for entry in self._session.get_outputs()]
+        self._past = [name for name in self._inputs if _PAST.fullmatch(name)]
+        self._cache_shape = cache_shape
+        self._cache: dict[str, Any] = {}
+        self._seen = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._cache, self._session = {}, None
+
+    def reset(self) -> None:
+        """Forgets the cache."""
+        self._cache, self._seen = {}, 0
+
+    def step(self, ids: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, float]:
+        """Feeds `ids` int64 `[batch, new]` after what the cache holds.
+
+        `mask` int64 `[batch, seen + new]` is 0 where a left-padded prompt has no token. Returns
+        logits float32 `[batch, new or 1, vocab]` and the seconds that the session took.
+        """
+        batch, new = ids.shape
+        total = self._seen + new
+        if mask is None:
+            mask = np.ones((batch, total), np.int64)
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -new:]
+        binding = self._session.io_binding()
+        fed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        for name, value in fed.items():
+            if name in self._inputs:
+                dtype = _DTYPES[self._inputs[name].type]
+                binding.bind_cpu_input(name, np.ascontiguousarray(value, dtype=dtype))
+        for name, cached in self._pasts(batch):
+            binding.bind_ortvalue_input(name, cached)
+        for name in self._outputs:
+            binding.bind_output(name, self._device if name.startswith("present.") else "cpu")
+        start = perf_counter()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        seconds = perf_counter() - start
+        found = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        self._seen = total
+        self._cache = {name: found[_present(name)] for name in self._past}
+        return _float32(found["logits"]), seconds
+
+    def _pasts(self, batch: int) -> Iterator[tuple[str, Any]]:
+        from onnxruntime import OrtValue
+
+        for name in self._past:
+            if name not in self._cache:
+                entry = self._inputs[name]
+                heads, size = self._cache_shape or (entry.shape[1], entry.shape[3])
+                shape = (batch, int(heads), 0, int(size))
+                kind = _DTYPES.get(entry.type, _BFLOAT16)
+                self._cache[name] = OrtValue.ortvalue_from_shape_and_type(shape, kind, self._device)
+            yield name, self._cache[name]
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values.", "present.", 1)
+
+
+def _float32(value: Any) -> np.ndarray:
+    if value.data_type() == "tensor(bfloat16)":
+        from torch.utils.dlpack import from_dlpack
+
+        converted: np.ndarray = from_dlpack(value._ortvalue.to_dlpack()).float().numpy()
+        return converted
+    array: np.ndarray = value.numpy()
+    return array.astype(np.float32, copy=False)

@@ -1,0 +1,156 @@
+"""`onnx`: a portable ONNX graph with a KV cache, of standard operators only.
+
+Inputs `input_ids`, `attention_mask`, `position_ids` and `past_key_values.{i}.key`/`.value`, outputs
+`logits` and `present.{i}.key`/`.value`: the names that the Hub's ONNX models have. Batch, sequence
+and past are dynamic. Tracing costs seconds for every block, and blocks are alike, so one of each
+kind is traced and stamped for the others; weights are copied from the checkpoint one at a time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import Field
+
+from prune_export.arch import Arch
+from prune_export.arch.table import table_for
+from prune_export.checkpoint import Checkpoint
+from prune_export.contracts import BuildRecord, Cost, Runner, Work
+from prune_export.errors import MissingExtra
+from prune_export.machine import Machine
+from prune_export.units import GIB
+
+_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}  # int8: the embedding stays fp32
+_TORCH: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"}
+_PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Onnx:
+    """A portable ONNX graph with a KV cache: opset 23, standard operators, any runtime."""
+
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16", "int8"],
+        Field(
+            description="of weights, cache and computation; int8 stores matrices in blocks of 32 "
+            "with a scale and keeps the rest in fp32"
+        ),
+    ] = "fp32"
+    logits: Annotated[
+        Literal["all", "last"],
+        Field(description="`last` computes the head for the last position only: faster prompts"),
+    ] = "all"
+
+    VERSION: ClassVar[str] = "1"
+    DIRECTORY: ClassVar[str] = "onnx"
+
+    def check(self, arch: Arch, machine: Machine) -> None:
+        """Refuses in the plan what cannot work.
+
+        Raises:
+            MissingExtra: onnx, onnxscript or onnxruntime is not installed.
+        """
+        del arch, machine
+        for package in _PACKAGES:
+            if find_spec(package) is None:
+                raise MissingExtra.of("export: onnx", package, "onnx")
+
+    def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
+        """What the export takes: the largest tensor twice, and the check of the whole graph."""
+        size = _BYTES[self.precision]
+        written = arch.parameters() * size
+        largest = max(prod(arch.shape(tensor)) for tensor in arch.stored())
+        return Cost(
+            ram_bytes=int(1.2 * GIB + largest * (size + 8)),
+            disk_bytes=written,
+            flops=2.0 * 6 * 2 * arch.parameters(),
+            moved_bytes=2 * checkpoint_bytes + 2 * written,
+            seconds=12.0,
+        )
+
+    def export(self, checkpoint: Path, out: Path, work: Work) -> BuildRecord:
+        """Writes `model.onnx`, `model.onnx_data`, config and tokenizer into the directory `out`.
+
+        Raises:
+            PlanError: this model's code cannot be traced block by block.
+            StageError: the written graph does not compute what PyTorch does.
+        """
+        start = perf_counter()
+        import torch
+        from transformers import AutoConfig
+
+        from prune_export.exporters import _onnx_stamp, _onnx_trace, _onnx_weights
+
+        opened = Checkpoint.open(checkpoint)
+        blocks = table_for(str(opened.config.get("model_type"))).blocks
+        config = AutoConfig.from_pretrained(checkpoint)
+        dtype = getattr(torch, _TORCH[self.precision])
+        last = self.logits == "last"
+        out.mkdir(parents=True, exist_ok=True)
+        with work.progress.task("trace one block of each kind", 1) as task:
+            trace = _onnx_trace.trace(config, dtype, blocks, last=last)
+            task.advance()
+        stamped = _onnx_stamp.stamp(trace, last=last, int8=self.precision == "int8")
+        source = _onnx_weights.Source.of(opened, trace)
+        _onnx_weights.write(stamped, source, dtype, out, work.progress)
+        _carry(opened, out)
+        with work.progress.task("compare with PyTorch", 1) as task:
+            note = self._compared(out, config, source, stamped.weights, work.machine)
+            task.advance()
+        return BuildRecord(
+            exporter="onnx",
+            version=self.VERSION,
+            parameters=asdict(self) | {"opset": _onnx_trace.OPSET},
+            graph="model.onnx",
+            weight_bytes=_onnx_weights.decode_bytes(stamped, dtype, trace.experts_visited),
+            seconds=perf_counter() - start,
+            toolchain=_toolchain(),
+            notes=(f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced", note),
+        )
+
+    def open(self, path: Path, machine: Machine) -> Runner:
+        """A runner for what `export` wrote at `path`.
+
+        Raises:
+            StageError: the graph does not load, or the wanted provider does not run it.
+        """
+        from prune_export.exporters._ort import OrtRunner
+
+        return OrtRunner(path / "model.onnx", machine)
+
+    def _compared(self, out: Path, config: Any, source: Any, weights: Any, machine: Machine) -> str:
+        import onnx
+        import torch
+
+        from prune_export.exporters import _onnx_check
+
+        dtype = getattr(torch, _TORCH[self.precision])
+        if dtype == torch.bfloat16 and machine.device == "cpu":
+            onnx.checker.check_model(str(out / "model.onnx"), full_check=True)
+            return "checked as a graph only: ONNX Runtime has no bfloat16 kernels for the CPU"
+        if dtype != torch.bfloat16:  # the CPU's float32 accumulation is the stricter test
+            machine = replace(machine, device="cpu")
+        written = (out / "model.onnx_data").stat().st_size
+        prepack = 2 * written + GIB < machine.ram_bytes
+        error = _onnx_check.compare(
+            out / "model.onnx", config, source, dtype, machine, weights=weights, prepack=prepack
+        )
+        return f"logits within {error:.1e} of PyTorch's, relative to the largest"
+
+
+def _carry(opened: Checkpoint, out: Path) -> None:
+    """Config, tokenizer, chat template and generation config, as the checkpoint has them."""
+    for path in (opened.path / "config.json", *opened.side_files()):
+        shutil.copyfile(path, out / path.name)
+
+
+def _toolchain() -> Mapping[str, str]:
+    return {package: metadata.version(package) for package in ("torch", "transformers", *_PACKAGES)}

@@ -1,0 +1,235 @@
+"""Healing from end to end: load, measure, train, measure, merge, and measure what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from prune_export.arch import Arch
+from prune_export.calibrate import TokenSet
+from prune_export.checkpoint import Checkpoint
+from prune_export.contracts import HealRecord, Work
+from prune_export.errors import StageError
+from prune_export.heal._memory import fit
+from prune_export.heal._merge import merged
+from prune_export.heal._model import Trainee, compute_dtype, plain, quiet, trainee
+from prune_export.heal._settings import Quantization, Settings
+from prune_export.heal._state import State, write_whole
+from prune_export.heal._targets import targets
+from prune_export.heal._train import Run, held_out_loss, own_randomness, train
+from prune_export.surgery import rewrite
+
+_RUN: Final = "run.json"
+_MOST_HELD_OUT: Final = 8
+
+_EXACT_NATS: Final = {torch.float32: 0.002, torch.bfloat16: 0.03}
+"""How far the loss of what was written may be from that of what was trained, by compute dtype.
+
+Measured differences are below a tenth of this.
+"""
+
+_OTHER_BASE_NATS: Final = 0.1
+_OTHER_BASE_SHARE: Final = 0.5
+"""How much worse the result may be when it was merged into weights it was not trained on: so many
+nats, or this share of what training gained, whichever is more."""
+
+
+def heal(
+    settings: Settings,
+    quantization: Quantization | None,
+    checkpoint: Path,
+    tokens: TokenSet,
+    out: Path,
+    work: Work,
+) -> HealRecord:
+    """Trains adapters on `checkpoint` and writes it with them merged to `out`.
+
+    Raises:
+        StageError: there are too few windows, training diverged, or the result is not what was
+            trained.
+    """
+    source = Checkpoint.open(checkpoint)
+    # The plan has answered for keys that the table does not know.
+    arch = source.arch(ignore_keys=source.full_config())
+    names = [tensor.name for tensor in targets(settings.targets, arch)]
+    run, key = _decided(settings, quantization, source, arch, tokens, work)
+    windows = tokens.ids[: len(tokens.ids) - run.held_out]
+    held_out = tokens.ids[len(windows) :]
+
+    with own_randomness(run.threads), quiet():
+        student = trainee(
+            source,
+            names,
+            settings,
+            quantization,
+            device=run.device,
+            dtype=run.dtype,
+            gradient_checkpointing=run.gradient_checkpointing,
+        )
+        state = State.load(work.scratch, key)
+        if "before" not in state.held_out:
+            before = held_out_loss(student.model, held_out, 1, run.device)
+            state = dataclasses.replace(state, held_out={"before": before})
+        state = train(student, windows, settings, run, state, work=work, key=key)
+        losses = dict(state.held_out)
+        losses["trained"] = held_out_loss(student.model, held_out, 1, run.device)
+        began = time.monotonic()
+        _write(student, source, arch, settings, quantization, out, work)
+        del student
+        gc.collect()
+        result = plain(out, source.nbytes, work.machine, work.scratch)
+        losses["merged"] = held_out_loss(result, held_out, 1, run.device)
+    _refuse_mismatch(losses, run, quantization, source)
+    return HealRecord(
+        steps=settings.steps,
+        trained_tokens=settings.steps * settings.batch * tokens.length,
+        seconds=state.seconds + time.monotonic() - began,
+        log={
+            "loss": [list(row) for row in state.losses],
+            "held_out": {"windows": run.held_out, "loss": losses},
+            "training": _arguments(settings, quantization, run, names, arch),
+        },
+    )
+
+
+def _decided(
+    settings: Settings,
+    quantization: Quantization | None,
+    source: Checkpoint,
+    arch: Arch,
+    tokens: TokenSet,
+    work: Work,
+) -> tuple[Run, str]:
+    """What this run does, as an earlier run of the same work decided it, and the work's key."""
+    samples = len(tokens.ids)
+    if samples < 2:
+        raise StageError(
+            "healing data",
+            f"got {samples} window{'s' * (samples != 1)} of {tokens.length} tokens, expected at "
+            "least 2: one to train on, one to measure with",
+            "give more text, or a shorter `length`",
+        )
+    dtype = compute_dtype(settings.compute_dtype, work.machine)
+    about = {
+        "settings": dataclasses.asdict(settings),
+        "quantization": dataclasses.asdict(quantization) if quantization else None,
+        "tokens": tokens.fingerprint,
+        "model": {name: [e.dtype, list(e.shape)] for name, e in source.entries.items()},
+        "device": work.machine.device,
+    }
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    work.scratch.mkdir(parents=True, exist_ok=True)
+    file = work.scratch / _RUN
+    if file.exists():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known.pop("key") == key:
+            return Run(**known), key
+    fitted = fit(
+        arch, settings, quantization, work.machine, length=tokens.length, item=dtype.itemsize
+    )
+    run = Run(
+        device=work.machine.device,
+        threads=work.machine.threads,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        micro_batch=fitted.micro_batch,
+        gradient_checkpointing=fitted.gradient_checkpointing,
+        held_out=max(1, min(_MOST_HELD_OUT, samples // 10)),
+    )
+    write_whole(file, json.dumps({**dataclasses.asdict(run), "key": key}).encode())
+    return run, key
+
+
+def _write(
+    student: Trainee,
+    source: Checkpoint,
+    arch: Arch,
+    settings: Settings,
+    quantization: Quantization | None,
+    out: Path,
+    work: Work,
+) -> None:
+    whole = quantization is not None and quantization.into == "quantized_base"
+    by_file: Counter[Path] = Counter()
+    for entry in source.entries.values():
+        by_file[entry.file] += entry.nbytes
+    edits = merged(
+        source,
+        student.factors(),
+        scaling=settings.scaling,
+        transposed=student.transposed,
+        base=student.dequantized() if whole else {},
+    )
+    rewrite(
+        source,
+        arch,
+        edits,
+        out,
+        ram_bytes=work.machine.ram_bytes,
+        # The same limit gives the same shards: every tensor that ended one would end it again.
+        max_shard_bytes=max(by_file.values()),
+        progress=work.progress,
+    )
+
+
+def _refuse_mismatch(
+    losses: Mapping[str, float],
+    run: Run,
+    quantization: Quantization | None,
+    source: Checkpoint,
+) -> None:
+    """Compares what was written with what was trained.
+
+    Weights that were not trained on may well be better, and then the result is too.
+    """
+    gap = losses["merged"] - losses["trained"]
+    if quantization is not None and quantization.into == "original":
+        gained = losses["before"] - losses["trained"]
+        allowed = max(_OTHER_BASE_NATS, _OTHER_BASE_SHARE * gained)
+        if gap <= allowed:
+            return
+        fix = "write `merge_into: quantized_base`"
+    else:
+        narrow = run.dtype != torch.float32 or source.dtype in ("bfloat16", "float16")
+        allowed = _EXACT_NATS[torch.bfloat16 if narrow else torch.float32]
+        if abs(gap) <= allowed:
+            return
+        fix = "report this with the recipe"
+    raise StageError(
+        "healing  merge",
+        f"the checkpoint written has a loss of {losses['merged']:.4f} on held-out text, the model "
+        f"that was trained {losses['trained']:.4f}; {allowed:.3g} is the most they may differ",
+        fix,
+    )
+
+
+def _arguments(
+    settings: Settings,
+    quantization: Quantization | None,
+    run: Run,
+    names: list[str],
+    arch: Arch,
+) -> dict[str, Any]:
+    """Every number that the training used, as it was after all choices."""
+    return {
+        **dataclasses.asdict(settings),
+        "alpha": settings.scaling * settings.rank,
+        "targets": list(dict.fromkeys(arch.by_name[name].role for name in names)),
+        "adapted_weights": len(names),
+        "adapter_parameters": sum(
+            settings.rank * sum(arch.shape(arch.by_name[name])) for name in names
+        ),
+        "warmup": settings.warmup_steps,
+        "save_every": settings.save_steps,
+        "optimizer": "AdamW, betas 0.9 and 0.999, float32",
+        "quantization": dataclasses.asdict(quantization) if quantization else None,
+        **dataclasses.asdict(run),
+    }

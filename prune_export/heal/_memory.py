@@ -1,0 +1,187 @@
+"""What healing takes: memory, arithmetic, disk; and what fits at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+from prune_export.arch import Arch
+from prune_export.contracts import Cost
+from prune_export.heal._settings import Quantization, Settings
+from prune_export.heal._targets import linear_weights, targets
+from prune_export.machine import Machine
+from prune_export.units import MIB
+
+PROCESS_BYTES: Final = 900 * MIB
+"""Python with torch, transformers, peft and bitsandbytes imported, after a first step."""
+
+_NF4_BYTES: Final = 0.53
+"""A parameter in NF4 with its doubly quantized scales: 4 bits + 8 / 64 + 32 / (64 * 256) bits."""
+
+_NF4_SINGLE_BYTES: Final = 0.5625
+"""The same with float32 scales."""
+
+_STEP_TOKENS: Final = 1024
+"""Tokens at once beyond which a CPU gets no faster."""
+
+_ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Size:
+    """The counts of parameters that memory and time follow from."""
+
+    stored: int
+    linear: int
+    head: int
+    adapters: int
+    largest: int
+
+    @staticmethod
+    def of(arch: Arch, settings: Settings) -> Size:
+        """The counts for a model and the adapters that the settings put on it."""
+        chosen = targets(settings.targets, arch)
+        head = next((t for t in arch.tensors if t.role == "head"), None)
+        return Size(
+            stored=arch.parameters(),
+            linear=sum(prod(arch.shape(tensor)) for tensor in linear_weights(arch)),
+            head=prod(arch.shape(head)) if head else 0,
+            adapters=sum(settings.rank * sum(arch.shape(tensor)) for tensor in chosen),
+            largest=max(prod(arch.shape(tensor)) for tensor in arch.stored()),
+        )
+
+
+def base_bytes(size: Size, quantization: Quantization | None, item: int) -> int:
+    """The frozen weights while they are trained on."""
+    if quantization is None:
+        return size.stored * item
+    each = _NF4_BYTES if quantization.double else _NF4_SINGLE_BYTES
+    return int(size.linear * each) + (size.stored - size.linear) * item
+
+
+def token_bytes(arch: Arch, settings: Settings, item: int) -> tuple[int, int]:
+    """Activation bytes that a trained token holds: in one block, and in the logits.
+
+    A block keeps the inputs and outputs of its linear layers, float32 copies in its norms, and
+    for each adapter a float32 copy of its input, two with dropout.
+    """
+    chosen = {tensor.name for tensor in targets(settings.targets, arch)}
+    copies = 2 if settings.dropout else 1
+    heaviest = 0
+    for layer in range(arch.layers):
+        kept = 4 * 4 * arch.sizes["residual"]
+        for tensor in linear_weights(arch):
+            if tensor.layer == layer:
+                shape = arch.shape(tensor)
+                kept += item * sum(shape)
+                if tensor.name in chosen:
+                    kept += 4 * (copies * min(shape) + settings.rank)
+        heaviest = max(heaviest, kept)
+    # The logits and their gradient.
+    return heaviest, 2 * item * arch.sizes["vocab"]
+
+
+def activation_bytes(
+    arch: Arch, settings: Settings, item: int, tokens: int, *, checkpointing: bool
+) -> int:
+    """Activations of `tokens` trained at once."""
+    block, logits = token_bytes(arch, settings, item)
+    if checkpointing:
+        return tokens * (block + logits + arch.layers * item * arch.sizes["residual"])
+    return tokens * (arch.layers * block + logits)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How many windows are trained at once, and whether activations are recomputed."""
+
+    micro_batch: int
+    gradient_checkpointing: bool
+
+
+def fit(
+    arch: Arch,
+    settings: Settings,
+    quantization: Quantization | None,
+    machine: Machine,
+    *,
+    length: int,
+    item: int,
+) -> Fit:
+    """What fits the machine, where the settings leave it open.
+
+    A window that does not fit whole is recomputed block by block. As many windows are taken at
+    once as fit; on a CPU no more than make it faster.
+    """
+    size = Size.of(arch, settings)
+    room = machine.gpu_bytes if machine.device == "cuda" else machine.ram_bytes - PROCESS_BYTES
+    room = int(0.85 * room) - base_bytes(size, quantization, item) - 16 * size.adapters
+    asked = settings.gradient_checkpointing
+    least = (settings.micro_batch or 1) * length
+
+    def fits(tokens: int, checkpointing: bool) -> bool:
+        held = activation_bytes(arch, settings, item, tokens, checkpointing=checkpointing)
+        return held <= room
+
+    checkpointing = not fits(least, False) if asked == "auto" else asked
+    if settings.micro_batch is not None:
+        return Fit(settings.micro_batch, checkpointing)
+    enough = settings.batch * length if machine.device == "cuda" else max(length, _STEP_TOKENS)
+    fitting = [
+        count
+        for count in range(1, settings.batch + 1)
+        if settings.batch % count == 0
+        and count * length <= enough
+        and fits(count * length, checkpointing)
+    ]
+    return Fit(max(fitting, default=1), checkpointing)
+
+
+def cost(
+    arch: Arch,
+    settings: Settings,
+    quantization: Quantization | None,
+    machine: Machine | None,
+    *,
+    length: int,
+) -> Cost:
+    """The peak of memory, and the sums of the rest.
+
+    Without a machine both a CPU's memory and a GPU's are given as if each did the work alone.
+    """
+    from prune_export.heal._model import compute_dtype
+
+    size = Size.of(arch, settings)
+    planned = machine or Machine("cpu", 1 << 62, 0, 1)
+    item = compute_dtype(settings.compute_dtype, planned).itemsize
+    found = fit(arch, settings, quantization, planned, length=length, item=item)
+    tokens = found.micro_batch * length
+    working = (
+        base_bytes(size, quantization, item)
+        + 16 * size.adapters
+        + activation_bytes(arch, settings, item, tokens, checkpointing=found.gradient_checkpointing)
+    )
+    stored_item = _ITEM_BYTES.get(str(arch.config.get("dtype")), 4)
+    stored = size.stored * stored_item
+    # Loading passes each weight through memory; measuring holds the plain model.
+    measured = stored + length * arch.sizes["vocab"] * (stored_item + 4)
+    on_gpu = planned.device == "cuda"
+    host = stored // 4 + 12 * size.largest if on_gpu else max(working + stored // 4, measured)
+    trained = settings.steps * settings.batch * length
+    return Cost(
+        ram_bytes=PROCESS_BYTES + host,
+        gpu_bytes=max(working, measured) if on_gpu or machine is None else 0,
+        disk_bytes=stored + 2 * 12 * size.adapters,
+        flops=trained * _token_flops(arch, size, length, found.gradient_checkpointing),
+        moved_bytes=3 * stored + (settings.steps // settings.save_steps) * 12 * size.adapters,
+        seconds=15,
+    )
+
+
+def _token_flops(arch: Arch, size: Size, length: int, recomputed: bool) -> float:
+    """Operations a trained token takes: forward, and backward without the frozen weights' part."""
+    frozen = size.linear + size.head
+    attention = 2.0 * arch.layers * length * arch.sizes["residual"]
+    forwards = 2 if recomputed else 1
+    return (1 + forwards) * 2.0 * frozen + (2.5 + forwards) * attention + 6.0 * size.adapters

@@ -1,0 +1,161 @@
+"""The keys that both adapters share, and what follows from them alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+
+from prune_export.errors import PlanError
+
+_WARMUP_SHARE: Final = 0.1
+"""The most of a run that warm-up may take: 100 steps of warm-up in 120 would train nothing."""
+
+_SAVES: Final = 50
+"""How often a run is saved unless `save_every` says; adapters are small, so this costs < 1 %."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a low-rank adapter is trained. Defaults are those of Gromov et al. (2403.17887)."""
+
+    rank: Annotated[
+        int, Field(gt=0, description="Rank of the adapters. If healing overfits, sweep it down.")
+    ] = 64
+    alpha: Annotated[
+        float | None,
+        Field(gt=0, description="The update is scaled by alpha / rank; null means alpha = rank."),
+    ] = None
+    dropout: Annotated[
+        float, Field(ge=0, lt=1, description="Dropout on what enters an adapter.")
+    ] = 0.05
+    targets: Annotated[
+        Literal["ffn", "all"] | tuple[str, ...],
+        Field(
+            description="Which weights get an adapter: `ffn` (the feed-forward ones), `all` (every "
+            "linear weight of the blocks), or a list of roles such as `[q, v, down]`."
+        ),
+    ] = "ffn"
+    steps: Annotated[int, Field(gt=0, description="Optimizer steps.")] = 5000
+    batch: Annotated[int, Field(gt=0, description="Windows in an optimizer step.")] = 16
+    micro_batch: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="Windows that are in memory at once, a divisor of `batch`; null chooses "
+            "what fits.",
+        ),
+    ] = None
+    learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 3e-4
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"],
+        Field(description="How the learning rate falls to 0 after warm-up, if it does."),
+    ] = "cosine"
+    warmup: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Steps in which the learning rate rises; at most a tenth of `steps` is "
+            "taken, and the log says how many.",
+        ),
+    ] = 100
+    weight_decay: Annotated[
+        float, Field(ge=0, description="AdamW's weight decay, on the adapters alone.")
+    ] = 0.0
+    seed: Annotated[
+        int,
+        Field(ge=0, description="Decides the adapters' start, the order of the data, dropout."),
+    ] = 0
+    max_grad_norm: Annotated[
+        float, Field(gt=0, description="Gradients are clipped to this norm.")
+    ] = 1.0
+    gradient_checkpointing: Annotated[
+        Literal["auto"] | bool,
+        Field(
+            description="Recompute activations instead of keeping them: about a third slower, and "
+            "far less memory. `auto` does it only where a window would not fit without."
+        ),
+    ] = "auto"
+    compute_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(
+            description="What the frozen model computes in; adapters are float32 always. `auto` is "
+            "bfloat16 where the hardware has it (CUDA, or a CPU with AMX), else float32."
+        ),
+    ] = "auto"
+    save_every: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            description="Steps between two checkpoints of the training, which do not change its "
+            "numbers; null is a fiftieth of `steps`.",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Refuses values that contradict each other.
+
+        Raises:
+            PlanError: `micro_batch` does not divide `batch`, or the list of targets is empty.
+        """
+        for name in ("rank", "steps", "batch", "learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise PlanError(
+                    name, f"got {getattr(self, name)}, expected more than 0", f"raise `{name}`"
+                )
+        if not 0 <= self.dropout < 1:
+            raise PlanError("dropout", f"got {self.dropout}, expected a fraction in [0, 1)")
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
+            fitting = [n for n in range(1, self.batch + 1) if self.batch % n == 0]
+            raise PlanError(
+                "micro_batch",
+                f"got {self.micro_batch}, which does not divide batch = {self.batch}",
+                f"write one of {', '.join(map(str, fitting))}, or null to choose what fits",
+            )
+        if not self.targets:
+            raise PlanError(
+                "targets", "got an empty list", "write `ffn`, `all`, or roles such as `[q, v]`"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """What the product of an adapter's two matrices is multiplied by."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up that are taken: `warmup`, but at most a tenth of the run."""
+        return min(self.warmup, int(self.steps * _WARMUP_SHARE))
+
+    @property
+    def save_steps(self) -> int:
+        """Steps between two checkpoints of the training."""
+        return self.save_every or max(1, self.steps // _SAVES)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        warmup = self.warmup_steps
+        if step < warmup:
+            return self.learning_rate * (step + 1) / (warmup + 1)
+        gone = (step - warmup) / max(1, self.steps - warmup)
+        match self.schedule:
+            case "cosine":
+                return self.learning_rate * 0.5 * (1 + math.cos(math.pi * gone))
+            case "linear":
+                return self.learning_rate * (1 - gone)
+            case "constant":
+                return self.learning_rate
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the frozen weights are held while an adapter is trained on them: 4-bit NormalFloat.
+
+    Source: Dettmers et al., QLoRA (2305.14314), §3: NF4, blocks of 64; with `double` the scales
+    are quantized to 8 bit themselves, in blocks of 256.
+    """
+
+    double: bool
+    into: Literal["original", "quantized_base"]

@@ -1,0 +1,77 @@
+"""Where a training stands: one file, replaced whole.
+
+The adapters, AdamW's moments and the loss curve are all there is to keep: data order, dropout and
+learning rate are functions of the seed and the step, so no generator's state is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+_FILE: Final = "training.safetensors"
+_META: Final = "prune_export.training"
+
+
+@dataclass(frozen=True)
+class State:
+    """A training after `step` optimizer steps.
+
+    `tensors` holds `<parameter>`, and `<parameter>|mean` and `|square` (AdamW's moments) once a
+    step was taken. `losses` are [step, loss, learning rate]; `held_out` the losses measured so
+    far; `seconds` the time spent, over all the runs that it took.
+    """
+
+    step: int = 0
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    losses: tuple[tuple[int, float, float], ...] = ()
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def save(self, scratch: Path, key: str) -> None:
+        """Writes it in place of what was saved before; a kill leaves the one or the other."""
+        from safetensors.torch import save
+
+        known = {
+            item.name: getattr(self, item.name)
+            for item in dataclasses.fields(self)
+            if item.name != "tensors"
+        }
+        meta = {_META: json.dumps({**known, "key": key})}
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()
+        }
+        write_whole(scratch / _FILE, save(tensors, metadata=meta))
+
+    @staticmethod
+    def load(scratch: Path, key: str) -> State:
+        """What was saved under the same key, or a fresh start."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(scratch / _FILE, framework="pt") as file:
+                known: dict[str, Any] = json.loads(file.metadata()[_META])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+            return State()
+        if known.pop("key") != key:
+            return State()
+        losses = tuple((int(step), loss, rate) for step, loss, rate in known.pop("losses"))
+        return State(tensors=tensors, losses=losses, **known)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes a file that is either there whole or not there."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)

@@ -1,0 +1,68 @@
+"""Which weights get an adapter: asked of the architecture's table, never guessed from names."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prune_export.arch import Arch, Tensor
+from prune_export.errors import PlanError, did_you_mean
+
+_ROUTER: Final = "router"
+_EXPERT: Final = "expert"
+_FFN_AXES: Final = frozenset({"mlp", "moe"})
+
+
+def linear_weights(arch: Arch) -> tuple[Tensor, ...]:
+    """The weights of the blocks' linear layers; a router is none, an expert's weights are."""
+    return tuple(
+        tensor
+        for tensor in arch.tensors
+        if tensor.layer is not None and len(tensor.dims.of) == 2 and tensor.role != _ROUTER
+    )
+
+
+def is_expert(tensor: Tensor) -> bool:
+    """Whether a weight is one expert's of a mixture; transformers stacks those of a block."""
+    return tensor.role.partition(".")[0] == _EXPERT
+
+
+def targets(which: str | tuple[str, ...], arch: Arch) -> tuple[Tensor, ...]:
+    """The weights that get an adapter, in the order of the model.
+
+    Raises:
+        PlanError: a role does not exist, nothing matches, or a match is an expert of a mixture.
+    """
+    weights = linear_weights(arch)
+    roles = list(dict.fromkeys(tensor.role for tensor in weights))
+    if which == "all":
+        chosen = weights
+    elif which == "ffn":
+        chosen = tuple(tensor for tensor in weights if _axes(tensor) & _FFN_AXES)
+    else:
+        unknown = [role for role in which if role not in roles]
+        if unknown:
+            raise PlanError(
+                "targets",
+                f"this {arch.family} model has no linear weight of the role `{unknown[0]}`",
+                did_you_mean(unknown[0], roles),
+            )
+        chosen = tuple(tensor for tensor in weights if tensor.role in which)
+    if not chosen:
+        raise PlanError(
+            "targets",
+            f"`{which}` matches no linear weight of this {arch.family} model",
+            f"write roles it has: [{', '.join(roles)}]",
+        )
+    if any(is_expert(tensor) for tensor in chosen):
+        rest = [role for role in roles if not role.startswith(_EXPERT)]
+        raise PlanError(
+            "targets",
+            f"`{which if isinstance(which, str) else ', '.join(which)}` takes in the experts of "
+            f"this {arch.family} model, which share one stacked tensor and get no adapter",
+            f"write `targets: [{', '.join(rest)}]`",
+        )
+    return chosen
+
+
+def _axes(tensor: Tensor) -> frozenset[str]:
+    return frozenset(axis.partition(".")[0] for axis in tensor.dims.axes())

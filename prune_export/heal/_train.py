@@ -1,0 +1,214 @@
+"""The training loop: peft's adapters, accelerate's backward pass, and a resume that is exact.
+
+Every number that a step draws is a function of the seed, the step and the place in it: the order of
+the windows, dropout, the learning rate. A run that goes on from step 400 therefore takes the same
+400th step as one that was never killed, whatever drew random numbers in between.
+
+Differs: transformers' Trainer keeps the generators' states, shuffles ahead and writes checkpoints
+in several files; each of these can end a killed run in other bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from prune_export.contracts import Work
+from prune_export.errors import StageError
+from prune_export.heal._loss import next_token_loss
+from prune_export.heal._model import Trainee
+from prune_export.heal._settings import Settings
+from prune_export.heal._state import State
+from prune_export.units import text_from_seconds
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run does where the settings leave it open; decided once, and kept through a resume."""
+
+    device: str
+    threads: int
+    compute_dtype: str
+    micro_batch: int
+    gradient_checkpointing: bool
+    held_out: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`compute_dtype` as torch knows it."""
+        return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
+
+
+def train(
+    trainee: Trainee,
+    windows: torch.Tensor,
+    settings: Settings,
+    run: Run,
+    state: State,
+    *,
+    work: Work,
+    key: str,
+) -> State:
+    """Trains from `state` to the last step, saving it on the way under `key`.
+
+    `windows` is int64 `[samples, length]`, trained on in full.
+
+    Raises:
+        StageError: the loss is not finite any more.
+    """
+    from accelerate import Accelerator
+
+    parameters = trainee.trained()
+    if state.step:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(state.tensors[name])
+    if state.step == settings.steps:
+        return state
+    adam = torch.optim.AdamW(
+        parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    if state.step:
+        for name, parameter in parameters.items():
+            adam.state[parameter] = {
+                "step": torch.tensor(float(state.step)),
+                "exp_avg": state.tensors[f"{name}|mean"].to(parameter.device),
+                "exp_avg_sq": state.tensors[f"{name}|square"].to(parameter.device),
+            }
+    accelerator = Accelerator(cpu=run.device == "cpu")
+    model, optimizer = accelerator.prepare(trainee.model, adam)
+    model.train()
+    losses, spent = list(state.losses), state.seconds
+    began, first = time.monotonic(), state.step
+    with work.progress.task("healing", settings.steps) as task:
+        task.advance(first)
+        for step in range(first, settings.steps):
+            rate = settings.rate(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = 0.0
+            batch = windows[_picked(step, len(windows), settings)]
+            for place, ids in enumerate(_split(batch, run.micro_batch, run.device)):
+                _seed(settings.seed, "step", step, place)
+                logits = model(input_ids=ids, use_cache=False).logits
+                part = next_token_loss(logits, ids) * (len(ids) / settings.batch)
+                del logits
+                accelerator.backward(part)
+                loss += part.item()
+            if not math.isfinite(loss):
+                raise StageError(
+                    f"healing  step {step + 1}",
+                    f"the loss became {loss}, expected a finite number",
+                    f"lower `learning_rate` (it is {settings.learning_rate:g}), or lengthen "
+                    "`warmup`",
+                )
+            accelerator.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append((step + 1, loss, rate))
+            elapsed = time.monotonic() - began
+            if (step + 1) % settings.save_steps == 0 or step + 1 == settings.steps:
+                state = State(
+                    step=step + 1,
+                    tensors=_snapshot(parameters, adam),
+                    losses=tuple(losses),
+                    held_out=state.held_out,
+                    seconds=spent + elapsed,
+                )
+                state.save(work.scratch, key)
+            left = elapsed / (step + 1 - first) * (settings.steps - step - 1)
+            task.advance()
+            task.note(f"loss {_recent(losses):.3f}, {text_from_seconds(left)} left")
+    accelerator.free_memory()
+    return state
+
+
+def held_out_loss(
+    model: torch.nn.Module, windows: torch.Tensor, micro_batch: int, device: str
+) -> float:
+    """The mean loss (nats a token) over whole windows, nothing being trained."""
+    model.eval()
+    total = 0.0
+    with torch.no_grad():
+        for ids in _split(windows, micro_batch, device):
+            logits = model(input_ids=ids, use_cache=False).logits
+            total += next_token_loss(logits, ids).item() * len(ids)
+    return total / len(windows)
+
+
+@contextmanager
+def own_randomness(threads: int) -> Iterator[None]:
+    """Lets a run seed and thread as it must, and puts both back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_gpu:
+            torch.cuda.set_rng_state_all(on_gpu)
+
+
+def _snapshot(
+    parameters: Mapping[str, torch.nn.Parameter], adam: torch.optim.AdamW
+) -> dict[str, torch.Tensor]:
+    """The adapters and AdamW's moments as they are now."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[name] = parameter
+        tensors[f"{name}|mean"] = adam.state[parameter]["exp_avg"]
+        tensors[f"{name}|square"] = adam.state[parameter]["exp_avg_sq"]
+    return tensors
+
+
+def _picked(step: int, samples: int, settings: Settings) -> torch.Tensor:
+    """The windows of a step: each epoch visits all of them in an order of its own."""
+    first = step * settings.batch
+    places = range(first, first + settings.batch)
+    orders = {
+        epoch: _order(settings.seed, epoch, samples) for epoch in {p // samples for p in places}
+    }
+    return torch.stack([orders[place // samples][place % samples] for place in places])
+
+
+def _split(windows: torch.Tensor, count: int, device: str) -> Iterator[torch.Tensor]:
+    for start in range(0, len(windows), count):
+        yield windows[start : start + count].to(device)
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, samples: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(_mixed(seed, "epoch", epoch))
+    return torch.randperm(samples, generator=generator)
+
+
+def _seed(*parts: int | str) -> None:
+    """Seeds every generator that a forward pass could draw from."""
+    mixed = _mixed(*parts)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    torch.manual_seed(mixed)
+
+
+def _mixed(*parts: int | str) -> int:
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7])
+
+
+def _recent(losses: Sequence[tuple[int, float, float]], count: int = 10) -> float:
+    last = losses[-count:]
+    return sum(loss for _, loss, _ in last) / len(last)

@@ -1,0 +1,45 @@
+"""Low-rank adapters on the checkpoint as it is.
+
+Source: Hu et al., LoRA (2106.09685); what is trained, and for how long: Gromov et al., The
+Unreasonable Ineffectiveness of the Deeper Layers (2403.17887), appendix B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from prune_export.arch import Arch
+from prune_export.calibrate import TokenSet
+from prune_export.contracts import Cost, HealRecord, Work
+from prune_export.heal import _heal, _memory
+from prune_export.heal._model import require
+from prune_export.heal._settings import Settings
+from prune_export.heal._targets import targets
+from prune_export.machine import Machine
+
+
+@dataclass(frozen=True)
+class Lora(Settings):
+    """Heals with low-rank adapters (LoRA), then merges them into the weights.
+
+    The frozen model is held in the compute dtype. Needs the extra `heal`.
+    """
+
+    VERSION: ClassVar[str] = "1"
+
+    def check(self, arch: Arch, machine: Machine) -> None:
+        """Refuses in the plan what cannot work (PlanError, MissingExtra)."""
+        del machine
+        require("heal: lora", "peft", "accelerate")
+        targets(self.targets, arch)
+
+    def cost(self, arch: Arch, tokens: int, length: int, machine: Machine | None = None) -> Cost:
+        """What healing takes; every step trains whole windows, however many `tokens` there are."""
+        del tokens
+        return _memory.cost(arch, self, None, machine, length=length)
+
+    def heal(self, checkpoint: Path, tokens: TokenSet, out: Path, work: Work) -> HealRecord:
+        """Heals `checkpoint` into the directory `out`, resuming from `work.scratch`."""
+        return _heal.heal(self, None, checkpoint, tokens, out, work)

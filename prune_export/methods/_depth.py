@@ -1,0 +1,140 @@
+"""What the depth methods share: how many blocks, which ones, and what is written down of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from prune_export.arch import Arch
+from prune_export.contracts import Decision
+from prune_export.errors import PlanError
+from prune_export.scores import least, run_sums
+from prune_export.surgery import Drop
+
+Sparsity = Annotated[
+    float | None,
+    Field(gt=0, lt=1, description="Fraction of the blocks to remove, rounded; at least one block."),
+]
+Remove = Annotated[int | None, Field(ge=1, description="Number of blocks to remove.")]
+Layers = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...] | None,
+    Field(min_length=1, description="The blocks to remove, counted from 0; needs no data."),
+]
+Contiguous = Annotated[bool, Field(description="Remove one run of neighbouring blocks.")]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How many blocks: a fraction, a number or a list, exactly one of them.
+
+    Raises:
+        PlanError: none or more than one is given, or a block is listed twice.
+    """
+
+    sparsity: float | None
+    remove: int | None
+    layers: tuple[int, ...] | None
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("sparsity", "remove", "layers") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise PlanError(
+                "how many blocks",
+                f"got {' and '.join(f'`{key}`' for key in given) or 'nothing'}, "
+                "expected exactly one of `sparsity`, `remove`, `layers`",
+                "write for example `sparsity: 0.2`",
+            )
+        listed = self.layers or ()
+        twice = sorted({layer for layer in listed if listed.count(layer) > 1})
+        if twice:
+            raise PlanError("layers", f"lists {twice} twice", "name each block once")
+
+    def of(self, arch: Arch) -> int:
+        """The number of blocks to remove from a model.
+
+        Raises:
+            PlanError: it would leave no block.
+        """
+        if self.layers is not None:
+            return len(self.layers)
+        if self.remove is not None:
+            count = self.remove
+        else:
+            # Rounded first, as 0.35 * 30 is 10.499999999999998.
+            count = max(1, int(round((self.sparsity or 0.0) * arch.layers, 9) + 0.5))
+        if count >= arch.layers:
+            raise PlanError(
+                "how many blocks",
+                f"{count} of {arch.layers} blocks would be removed, expected to keep at least one",
+                f"write `remove: {arch.layers - 1}` or less" if arch.layers > 1 else "",
+            )
+        return count
+
+    def predict(self, arch: Arch) -> Arch:
+        """The shapes after the cut.
+
+        Where blocks differ in shape, as if the blocks before the last were removed: which ones it
+        will be is not known without data.
+        """
+        return arch.without(self.layers or deepest(arch.layers, self.of(arch)))
+
+
+def deepest(layers: int, remove: int) -> range:
+    """The `remove` deepest blocks except the last one."""
+    return range(layers - remove - 1, layers - 1)
+
+
+def decision(arch: Arch, dropped: Collection[int], **log: Any) -> Decision:
+    """The edits that drop these blocks; the log names them and those that are kept."""
+    chosen = tuple(sorted(dropped))
+    kept = arch.kept(chosen)
+    return Decision((Drop(chosen),), {"dropped": list(chosen), "kept": list(kept), **log})
+
+
+def listed(amount: Amount, arch: Arch) -> Decision | None:
+    """The decision where the blocks are listed, None where they are to be found."""
+    return None if amount.layers is None else decision(arch, amount.layers)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The blocks with the least scores; `log` says what came next, and by how much."""
+
+    dropped: tuple[int, ...]
+    log: dict[str, Any]
+
+
+def least_run(run_scores: Sequence[float], remove: int, first: int = 0) -> Choice:
+    """The run of blocks with the least score; `run_scores[i]` is of the run from `first + i`."""
+    order = least(run_scores)
+    start = order[0] + first
+    log: dict[str, Any] = {
+        "run_scores": [[first + i, score] for i, score in enumerate(run_scores)],
+        "score": run_scores[order[0]],
+    }
+    if len(order) > 1:
+        second = order[1] + first
+        log["runner_up"] = list(range(second, second + remove))
+        log["margin"] = run_scores[order[1]] - run_scores[order[0]]
+    return Choice(tuple(range(start, start + remove)), log)
+
+
+def least_blocks(
+    block_scores: Sequence[float], remove: int, *, contiguous: bool, first: int = 0
+) -> Choice:
+    """The blocks with the least scores, or the run with the least sum.
+
+    `block_scores[i]` is of the block `first + i`.
+    """
+    if contiguous:
+        return least_run(run_sums(block_scores, remove), remove, first)
+    order = [first + i for i in least(block_scores)]
+    log: dict[str, Any] = {"order": order}
+    if remove < len(order):
+        log["runner_up"] = [order[remove]]
+        last, following = order[remove - 1] - first, order[remove] - first
+        log["margin"] = block_scores[following] - block_scores[last]
+    return Choice(tuple(order[:remove]), log)

@@ -1,0 +1,90 @@
+"""Removes the blocks without which, one at a time, perplexity stays lowest (Shortened LLaMA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from prune_export.arch import Arch
+from prune_export.calibrate import BypassLoss, ModelView, Statistic
+from prune_export.contracts import Decision
+from prune_export.errors import PlanError
+from prune_export.methods import _depth
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Drop the blocks whose bypass harms perplexity least, the ends being protected.
+
+    Source: Kim et al., "Shortened LLaMA", arXiv:2402.02834, section 3.
+    Differs: all bypasses are computed in one streamed pass; `contiguous` takes the run with the
+    least sum of losses. The defaults are the paper's: 10 samples of 128 tokens (taken from the
+    calibration data), the first four and the last two blocks protected.
+    """
+
+    VERSION: ClassVar[str] = "1"
+
+    sparsity: _depth.Sparsity = None
+    remove: _depth.Remove = None
+    layers: _depth.Layers = None
+    contiguous: _depth.Contiguous = False
+    protect_first: Annotated[int, Field(ge=0, description="First blocks never removed.")] = 4
+    protect_last: Annotated[int, Field(ge=0, description="Last blocks never removed.")] = 2
+    samples: Annotated[int, Field(ge=1, description="Calibration windows to score on.")] = 10
+    length: Annotated[int, Field(ge=2, description="Tokens of each window to score on.")] = 128
+
+    def __post_init__(self) -> None:
+        self._amount()
+
+    def _amount(self) -> _depth.Amount:
+        return _depth.Amount(self.sparsity, self.remove, self.layers)
+
+    def _candidates(self, arch: Arch) -> range:
+        candidates = range(self.protect_first, arch.layers - self.protect_last)
+        remove = self._amount().of(arch)
+        if remove > len(candidates):
+            raise PlanError(
+                "protect_first, protect_last",
+                f"leave {len(candidates)} of {arch.layers} blocks to choose from, "
+                f"expected at least {remove}",
+                "lower them, for example `protect_first: 1` and `protect_last: 1`, "
+                "or remove fewer blocks",
+            )
+        return candidates
+
+    def _statistic(self, arch: Arch) -> BypassLoss:
+        return BypassLoss(tuple(self._candidates(arch)), self.samples, self.length)
+
+    def statistics(self, arch: Arch) -> tuple[Statistic, ...]:
+        return () if self.layers is not None else (self._statistic(arch),)
+
+    def predict(self, arch: Arch) -> Arch:
+        if self.layers is None:
+            self._candidates(arch)
+        return self._amount().predict(arch)
+
+    def decide(self, model: ModelView) -> Decision:
+        arch, amount = model.arch, self._amount()
+        if (known := _depth.listed(amount, arch)) is not None:
+            return known
+        losses = model.stat(self._statistic(arch))
+        choice = _depth.least_blocks(
+            list(losses.bypassed.values()),
+            amount.of(arch),
+            contiguous=self.contiguous,
+            first=self.protect_first,
+        )
+        scores: list[Any] = [None] * arch.layers
+        for layer, loss in losses.bypassed.items():
+            scores[layer] = exp(loss)
+        return _depth.decision(
+            arch,
+            choice.dropped,
+            **choice.log,
+            dense_perplexity=exp(losses.dense),
+            block_scores=scores,
+            block_score_name="perplexity without the block",
+        )

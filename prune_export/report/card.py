@@ -1,0 +1,233 @@
+"""README.md, the Hub's model card: front matter that the Hub understands, measured numbers only.
+
+Everything that a report brings is escaped for Markdown where it is printed; a name or a recipe
+cannot open a table cell, a fence or a tag of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Final
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from markupsafe import Markup
+
+from prune_export.errors import RecipeError
+from prune_export.recipe import document
+from prune_export.report import table
+from prune_export.report.caveats import caveats
+from prune_export.report.figures import figure_names
+from prune_export.report.html import scalars, value_text, what_was_done
+from prune_export.report.reading import Report, text_from_blocks
+from prune_export.units import text_from_bytes, text_from_count, text_from_seconds
+
+_LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.\-]*")
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What to cite for a method."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+
+    @property
+    def link(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+    @property
+    def bibtex(self) -> str:
+        first = self.authors.split(" and ")[0].split()[-1].lower()
+        return (
+            f"@article{{{first}{self.year}_{self.arxiv.replace('.', '_')},\n"
+            f"  title = {{{{{self.title}}}}},\n  author = {{{self.authors}}},\n"
+            f"  year = {{{self.year}}},\n  eprint = {{{self.arxiv}}},\n"
+            "  archivePrefix = {arXiv}\n}"
+        )
+
+
+def model_card(report: Report | Mapping[str, Any], *, repo_id: str | None = None) -> str:
+    """The card of a report; `repo_id` is where its examples load from, else this directory."""
+    report = Report.of(report)
+    found = caveats(report)
+    body = _environment().get_template("card.md.j2").render(
+        report=report,
+        title=_title(report, repo_id),
+        repo_id=repo_id,
+        sentence=what_was_done(report),
+        summary=Markup(table.markdown(table.summary_rows(report))),
+        figures=figure_names(report),
+        failures=[one.text for one in found if one.kind == "failure"],
+        limits=[one.text for one in found if one.kind == "limit"],
+        papers=_cited(report),
+    )  # fmt: skip
+    return f"---\n{card_data(report, repo_id=repo_id).to_yaml()}\n---\n\n{body}"
+
+
+def card_data(report: Report, *, repo_id: str | None = None) -> ModelCardData:
+    """The front matter: nothing in it is guessed, what is not known is left out."""
+    extra: dict[str, Any] = {}
+    hub_base = _hub_base(report)
+    if hub_base and report.heals:
+        # The Hub knows adapter, merge, quantized and finetune, and has no word for pruned. Healing
+        # trains every surviving weight it touches: that is a finetune. Without healing none is
+        # true, so none is claimed. `quantized` never is: engines may hold int8 or int4 weights,
+        # but the checkpoint at the root, which the relation is about, keeps the base's precision.
+        extra["base_model_relation"] = "finetune"
+    license_id = (report.base.license or "").strip().lower()
+    engines = ["onnx"] if any("onnx" in one.graph for one in report.exports) else []
+    methods = [_flat(stage.name) for stage in report.stages]
+    results = _eval_results(report)
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=license_id if _LICENSE.fullmatch(license_id) and license_id != "other" else None,
+        base_model=hub_base,
+        datasets=_trained_on(report) or None,
+        tags=["pruning", "compression", *methods, *engines, "prune-export"],
+        model_name=_title(report, repo_id) if results else None,
+        eval_results=results or None,
+        **extra,
+    )
+
+
+@cache
+def papers() -> dict[str, Paper]:
+    """The paper of each method and healer, by its name in a recipe."""
+    text = files("prune_export.report").joinpath("papers.yaml").read_text(encoding="utf-8")
+    return {name: Paper(**entry) for name, entry in yaml.safe_load(text).items()}
+
+
+def fenced(text: str, language: str = "") -> Markup:
+    """A code block that the text cannot close: its fence is longer than any run of backticks."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
+def spanned(text: str) -> Markup:
+    """A code span on one line that the text cannot close."""
+    flat = _flat(text)
+    fence = "`" * (max((len(run) for run in re.findall("`+", flat)), default=0) + 1)
+    pad = " " if flat.startswith("`") or flat.endswith("`") else ""
+    return Markup(f"{fence}{pad}{flat}{pad}{fence}")
+
+
+def _title(report: Report, repo_id: str | None) -> str:
+    if repo_id:
+        return repo_id.rpartition("/")[2]
+    name = _flat(report.base.name).removesuffix(".gguf")
+    return f"{name}, pruned to {report.result.layers} blocks"
+
+
+def _hub_base(report: Report) -> str | None:
+    base = report.base
+    return base.model if base.revision and _HUB_ID.fullmatch(base.model) else None
+
+
+def _evaluation(report: Report) -> str:
+    """The name of the data source that perplexity was measured on."""
+    try:
+        recipe = document.parse(report.recipe.text, "recipe").data
+        return str(recipe["verify"]["quality"]["perplexity"] or "evaluation")
+    except (RecipeError, KeyError, TypeError):
+        return "evaluation"
+
+
+def _trained_on(report: Report) -> list[str]:
+    """Hub datasets that chose or trained weights; the evaluation's text did neither."""
+    used = (entry for name, entry in report.data.items() if name != _evaluation(report))
+    ids = [str(entry["dataset"]) for entry in used if entry.get("dataset")]
+    return [one for one in dict.fromkeys(ids) if _HUB_ID.fullmatch(one) or one.isidentifier()]
+
+
+def _eval_results(report: Report) -> list[EvalResult]:
+    """The published checkpoint's perplexity and tasks, as far as they are numbers."""
+    results = []
+    final = report.perplexity(report.final_name)
+    if final is not None and math.isfinite(final.value):
+        source = report.data.get(_evaluation(report), {})
+        names = source.get("files") or ["held-out text"]
+        local = ", ".join(str(name).rpartition("/")[2] for name in names)
+        known = {key: str(value) for key in ("config", "split", "revision")
+                 if (value := source.get(key))}  # fmt: skip
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text generation",
+                dataset_type=_flat(str(source.get("dataset") or "local-text")),
+                dataset_name=_flat(str(source.get("dataset") or local)),
+                dataset_config=known.get("config"),
+                dataset_split=known.get("split"),
+                dataset_revision=known.get("revision"),
+                metric_type="perplexity",
+                metric_name=f"Perplexity, {final.windows} windows of {final.length} tokens",
+                metric_value=round(final.value, 4),
+            )
+        )
+    results += [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text generation",
+            dataset_type=_flat(task.name),
+            dataset_name=_flat(task.name),
+            metric_type=_flat(task.metric),
+            metric_name=f"{_flat(task.metric)}, {task.samples} samples",
+            metric_value=round(task.pruned, 4),
+        )
+        for task in (report.verification.tasks if report.verification else ())
+        if math.isfinite(task.pruned)
+    ]
+    return results
+
+
+def _cited(report: Report) -> list[tuple[str, Paper]]:
+    known = papers()
+    names = dict.fromkeys(stage.name for stage in report.stages)
+    return [(name, known[name]) for name in names if name in known]
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("prune_export.report"),
+        # Escaping for Markdown, not for HTML: every printed value goes through it unless a filter
+        # made it Markup.
+        autoescape=False,
+        finalize=lambda value: (
+            value if isinstance(value, Markup) else Markup(table.escape_markdown(str(value)))
+        ),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "blocks": text_from_blocks,
+        "bytes": text_from_bytes,
+        "code": spanned,
+        "count": text_from_count,
+        "fenced": fenced,
+        "literal": Markup,
+        "string": lambda text: Markup(json.dumps(_flat(text))),
+        "scalars": scalars,
+        "seconds": text_from_seconds,
+        "value": value_text,
+        "workload": table.workload_text,
+    }
+    return environment

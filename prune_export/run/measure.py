@@ -1,0 +1,222 @@
+"""The measurements of a run, each kept in the store by what it depends on.
+
+Quality depends on the files alone. Speed is about a machine, so that is part of its key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from prune_export import recipe as recipes
+from prune_export.calibrate import TokenSet
+from prune_export.contracts import BuildRecord, Work
+from prune_export.machine import describe
+from prune_export.recipe import Quality, Recipe
+from prune_export.run.artifacts import Base, Bench
+from prune_export.store import Artifact, Key
+from prune_export.verify import (
+    Effort,
+    Engine,
+    measure_generation,
+    measure_parity,
+    measure_perplexity,
+    measure_reload,
+    measure_speed,
+    measure_tasks,
+    perplexity_gates,
+    speed_gates,
+)
+from prune_export.verify.results import (
+    Generation,
+    Parity,
+    Perplexity,
+    Reload,
+    Speed,
+    Task,
+    Verification,
+    Workload,
+    from_json,
+    to_json,
+)
+
+T = TypeVar("T")
+_VERSION: Final = "1"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model of the chain, by the name that the report gives it."""
+
+    name: str
+    path: Path
+    id: str
+
+
+def measured(
+    bench: Bench,
+    recipe: Recipe,
+    base: Base,
+    stages: Sequence[Artifact],
+    exports: Sequence[Artifact],
+    dense: Sequence[Artifact],
+    data: Mapping[str, TokenSet],
+) -> Verification:
+    """Everything that the recipe's `verify` asks for.
+
+    Parity and speed feed evaluation tokens, or those of another source where there are none.
+    """
+    asked = recipe.verify
+    points = _points(recipe, base, stages)
+    engines = [_engine(artifact) for artifact in exports]
+    quality = asked.quality
+    text = data.get(quality.perplexity) if quality and quality.perplexity else None
+    ids = _any_ids(text, data)
+    found = Verification(reload=_reload(bench, points[-1]), machine=describe())
+    if text is not None and quality is not None:
+        for point in points:
+            found.perplexity.append(
+                _perplexity(bench, point.name, Engine.pytorch(point.path), point.id, text)
+            )
+        for artifact, engine in zip(exports, engines, strict=True):
+            if quality.engines:
+                found.perplexity.append(
+                    _perplexity(bench, engine.exporter, engine, artifact.id, text)
+                )
+    if asked.generation:
+        found.generation.extend(_generation(bench, point) for point in (points[0], points[-1]))
+    if quality and quality.tasks:
+        found.tasks.extend(_tasks(bench, quality, points))
+    for artifact, engine in zip(exports, engines, strict=True):
+        if asked.parity:
+            found.parity.append(_parity(bench, artifact, engine, points[-1], ids))
+    if asked.speed:
+        for one, other in zip(dense, exports, strict=True):
+            found.speed.extend(_speed(bench, asked.speed, one, other, ids))
+        found.gates.extend(speed_gates(found.speed, asked.speed.at_least, asked.speed.phase))
+    if quality:
+        found.gates.extend(perplexity_gates(found.perplexity, points[-1].name, quality.at_most))
+    return found
+
+
+def _points(recipe: Recipe, base: Base, stages: Sequence[Artifact]) -> list[Point]:
+    """The dense model, the last one before healing, and the result."""
+    points = [Point("dense", base.path, base.id)]
+    kinds = [stage.kind for stage in recipe.stages]
+    if "heal" in kinds:
+        before = kinds.index("heal") - 1
+        if before >= 0:
+            points.append(Point("pruned", stages[before].path, stages[before].id))
+        points.append(Point("healed", stages[-1].path, stages[-1].id))
+    elif stages:
+        points.append(Point("pruned", stages[-1].path, stages[-1].id))
+    return points
+
+
+def _engine(artifact: Artifact) -> Engine:
+    record = dict(artifact.record)
+    record["notes"] = tuple(record["notes"])
+    return Engine.of(BuildRecord(**record), artifact.path)
+
+
+def _any_ids(text: TokenSet | None, data: Mapping[str, TokenSet]) -> np.ndarray:
+    chosen = text or next(iter(data.values()), None)
+    if chosen is not None:
+        return np.asarray(chosen.ids.numpy())
+    # Without any text, tokens that every vocabulary has; only their number matters for speed.
+    return np.random.default_rng(0).integers(0, 256, size=(4, 256), dtype=np.int64)
+
+
+def _kept(
+    bench: Bench,
+    name: str,
+    label: str,
+    kind: Any,
+    inputs: tuple[str, ...],
+    parameters: Mapping[str, Any],
+    measure: Callable[[], T],
+) -> T:
+    """The result of `measure`, or that of an earlier run that depends on the same things."""
+    key = Key("verify", name, _VERSION, parameters, inputs)
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        del files, work
+        return {"result": to_json(measure())}
+
+    found: T = from_json(kind, bench.make(key, label, build).record["result"])
+    return found
+
+
+def _reload(bench: Bench, point: Point) -> Reload:
+    return _kept(
+        bench, "reload", "verify: reload in a fresh process", Reload, (point.id,), {},
+        lambda: measure_reload(point.path, bench.machine, progress=bench.progress),
+    )  # fmt: skip
+
+
+def _perplexity(bench: Bench, name: str, engine: Engine, id_: str, text: TokenSet) -> Perplexity:
+    return _kept(
+        bench, "perplexity", f"verify: perplexity of {name}", Perplexity,
+        (id_, text.fingerprint), {"name": name},
+        lambda: measure_perplexity(name, engine, text, bench.machine, progress=bench.progress),
+    )  # fmt: skip
+
+
+def _generation(bench: Bench, point: Point) -> Generation:
+    return _kept(
+        bench, "generation", f"verify: generation of {point.name}", Generation,
+        (point.id,), {"name": point.name},
+        lambda: measure_generation(
+            point.name, Engine.pytorch(point.path), point.path, bench.machine,
+            progress=bench.progress,
+        ),
+    )  # fmt: skip
+
+
+def _tasks(bench: Bench, quality: Quality, points: Sequence[Point]) -> list[Task]:
+    return _kept(
+        bench, "tasks", "verify: lm-eval tasks", list[Task], (points[0].id, points[-1].id),
+        {"tasks": list(quality.tasks), "samples": quality.task_samples},
+        lambda: measure_tasks(
+            quality.tasks, points[-1].path, bench.machine, dense=points[0].path,
+            samples=quality.task_samples, progress=bench.progress,
+        ),
+    )  # fmt: skip
+
+
+def _parity(
+    bench: Bench, artifact: Artifact, engine: Engine, point: Point, ids: np.ndarray
+) -> Parity:
+    return _kept(
+        bench, "parity", f"verify: {engine.exporter} against PyTorch", Parity,
+        (artifact.id, point.id), {"tokens": _digest(ids)},
+        lambda: measure_parity(
+            engine, Engine.pytorch(point.path), ids, bench.machine, progress=bench.progress
+        ),
+    )  # fmt: skip
+
+
+def _speed(
+    bench: Bench, asked: recipes.Speed, dense: Artifact, pruned: Artifact, ids: np.ndarray
+) -> list[Speed]:
+    workloads = [Workload(w.batch, w.prompt, w.new) for w in asked.workloads]
+    one, other = _engine(dense), _engine(pruned)
+    effort = Effort(seconds=asked.minutes * 60)
+    about = {"workloads": to_json(workloads), "minutes": asked.minutes, "machine": describe(),
+             "threads": bench.machine.threads, "device": bench.machine.device}  # fmt: skip
+    return _kept(
+        bench, "speed", f"verify: speed of {other.exporter} against dense", list[Speed],
+        (dense.id, pruned.id), about,
+        lambda: measure_speed(
+            one, other, workloads, ids, bench.machine, effort=effort, progress=bench.progress
+        ),
+    )  # fmt: skip
+
+
+def _digest(ids: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(ids[:4]).tobytes()).hexdigest()

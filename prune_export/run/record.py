@@ -1,0 +1,80 @@
+"""report.json: what a run did, as one value that table, page and card are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prune_export.calibrate import TokenSet
+from prune_export.checkpoint import Checkpoint
+from prune_export.machine import describe
+from prune_export.recipe import Recipe
+from prune_export.run.artifacts import Base, Bench
+from prune_export.store import Artifact
+from prune_export.verify.results import Verification
+
+
+def report_of(
+    bench: Bench,
+    recipe: Recipe,
+    base: Base,
+    data: Mapping[str, tuple[Artifact, TokenSet]],
+    stages: Sequence[Artifact],
+    exports: Sequence[Artifact],
+    found: Verification,
+) -> dict[str, Any]:
+    """The report of a run; every number in it was measured or counted."""
+    source = Checkpoint.open(base.path)
+    last = Checkpoint.open(stages[-1].path) if stages else source
+    return {
+        "version": 1,
+        "recipe": {
+            "name": recipe.name,
+            "description": recipe.description,
+            "text": recipe.to_yaml(),
+        },
+        "base": {
+            "model": base.spec,
+            "id": base.id,
+            "revision": base.revision,
+            "license": None,
+            "dtype": source.dtype,
+            **_size(bench, source),
+        },
+        "result": _size(bench, last),
+        "stages": [
+            {
+                "index": index,
+                "kind": stage.kind,
+                "name": stage.name,
+                "parameters": stage.parameters(),
+                "id": artifact.id,
+                "seconds": artifact.seconds,
+                "parameters_after": artifact.record["parameters"],
+                "bytes_after": artifact.record["bytes"],
+                "log": artifact.record["log"],
+            }
+            for index, (stage, artifact) in enumerate(zip(recipe.stages, stages, strict=True))
+        ],
+        "exports": [
+            {"directory": type(export.entry).DIRECTORY, **artifact.record}
+            for export, artifact in zip(recipe.export, exports, strict=True)
+        ],
+        "data": {
+            name: {
+                "samples": made.record["samples"],
+                "length": made.record["length"],
+                "fingerprint": tokens.fingerprint,
+                **made.record["provenance"],
+            }
+            for name, (made, tokens) in sorted(data.items())
+        },
+        "verification": found.to_json(),
+        "machine": describe(),
+        "command": bench.command,
+    }
+
+
+def _size(bench: Bench, checkpoint: Checkpoint) -> dict[str, int]:
+    arch = checkpoint.arch(bench.ignore_keys)
+    return {"parameters": arch.parameters(), "bytes": checkpoint.nbytes, "layers": arch.layers}

@@ -1,0 +1,104 @@
+"""Reading report.json: what is refused, what null means, and the paired interval."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import FULL, made
+
+from prune_export.errors import CheckpointError
+from prune_export.report.reading import Report, perplexity_change
+from prune_export.verify.results import Perplexity
+
+
+def entry(losses: list[float], length: int = 128) -> Perplexity:
+    value = math.exp(sum(losses) / len(losses))
+    return Perplexity("x", value, len(losses), length, len(losses) * (length - 1), losses)
+
+
+def test_reads_the_file_and_keeps_the_raw_samples(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(FULL), encoding="utf-8")
+    report = Report.load(path)
+    assert report.verification is not None
+    assert report.verification.to_json() == FULL["verification"]
+    assert report.final_name == "healed"
+    assert Report.of(report) is report
+
+
+def test_keys_of_later_versions_are_ignored() -> None:
+    report = made("full")
+    report["new"] = 1
+    report["base"]["new"] = 2
+    assert Report.of(report).base.layers == 30
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "where"),
+    [
+        ("version", 2, "version"),
+        ("base", {"model": "m"}, "base.parameters"),
+        ("stages", [{"index": 0, "kind": "bake", "name": "x"}], "stages.0.kind"),
+        ("verification", {"speed": [{"engine": "x"}]}, "verification"),
+    ],
+)
+def test_a_malformed_part_is_named(part: str, value: object, where: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        Report.of(made("full") | {part: value})
+    assert where in caught.value.where
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 1}'])
+def test_a_file_that_is_no_report(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError):
+        Report.load(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Report.load(tmp_path / "none.json")
+
+
+def test_null_is_nan() -> None:
+    report = Report.of(made("not_numbers"))
+    pruned = report.perplexity("pruned")
+    assert pruned is not None
+    assert math.isnan(pruned.value)
+    assert report.verification is not None
+    assert math.isnan(report.verification.speed[0].ratio)
+    assert math.isnan(report.verification.gates[0].measured)
+
+
+def test_paired_interval_by_hand() -> None:
+    # Differences 0.1 and 0.3 alternate: mean 0.2, sample deviation sqrt(8 * 0.01 / 7) = 0.1069,
+    # error 0.1069 / sqrt(8) = 0.0378.
+    before = entry([1.0, 5.0] * 4)
+    after = entry([1.1, 5.3] * 4)
+    change = perplexity_change(before, after)
+    assert change is not None
+    assert change.ratio == pytest.approx(math.exp(0.2))
+    assert change.low == pytest.approx(math.exp(0.2 - 1.96 * 0.0377964), rel=1e-6)
+    assert change.high == pytest.approx(math.exp(0.2 + 1.96 * 0.0377964), rel=1e-6)
+
+
+def test_no_interval_without_pairs() -> None:
+    eight = entry([1.0] * 8)
+    for other in (entry([2.0] * 9), entry([2.0] * 8, length=64)):
+        change = perplexity_change(eight, other)
+        assert change is not None
+        assert change.low is None
+    few = perplexity_change(entry([1.0] * 7), entry([2.0] * 7))
+    assert few is not None
+    assert few.high is None
+
+
+def test_no_change_of_what_is_not_a_number() -> None:
+    broken = Perplexity("x", math.nan, 8, 128, 1016, [math.nan] * 8)
+    assert perplexity_change(entry([1.0] * 8), broken) is None
+    assert perplexity_change(None, broken) is None
