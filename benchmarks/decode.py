@@ -299,7 +299,8 @@ def judged(group: list[Engine]) -> list[dict[str, Any]]:
         if part == "dense" and (kind, "cut") in by:
             pruned = by[kind, "cut"]
             bound = engine.weight_bytes / pruned.weight_bytes
-            row = {"question": "a", "what": f"{kind} {engine.precision}: dense / cut"}
+            row: dict[str, Any] = {"question": "a"}
+            row["what"] = f"{kind} {engine.precision}: dense / cut"
             wanted = AT_LEAST["bound"] * bound
             found.append(row | ratio(engine, pruned) | {"bound": bound, "wanted": wanted})
         for other, question in (("builder", "b"), ("genai runtime", "b"), ("pytorch", "c")):

@@ -16,7 +16,7 @@ from prune_export.units import text_from_bytes, text_from_count, text_from_secon
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     help="Prune, heal, export and verify language models from a declarative recipe.",
 )
 store_app = typer.Typer(no_args_is_help=True, help="Look at the artifact store, or clean it.")
@@ -25,13 +25,22 @@ app.add_typer(store_app, name="store")
 RecipeName = Annotated[str, typer.Argument(help="A recipe: file, bundled name or hf://owner/name.")]
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    del version
 
 
 @app.command()
@@ -58,8 +67,9 @@ def run(
 ) -> None:
     """Carry a recipe out: prune, heal, export, verify, report.
 
-        prune-export run depth40-angular-qlora --model meta-llama/Llama-3.1-8B --out out/
-        prune-export run my.yaml -m ./checkpoint -o out/ -s stages.0.prune.remove=6
+    \b
+    prune-export run depth40-angular-qlora --model meta-llama/Llama-3.1-8B --out out/
+    prune-export run my.yaml -m ./checkpoint -o out/ -s stages.0.prune.remove=6
 
     Killed or interrupted, the same command goes on where it was.
     """
@@ -114,7 +124,8 @@ def plan(
 ) -> None:
     """Say what a recipe would do to a model and what it would take; read no weights, write nothing.
 
-        prune-export plan depth40-angular-qlora --model ./Llama-3.1-70B --ram 64GiB
+    \b
+    prune-export plan depth40-angular-qlora --model ./Llama-3.1-70B --ram 64GiB
 
     The model may be a directory that holds only a config.json.
     """
@@ -303,7 +314,8 @@ def verify(
 ) -> None:
     """Measure a result directory again: reload, engines against PyTorch, generation, perplexity.
 
-        prune-export verify out/ --data corpus.jsonl
+    \b
+    prune-export verify out/ --data corpus.jsonl
 
     Exit status 1 when it does not reload or an engine does not agree with PyTorch.
     """
@@ -375,7 +387,8 @@ def publish(
 ) -> None:
     """Upload a result directory to the Hub: checkpoint, engines, recipe, lock, card, report.
 
-        prune-export publish out/ --repo me/SmolLM2-135M-depth24
+    \b
+    prune-export publish out/ --repo me/SmolLM2-135M-depth24
 
     The token is taken from the environment or the Hub's login, and written nowhere.
     """
