@@ -185,7 +185,15 @@ def pruned(
         arch = checkpoint.arch(bench.ignore_keys)
         statistics = stage.entry.statistics(arch)
         results = (
-            gather(checkpoint, statistics, data[1], work.machine, work.progress, work.scratch)
+            gather(
+                checkpoint,
+                statistics,
+                data[1],
+                work.machine,
+                work.progress,
+                work.scratch,
+                arch=arch,
+            )
             if statistics and data
             else {}
         )
