@@ -76,6 +76,8 @@ class Method(Protocol):
     def predict(self, arch: Arch) -> Arch:
         """The shapes after the cut, without weights or data.
 
+        Where blocks are not alike and data decides which go, it is those of a likely choice.
+
         Raises:
             PlanError: the parameters cannot work on this model.
         """

@@ -24,7 +24,6 @@ from prune_export.progress import Progress
 from prune_export.report import style
 from prune_export.scores import least, runs
 
-
 _SHARES: Final = (0.2, 0.4)
 """The fractions of the blocks whose best run the picture names."""
 
@@ -172,7 +171,7 @@ def _mark(axes: Axes, inspection: Inspection, remove: int, place: int) -> None:
         markeredgewidth=1.4, zorder=4,
     )  # fmt: skip
     axes.annotate(
-        f"{remove} blocks ({remove / inspection.layers:.0%}): {blocks}, distance {run.distance:.3f}",
+        f"{remove} of {inspection.layers}: {blocks}, distance {run.distance:.3f}",
         (1.0, 0.97 - 0.065 * place), xycoords="axes fraction", ha="right", va="top",
         fontsize=8.5, fontweight="bold", color=color,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from prune_export.arch import Arch
 from prune_export.arch.table import Table, tables
 from prune_export.checkpoint.config import full_config, read_config, read_json
 from prune_export.checkpoint.header import FLOATS, TORCH, Entry, read_header
-from prune_export.errors import CheckpointError, did_you_mean
+from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,13 @@ class Checkpoint:
             UnsupportedArch: no table describes this config.
             CheckpointError: a tensor is missing, unexpected, of another shape or not a float.
         """
-        arch = Arch.from_config(self.full_config(), ignore_keys=ignore_keys)
+        try:
+            arch = Arch.from_config(self.full_config(), ignore_keys=ignore_keys)
+        except UnsupportedArch as error:
+            # The tables know no files; who reads the message has several models.
+            if not error.where.startswith("config.json"):
+                raise
+            raise UnsupportedArch(f"{self.path}/{error.where}", error.problem, error.fix) from None
         if self.entries:
             self.check(arch)
         return arch

@@ -30,9 +30,10 @@ from prune_export.progress import Progress, Silent, Task
 from prune_export.units import text_from_seconds
 
 _LINE_EVERY_S: Final = 15.0
+_LOG_WIDTH: Final = 120
 
-errors = Console(stderr=True, highlight=False)
-output = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _LOG_WIDTH)
+output = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
 
 
 class _Bar:
@@ -91,12 +92,12 @@ class _Line:
         now = time.monotonic()
         if now - self.told >= _LINE_EVERY_S:
             self.told = now
-            left = ""
-            if self.total and self.done:
+            left, of = "", f" of {self.total:g}" if self.total else ""
+            if self.total and self.done >= 0.03 * self.total:
                 rest = (now - self.began) / self.done * (self.total - self.done)
-                left = f" of {self.total:g}, {text_from_seconds(rest)} left"
+                left = f", {text_from_seconds(rest)} left"
             note = f" ({self.text})" if self.text else ""
-            errors.print(Text(f"{'':14}{self.label}: {self.done:g}{left}{note}"))
+            errors.print(Text(f"{'':14}{self.label}: {self.done:g}{of}{left}{note}"))
 
     def note(self, text: str) -> None:
         self.text = text
@@ -124,11 +125,19 @@ def progress(*, quiet: bool) -> Progress:
     return Terminal() if sys.stderr.isatty() else Log()
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table on standard output; the first column is left-aligned, the others right."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    wrapped: Sequence[int] = (0,),
+    left: Sequence[int] = (0,),
+) -> None:
+    """Prints a table on standard output; columns in `left` start left, those in `wrapped` wrap."""
     made = Table(title=title or None, title_justify="left", show_edge=False, pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        justify: Any = "left" if number in left else "right"
+        made.add_column(column, justify=justify, overflow="fold", no_wrap=number not in wrapped)
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     output.print(made)

@@ -71,10 +71,10 @@ def shown(found: Inspection, picture: Path, *, as_json: bool) -> None:
         margin = "" if run.margin is None else f"{run.margin:.4f} (block {run.runner_up})"
         blocks = f"{run.first} to {run.first + run.remove - 1}"
         rows.append((str(run.remove), blocks, f"{run.distance:.4f}", margin))
-    console.table(f"{found.model}: best runs by angular distance",
-                  ["remove", "blocks", "distance (π)", "next best is further by"], rows)  # fmt: skip
+    columns = ["remove", "blocks", "distance (π)", "next best is further by"]
+    console.table(f"{found.model}: best runs by angular distance", columns, rows)
     console.output.print()
     ranked = sorted(range(found.layers), key=found.block_influence.__getitem__)
-    console.table("Block influence, least first", ["block", "1 - mean cosine"],
-                  [(str(block), f"{found.block_influence[block]:.4f}") for block in ranked])  # fmt: skip
+    scores = [(str(block), f"{found.block_influence[block]:.4f}") for block in ranked]
+    console.table("Block influence, least first", ["block", "1 - mean cosine"], scores)
     console.output.print(f"\npicture  {picture}")

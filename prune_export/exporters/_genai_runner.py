@@ -1,8 +1,7 @@
 """Runs the builder's graph directly on ONNX Runtime, its KV cache updated in place.
 
 The graph's attention appends to the cache in place when past and present are one buffer; that
-saves copying the cache at every step. `OgRunner` runs the same files through onnxruntime-genai's
-own generator.
+saves copying the cache at every step. `OgRunner` runs the same files through onnxruntime-genai.
 """
 
 from __future__ import annotations
@@ -15,25 +14,39 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from prune_export.exporters._ort import session_for
+from prune_export.contracts import Runner
+from prune_export.exporters._ort import OrtRunner, session_for
 from prune_export.machine import Machine
 
 GRAPH: Final = "model.onnx"
 CONFIG: Final = "genai_config.json"
+PROVIDER: Final = "CPUExecutionProvider"
 _ROOM: Final = 256  # positions by which a full cache grows
+
+
+def open_runner(path: Path, machine: Machine) -> Runner:
+    """A runner for what the builder wrote into `path`, on the CPU.
+
+    fp16 graphs have no attention that appends in place; their cache is handed on instead.
+    """
+    config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    if config["search"]["past_present_share_buffer"]:
+        return GenaiRunner(path, machine)
+    decoder = config["model"]["decoder"]
+    shape = (int(decoder["num_key_value_heads"]), int(decoder["head_size"]))
+    return OrtRunner(path / GRAPH, machine, provider=PROVIDER, cache_shape=shape)
 
 
 class GenaiRunner:
     """An opened graph: feeds ids, keeps the KV cache in buffers that the graph writes into."""
 
     def __init__(self, path: Path, machine: Machine) -> None:
-        self._session = session_for(path / GRAPH, machine, provider="CPUExecutionProvider")
+        self._session = session_for(path / GRAPH, machine, provider=PROVIDER)
         decoder = json.loads((path / CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
         self._heads = int(decoder["num_key_value_heads"])
         self._head_size = int(decoder["head_size"])
         inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._past = [name for name in inputs if name.startswith("past_key_values.")]
-        self._dtype = np.float16 if "float16" in inputs[self._past[0]].type else np.float32
         logits = next(e for e in self._session.get_outputs() if e.name == "logits")
         self._vocab, self._last = int(logits.shape[2]), logits.shape[1] == 1
         self.reset()
@@ -81,12 +94,12 @@ class GenaiRunner:
         self._session.run_with_iobinding(binding)
         self._seen = total
         seconds = perf_counter() - start
-        return self._logits.astype(np.float32), seconds
+        return self._logits.copy(), seconds
 
     def _bind_logits(self, batch: int, positions: int) -> None:
         shape = (batch, positions, self._vocab)
         if self._logits.shape != shape:
-            self._logits = np.empty(shape, self._dtype)
+            self._logits = np.empty(shape, np.float32)
             self._binding.bind_ortvalue_output("logits", _value_over(self._logits))
 
     def _make_room(self, batch: int, total: int) -> None:
@@ -98,7 +111,7 @@ class GenaiRunner:
         self._logits = np.empty((0, 0, 0), np.float32)
         grown = []
         for index, name in enumerate(self._past):
-            buffer = np.zeros(shape, self._dtype)
+            buffer = np.zeros(shape, np.float32)
             if self._seen:
                 buffer[:, :, : self._seen] = self._buffers[index][:, :, : self._seen]
             value = _value_over(buffer)
@@ -110,7 +123,11 @@ class GenaiRunner:
 
 
 class OgRunner:
-    """The same files through onnxruntime-genai's generator, greedy; batch 1."""
+    """The same files through onnxruntime-genai's own runtime, to try it and to compare with it.
+
+    A runner as well: `step` feeds given tokens, `generate` takes the runtime's own greedy choices.
+    Batch 1; `capacity` is the cache's length in positions.
+    """
 
     def __init__(self, path: Path, machine: Machine, *, capacity: int = 1024) -> None:
         import onnxruntime_genai as og
@@ -123,24 +140,46 @@ class OgRunner:
             "session.intra_op.allow_spinning": "0",
         }
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        self._og, self._model, self._capacity = og, og.Model(config), capacity
+        self._og, self._capacity = og, capacity
+        self._model: Any = og.Model(config)
+        self._generator: Any = None
+        self.reset()
 
-    def generate(self, prompt: list[int], new: int) -> tuple[list[int], float, list[float]]:
-        """The next `new` tokens; the seconds of the prompt; the seconds of each further token."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._generator = self._model = None
+
+    def reset(self) -> None:
+        """Forgets the cache."""
         params = self._og.GeneratorParams(self._model)
-        params.set_search_options(
-            max_length=self._capacity, min_length=self._capacity, do_sample=False
-        )
-        generator = self._og.Generator(self._model, params)
-        times, tokens = [], []
+        params.set_search_options(max_length=self._capacity, do_sample=False)
+        self._generator = self._og.Generator(self._model, params)
+
+    def step(self, ids: np.ndarray) -> tuple[np.ndarray, float]:
+        """Feeds `ids` `[1, new]`; see `GenaiRunner.step`."""
+        fed = np.ascontiguousarray(ids, np.int32)
         start = perf_counter()
-        generator.append_tokens(np.asarray([prompt], np.int32))
-        for _ in range(new):
-            generator.generate_next_token()
-            times.append(perf_counter() - start)
-            start = perf_counter()
-            tokens.append(int(generator.get_next_tokens()[0]))
-        return tokens, times[0], times[1:]
+        self._generator.append_tokens(fed)
+        logits = self._generator.get_logits()
+        seconds = perf_counter() - start
+        return np.asarray(logits, np.float32), seconds
+
+    def generate(self, prompt: np.ndarray, new: int) -> list[int]:
+        """The runtime's next `new` tokens after `prompt` `[1, length]`, fewer where it ends."""
+        self.reset()
+        self._generator.append_tokens(np.ascontiguousarray(prompt, np.int32))
+        tokens: list[int] = []
+        while len(tokens) < new and not self._generator.is_done():
+            self._generator.generate_next_token()
+            tokens.append(int(self._generator.get_next_tokens()[0]))
+        return tokens
 
 
 def _value_over(array: np.ndarray) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from prune_export.exporters._genai_runner import GenaiRunner, OgRunner
+from prune_export.exporters._genai_runner import OgRunner, open_runner
 from prune_export.machine import Machine
 
 _TEXT: Final = (
@@ -36,7 +36,7 @@ def main(request: dict[str, Any]) -> None:
     torch.set_num_threads(machine.threads)
     out, source = Path(request["out"]), Path(request["source"])
     ids = _ids(source)
-    with GenaiRunner(out, machine) as runner:
+    with open_runner(out, machine) as runner:
         got = [runner.step(ids[:, :-_STEPS])[0]]
         got += [
             runner.step(ids[:, i : i + 1])[0] for i in range(ids.shape[1] - _STEPS, len(ids[0]))
@@ -45,11 +45,12 @@ def main(request: dict[str, Any]) -> None:
     places = np.arange(ids.shape[1])
     if got[0].shape[1] == 1:
         places = places[-_STEPS - 1 :]
-    prompt = ids[0, :-_STEPS].tolist()
-    tokens, _, _ = OgRunner(out, machine, capacity=len(ids[0])).generate(prompt, _STEPS)
+    prompt = ids[:, :-_STEPS]
+    with OgRunner(out, machine, capacity=ids.shape[1]) as generator:
+        tokens = generator.generate(prompt, _STEPS)
     logits = _pytorch(source)
     findings = _compare(logits(ids)[places], engine)
-    findings |= _judged(logits, prompt, tokens)
+    findings |= _judged(logits, prompt[0].tolist(), tokens)
     Path(request["answer"]).write_text(json.dumps(findings, sort_keys=True), encoding="utf-8")
 
 

@@ -23,7 +23,8 @@ def optimize(model: Any) -> None:
         graph.inputs.append(value)
     optimizer.optimize_ir(model)
     onnx_fusions.fuse(model)
-    pattern.RewriteRuleSet([_ScaledRotary.rule()]).apply_to_model(model)
+    rules = [_ScaledRotary.rule(), _GemmAsMatMul.rule()]
+    pattern.RewriteRuleSet(rules).apply_to_model(model)
     optimizer.optimize_ir(model)
 
 
@@ -58,6 +59,32 @@ class _ScaledRotary(pattern.RewriteRuleClassBase):  # type: ignore[misc]
             return op.Slice(value, op.Constant(value_ints=[0]), ends, op.Constant(value_ints=[2]))
 
         return op.RotaryEmbedding(x, half(cos), half(sin), interleaved=0, num_heads=x.shape[1])
+
+
+class _GemmAsMatMul(pattern.RewriteRuleClassBase):  # type: ignore[misc]
+    """A Gemm as a MatMul and an Add: one form for every weight; runtimes fuse it as they like."""
+
+    def pattern(self, op: Any, x: Any, weight: Any) -> Any:
+        return op.Gemm(
+            x, weight,
+            _allow_other_inputs=True, _allow_other_attributes=True, _outputs=["product"],
+        )  # fmt: skip
+
+    def check(self, context: Any, product: Any, **_: Any) -> bool:
+        given = product.producer().attributes
+        return all(
+            given[name].value == plain
+            for name, plain in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
+            if name in given
+        )
+
+    def rewrite(self, op: Any, x: Any, weight: Any, product: Any) -> Any:
+        node = product.producer()
+        turned = node.attributes.get("transB")
+        if turned is not None and turned.value:
+            weight = op.Transpose(weight, perm=[1, 0])
+        result = op.MatMul(x, weight)
+        return op.Add(result, node.inputs[2]) if len(node.inputs) > 2 else result
 
 
 def _repeats(value: Any) -> bool:

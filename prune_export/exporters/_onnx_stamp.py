@@ -22,6 +22,7 @@ from prune_export.errors import PlanError
 from prune_export.exporters._onnx_trace import DOMAIN, OPSET, Trace
 
 IR_VERSION: Final = 10
+INT8_BLOCK: Final = 32
 _ALWAYS: Final = frozenset({"input_ids", "attention_mask", "position_ids"})
 _WRAPPER: Final = "model."  # the prefix that the traced wrapper gives every parameter
 
@@ -32,7 +33,8 @@ class Weight:
 
     `name` is its name in the graph, `parameter` the torch parameter it holds (its path for layer
     and all), `expert` the expert of a stacked parameter; `transposed` says that the graph wants
-    the transpose; `looked_up` that it is only read by row, as an embedding.
+    the transpose; `looked_up` that it is only read by row, as an embedding; `block` that it is
+    stored as int8, with a scale for each `block` rows of a column (`name_int8`, `name_scale`).
     """
 
     name: str
@@ -41,6 +43,7 @@ class Weight:
     expert: int | None = None
     transposed: bool = False
     looked_up: bool = False
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,21 @@ class _Cut:
     hidden: dict[str, str] = field(default_factory=dict)
 
 
-def stamp(trace: Trace, *, last: bool) -> Stamped:
-    """The graph of all layers; `last` says that it was traced for the last position's logits.
+def stamp(trace: Trace, *, last: bool, int8: bool = False) -> Stamped:
+    """The graph of all layers.
+
+    `last` says that it was traced for the last position's logits, `int8` that the matrices are to
+    be stored as int8 and dequantized in the graph (which runtimes fuse into the multiplication).
 
     Raises:
         PlanError: the model computes something that does not belong to one block.
     """
-    return _Stamper(trace, last).run()
+    return _Stamper(trace, last, int8).run()
 
 
 class _Stamper:
-    def __init__(self, trace: Trace, last: bool) -> None:
-        self.trace, self.last = trace, last
+    def __init__(self, trace: Trace, last: bool, int8: bool) -> None:
+        self.trace, self.last, self.int8 = trace, last, int8
         graph = trace.model.graph
         self.dtype = int(graph.outputs[0].dtype)
         self.parameters = {
@@ -81,11 +87,11 @@ class _Stamper:
         self.in_block = re.compile(re.escape(f"{_WRAPPER}{trace.blocks}.") + r"(\d+)\.(.+)")
         self.transposed = self._transposed()
         self.looked_up = {
-            name for name, value in self.parameters.items()
-            if value.consumers()
-            and all(user.op_type == "Gather" and user.inputs[0] is value
-                    for user in value.consumers())
-        }  # fmt: skip
+            name
+            for name, value in self.parameters.items()
+            if all(map(_is_lookup, self._users(value)))
+        }
+        self.matrices = self._matrices() if int8 else frozenset[str]()
         self.cut = self._cut()
         self.nodes: list[Any] = []
         self._copies: dict[int, Any] = {}
@@ -107,16 +113,36 @@ class _Stamper:
         return Stamped(self._model(), tuple(self.weights.values()))
 
     def _transposed(self) -> dict[str, str]:
-        """Values that are a weight's transpose, where nothing else reads the weight."""
+        """Values that are a weight's transpose and can be stored so.
+
+        In int8 a matrix is stored apart from the embedding that it is tied to; otherwise the two
+        share their bytes, and the graph transposes.
+        """
         found: dict[str, str] = {}
         for name, value in self.parameters.items():
-            users = value.consumers()
-            if users and all(
-                user.op_type == "Transpose" and list(user.attributes["perm"].as_ints()) == [1, 0]
-                for user in users
-            ):
+            users = [user for user in value.consumers() if _is_transpose(user)]
+            if len(users) == len(value.consumers()) or self.int8:
                 found |= {user.outputs[0].name: name for user in users}
         return found
+
+    def _matrices(self) -> frozenset[str]:
+        """Weights, and transposes of weights, that are only ever multiplied with; no routers."""
+        multiplied: set[str] = set()
+        otherwise: set[str] = set()
+        for node in self.trace.model.graph:
+            if node.outputs[0].name not in self.transposed:
+                for at, value in enumerate(node.inputs):
+                    if value is not None:
+                        found = multiplied if (node.op_type, at) == ("MatMul", 1) else otherwise
+                        found.add(value.name)
+        weights = self.parameters.keys() | self.transposed.keys()
+        return frozenset(
+            value for value in (multiplied - otherwise) & weights
+            if self.transposed.get(value, value).removeprefix(_WRAPPER) not in self.trace.routers
+        )  # fmt: skip
+
+    def _users(self, value: Any) -> list[Any]:
+        return [user for user in value.consumers() if user.outputs[0].name not in self.transposed]
 
     def _cut(self) -> _Cut:
         final = 2 * (max(self.trace.kinds) + 1)
@@ -275,9 +301,8 @@ class _Stamper:
 
     def _name(self, value: str, names: Mapping[str, str], layer: int = -1, expert: int = -1) -> str:
         """A value's name in the stamped graph; what is read of the model is noted."""
-        parameter = self.transposed.get(value, value)
-        if parameter in self.parameters:
-            return self._weight(parameter, value in self.transposed, layer, expert)
+        if self.transposed.get(value, value) in self.parameters:
+            return self._weight(value, layer, expert)
         initializer = self.trace.model.graph.initializers.get(value)
         if initializer is not None and value not in self.constants:
             proto = ir.serde.serialize_tensor(initializer.const_value)
@@ -286,22 +311,27 @@ class _Stamper:
             self.constants[value] = proto
         return names.get(value, value)
 
-    def _weight(self, traced: str, transposed: bool, layer: int, expert: int) -> str:
+    def _weight(self, value: str, layer: int, expert: int) -> str:
+        traced, transposed = self.transposed.get(value, value), value in self.transposed
         match = self.in_block.fullmatch(traced)
         path = f"{self.trace.blocks}.{layer}.{match.group(2)}" if match else traced[len(_WRAPPER) :]
         name = path if expert < 0 else f"{path}.{expert}"
-        value = self.parameters[traced]
         buffer = self.trace.buffers.get(traced[len(_WRAPPER) :])
         if buffer is not None:
             self.constants[name] = onnx.numpy_helper.from_array(buffer.numpy(), name)
             return name
-        if name not in self.weights:
-            shape = tuple(int(size) for size in value.shape)
-            self.weights[name] = Weight(
+        block = INT8_BLOCK if value in self.matrices else None
+        key = f"{name}_int8" if block else name
+        if key not in self.weights:
+            shape = tuple(int(size) for size in self.parameters[traced].shape)
+            self.weights[key] = Weight(
                 name, path, shape[::-1] if transposed else shape, None if expert < 0 else expert,
-                transposed, traced in self.looked_up,
+                transposed, not transposed and traced in self.looked_up, block,
             )  # fmt: skip
-        return name
+            if block:
+                read, wrote = [key, f"{name}_scale"], [f"{name}_dequantized"]
+                self._add("DequantizeLinear", read, wrote, name, axis=0, block_size=block)
+        return f"{name}_dequantized" if block else name
 
     def _model(self) -> Any:
         info = onnx.helper.make_tensor_value_info
@@ -329,3 +359,11 @@ class _Stamper:
             graph, producer_name="prune-export", ir_version=IR_VERSION,
             opset_imports=[onnx.helper.make_opsetid("", OPSET)],
         )  # fmt: skip
+
+
+def _is_lookup(node: Any) -> bool:
+    return bool(node.op_type == "Gather")
+
+
+def _is_transpose(node: Any) -> bool:
+    return bool(node.op_type == "Transpose" and node.attributes["perm"].as_ints() == (1, 0))

@@ -35,7 +35,9 @@ class Trace:
     the path of the block list (`model.layers`); `kinds[i]` is the traced block that stands for
     layer `i`; `buffers` are the values of what is computed rather than stored; `tied` names, for a
     parameter that shares its storage, the others that do; `parameter_of` gives the torch name of a
-    tensor in a file; `experts_visited` is the fraction of its experts that a token visits.
+    tensor in a file; `experts_visited` is the fraction of its experts that a token visits;
+    `routers` are parameters of the traced model that choose experts, which rounding would send to
+    others.
     """
 
     model: Any
@@ -45,6 +47,7 @@ class Trace:
     tied: Mapping[str, tuple[str, ...]]
     parameter_of: Callable[[str], str]
     experts_visited: float
+    routers: frozenset[str]
 
 
 def trace(config: Any, dtype: torch.dtype, blocks: str, *, last: bool) -> Trace:
@@ -63,7 +66,7 @@ def trace(config: Any, dtype: torch.dtype, blocks: str, *, last: bool) -> Trace:
     optimize(graph)
     return Trace(
         graph, blocks, kinds, dict(_computed(model)), _tied(model), _renaming(model),
-        _experts_visited(model),
+        _experts_visited(model), _routers(model),
     )  # fmt: skip
 
 
@@ -74,6 +77,15 @@ def _renaming(model: Any) -> Callable[[str], str]:
 
     rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
     return lambda name: str(rename_source_key(name, rules, [])[0])
+
+
+def _routers(model: nn.Module) -> frozenset[str]:
+    return frozenset(
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if "Router" in type(module).__name__
+        for name in module._parameters
+    )
 
 
 def _experts_visited(model: Any) -> float:

@@ -10,6 +10,7 @@ from typing import Final
 
 import onnx
 import torch
+from torch import nn
 
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError
@@ -19,6 +20,13 @@ from prune_export.progress import Progress
 
 ALIGNMENT: Final = 4096
 """Tensors start on a page, so that a runtime can map them instead of reading them."""
+
+_ONNX: Final = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.int8: onnx.TensorProto.INT8,
+}
 
 _EXPERTS: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
     "gate_up_proj": (("w1.weight", "w3.weight"), ("gate_proj.weight", "up_proj.weight")),
@@ -52,10 +60,8 @@ class Source:
             CheckpointError: the checkpoint does not hold it.
         """
         for name in (parameter, *self.tied.get(parameter, ())):
-            if name in self.stored:
-                if expert is None:
-                    return self.checkpoint.read(self.stored[name])
-                return self.checkpoint.read_rows(self.stored[name], expert, expert + 1)[0]
+            if expert is None and name in self.stored:
+                return self.checkpoint.read(self.stored[name])
         if expert is not None:
             return self._expert(parameter, expert)
         if parameter.rpartition(".")[2] in _EXPERTS:
@@ -104,17 +110,17 @@ def write(
         progress.task("weights", len(stamped.weights)) as task,
     ):
         for weight in stamped.weights:
-            stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
-            start = stream.tell()
-            values = _values(weight, source, dtype)
-            stream.write(values.view(-1).view(torch.uint8).numpy().data)
-            proto = graph.initializer.add()
-            proto.name, proto.data_type = weight.name, graph.output[0].type.tensor_type.elem_type
-            proto.dims.extend(weight.shape)
-            proto.data_location = onnx.TensorProto.EXTERNAL
-            length = stream.tell() - start
-            for key, value in (("location", data), ("offset", start), ("length", length)):
-                proto.external_data.add(key=key, value=str(value))
+            for name, values in _stored(weight, source, dtype):
+                stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
+                start = stream.tell()
+                stream.write(values.reshape(-1).view(torch.uint8).numpy().data)
+                proto = graph.initializer.add()
+                proto.name, proto.data_type = name, _ONNX[values.dtype]
+                proto.dims.extend(values.shape)
+                proto.data_location = onnx.TensorProto.EXTERNAL
+                length = stream.tell() - start
+                for key, value in (("location", data), ("offset", start), ("length", length)):
+                    proto.external_data.add(key=key, value=str(value))
             task.advance()
     (out / "model.onnx").write_bytes(stamped.model.SerializeToString(deterministic=True))
 
@@ -124,15 +130,43 @@ def decode_bytes(stamped: Stamped, dtype: torch.dtype, experts_visited: float) -
 
     Embedding rows are left out; of the experts, the fraction that a token visits is counted.
     """
-    return int(
-        sum(
-            prod(weight.shape)
-            * dtype.itemsize
-            * (experts_visited if weight.expert is not None else 1)
-            for weight in stamped.weights
-            if not weight.looked_up
-        )
-    )
+    total = 0.0
+    for weight in stamped.weights:
+        if not weight.looked_up:
+            size = 1 + dtype.itemsize / weight.block if weight.block else dtype.itemsize
+            visited = experts_visited if weight.expert is not None else 1.0
+            total += prod(weight.shape) * size * visited
+    return int(total)
+
+
+def quantize(matrix: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[rows, columns]` as int8 and float32 scales `[ceil(rows / block), columns]`.
+
+    Symmetric, by the largest magnitude: `matrix ≈ int8 * scale` of the element's block of rows.
+    """
+    rows, columns = matrix.shape
+    whole = nn.functional.pad(matrix.float(), (0, 0, 0, -rows % block))
+    blocks = whole.reshape(-1, block, columns)
+    scale = blocks.abs().amax(dim=1) / 127
+    steps = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    return steps.round_().to(torch.int8).reshape(-1, columns)[:rows].contiguous(), scale
+
+
+def dequantize(values: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
+    """What the graph computes with: float32 `[rows, columns]`."""
+    return values.float() * scale.repeat_interleave(block, dim=0)[: len(values)]
+
+
+def _stored(
+    weight: Weight, source: Source, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    values = _values(weight, source, dtype)
+    if weight.block is None:
+        yield weight.name, values
+    else:
+        quantized, scale = quantize(values, weight.block)
+        yield f"{weight.name}_int8", quantized
+        yield f"{weight.name}_scale", scale
 
 
 def _values(weight: Weight, source: Source, dtype: torch.dtype) -> torch.Tensor:

@@ -35,12 +35,18 @@ def provider_for(machine: Machine) -> str:
 
 
 def session_for(
-    graph: Path, machine: Machine, *, provider: str | None = None, prepack: bool = True
+    graph: Path,
+    machine: Machine,
+    *,
+    provider: str | None = None,
+    prepack: bool = True,
+    fuse: bool = True,
 ) -> Any:
     """An `onnxruntime.InferenceSession` with this machine's threads, none of them spinning.
 
     Without `prepack`, weights stay memory-mapped: slower steps, but the session needs hardly more
-    memory than its activations.
+    memory than its activations. Without `fuse`, the graph is run as it is written: int8 weights are
+    then not multiplied with activations that the runtime rounds.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
@@ -62,6 +68,8 @@ def session_for(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not fuse:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     chain = [wanted] if wanted == "CPUExecutionProvider" else [wanted, "CPUExecutionProvider"]
@@ -96,9 +104,10 @@ class OrtRunner:
         *,
         provider: str | None = None,
         prepack: bool = True,
+        fuse: bool = True,
         cache_shape: tuple[int, int] | None = None,
     ) -> None:
-        self._session = session_for(graph, machine, provider=provider, prepack=prepack)
+        self._session = session_for(graph, machine, provider=provider, prepack=prepack, fuse=fuse)
         self._device = "cuda" if machine.device == "cuda" else "cpu"
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]

@@ -28,8 +28,8 @@ from prune_export.errors import MissingExtra
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
-_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2}
-_TORCH: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}  # int8: the embedding stays fp32
+_TORCH: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"}
 _PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -38,8 +38,11 @@ class Onnx:
     """A portable ONNX graph with a KV cache: opset 23, standard operators, any runtime."""
 
     precision: Annotated[
-        Literal["fp32", "fp16", "bf16"],
-        Field(description="of weights, cache and computation; int8 and int4 are `ort_genai`'s"),
+        Literal["fp32", "fp16", "bf16", "int8"],
+        Field(
+            description="of weights, cache and computation; int8 stores matrices in blocks of 32 "
+            "with a scale and keeps the rest in fp32"
+        ),
     ] = "fp32"
     logits: Annotated[
         Literal["all", "last"],
@@ -95,12 +98,12 @@ class Onnx:
         with work.progress.task("trace one block of each kind", 1) as task:
             trace = _onnx_trace.trace(config, dtype, blocks, last=last)
             task.advance()
-        stamped = _onnx_stamp.stamp(trace, last=last)
+        stamped = _onnx_stamp.stamp(trace, last=last, int8=self.precision == "int8")
         source = _onnx_weights.Source.of(opened, trace)
         _onnx_weights.write(stamped, source, dtype, out, work.progress)
         _carry(opened, out)
         with work.progress.task("compare with PyTorch", 1) as task:
-            note = self._compared(out, config, source, work.machine, opened.nbytes)
+            note = self._compared(out, config, source, stamped.weights, work.machine)
             task.advance()
         return BuildRecord(
             exporter="onnx",
@@ -123,9 +126,7 @@ class Onnx:
 
         return OrtRunner(path / "model.onnx", machine)
 
-    def _compared(
-        self, out: Path, config: Any, source: Any, machine: Machine, stored_bytes: int
-    ) -> str:
+    def _compared(self, out: Path, config: Any, source: Any, weights: Any, machine: Machine) -> str:
         import onnx
         import torch
 
@@ -137,9 +138,10 @@ class Onnx:
             return "checked as a graph only: ONNX Runtime has no bfloat16 kernels for the CPU"
         if dtype != torch.bfloat16:  # the CPU's float32 accumulation is the stricter test
             machine = replace(machine, device="cpu")
-        prepack = 2 * stored_bytes + GIB < machine.ram_bytes
+        written = (out / "model.onnx_data").stat().st_size
+        prepack = 2 * written + GIB < machine.ram_bytes
         error = _onnx_check.compare(
-            out / "model.onnx", config, source, dtype, machine, prepack=prepack
+            out / "model.onnx", config, source, dtype, machine, weights=weights, prepack=prepack
         )
         return f"logits within {error:.1e} of PyTorch's, relative to the largest"
 

@@ -65,8 +65,8 @@ def _gates(checks: Verification) -> Iterator[Caveat]:
         if not gate.ok:
             yield Caveat(
                 "failure",
-                f"The recipe claims {gate.what} of {number(gate.claimed)}; "
-                f"measured: {number(gate.measured)}.",
+                f"The recipe's gate is not met: {gate.what}, claimed {number(gate.claimed)}, "
+                f"measured {number(gate.measured)}.",
             )
 
 

@@ -162,9 +162,15 @@ def _parity_words(one: Parity) -> str:
 
 def _share_of_bound(one: Speed) -> str:
     """`98 % of 1.19×` in decode, where memory traffic bounds; empty elsewhere."""
-    if one.phase != "decode" or not (math.isfinite(one.ratio) and one.bound > 0):
+    if not table.has_bound(one) or not math.isfinite(one.ratio):
         return ""
     return f"{100 * one.ratio / one.bound:.0f} % of {table.times(one.bound)}"
+
+
+def _rounds(one: Speed) -> str:
+    """`14 + 14 in 3 launches`: raw samples dense + pruned, and fresh processes behind them."""
+    launches = f" in {len(one.rounds)} launches" if len(one.rounds) > 1 else ""
+    return f"{len(one.dense_seconds)} + {len(one.pruned_seconds)}{launches}"
 
 
 def _change_words(change: Change | None) -> str:
@@ -219,6 +225,7 @@ def _environment() -> jinja2.Environment:
         "count": text_from_count,
         "number": table.number,
         "parity": _parity_words,
+        "rounds": _rounds,
         "scalars": scalars,
         "seconds": text_from_seconds,
         "share": _share_of_bound,

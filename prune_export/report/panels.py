@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from prune_export.report import style
 from prune_export.report.reading import Report, StageReading, runs, text_from_blocks
-from prune_export.report.table import number, speed_text, times, workload_text
+from prune_export.report.table import has_bound, number, speed_text, times, workload_text
 from prune_export.verify.results import Speed
 
 LOG_SPREAD = 12.0
@@ -202,7 +202,7 @@ def speed(axes: Axes, report: Report, *, compact: bool = False) -> None:
         if math.isfinite(one.floor_low) and math.isfinite(one.floor_high):
             axes.add_patch(Rectangle((one.floor_low, place - 0.36), one.floor_high - one.floor_low,
                                      0.72, color=style.RULE, alpha=0.7, linewidth=0))  # fmt: skip
-        if one.phase == "decode" and math.isfinite(one.bound):
+        if has_bound(one):
             axes.plot([one.bound, one.bound], [place - 0.3, place + 0.3], color=style.INK,
                       linewidth=1.4, linestyle=(0, (1.5, 1.2)))  # fmt: skip
         color = colors[one.verdict]
@@ -257,7 +257,7 @@ def _speed_limits(speeds: Sequence[Speed]) -> tuple[float, float]:
     ends = [1.0]
     for one in speeds:
         ends += [one.low, one.high, one.ratio, one.floor_low, one.floor_high]
-        ends += [one.bound] if one.phase == "decode" else []
+        ends += [one.bound] if has_bound(one) else []
     ends = [end for end in ends if math.isfinite(end)]
     margin = 0.08 * (max(ends) - min(ends)) or 0.1
     return min(ends) - margin, max(ends) + margin

@@ -123,6 +123,11 @@ def speed_text(speed: Speed) -> str:
     return f"{times(speed.ratio)} {speed.verdict}{tail}"
 
 
+def has_bound(speed: Speed) -> bool:
+    """Whether memory traffic bounds it by a factor that is known."""
+    return speed.phase == "decode" and math.isfinite(speed.bound) and speed.bound > 0
+
+
 def _size_rows(report: Report) -> list[Row]:
     base, result = report.base, report.result
     rows = []

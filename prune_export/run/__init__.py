@@ -134,7 +134,10 @@ def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
     if spec is None:
         raise PlanError(recipe.name, "names no model", "pass `--model`, or write `model:`")
     below = recipe.root / spec
-    if model is None and below.exists() and below.resolve().is_relative_to(recipe.root):
+    if model is None and below.exists():
+        if not below.resolve().is_relative_to(recipe.root):
+            raise PlanError(f"{recipe.name}  model", f"`{spec}` leaves the data root {recipe.root}",
+                            f"pass `--model {below}` if you trust it")  # fmt: skip
         return spec, below, None
     path, revision = resolve_model(spec)
     return spec, path, revision
@@ -202,7 +205,7 @@ def _finished(
         name: {"id": made.id, "fingerprint": set_.fingerprint}
         for name, (made, set_) in sorted(data.items())
     }
-    origin = {"model": base.spec, "revision": base.revision, "id": base.id}
+    origin = {"model": base.name, "revision": base.revision, "id": base.id}
     digest = hashlib.sha256(text.encode()).hexdigest()
     result.write_json(LOCK, lock_of(origin, used, named, digest, artifacts.versions()))
     result.write_json("verify.json", found.to_json())

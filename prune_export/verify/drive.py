@@ -33,7 +33,7 @@ def time_once(runner: Runner, ids: np.ndarray, prompt: int) -> tuple[float, floa
 
 
 def window_losses(
-    runner: Runner, ids: np.ndarray, advance: Callable[[int], None], *, batch: int = 8
+    runner: Runner, ids: np.ndarray, advance: Callable[[int], None], *, batch: int = 16
 ) -> list[float]:
     """Each window's mean cross-entropy in nats over its `length - 1` predictions.
 

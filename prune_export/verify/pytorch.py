@@ -58,7 +58,7 @@ class _PyTorchRunner:
         dtype: Any = _DTYPES[how.precision]
         self._closing = ExitStack()
         with ExitStack() as stack:
-            fits = _fits(path, machine, dtype)
+            fits = fits_in_memory(path, machine, dtype)
             placement = {} if fits else _offload(path, machine, stack)
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, local_files_only=True, trust_remote_code=False, **placement
@@ -106,8 +106,8 @@ def stored_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def _fits(path: Path, machine: Machine, dtype: Any) -> bool:
-    """Whether the weights leave a fifth of the memory for activations and the cache."""
+def fits_in_memory(path: Path, machine: Machine, dtype: Any = torch.float32) -> bool:
+    """Whether the weights as `dtype` leave a fifth of the memory for activations and the cache."""
     stored = stored_bytes(path)
     # 16-bit files double in float32.
     needed = 2 * stored if dtype == torch.float32 and not _stored_as_float32(path) else stored

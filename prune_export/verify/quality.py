@@ -17,9 +17,11 @@ from prune_export.calibrate import TokenSet
 from prune_export.errors import VerifyError
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
-from prune_export.verify.engine import Engine
+from prune_export.verify.engine import PYTORCH, Engine
+from prune_export.verify.pytorch import fits_in_memory
 from prune_export.verify.results import Perplexity
 from prune_export.verify.session import Session
+from prune_export.verify.streamed import streamed_losses
 
 
 def measure_perplexity(
@@ -33,9 +35,10 @@ def measure_perplexity(
 ) -> Perplexity:
     """Perplexity of `engine` over the first `windows` windows of `tokens`, all unless given.
 
-    For a checkpoint, `engine` is `Engine.pytorch(path)`, computed in float32; one that is larger
-    than the memory streams from disk. For an engine the tokens go through its own cache, so that
-    the number is that of what will be served.
+    For a checkpoint, `engine` is `Engine.pytorch(path)`, computed in float32; where that is larger
+    than the memory, one block at a time is. For an engine the tokens go through its own cache, so
+    that the number is that of what will be served; an engine that only returns the last position's
+    logits takes some times longer (`drive.window_losses`).
 
     Raises:
         VerifyError: there is no window of at least 2 tokens, or a loss is not finite.
@@ -47,11 +50,12 @@ def measure_perplexity(
             f"got tokens {ids.shape}, expected at least one window of at least 2",
             "give more evaluation text, or a shorter `length`",
         )
-    with (
-        (progress or Silent()).task(f"perplexity of {name}", len(ids)) as task,
-        Session(engine, machine) as session,
-    ):
-        losses = session.losses(ids, task)
+    with (progress or Silent()).task(f"perplexity of {name}", len(ids)) as task:
+        if engine.exporter == PYTORCH and not fits_in_memory(engine.path, machine):
+            losses = streamed_losses(engine.path, ids, machine, task)
+        else:
+            with Session(engine, machine) as session:
+                losses = session.losses(ids, task)
     return perplexity(name, losses, int(ids.shape[1]))
 
 

@@ -105,7 +105,7 @@ def test_evaluation_text_is_not_trained_on(
         root=root,
     )
     report = run(recipe, str(tiny_llama), options).report
-    assert report["data"]["calibration"]["excluded_documents"] == 20
+    assert report["data"]["calibration"]["documents_excluded"] == 20
 
 
 def test_a_foreign_directory_is_not_touched(

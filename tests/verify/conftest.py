@@ -28,7 +28,8 @@ def save_tiny(out: Path, *, seed: int = 0, layers: int = 3, vocab: int = 256) ->
     tokenizer = Tokenizer(models.BPE({c: at for at, c in enumerate(characters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
+    ends = {"bos_token": characters[0], "eos_token": characters[0]}  # id 0
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(out)
     return out
 
 

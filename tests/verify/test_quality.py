@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from prune_export.errors import VerifyError
 from prune_export.machine import Machine
 from prune_export.verify.engine import Engine
 from prune_export.verify.quality import measure_perplexity, perplexity
+from prune_export.verify.streamed import streamed_losses
 
 
 def test_by_hand() -> None:
@@ -28,6 +30,38 @@ def test_refuses_no_windows(tiny: Path, machine: Machine) -> None:
     tokens = TokenSet(torch.zeros(0, 8, dtype=torch.int64), "")
     with pytest.raises(VerifyError, match="at least one window"):
         measure_perplexity("dense", Engine.pytorch(tiny), tokens, machine)
+
+
+@pytest.mark.parametrize("ram_bytes", [100_000, 2 << 40])
+def test_streams_blocks(tiny: Path, machine: Machine, ids: np.ndarray, ram_bytes: int) -> None:
+    """A window at a time, or all together; in both cases a block at a time."""
+    task = _Counting()
+    losses = streamed_losses(tiny, ids, replace(machine, ram_bytes=ram_bytes), task)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        rows = [torch.from_numpy(row)[None] for row in ids]
+        expected = [float(model(input_ids=row, labels=row).loss) for row in rows]
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert task.done == pytest.approx(len(ids))
+
+
+def test_model_larger_than_memory_is_streamed(
+    tiny: Path, machine: Machine, ids: np.ndarray
+) -> None:
+    tokens = TokenSet(torch.from_numpy(ids), "")
+    short = replace(machine, ram_bytes=100_000)
+    found = measure_perplexity("dense", Engine.pytorch(tiny), tokens, short)
+    assert found.losses == streamed_losses(tiny, ids, short, _Counting())
+
+
+class _Counting:
+    done = 0.0
+
+    def advance(self, steps: float = 1) -> None:
+        self.done += steps
+
+    def note(self, text: str) -> None:
+        del text
 
 
 @pytest.mark.slow

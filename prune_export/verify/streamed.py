@@ -1,0 +1,57 @@
+"""Losses of a checkpoint that is larger than the memory, one block at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from prune_export.calibrate.cost import block_bytes
+from prune_export.calibrate.skeleton import Skeleton
+from prune_export.calibrate.stream import compute_dtype
+from prune_export.checkpoint import Checkpoint
+from prune_export.machine import Machine
+from prune_export.progress import Task
+
+
+@torch.inference_mode()
+def streamed_losses(path: Path, ids: np.ndarray, machine: Machine, task: Task) -> list[float]:
+    """Each window's mean cross-entropy in nats; `ids` int64 `[windows, length]`.
+
+    The model is read once for as many windows as their states leave room for, so few and long
+    reads are made. On a CPU the computation is in float32, as it is for a model that fits.
+    """
+    torch.set_num_threads(machine.threads)
+    checkpoint = Checkpoint.open(path)
+    arch = checkpoint.arch()
+    dtype = compute_dtype(checkpoint, machine)
+    skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
+    window_bytes = ids.shape[1] * arch.sizes["residual"] * dtype.itemsize
+    free = machine.ram_bytes - psutil.Process().memory_info().rss - 3 * block_bytes(arch, dtype)
+    group = max(1, free // 2 // window_bytes)
+    losses: list[float] = []
+    for first in range(0, len(ids), group):
+        windows = torch.from_numpy(np.ascontiguousarray(ids[first : first + group]))
+        losses += _of_group(skeleton, windows, arch.layers, task)
+        task.advance(len(windows) / (arch.layers + 1))
+    return losses
+
+
+def _of_group(skeleton: Skeleton, windows: torch.Tensor, layers: int, task: Task) -> list[float]:
+    skeleton.look_up(windows.flatten())
+    calls = skeleton.calls(windows)
+    states = torch.stack([skeleton.enter(one[None])[0].cpu() for one in windows])
+    skeleton.forget_rows()
+    for layer in range(layers):
+        skeleton.load(layer, skeleton.read(skeleton.arch.block(layer)))
+        for at, one in enumerate(states):
+            out = skeleton.run(layer, one[None].to(skeleton.device), calls[layer])
+            states[at] = out[0].cpu()
+        skeleton.free(layer)
+        task.advance(len(windows) / (layers + 1))
+    skeleton.load_head()
+    length = windows.shape[1]
+    pairs = zip(states, windows, strict=True)
+    return [skeleton.loss(one[None], own[None]) / (length - 1) for one, own in pairs]
