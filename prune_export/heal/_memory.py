@@ -202,7 +202,7 @@ def cost(
         gpu_bytes=max(working, measured) if on_gpu or machine is None else 0,
         disk_bytes=stored + 2 * 12 * size.adapters,
         flops=trained * _token_flops(arch, size, length, found.gradient_checkpointing),
-        moved_bytes=3 * stored + (settings.steps // settings.save_steps) * 12 * size.adapters,
+        moved_bytes=3 * stored,
         seconds=15,
     )
 
