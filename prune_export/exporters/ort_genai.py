@@ -225,7 +225,9 @@ def _carry(source: Checkpoint, out: Path) -> None:
     """Copies what the builder left behind: the model's and the generation config, licences."""
     for file in (source.path / "config.json", *source.side_files()):
         if not (out / file.name).exists():
-            shutil.copyfile(file, out / file.name)
+            half = out / f"{file.name}.partial"  # a killed run must not leave half a file behind
+            shutil.copyfile(file, half)
+            half.replace(out / file.name)
 
 
 def _run(
