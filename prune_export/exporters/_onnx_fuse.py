@@ -7,13 +7,16 @@ from typing import Any, Final
 from onnxscript import optimizer
 from onnxscript.rewriter import onnx_fusions, pattern
 
+from prune_export.exporters._onnx_layout import flatten_heads
+
 _PASSES_THROUGH: Final = frozenset({"Cos", "Sin", "Cast", "Mul"})
 
 
-def optimize(model: Any) -> None:
+def optimize(model: Any, domain: str) -> None:
     """Optimizes an `onnx_ir.Model` whose weights (names starting with `model.`) are initializers.
 
-    The weights become graph inputs: as constants they would be folded, and equal ones merged.
+    `domain` is that of the markers. The weights become graph inputs: as constants they would be
+    folded, and equal ones merged.
     """
     graph = model.graph
     weights = [value for name, value in graph.initializers.items() if name.startswith("model.")]
@@ -25,6 +28,7 @@ def optimize(model: Any) -> None:
     onnx_fusions.fuse(model)
     rules = [_ScaledRotary.rule(), _GemmAsMatMul.rule()]
     pattern.RewriteRuleSet(rules).apply_to_model(model)
+    flatten_heads(model, domain)
     optimizer.optimize_ir(model)
 
 

@@ -210,7 +210,7 @@ class _Stamper:
     def _attend(self, node: Any, layer: int, names: dict[str, str]) -> None:
         at = 1 if node.op_type == "Attention" else 0
         self.cache[layer] = tuple(
-            (int(value.shape[1]), int(value.shape[3])) for value in node.inputs[at : at + 2]
+            (int(value.shape[1]), int(value.shape[3])) for value in node.outputs[at : at + 2]
         )
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
@@ -219,8 +219,8 @@ class _Stamper:
         where = f"layers.{layer}"
         if node.op_type == "Attention":
             wrote = [self._name(node.outputs[0].name, names), *present]
-            scale = node.attributes["scale"].as_float()
-            self._add("Attention", [*read, *past], wrote, where, scale=scale)
+            given = {name: attr.value for name, attr in node.attributes.items() if name != "block"}
+            self._add("Attention", [*read, *past], wrote, where, **given)
             return
         for old, new, both in zip(past, read, present, strict=True):
             self._add("Concat", [old, new], [both], where, axis=2)

@@ -63,7 +63,7 @@ def trace(config: Any, dtype: torch.dtype, blocks: str, *, last: bool) -> Trace:
     _mark(model.get_submodule(blocks))
     with _registered():
         graph = _graph_of(wrapper, config)
-    optimize(graph)
+    optimize(graph, DOMAIN)
     return Trace(
         graph, blocks, kinds, dict(_computed(model)), _tied(model), _renaming(model),
         _experts_visited(model), _routers(model),
