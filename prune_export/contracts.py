@@ -76,6 +76,8 @@ class Method(Protocol):
     def predict(self, arch: Arch) -> Arch:
         """The shapes after the cut, without weights or data.
 
+        Where blocks are not alike and data decides which go, it is those of a likely choice.
+
         Raises:
             PlanError: the parameters cannot work on this model.
         """
@@ -102,7 +104,7 @@ class Healer(Protocol):
     def check(self, arch: Arch, machine: Machine) -> None:
         """Refuses in the plan what cannot work (PlanError, MissingExtra)."""
 
-    def cost(self, arch: Arch, tokens: int, length: int) -> Cost:
+    def cost(self, arch: Arch, tokens: int, length: int, machine: Machine) -> Cost:
         """What healing takes, for `tokens` available training tokens in windows of `length`."""
 
     def heal(self, checkpoint: Path, tokens: TokenSet, out: Path, work: Work) -> HealRecord:

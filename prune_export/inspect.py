@@ -171,7 +171,7 @@ def _mark(axes: Axes, inspection: Inspection, remove: int, place: int) -> None:
         markeredgewidth=1.4, zorder=4,
     )  # fmt: skip
     axes.annotate(
-        f"{remove} blocks ({remove / inspection.layers:.0%}): {blocks}, distance {run.distance:.3f}",
+        f"{remove} of {inspection.layers}: {blocks}, distance {run.distance:.3f}",
         (1.0, 0.97 - 0.065 * place), xycoords="axes fraction", ha="right", va="top",
         fontsize=8.5, fontweight="bold", color=color,
     )  # fmt: skip

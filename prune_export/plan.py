@@ -271,7 +271,7 @@ class _Planner:
         self._refuse_too_long(stage.data, source.length, arch)
         stage.entry.check(arch, self.machine)
         samples = _windows(source, self.recipe.root)
-        cost = stage.entry.cost(arch, samples * source.length, source.length)
+        cost = stage.entry.cost(arch, samples * source.length, source.length, self.machine)
         note = f"up to {samples} x {source.length} tokens"
         return self.planned("heal", stage.name, stage.parameters(), arch, arch, cost, note), arch
 

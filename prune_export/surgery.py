@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from prune_export.arch import Arch, Tensor
+from prune_export.checkpoint.config import full_config
 from prune_export.checkpoint.header import TORCH, Entry
 from prune_export.checkpoint.reader import Checkpoint
 from prune_export.checkpoint.writer import SHARD_BYTES, Planned, write_checkpoint
@@ -142,6 +143,7 @@ def rewrite(
     for key in _DEAD_KEYS:
         config.pop(key, None)
     source.check(arch)
+    _refuse_unsayable(config, after, out)
     _refuse_untied(source, arch)
     window = max(MIB, min(_WINDOW_BYTES, ram_bytes // 16))
     planned = list(_planned(source, arch, after, sorted_edits, window))
@@ -154,7 +156,7 @@ def rewrite(
         fsync=fsync,
         progress=progress,
     )
-    _check_result(result, after)
+    result.check(after)
     return result
 
 
@@ -325,24 +327,34 @@ def _same_bytes(one: Entry, other: Entry) -> bool:
     return True
 
 
-def _check_result(result: Checkpoint, after: Arch) -> None:
-    """Reads the result back: what its files say, and what its config means, is what was planned."""
-    result.check(after)
+def _refuse_unsayable(config: Mapping[str, Any], after: Arch, out: Path) -> None:
+    """Reads the new config as transformers will: it must mean exactly what was planned."""
+    try:
+        full = full_config(config, out)
+    except CheckpointError as error:
+        raise PlanError(
+            str(out),
+            f"would be a model that transformers refuses ({error.problem})",
+            "choose another size for what is cut",
+        ) from error
     # The keys of the source's config were accepted, or answered for, before.
-    meant = Arch.from_config(result.full_config(), ignore_keys=after.config.keys())
+    meant = Arch.from_config(full, ignore_keys=after.config.keys())
     if meant.sizes != after.sizes or meant.tensors != after.tensors:
         wrong = sorted(
             axis
             for axis in {*meant.sizes, *after.sizes}
             if meant.sizes.get(axis) != after.sizes.get(axis)
         )
-        raise CheckpointError(
-            str(result.path / "config.json"),
-            "does not say what was cut"
-            + (f": {wrong[0]} reads back as {meant.sizes.get(wrong[0])}, "
-               f"planned was {after.sizes.get(wrong[0])}" if wrong else ""),
+        raise PlanError(
+            f"{out}/config.json",
+            "could not say what is cut"
+            + "".join(
+                f": {axis} would read back as {meant.sizes.get(axis)}, "
+                f"planned is {after.sizes.get(axis)}"
+                for axis in wrong[:1]
+            ),
             f"the {after.family} table is wrong: report it with this message",
-        )  # fmt: skip
+        )
 
 
 def _text(dtype: torch.dtype) -> str:

@@ -22,14 +22,24 @@ _SHARE: Final = 20
 
 
 class Saves:
-    """The saved states of one pass in a directory of its own."""
+    """The saved states of one pass in a directory of its own.
+
+    `layout` names the buffers that are in memory: where less memory is free than when the pass was
+    killed, others are, and it starts again.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.layout: tuple[str, ...] = ()
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._mark = folder / "mark.json"
         self._generation = 0
         self._due = time.monotonic() + INTERVAL_SECONDS
+
+    @property
+    def any(self) -> bool:
+        """Whether something was saved."""
+        return self._generation > 0
 
     def due(self) -> bool:
         """Whether enough time has passed since the last save for another."""
@@ -46,33 +56,36 @@ class Saves:
         for name, buffer in buffers.items():
             buffer.save(self._file(name, new))
         save_file(dict(state), self._file("collectors", new))
-        mark = {"done": done, "generation": new, "boot": _boot()}
+        mark = {"done": done, "generation": new, "boot": _boot(), "layout": self.layout}
         partial = self._mark.with_suffix(".partial")
         partial.write_text(json.dumps(mark), encoding="utf-8")
         partial.replace(self._mark)
-        for name in (*buffers, "collectors"):
-            self._file(name, self._generation).unlink(missing_ok=True)
+        for old in self.folder.glob(f"*.{self._generation}.saved"):
+            old.unlink()
         self._generation = new
         spent = time.monotonic() - started
         self._due = time.monotonic() + max(INTERVAL_SECONDS, _SHARE * spent)
 
-    def restore(self, buffers: Mapping[str, Buffer]) -> tuple[int, dict[str, torch.Tensor]]:
-        """Fills `buffers` from the last save.
-
-        Returns the number of blocks done, and the collectors' state; (0, {}) where nothing is kept.
-        """
-        from safetensors.torch import load_file
-
+    def done(self) -> int:
+        """The number of blocks that the last save is after; 0 where there is none to go on from."""
         if not self._mark.exists():
-            return 0, {}
+            return 0
         mark = json.loads(self._mark.read_text(encoding="utf-8"))
         if mark["boot"] != _boot():
             # The files were not flushed to the disk: after a power loss they may hold anything.
-            return 0, {}
+            return 0
+        if tuple(mark["layout"]) != self.layout:
+            return 0
         self._generation = int(mark["generation"])
+        return int(mark["done"])
+
+    def restore(self, buffers: Mapping[str, Buffer]) -> dict[str, torch.Tensor]:
+        """Fills `buffers` from the save that `done` found; the collectors' state."""
+        from safetensors.torch import load_file
+
         for name, buffer in buffers.items():
             buffer.restore(self._file(name, self._generation))
-        return int(mark["done"]), load_file(self._file("collectors", self._generation))
+        return dict(load_file(self._file("collectors", self._generation)))
 
     def _file(self, name: str, generation: int) -> Path:
         return self.folder / f"{name}.{generation}.saved"

@@ -136,10 +136,10 @@ class Skeleton:
             place.call = place.states = None
         return found
 
-    def load(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Puts a block's tensors, as `read` gave them, into it."""
+    def load(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Puts a block's tensors, as `read` gave them, into it, and empties `tensors`."""
         prefix = f"{self.arch.table.blocks}.{layer}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors)}
         self._place(self._blocks[layer], own)
         _rebuild_buffers(self.model, self._blocks[layer], self.device)
         left = [name for name, tensor in self._blocks[layer].named_parameters() if tensor.is_meta]

@@ -47,6 +47,7 @@ FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F
 LONGEST_HEADER_BYTES: Final = 100_000_000
 """The bound that the reference implementation sets too."""
 
+_MOST_DIMS: Final = 64
 _AGAIN = "the file is damaged or was not fully downloaded: fetch or write it again"
 
 
@@ -174,35 +175,47 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(file: Path, name: str, row: object, data: int) -> Entry:
     where = f"{file}  {name}"
+    if not name.isprintable():
+        raise CheckpointError(f"{file}  {name!a}", "is not a name that can be printed", _AGAIN)
     if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(
-            where, f"got {row!r:.80}, expected dtype, shape and data_offsets", _AGAIN
+            where, f"got {_short(row)}, expected dtype, shape and data_offsets", _AGAIN
         )
     dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
-    if dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise CheckpointError(
             where,
-            f"got dtype {dtype!r}, which the safetensors format does not define",
-            did_you_mean(str(dtype), BITS),
+            f"got dtype {_short(dtype)}, which the safetensors format does not define",
+            did_you_mean(_short(dtype), BITS),
         )
     if not _naturals(shape):
         raise CheckpointError(
-            where, f"got shape {shape!r:.80}, expected a list of sizes that are 0 or more", _AGAIN
+            where, f"got shape {_short(shape)}, expected a list of sizes that are 0 or more", _AGAIN
         )
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
-            where, f"got data_offsets {offsets!r:.80}, expected [start, stop]", _AGAIN
+            where, f"got data_offsets {_short(offsets)}, expected [start, stop]", _AGAIN
         )
     start, stop = offsets
     wanted = BITS[dtype] * prod(shape)
     if wanted != 8 * (stop - start):
         raise CheckpointError(
             where,
-            f"covers {stop - start} bytes, {dtype} {list(shape)} takes {wanted / 8:g}",
+            f"covers {stop - start} bytes, {dtype} {list(shape)} takes {-(-wanted // 8)}",
             _AGAIN,
         )
     return Entry(file, dtype, tuple(shape), data + start, data + stop)
 
 
 def _naturals(found: object) -> bool:
-    return isinstance(found, list) and all(type(item) is int and item >= 0 for item in found)
+    """Whether JSON gave sizes or offsets, in a number that a message can still print."""
+    return (
+        isinstance(found, list)
+        and len(found) <= _MOST_DIMS
+        and all(type(item) is int and 0 <= item < 2**63 for item in found)
+    )
+
+
+def _short(found: object) -> str:
+    """A value from the header, as much of it as a message needs."""
+    return ascii(found)[:80]

@@ -30,7 +30,7 @@ def resolve_model(
         CheckpointError: a file of another format, or a repository without safetensors.
     """
     place = Path(spec).expanduser()
-    if place.exists():
+    if spec and place.exists():  # an empty name would be this directory
         if place.is_dir() or place.suffix == ".gguf":
             return place, None
         raise CheckpointError(

@@ -40,6 +40,7 @@ _SPARE_BYTES: Final = 16 * 2**20
 _PAGE_BYTES: Final = 4096
 _NOT_HERE: Final = frozenset({
     errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY,
+    errno.ENOTSOCK,
 })  # fmt: skip
 """What a kernel or a file system answers that cannot copy between these two files."""
 
@@ -95,6 +96,8 @@ def lay_out(tensors: Iterable[Planned], max_shard_bytes: int = SHARD_BYTES) -> t
     for tensor in tensors:
         if tensor.name in seen or tensor.name == "__metadata__":
             raise PlanError(tensor.name, "cannot be written: the name is taken")
+        if not tensor.name.isprintable():
+            raise PlanError(ascii(tensor.name), "cannot be written: the name cannot be printed")
         seen.add(tensor.name)
         if not groups or tensor.nbytes > room:
             groups.append([])

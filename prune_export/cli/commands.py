@@ -16,7 +16,7 @@ from prune_export.units import text_from_bytes, text_from_count, text_from_secon
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     help="Prune, heal, export and verify language models from a declarative recipe.",
 )
 store_app = typer.Typer(no_args_is_help=True, help="Look at the artifact store, or clean it.")
@@ -25,13 +25,22 @@ app.add_typer(store_app, name="store")
 RecipeName = Annotated[str, typer.Argument(help="A recipe: file, bundled name or hf://owner/name.")]
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    del version
 
 
 @app.command()
@@ -58,8 +67,9 @@ def run(
 ) -> None:
     """Carry a recipe out: prune, heal, export, verify, report.
 
-        prune-export run depth40-angular-qlora --model meta-llama/Llama-3.1-8B --out out/
-        prune-export run my.yaml -m ./checkpoint -o out/ -s stages.0.prune.remove=6
+    \b
+    prune-export run depth40-angular-qlora --model meta-llama/Llama-3.1-8B --out out/
+    prune-export run my.yaml -m ./checkpoint -o out/ -s stages.0.prune.remove=6
 
     Killed or interrupted, the same command goes on where it was.
     """
@@ -114,7 +124,8 @@ def plan(
 ) -> None:
     """Say what a recipe would do to a model and what it would take; read no weights, write nothing.
 
-        prune-export plan depth40-angular-qlora --model ./Llama-3.1-70B --ram 64GiB
+    \b
+    prune-export plan depth40-angular-qlora --model ./Llama-3.1-70B --ram 64GiB
 
     The model may be a directory that holds only a config.json.
     """
@@ -246,6 +257,124 @@ def inspect(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id, directory or .gguf.")],
+    to: Annotated[str, typer.Option(help="An exporter: `onnx`, `ort_genai`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The engine's directory.")],
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="A key of the exporter: `precision=int8`. Repeatable."),
+    ] = None,
+    store: options.StoreDir = None,
+    ram: options.Ram = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    ignore_config_key: options.IgnoreKeys = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Make an engine of a checkpoint, pruned or not, and test that it loads.
+
+    prune-export export out/ --to ort_genai --set precision=int4 --out engine/
+    """
+    from prune_export.cli.engines import exported
+
+    record = exported(
+        checkpoint, to, sets or (), out, store=options.store_directory(store),
+        machine=options.machine(ram, threads, device), ignore_keys=tuple(ignore_config_key or ()),
+        progress=console.progress(quiet=quiet or json), command=options.command_line(),
+    )  # fmt: skip
+    if json:
+        console.print_json(record)
+        return
+    typer.echo(
+        f"{out / record['graph']}: {text_from_bytes(record['weight_bytes'])} of weights "
+        f"are read for each token, built in {text_from_seconds(record['seconds'])}"
+    )
+    for note in record["notes"]:
+        typer.echo(f"note: {note}")
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A result directory.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", "-d", help="Text for perplexity and parity. Repeatable."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 16,
+    length: Annotated[int, typer.Option(min=32, help="Tokens in a window.")] = 512,
+    ram: options.Ram = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Measure a result directory again: reload, engines against PyTorch, generation, perplexity.
+
+    \b
+    prune-export verify out/ --data corpus.jsonl
+
+    Exit status 1 when it does not reload or an engine does not agree with PyTorch.
+    """
+    from prune_export.cli.engines import show_verification, verified
+
+    found = verified(
+        directory, data or [], samples=samples, length=length,
+        machine=options.machine(ram, threads, device),
+        progress=console.progress(quiet=quiet or json),
+    )  # fmt: skip
+    if json:
+        console.print_json(found.to_json())
+    else:
+        show_verification(found)
+    if not found.ok:
+        raise VerifyError(str(directory), "does not reload, or an engine differs from PyTorch",
+                          "export again, or run the recipe again")  # fmt: skip
+
+
+@app.command()
+def compare(
+    dense: Annotated[Path, typer.Argument(help="A checkpoint or result directory.")],
+    other: Annotated[Path, typer.Argument(help="The one to compare with it.")],
+    engine: Annotated[
+        str, typer.Option(help="`pytorch`, or an exporter that both directories hold.")
+    ] = "pytorch",
+    data: Annotated[
+        list[Path] | None, typer.Option("--data", "-d", help="Text for perplexity. Repeatable.")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
+    new: Annotated[int, typer.Option(min=1, help="New tokens.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    minutes: Annotated[float, typer.Option(min=0.05, help="Time limit of the timing.")] = 2.0,
+    ram: options.Ram = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Compare two models: speed in turns with a noise floor, and perplexity on your text.
+
+    prune-export compare ./Llama-3.1-8B out/ --data corpus.jsonl
+    prune-export compare out-a/ out-b/ --engine onnx
+    """
+    from prune_export.cli.engines import compared, show_verification
+
+    found = compared(
+        dense, other, engine, data or [], workload=(batch, prompt, new), minutes=minutes,
+        machine=options.machine(ram, threads, device),
+        progress=console.progress(quiet=quiet or json),
+    )  # fmt: skip
+    if json:
+        console.print_json(found.to_json())
+    else:
+        show_verification(found)
+
+
+@app.command()
 def publish(
     directory: Annotated[Path, typer.Argument(help="A result directory.")],
     repo: Annotated[str, typer.Option(help="`owner/name` on the Hub.")],
@@ -258,7 +387,8 @@ def publish(
 ) -> None:
     """Upload a result directory to the Hub: checkpoint, engines, recipe, lock, card, report.
 
-        prune-export publish out/ --repo me/SmolLM2-135M-depth24
+    \b
+    prune-export publish out/ --repo me/SmolLM2-135M-depth24
 
     The token is taken from the environment or the Hub's login, and written nowhere.
     """

@@ -75,6 +75,6 @@ def shown(found: Inspection, picture: Path, *, as_json: bool) -> None:
     console.table(f"{found.model}: best runs by angular distance", columns, rows)
     console.output.print()
     ranked = sorted(range(found.layers), key=found.block_influence.__getitem__)
-    rows = [(str(block), f"{found.block_influence[block]:.4f}") for block in ranked]
-    console.table("Block influence, least first", ["block", "1 - mean cosine"], rows)
+    scores = [(str(block), f"{found.block_influence[block]:.4f}") for block in ranked]
+    console.table("Block influence, least first", ["block", "1 - mean cosine"], scores)
     console.output.print(f"\npicture  {picture}")

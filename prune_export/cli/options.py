@@ -33,7 +33,7 @@ DataRoot = Annotated[
 ]
 StoreDir = Annotated[
     Path | None,
-    typer.Option("--store", help="Where artifacts are kept [env PRUNE_EXPORT_STORE]."),
+    typer.Option("--store", help="Where artifacts are kept (env PRUNE_EXPORT_STORE)."),
 ]
 Ram = Annotated[
     str | None, typer.Option(help="Memory that may be used: `16GiB`; what is free unless given.")

@@ -140,7 +140,9 @@ class OgRunner:
             "session.intra_op.allow_spinning": "0",
         }
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        self._og, self._model, self._capacity = og, og.Model(config), capacity
+        self._og, self._capacity = og, capacity
+        self._model: Any = og.Model(config)
+        self._generator: Any = None
         self.reset()
 
     def __enter__(self) -> Self:

@@ -26,7 +26,7 @@ _ROPES: Final[Mapping[str, frozenset[str]]] = {
     "phi3": frozenset({"default", "longrope"}),
     "gemma3_text": frozenset({"default"}),
 }
-_OTHER_ROPES: Final = frozenset({"default", "linear", "yarn"})
+_OTHER_ROPES: Final = frozenset({"default", "linear"})
 _LANES: Final = 16  # GroupQueryAttention with fused rotary embedding: heads in units of 16
 
 
@@ -137,9 +137,6 @@ def corrections(config: Mapping[str, Any]) -> dict[str, Any]:
         found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     elif isinstance(rope, Mapping) and rope.get("rope_type") == "longrope":
         found["rope_parameters"] = {**rope, "type": "longrope"}
-    elif isinstance(rope, Mapping) and rope.get("rope_type") == "yarn":
-        # It takes 0 for what transformers takes these for.
-        found["rope_parameters"] = {"beta_fast": 32.0, "beta_slow": 1.0, **rope}
     return found
 
 

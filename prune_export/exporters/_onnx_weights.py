@@ -60,10 +60,8 @@ class Source:
             CheckpointError: the checkpoint does not hold it.
         """
         for name in (parameter, *self.tied.get(parameter, ())):
-            if name in self.stored:
-                if expert is None:
-                    return self.checkpoint.read(self.stored[name])
-                return self.checkpoint.read_rows(self.stored[name], expert, expert + 1)[0]
+            if expert is None and name in self.stored:
+                return self.checkpoint.read(self.stored[name])
         if expert is not None:
             return self._expert(parameter, expert)
         if parameter.rpartition(".")[2] in _EXPERTS:

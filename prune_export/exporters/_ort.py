@@ -108,7 +108,8 @@ class OrtRunner:
         cache_shape: tuple[int, int] | None = None,
     ) -> None:
         self._session = session_for(graph, machine, provider=provider, prepack=prepack, fuse=fuse)
-        self._device = "cuda" if machine.device == "cuda" else "cpu"
+        wanted = provider or provider_for(machine)
+        self._device = "cuda" if wanted == "CUDAExecutionProvider" else "cpu"
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
         self._past = [name for name in self._inputs if _PAST.fullmatch(name)]

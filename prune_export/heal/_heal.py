@@ -228,7 +228,6 @@ def _arguments(
             settings.rank * sum(arch.shape(arch.by_name[name])) for name in names
         ),
         "warmup": settings.warmup_steps,
-        "save_every": settings.save_steps,
         "optimizer": "AdamW, betas 0.9 and 0.999, float32",
         "quantization": dataclasses.asdict(quantization) if quantization else None,
         **dataclasses.asdict(run),

@@ -11,10 +11,16 @@ from prune_export.contracts import Cost
 from prune_export.heal._settings import Quantization, Settings
 from prune_export.heal._targets import linear_weights, targets
 from prune_export.machine import Machine
-from prune_export.units import MIB
+from prune_export.units import GIB, MIB
 
-PROCESS_BYTES: Final = 900 * MIB
-"""Python with torch, transformers, peft and bitsandbytes imported, after a first step."""
+PROCESS_BYTES: Final = 620 * MIB
+"""Python with torch, transformers, peft, accelerate and bitsandbytes imported, measured."""
+
+_MAPPED_BYTES: Final = GIB
+"""The most of the mapped weight files that is counted; the kernel takes these pages back."""
+
+_FRAGMENTS: Final = 1.12
+"""Memory that the allocator holds for a byte of activations, measured."""
 
 _NF4_BYTES: Final = 0.53
 """A parameter in NF4 with its doubly quantized scales: 4 bits + 8 / 64 + 32 / (64 * 256) bits."""
@@ -60,11 +66,13 @@ def base_bytes(size: Size, quantization: Quantization | None, item: int) -> int:
     return int(size.linear * each) + (size.stored - size.linear) * item
 
 
-def token_bytes(arch: Arch, settings: Settings, item: int) -> tuple[int, int]:
+def token_bytes(
+    arch: Arch, settings: Settings, quantization: Quantization | None, item: int
+) -> tuple[int, int]:
     """Activation bytes that a trained token holds: in one block, and in the logits.
 
     A block keeps the inputs and outputs of its linear layers, float32 copies in its norms, and
-    for each adapter a float32 copy of its input, two with dropout.
+    for each adapter a float32 copy of its input, two with dropout, and of a 4-bit layer's output.
     """
     chosen = {tensor.name for tensor in targets(settings.targets, arch)}
     copies = 2 if settings.dropout else 1
@@ -76,20 +84,29 @@ def token_bytes(arch: Arch, settings: Settings, item: int) -> tuple[int, int]:
                 shape = arch.shape(tensor)
                 kept += item * sum(shape)
                 if tensor.name in chosen:
-                    kept += 4 * (copies * min(shape) + settings.rank)
+                    # Input and output together are known, whichever is the first.
+                    kept += 4 * (copies * sum(shape) // 2 + settings.rank)
+                    kept += item * sum(shape) // 2 if quantization else 0
         heaviest = max(heaviest, kept)
     # The logits and their gradient.
     return heaviest, 2 * item * arch.sizes["vocab"]
 
 
 def activation_bytes(
-    arch: Arch, settings: Settings, item: int, tokens: int, *, checkpointing: bool
+    arch: Arch,
+    settings: Settings,
+    quantization: Quantization | None,
+    *,
+    item: int,
+    tokens: int,
+    checkpointing: bool,
 ) -> int:
     """Activations of `tokens` trained at once."""
-    block, logits = token_bytes(arch, settings, item)
+    block, logits = token_bytes(arch, settings, quantization, item)
+    blocks = arch.layers * block
     if checkpointing:
-        return tokens * (block + logits + arch.layers * item * arch.sizes["residual"])
-    return tokens * (arch.layers * block + logits)
+        blocks = block + arch.layers * item * arch.sizes["residual"]
+    return int(_FRAGMENTS * tokens * (blocks + logits))
 
 
 @dataclass(frozen=True)
@@ -121,7 +138,9 @@ def fit(
     least = (settings.micro_batch or 1) * length
 
     def fits(tokens: int, checkpointing: bool) -> bool:
-        held = activation_bytes(arch, settings, item, tokens, checkpointing=checkpointing)
+        held = activation_bytes(
+            arch, settings, quantization, item=item, tokens=tokens, checkpointing=checkpointing
+        )
         return held <= room
 
     checkpointing = not fits(least, False) if asked == "auto" else asked
@@ -156,25 +175,34 @@ def cost(
     planned = machine or Machine("cpu", 1 << 62, 0, 1)
     item = compute_dtype(settings.compute_dtype, planned).itemsize
     found = fit(arch, settings, quantization, planned, length=length, item=item)
-    tokens = found.micro_batch * length
+    stored_item = _ITEM_BYTES.get(str(arch.config.get("dtype")), 4)
+    stored = size.stored * stored_item
     working = (
         base_bytes(size, quantization, item)
         + 16 * size.adapters
-        + activation_bytes(arch, settings, item, tokens, checkpointing=found.gradient_checkpointing)
+        + activation_bytes(
+            arch,
+            settings,
+            quantization,
+            item=item,
+            tokens=found.micro_batch * length,
+            checkpointing=found.gradient_checkpointing,
+        )
     )
-    stored_item = _ITEM_BYTES.get(str(arch.config.get("dtype")), 4)
-    stored = size.stored * stored_item
-    # Loading passes each weight through memory; measuring holds the plain model.
-    measured = stored + length * arch.sizes["vocab"] * (stored_item + 4)
+    # What was written is loaded plain, and measured a window at a time.
+    measured = stored + length * arch.sizes["vocab"] * 2 * stored_item
+    # Weights that are computed with as they are stored are the mapped file itself.
+    as_stored = quantization is None and item == stored_item
+    mapped = 0 if as_stored else min(stored, _MAPPED_BYTES)
     on_gpu = planned.device == "cuda"
-    host = stored // 4 + 12 * size.largest if on_gpu else max(working + stored // 4, measured)
+    host = mapped + 12 * size.largest if on_gpu else max(mapped + working, measured)
     trained = settings.steps * settings.batch * length
     return Cost(
         ram_bytes=PROCESS_BYTES + host,
         gpu_bytes=max(working, measured) if on_gpu or machine is None else 0,
         disk_bytes=stored + 2 * 12 * size.adapters,
         flops=trained * _token_flops(arch, size, length, found.gradient_checkpointing),
-        moved_bytes=3 * stored + (settings.steps // settings.save_steps) * 12 * size.adapters,
+        moved_bytes=3 * stored,
         seconds=15,
     )
 

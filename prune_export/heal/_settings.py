@@ -13,9 +13,6 @@ from prune_export.errors import PlanError
 _WARMUP_SHARE: Final = 0.1
 """The most of a run that warm-up may take: 100 steps of warm-up in 120 would train nothing."""
 
-_SAVES: Final = 50
-"""How often a run is saved unless `save_every` says; adapters are small, so this costs < 1 %."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -90,7 +87,7 @@ class Settings:
         Field(
             gt=0,
             description="Steps between two checkpoints of the training, which do not change its "
-            "numbers; null is a fiftieth of `steps`.",
+            "numbers; null saves about twice a minute.",
         ),
     ] = None
 
@@ -128,11 +125,6 @@ class Settings:
     def warmup_steps(self) -> int:
         """Steps of warm-up that are taken: `warmup`, but at most a tenth of the run."""
         return min(self.warmup, int(self.steps * _WARMUP_SHARE))
-
-    @property
-    def save_steps(self) -> int:
-        """Steps between two checkpoints of the training."""
-        return self.save_every or max(1, self.steps // _SAVES)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

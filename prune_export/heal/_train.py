@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ from prune_export.heal._model import Trainee
 from prune_export.heal._settings import Settings
 from prune_export.heal._state import State
 from prune_export.units import text_from_seconds
+
+_LEAST_PAUSE_SECONDS: Final = 30.0
+_PAUSE_TO_SAVE: Final = 50
+"""A run spends at most a fiftieth of its time on saving itself."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ def train(
     model.train()
     losses, spent = list(state.losses), state.seconds
     began, first = time.monotonic(), state.step
+    pause = _Pause(settings.save_every, began)
     with work.progress.task("healing", settings.steps) as task:
         task.advance(first)
         for step in range(first, settings.steps):
@@ -115,8 +121,9 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             losses.append((step + 1, loss, rate))
-            elapsed = time.monotonic() - began
-            if (step + 1) % settings.save_steps == 0 or step + 1 == settings.steps:
+            now = time.monotonic()
+            elapsed = now - began
+            if pause.over(step + 1, now) or step + 1 == settings.steps:
                 state = State(
                     step=step + 1,
                     tensors=_snapshot(parameters, adam),
@@ -125,11 +132,28 @@ def train(
                     seconds=spent + elapsed,
                 )
                 state.save(work.scratch, key)
+                pause = pause.after(now, time.monotonic())
             left = elapsed / (step + 1 - first) * (settings.steps - step - 1)
             task.advance()
             task.note(f"loss {_recent(losses):.3f}, {text_from_seconds(left)} left")
     accelerator.free_memory()
     return state
+
+
+@dataclass(frozen=True)
+class _Pause:
+    """The time between two saves: so many steps, or else long beside what a save takes."""
+
+    every: int | None
+    since: float
+    least: float = _LEAST_PAUSE_SECONDS
+
+    def over(self, step: int, now: float) -> bool:
+        return step % self.every == 0 if self.every else now - self.since >= self.least
+
+    def after(self, began: float, ended: float) -> _Pause:
+        least = max(_LEAST_PAUSE_SECONDS, _PAUSE_TO_SAVE * (ended - began))
+        return _Pause(self.every, ended, least)
 
 
 def held_out_loss(

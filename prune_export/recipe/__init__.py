@@ -90,13 +90,22 @@ class Recipe:
         return _checked(file.stem, document, (data_root or file.parent).resolve())
 
     @staticmethod
-    def parse(text: str, *, name: str = "recipe", root: Path | None = None) -> Recipe:
+    def parse(
+        text: str,
+        *,
+        name: str = "recipe",
+        root: Path | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Recipe:
         """Reads a recipe from a string; it cannot extend another.
 
         Raises:
             RecipeError: it cannot be understood.
         """
-        return _checked(name, yaml_document.parse(text, name), (root or Path.cwd()).resolve())
+        document = yaml_document.parse(text, name)
+        for assignment in overrides:
+            document = yaml_document.assigned(document, assignment)
+        return _checked(name, document, (root or Path.cwd()).resolve())
 
     def to_yaml(self) -> str:
         """The recipe written out: `extends` and overrides resolved, defaults filled in."""

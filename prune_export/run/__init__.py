@@ -205,7 +205,7 @@ def _finished(
         name: {"id": made.id, "fingerprint": set_.fingerprint}
         for name, (made, set_) in sorted(data.items())
     }
-    origin = {"model": base.spec, "revision": base.revision, "id": base.id}
+    origin = {"model": base.name, "revision": base.revision, "id": base.id}
     digest = hashlib.sha256(text.encode()).hexdigest()
     result.write_json(LOCK, lock_of(origin, used, named, digest, artifacts.versions()))
     result.write_json("verify.json", found.to_json())

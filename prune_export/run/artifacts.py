@@ -37,6 +37,11 @@ class Base:
     path: Path
     id: str
 
+    @property
+    def name(self) -> str:
+        """What may be published: a Hub id, or the last part of a local path."""
+        return self.spec if self.revision else Path(self.spec).name
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -180,7 +185,15 @@ def pruned(
         arch = checkpoint.arch(bench.ignore_keys)
         statistics = stage.entry.statistics(arch)
         results = (
-            gather(checkpoint, statistics, data[1], work.machine, work.progress, work.scratch)
+            gather(
+                checkpoint,
+                statistics,
+                data[1],
+                work.machine,
+                work.progress,
+                work.scratch,
+                arch=arch,
+            )
             if statistics and data
             else {}
         )

@@ -8,7 +8,7 @@ from typing import Any
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import describe
-from prune_export.recipe import Recipe
+from prune_export.recipe import PUBLISHED_NAME, Recipe
 from prune_export.run.artifacts import Base, Bench
 from prune_export.store import Artifact
 from prune_export.verify.results import Verification
@@ -34,7 +34,7 @@ def report_of(
             "text": recipe.to_yaml(),
         },
         "base": {
-            "model": base.spec,
+            "model": base.name,
             "id": base.id,
             "revision": base.revision,
             "license": None,
@@ -71,7 +71,7 @@ def report_of(
         },
         "verification": found.to_json(),
         "machine": describe(),
-        "command": bench.command,
+        "command": f"prune-export run {PUBLISHED_NAME} --model {base.name} --out out",
     }
 
 

@@ -145,6 +145,58 @@ def test_a_killed_pass_goes_on_and_ends_in_the_same_bits(
     assert min(blocks) in (reached, reached + 1)
 
 
+@pytest.mark.parametrize("ram_bytes", [1, 8 * 1024**3], ids=["spooled", "in memory"])
+def test_a_pass_that_ended_is_not_run_again(
+    twin: Callable[..., Any],
+    tokens: TokenSet,
+    machine: Machine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ram_bytes: int,
+) -> None:
+    made = twin("llama")
+    machine = dataclasses.replace(machine, ram_bytes=ram_bytes)
+    monkeypatch.setattr(resume.Saves, "due", lambda _self: True)
+    first = gather(made.checkpoint, ALL, tokens, machine, scratch=tmp_path / "scratch")
+    assert not list((tmp_path / "scratch").rglob("*-states*"))
+
+    def refuse(*_: Any) -> torch.Tensor:
+        raise Killed
+
+    monkeypatch.setattr(Skeleton, "run", refuse)
+    again = gather(made.checkpoint, ALL, tokens, machine, scratch=tmp_path / "scratch")
+    assert_same_bits(again, first)
+
+
+@pytest.mark.parametrize("before", [1, 8 * 1024**3], ids=["less to more", "more to less"])
+def test_a_killed_pass_may_go_on_with_other_memory(
+    twin: Callable[..., Any],
+    tokens: TokenSet,
+    machine: Machine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: int,
+) -> None:
+    made = twin("llama")
+    unbroken = gather(made.checkpoint, ALL, tokens, machine)
+    monkeypatch.setattr(resume.Saves, "due", lambda _self: True)
+    real = Skeleton.run
+
+    def fragile(self: Skeleton, layer: int, *args: Any) -> torch.Tensor:
+        if layer == 3:
+            raise Killed
+        return real(self, layer, *args)
+
+    monkeypatch.setattr(Skeleton, "run", fragile)
+    with pytest.raises(Killed):
+        first = dataclasses.replace(machine, ram_bytes=before)
+        gather(made.checkpoint, ALL, tokens, first, scratch=tmp_path / "scratch")
+    monkeypatch.setattr(Skeleton, "run", real)
+    other = dataclasses.replace(machine, ram_bytes=8 * 1024**3 + 1 - before)
+    found = gather(made.checkpoint, ALL, tokens, other, scratch=tmp_path / "scratch")
+    assert_same_bits(found, unbroken)
+
+
 def test_a_save_of_another_boot_is_not_trusted(
     twin: Callable[..., Any],
     tokens: TokenSet,

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from raw_safetensors import parts, write
 
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.header import nbytes
 from prune_export.errors import CheckpointError, PruneExportError, UnsupportedArch
 
 ONE = "model.safetensors"
@@ -244,6 +247,22 @@ def _(path: Path) -> None:
     edit_header(path, lambda header: header[NORM].update(shape=[-32]))
 
 
+@case("a size without end", NORM, "expected a list of sizes")
+def _(path: Path) -> None:
+    edit_header(path, lambda header: header[NORM].update(shape=[10**4000] * 3))
+
+
+@case("a dtype that is no name", NORM, "got dtype {'F': 32}")
+def _(path: Path) -> None:
+    edit_header(path, lambda header: header[NORM].update(dtype={"F": 32}))
+
+
+@case("a name that is no text", "'\\ud800'", "is not a name that can be printed")
+def _(path: Path) -> None:
+    row = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    edit_header(path, lambda header: header.update({"\ud800": row}))
+
+
 @case("a size that is no number", NORM, "expected a list of sizes")
 def _(path: Path) -> None:
     edit_header(path, lambda header: header[NORM].update(shape=[True]))
@@ -341,7 +360,7 @@ def sharded_12(path: Path) -> None:
     edit_index(path, lambda names: names.pop(NORM))
 
 
-@case("a tensor in two shards", "is also in model-00001-of-", "expected each tensor in one shard")
+@case("a tensor in two shards", "is also in extra.safetensors", "expected each tensor in one shard")
 def sharded_13(path: Path) -> None:
     shutil.copy(first_shard(path), path / "extra.safetensors")
     edit_index(path, lambda names: names.update({NORM: "extra.safetensors"}))
@@ -350,7 +369,7 @@ def sharded_13(path: Path) -> None:
 # --- weights that are not of this config --------------------------------------------------------
 
 
-@case("a missing tensor", NORM, "is missing (1 of 56", "unexpected: model.norm.weights")
+@case("a missing tensor", NORM, "is missing (1 of 57", "unexpected: model.norm.weights")
 def _(path: Path) -> None:
     edit_header(path, lambda header: header.update({f"{NORM}s": header.pop(NORM)}))
 
@@ -400,6 +419,40 @@ def test_each_is_refused_with_its_own_words(
         assert words in str(caught.value)
     assert str(path) in caught.value.where
     assert caught.value.problem
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_damage_to_a_header_is_refused_or_harmless(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Random bytes in random places: either another sound file, or a CheckpointError."""
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    rows = {"a": ("F32", [2, 3]), "b": ("BF16", [5]), "c": ("U8", [])}
+    header, at = {}, 0
+    for name, (dtype, shape) in rows.items():
+        stop = at + nbytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, stop]}
+        at = stop
+    write(path / ONE, header, bytes(at))
+    whole = bytearray((path / ONE).read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(whole) - 1))
+        whole[place] = data.draw(
+            st.one_of(st.sampled_from(b'0123456789[]{},:"-'), st.integers(0, 255))
+        )
+    (path / ONE).write_bytes(bytes(whole[: data.draw(st.integers(0, len(whole)))]) or b"")
+    if data.draw(st.booleans()):
+        (path / ONE).write_bytes(bytes(whole))
+    try:
+        opened = Checkpoint.open(path)
+    except CheckpointError:
+        return
+    assert opened.nbytes == sum(entry.nbytes for entry in opened.entries.values()) <= at
+    for name in opened.entries:
+        opened.read(name)
 
 
 def test_no_two_cases_are_the_same() -> None:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from prune_export.contracts import HealRecord
 from prune_export.heal._state import State
+from prune_export.heal._train import _Pause
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 
@@ -155,3 +156,14 @@ def test_killed_by_the_system_ends_in_the_same_bytes(name: str, tmp_path: Path, 
     assert process.returncode == 0, output.decode()
     assert output == b""
     assert files(out) == files(expected)
+
+
+def test_saves_are_counted_in_steps_or_spaced_in_time() -> None:
+    by_step = _Pause(3, 0.0)
+    assert [step for step in range(1, 10) if by_step.over(step, 0.0)] == [3, 6, 9]
+    by_time = _Pause(None, 100.0)
+    assert not by_time.over(5, 129.0)
+    assert by_time.over(5, 130.0)
+    slow = by_time.after(130.0, 132.0)  # a save that took 2 s
+    assert not slow.over(6, 231.0)
+    assert slow.over(6, 232.0)

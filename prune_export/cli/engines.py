@@ -1,0 +1,213 @@
+"""What `export`, `verify` and `compare` do with single checkpoints and engines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prune_export import registry
+from prune_export.calibrate import TokenSet, token_set
+from prune_export.checkpoint import Checkpoint, resolve_model
+from prune_export.cli import console
+from prune_export.errors import CheckpointError, PlanError
+from prune_export.machine import Machine, describe
+from prune_export.progress import Progress
+from prune_export.recipe import Export, LocalText, Recipe
+from prune_export.report import Report
+from prune_export.run import artifacts
+from prune_export.run.artifacts import Bench
+from prune_export.store import Store, place
+from prune_export.verify import (
+    Effort,
+    Engine,
+    measure_generation,
+    measure_parity,
+    measure_perplexity,
+    measure_reload,
+    measure_speed,
+)
+from prune_export.verify.results import Verification, Workload
+
+
+def exported(
+    checkpoint: str,
+    to: str,
+    sets: Sequence[str],
+    out: Path,
+    *,
+    store: Path,
+    machine: Machine,
+    ignore_keys: tuple[str, ...],
+    progress: Progress,
+    command: str,
+) -> dict[str, Any]:
+    """Makes an engine and copies it to `out`; its build record.
+
+    Raises:
+        PlanError: an unknown exporter, a model that it cannot take, or an `out` that is not empty.
+    """
+    registry.find("exporters", to)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise PlanError(f"--out {out}", "is not an empty directory", "give another, or empty it")
+    export = _export(to, sets)
+    bench = Bench(Store(store), machine, progress, ignore_keys=ignore_keys, command=command)
+    path, revision = resolve_model(checkpoint)
+    base = artifacts.base(bench, checkpoint, path, revision)
+    export.entry.check(Checkpoint.open(base.path).arch(ignore_keys), machine)
+    made = artifacts.exported(bench, export, base.path, base.id)
+    for name in made.files:
+        place(made.path / name, out / name)
+    return dict(made.record)
+
+
+def _export(to: str, sets: Sequence[str]) -> Export:
+    overrides = [f"export.0.{to}.{assignment}" for assignment in sets]
+    recipe = Recipe.parse(f"recipe: 1\nexport:\n  - {to}: {{}}\n", name=to, overrides=overrides)
+    return recipe.export[0]
+
+
+def verified(
+    directory: Path,
+    data: Sequence[Path],
+    *,
+    samples: int,
+    length: int,
+    machine: Machine,
+    progress: Progress,
+) -> Verification:
+    """Measures a result directory again.
+
+    Raises:
+        CheckpointError: the directory is not a result, or its checkpoint is broken.
+    """
+    Checkpoint.open(directory)
+    engines = _engines(directory)
+    text = _text(data, directory, samples, length, progress) if data else None
+    reference = Engine.pytorch(directory)
+    found = Verification(
+        reload=measure_reload(directory, machine, progress=progress), machine=describe()
+    )
+    ids = text.ids.numpy() if text is not None else _ids()
+    for engine in engines.values():
+        found.parity.append(measure_parity(engine, reference, ids, machine, progress=progress))
+    found.generation.append(
+        measure_generation("result", reference, directory, machine, progress=progress)
+    )
+    if text is not None:
+        for name, engine in {"result": reference, **engines}.items():
+            found.perplexity.append(
+                measure_perplexity(name, engine, text, machine, progress=progress)
+            )
+    return found
+
+
+def compared(
+    dense: Path,
+    other: Path,
+    engine: str,
+    data: Sequence[Path],
+    *,
+    workload: tuple[int, int, int],
+    minutes: float,
+    machine: Machine,
+    progress: Progress,
+) -> Verification:
+    """Speed of two models' engines against each other, and their perplexities.
+
+    Raises:
+        PlanError: a directory does not hold the engine.
+    """
+    pair = []
+    for directory in (dense, other):
+        checkpoint = Checkpoint.open(directory)
+        if engine == "pytorch":
+            pair.append(Engine.pytorch(directory, weight_bytes=checkpoint.nbytes))
+            continue
+        held = _engines(directory)
+        if engine not in held:
+            raise PlanError(
+                f"--engine {engine}",
+                f"{directory} holds {', '.join(held) or 'no engines'}",
+                "compare with `--engine pytorch`, or export it",
+            )
+        pair.append(held[engine])
+    text = _text(data, dense, 16, 512, progress) if data else None
+    ids = text.ids.numpy() if text is not None else _ids()
+    found = Verification(
+        reload=measure_reload(other, machine, progress=progress), machine=describe()
+    )
+    found.speed.extend(
+        measure_speed(pair[0], pair[1], [Workload(*workload)], ids, machine,
+                      effort=Effort(seconds=minutes * 60), progress=progress)
+    )  # fmt: skip
+    if text is not None:
+        for name, one in (("dense", pair[0]), ("other", pair[1])):
+            found.perplexity.append(measure_perplexity(name, one, text, machine, progress=progress))
+    return found
+
+
+def show_verification(found: Verification) -> None:
+    """Prints what was measured, a table a kind."""
+    state = "loads" if found.reload.ok else f"missing {found.reload.missing}, unexpected "
+    state += "" if found.reload.ok else str(found.reload.unexpected)
+    console.output.print(f"reload  {state} ({found.reload.model_type})")
+    rows: list[tuple[str, ...]]
+    if found.parity:
+        rows = [
+            (one.engine, "agrees" if one.ok else "DIFFERS", f"{one.max_logit_error:.2e}",
+             f"{one.mean_kl:.2e}", f"{one.greedy_equal} of {one.greedy_total}")
+            for one in found.parity
+        ]  # fmt: skip
+        columns = ["engine", "with PyTorch", "largest logit error", "mean KL", "greedy tokens"]
+        console.table("", columns, rows)
+    if found.perplexity:
+        rows = [(p.name, f"{p.value:.2f}", f"{p.windows} x {p.length}") for p in found.perplexity]
+        console.table("", ["perplexity of", "value", "windows"], rows)
+    if found.generation:
+        rows = [(g.name, str(g.prompts), str(g.empty), str(g.repetitive), str(g.broken))
+                for g in found.generation]  # fmt: skip
+        console.table("", ["generation of", "prompts", "empty", "repetitive", "broken"], rows)
+    if found.speed:
+        rows = [
+            (f"{one.engine} {one.phase}", f"{one.ratio:.2f}x", f"{one.low:.2f} to {one.high:.2f}",
+             f"{one.floor_low:.2f} to {one.floor_high:.2f}", one.verdict)
+            for one in found.speed
+        ]  # fmt: skip
+        console.table("", ["speed of", "ratio", "95 % interval", "noise floor", "verdict"], rows)
+
+
+def _engines(directory: Path) -> dict[str, Engine]:
+    file = directory / "report.json"
+    if not file.is_file():
+        return {}
+    found = {}
+    for export in Report.load(file).exports:
+        path = directory / export.directory
+        if not path.is_dir():
+            raise CheckpointError(str(path), "is missing, but report.json names it", "export again")
+        found[export.exporter] = Engine(
+            export.exporter, path, export.parameters, export.weight_bytes or 0
+        )
+    return found
+
+
+def _text(
+    data: Sequence[Path], tokenizer: Path, samples: int, length: int, progress: Progress
+) -> TokenSet:
+    files = [file.resolve() for file in data]
+    for file in files:
+        if not file.is_file():
+            raise PlanError(f"--data {file}", "no such file", "give .txt, .jsonl or .parquet files")
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    names = tuple(str(file.relative_to(root)) for file in files)
+    source = LocalText(files=names, samples=samples, length=length, packing="stream")
+    return token_set(source, tokenizer, root, progress=progress)
+
+
+def _ids() -> np.ndarray:
+    """Tokens that every vocabulary has, where no text is given; only their number matters."""
+    return np.random.default_rng(0).integers(0, 256, size=(4, 256), dtype=np.int64)

@@ -1,0 +1,129 @@
+"""What every registered method, healer and exporter owes; a new file is found here unasked."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import random_model
+
+from prune_export import registry
+from prune_export.arch import Arch
+from prune_export.arch.table import tables
+from prune_export.calibrate import ModelView, TokenSet, gather
+from prune_export.checkpoint import Checkpoint
+from prune_export.machine import Machine
+from prune_export.recipe.reference import described
+from prune_export.surgery import rewrite
+
+MACHINE = Machine("cpu", 8 << 30, 0, 1)
+ENTRIES = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    made: dict[str, Checkpoint] = {}
+
+    def get(model_type: str) -> Checkpoint:
+        if model_type not in made:
+            path = tmp_path_factory.mktemp("tiny") / model_type
+            random_model(model_type, {}, path)
+            made[model_type] = Checkpoint.open(path)
+        return made[model_type]
+
+    return get
+
+
+def an_instance(cls: Any) -> Any:
+    """The entry with its defaults, and one block to remove where it wants an amount."""
+    fields = {field.name for field in dataclasses.fields(cls)}
+    values = {"remove": 1} if "remove" in fields else {}
+    values |= {name: 0 for name in ("protect_first", "protect_last") if name in fields}
+    return cls(**values)
+
+
+def alike(arch: Arch) -> bool:
+    """Whether all blocks have the same shapes; where not, only data says what will be left."""
+    blocks = [sorted(arch.shape(tensor) for tensor in arch.block(i)) for i in range(arch.layers)]
+    return all(block == blocks[0] for block in blocks)
+
+
+@pytest.mark.parametrize(("kind", "name"), ENTRIES)
+def test_an_entry_is_a_frozen_dataclass_that_explains_itself(kind: Any, name: str) -> None:
+    cls = registry.find(kind, name)
+    assert dataclasses.is_dataclass(cls)
+    assert cls.__dataclass_params__.frozen
+    text = described(kind, name)
+    assert text.summary.endswith("."), "the docstring's first line is a sentence"
+    assert all(key.help for key in text.keys), "every key says what it means"
+
+
+@pytest.mark.parametrize("model_type", sorted(tables()))
+@pytest.mark.parametrize("name", registry.names("methods"))
+def test_a_method_leaves_what_it_predicted_and_it_reloads(
+    name: str, model_type: str, tiny: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    checkpoint = tiny(model_type)
+    arch = checkpoint.arch()
+    method = an_instance(registry.find("methods", name))
+    ids = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
+    statistics = method.statistics(arch)
+    results = gather(checkpoint, statistics, TokenSet(ids, "x"), MACHINE) if statistics else {}
+    decision = method.decide(ModelView(arch, checkpoint, results))
+    after = rewrite(checkpoint, arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
+    predicted = method.predict(arch)
+    assert after.arch().layers == predicted.layers
+    if not alike(arch):
+        predicted = arch.without(decision.log["dropped"])
+    assert {t.name: predicted.shape(t) for t in predicted.stored()} == {
+        name: entry.shape for name, entry in after.entries.items()
+    }
+    _, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert "dropped" in decision.log
+
+
+def test_the_documented_method_works_as_a_plugin(
+    tiny: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/your-own.md, run as written, in a package of its own with an entry point."""
+    text = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text(encoding="utf-8")
+    code = re.search(r"<!-- example:begin -->\n```python\n(.*?)```", text, re.S)
+    assert code is not None
+    package = tmp_path / "site" / "my_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "odd_influence.py").write_text(code[1], encoding="utf-8")
+    monkeypatch.syspath_prepend(package.parent)
+    entry = importlib.metadata.EntryPoint(
+        "odd_influence", "my_package.odd_influence:OddInfluence", "prune_export.methods"
+    )
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [entry] if group == entry.group else []
+    )
+    for cached in (registry.names, registry.find, registry._plugins):
+        cached.cache_clear()
+    try:
+        assert "odd_influence" in registry.names("methods")
+        method = registry.find("methods", "odd_influence")(remove=1)
+        checkpoint = tiny("llama")
+        arch = checkpoint.arch()
+        ids = torch.randint(3, 60, (2, 8))
+        results = gather(checkpoint, method.statistics(arch), TokenSet(ids, "x"), MACHINE)
+        decision = method.decide(ModelView(arch, checkpoint, results))
+        after = rewrite(checkpoint, arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
+        assert after.arch().layers == method.predict(arch).layers == arch.layers - 1
+        assert decision.log["dropped"][0] % 2 == 1
+    finally:
+        for cached in (registry.names, registry.find, registry._plugins):
+            cached.cache_clear()
