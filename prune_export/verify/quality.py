@@ -1,6 +1,6 @@
 """Perplexity of a checkpoint or of an engine, by one protocol.
 
-Source: METHODS of the field's pruning papers (Wanda, SparseGPT): the text is tokenised once and cut
+Source: the protocol of Wanda and SparseGPT: the text is tokenised once and cut
 into non-overlapping windows; perplexity = exp(sum(loss * length) / (windows * length)). Windows
 are of equal length, so this is exp of the mean of the windows' mean losses. The window's first
 token is given and not predicted. State the length with the number: a dense Llama-2-7B has 5.47 at

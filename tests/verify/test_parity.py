@@ -41,6 +41,7 @@ def test_agreement_by_hand() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_same_checkpoint_is_equal(tiny: Path, machine: Machine, ids: np.ndarray) -> None:
     """Also where the engine returns the last position's logits only."""
     engine = Engine.pytorch(tiny, logits="last")
@@ -84,6 +85,7 @@ def test_a_wrong_token_fails_although_logits_are_close() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_another_checkpoint_is_not(
     tiny: Path, other: Path, machine: Machine, ids: np.ndarray
 ) -> None:
@@ -95,6 +97,7 @@ def test_another_checkpoint_is_not(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_other_vocabulary_is_refused(tmp_path: Path, tiny: Path, machine: Machine) -> None:
     small = save_tiny(tmp_path / "small", vocab=260)
     ids = np.arange(40)[None]

@@ -37,6 +37,7 @@ def test_tokens_in_reading_order_and_over_again() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_interleaves_engines_in_processes(
     tiny: Path, other: Path, machine: Machine, ids: np.ndarray
 ) -> None:
@@ -56,6 +57,7 @@ def test_interleaves_engines_in_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_takes_turns_where_memory_is_short(tiny: Path, machine: Machine, ids: np.ndarray) -> None:
     """Three engines do not fit, one does: each sample then has its own process."""
     one = sum(file.stat().st_size for file in tiny.glob("*"))
@@ -69,6 +71,7 @@ def test_takes_turns_where_memory_is_short(tiny: Path, machine: Machine, ids: np
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_an_engine_that_dies_ends_the_measurement(
     tiny: Path, tmp_path: Path, machine: Machine, ids: np.ndarray
 ) -> None:

@@ -66,6 +66,7 @@ def test_no_tasks_no_work(tiny: Path, machine: Machine) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 @pytest.mark.skipif(not HAS_LM_EVAL, reason="the extra `eval` is not installed")
 def test_local_task_without_a_network(
     tiny: Path,

@@ -89,6 +89,7 @@ def test_needs_tokens(tiny: Path, machine: Machine, checks: Checks) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_everything_at_once(tiny: Path, other: Path, machine: Machine, ids: np.ndarray) -> None:
     """A true result fails a gate that it does not reach, and the whole says so."""
     checks = Checks(
