@@ -29,7 +29,6 @@ from prune_export.heal._loss import next_token_loss
 from prune_export.heal._model import Trainee
 from prune_export.heal._settings import Settings
 from prune_export.heal._state import State
-from prune_export.units import text_from_seconds
 
 _LEAST_PAUSE_SECONDS: Final = 30.0
 _PAUSE_TO_SAVE: Final = 50
@@ -133,9 +132,8 @@ def train(
                 )
                 state.save(work.scratch, key)
                 pause = pause.after(now, time.monotonic())
-            left = elapsed / (step + 1 - first) * (settings.steps - step - 1)
+            task.note(f"loss {_recent(losses):.3f}")
             task.advance()
-            task.note(f"loss {_recent(losses):.3f}, {text_from_seconds(left)} left")
     accelerator.free_memory()
     return state
 
