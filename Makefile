@@ -16,10 +16,19 @@ demo: $(BIN)/.demo
 	$(BIN)/python benchmarks/demo_data.py $(DEMO)
 	$(BIN)/prune-export run recipes/demo.yaml --data-root $(DEMO) --store $(DEMO)/store --out out
 
+# The headline recipe on the same small model: what its header quotes.
 headline: $(BIN)/.demo
 	$(BIN)/python benchmarks/demo_data.py $(DEMO)
-	$(BIN)/prune-export run recipes/depth40-angular-qlora-smollm2.yaml --data-root $(DEMO) \
-	  --store $(DEMO)/store --out out-headline
+	$(BIN)/prune-export run recipes/depth40-angular-qlora.yaml \
+	  --model $(DEMO)/SmolLM2-135M-Instruct.Q4_1.gguf --data-root $(DEMO) \
+	  --store $(DEMO)/store --out out-headline \
+	  --set 'data.calibration={files: [calibration.jsonl], samples: 64, length: 512}' \
+	  --set 'data.healing={files: [healing.jsonl], length: 512, seed: 1}' \
+	  --set 'data.evaluation={files: [evaluation.jsonl], samples: 12, length: 1024}' \
+	  --set stages.1.heal.targets=all --set stages.1.heal.rank=16 --set stages.1.heal.dropout=0 \
+	  --set stages.1.heal.steps=200 --set stages.1.heal.batch=2 \
+	  --set stages.1.heal.learning_rate=2.0e-3 \
+	  --set 'verify.speed.workloads=[{batch: 1, prompt: 128, new: 32}]'
 
 test: $(BIN)/.demo
 	$(BIN)/python -m pytest -n 2 --dist loadfile
