@@ -92,12 +92,12 @@ class _Line:
         now = time.monotonic()
         if now - self.told >= _LINE_EVERY_S:
             self.told = now
-            left, of = "", f" of {self.total:g}" if self.total else ""
+            left, of = "", f" of {self.total:.0f}" if self.total else ""
             if self.total and self.done >= 0.03 * self.total:
                 rest = (now - self.began) / self.done * (self.total - self.done)
                 left = f", {text_from_seconds(rest)} left"
             note = f" ({self.text})" if self.text else ""
-            errors.print(Text(f"{'':14}{self.label}: {self.done:g}{of}{left}{note}"))
+            errors.print(Text(f"{'':14}{self.label}: {self.done:.0f}{of}{left}{note}"))
 
     def note(self, text: str) -> None:
         self.text = text
