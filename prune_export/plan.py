@@ -72,6 +72,16 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     machine: Machine
     archs: tuple[Arch, ...]
+    lacking: tuple[PlanError, ...] = ()
+
+    def check(self) -> None:
+        """Refuses a plan that this machine lacks the memory or disk for.
+
+        Raises:
+            PlanError: the first thing that is lacking; `lacking` has all of them.
+        """
+        if self.lacking:
+            raise self.lacking[0]
 
     @property
     def peak_ram_bytes(self) -> int:
@@ -104,6 +114,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "seconds": round(self.seconds, 1),
             "machine": dataclasses.asdict(self.machine),
+            "lacking": [f"{error.where}: {error.problem}" for error in self.lacking],
             "stages": [
                 dataclasses.asdict(stage) | {"parameters": dict(stage.parameters)}
                 for stage in self.stages
@@ -162,7 +173,8 @@ def make_plan(
     """Resolves, costs and checks a recipe for a model.
 
     `checkpoint` may be only a config. `imported` says that it is to be made from a GGUF file first.
-    `ram_limit` in bytes replaces the available memory as what must not be exceeded.
+    `ram_limit` in bytes replaces the available memory as what must not be exceeded. What this
+    machine lacks is in `Plan.lacking`, so that the plan can be looked at all the same.
 
     Raises:
         PlanError: something in it cannot work, with the stage and what to do.
@@ -181,8 +193,8 @@ def make_plan(
     stages += planner.verification(archs[0], arch)
     stages.append(planner.result(arch, stages))
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
-    _refuse_what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out)
-    return plan
+    lacking = tuple(_what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out))
+    return dataclasses.replace(plan, lacking=lacking)
 
 
 @dataclass(frozen=True)
@@ -361,10 +373,10 @@ def _matching(root: Path, pattern: str) -> list[Path]:
     return found
 
 
-def _refuse_what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> None:
+def _what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> Iterator[PlanError]:
     heaviest = max(plan.stages, key=lambda stage: stage.cost.ram_bytes)
     if heaviest.cost.ram_bytes > ram_limit:
-        raise PlanError(
+        yield PlanError(
             f"{heaviest.kind} {heaviest.name}",
             f"needs about {text_from_bytes(heaviest.cost.ram_bytes)} of memory, and "
             f"{text_from_bytes(ram_limit)} may be used",
@@ -372,7 +384,7 @@ def _refuse_what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path
             "`--ram` sets the limit",
         )
     if plan.peak_gpu_bytes > plan.machine.gpu_bytes and plan.machine.device == "cuda":
-        raise PlanError(
+        yield PlanError(
             "GPU",
             f"needs about {text_from_bytes(plan.peak_gpu_bytes)}, the GPU has "
             f"{text_from_bytes(plan.machine.gpu_bytes)}",
@@ -382,7 +394,7 @@ def _refuse_what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if plan.disk_bytes + GIB // 4 > free:
-            raise PlanError(
+            yield PlanError(
                 str(folder),
                 f"needs about {text_from_bytes(plan.disk_bytes)} of disk, "
                 f"and {text_from_bytes(free)} are free",

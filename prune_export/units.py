@@ -43,7 +43,7 @@ def text_from_count(count: float) -> str:
 
 
 def text_from_seconds(seconds: float) -> str:
-    """`2 h 05 min`, `3 min 20 s`, `14 s` or `0.2 s`."""
+    """`9 days`, `2 h 05 min`, `3 min 20 s`, `14 s` or `0.2 s`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -51,4 +51,6 @@ def text_from_seconds(seconds: float) -> str:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole / 86400:,.0f} days"

@@ -88,7 +88,7 @@ def run(
         command=options.command_line(),
     )
     if dry_run:
-        _show_plan(plan_of(loaded, model, chosen), as_json=json)
+        _plan(plan_of(loaded, model, chosen), as_json=json)
         return
     result = run_recipe(loaded, model, chosen, console.progress(quiet=quiet or json))
     if json:
@@ -140,7 +140,7 @@ def plan(
         machine=options.machine(ram, threads, device),
         ignore_keys=tuple(ignore_config_key or ()),
     )
-    _show_plan(plan_of(loaded, model, chosen), as_json=json)
+    _plan(plan_of(loaded, model, chosen), as_json=json)
 
 
 @app.command()
@@ -441,10 +441,20 @@ def store_gc(
         typer.echo(f"{verb} {len(doomed)} artifacts, {text_from_bytes(freed)}")
 
 
-def _show_plan(planned: Any, *, as_json: bool) -> None:
+def _plan(planned: Any, *, as_json: bool) -> None:
+    """Shows a plan, and after it what this machine lacks for it."""
     if as_json:
         console.print_json(planned.to_json())
+        if planned.lacking:
+            raise typer.Exit(2)
         return
+    _show_plan(planned)
+    for error in planned.lacking[1:]:
+        console.show_error(error, as_json=False)
+    planned.check()
+
+
+def _show_plan(planned: Any) -> None:
     rows = []
     for stage in planned.stages:
         change = f"{stage.after.layers}"

@@ -104,7 +104,7 @@ def run(
     """
     progress = progress or Silent()
     refuse_foreign(options.out)
-    plan(recipe, model, options)
+    plan(recipe, model, options).check()
     bench = Bench(
         Store(options.store),
         options.machine,

@@ -154,3 +154,26 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     assert "memory" in refused(RECIPE, corpus, tiny_llama, small).problem
     nowhere = refused(RECIPE, corpus, corpus / "nothing-here", options)
     assert "nothing-here" in str(nowhere)
+
+
+def test_a_config_alone_can_be_planned(tmp_path: Path, corpus: Path, options: Options) -> None:
+    """Llama-3.1-70B: its shapes are known, and what this machine lacks is said, not hidden."""
+    folder = tmp_path / "llama-70b"
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu",
+        "hidden_size": 8192, "intermediate_size": 28672, "max_position_embeddings": 131072,
+        "mlp_bias": False, "model_type": "llama", "num_attention_heads": 64,
+        "num_hidden_layers": 80, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    planned = plan(Recipe.parse(RECIPE, root=corpus), str(folder), options)
+    assert planned.stages[0].before.parameters == 70_553_706_496
+    assert planned.stages[0].before.bytes == 2 * 70_553_706_496
+    assert planned.stages[0].after.layers == 78
+    assert planned.lacking
+    with pytest.raises(PlanError, match=r"memory|disk"):
+        planned.check()
+    assert json.dumps(planned.to_json())
