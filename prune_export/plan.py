@@ -22,13 +22,18 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
-from prune_export.recipe import Recipe, Source, Stage
+from prune_export.recipe import Recipe, Source, Stage, TokenFile
 from prune_export.units import GIB, MIB, text_from_bytes
 
 _PROCESS_BYTES: Final = 700 * MIB
 """Python with torch and transformers imported, measured; every stage's process holds it."""
 
-_TRAINED_CHARACTERS_PER_TOKEN: Final = 4
+_CHARACTERS_PER_TOKEN: Final = 4
+"""Of English prose, about; only for an estimate of how many windows a file gives."""
+
+_UNKNOWN_WINDOWS: Final = 1000
+"""What is assumed of a Hub dataset whose recipe does not limit it."""
+
 _ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _REPORT_BYTES: Final = 32 * MIB
 
@@ -348,12 +353,16 @@ class _Planner:
 
 
 def _windows(source: Source, root: Path) -> int:
-    """How many windows a source gives: what it asks for, or an estimate from its files' size."""
+    """How many windows a source gives: what it asks for, or an estimate from its files' size.
+
+    Raises:
+        PlanError: one of its files is not there, or lies outside of the data root.
+    """
+    patterns = (source.tokens,) if isinstance(source, TokenFile) else getattr(source, "files", ())
+    size = sum(file.stat().st_size for pattern in patterns for file in _matching(root, pattern))
     if source.samples is not None:
         return source.samples
-    patterns = getattr(source, "files", ())
-    size = sum(file.stat().st_size for pattern in patterns for file in _matching(root, pattern))
-    return max(1, size // _TRAINED_CHARACTERS_PER_TOKEN // source.length) if size else 1000
+    return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
 
 
 def _matching(root: Path, pattern: str) -> list[Path]:
