@@ -11,19 +11,11 @@ from prune_export.verify.quality import measure_perplexity
 from prune_export.verify.reload import measure_reload
 from prune_export.verify.speed import Effort, measure_speed
 from prune_export.verify.tasks import check_tasks, measure_tasks
-from prune_export.verify.verification import (
-    Checks,
-    EnginePair,
-    perplexity_gates,
-    speed_gates,
-    verify,
-)
+from prune_export.verify.gates import perplexity_gates, speed_gates
 
 __all__ = [
-    "Checks",
     "Effort",
     "Engine",
-    "EnginePair",
     "check_tasks",
     "measure_generation",
     "measure_parity",
@@ -33,5 +25,4 @@ __all__ = [
     "measure_tasks",
     "perplexity_gates",
     "speed_gates",
-    "verify",
 ]
