@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from prune_export import __version__, registry
 from prune_export.cli import console, options
+from prune_export.cli.showing import show_plan, show_report
+from prune_export.cli.storing import store_app
 from prune_export.errors import PlanError, VerifyError
-from prune_export.units import text_from_bytes, text_from_count, text_from_seconds
+from prune_export.units import text_from_bytes, text_from_seconds
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +21,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Prune, heal, export and verify language models from a declarative recipe.",
 )
-store_app = typer.Typer(no_args_is_help=True, help="Look at the artifact store, or clean it.")
 app.add_typer(store_app, name="store")
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe: file, bundled name or hf://owner/name.")]
@@ -88,13 +89,13 @@ def run(
         command=options.command_line(),
     )
     if dry_run:
-        _plan(plan_of(loaded, model, chosen), as_json=json)
+        show_plan(plan_of(loaded, model, chosen), as_json=json)
         return
     result = run_recipe(loaded, model, chosen, console.progress(quiet=quiet or json))
     if json:
         console.print_json(result.report)
     else:
-        _show_report(result.report, result.out)
+        show_report(result.report, result.out)
     repo = push_to or loaded.publish.repo
     if repo:
         _publish(result.out, repo, private=loaded.publish.private, force=False, quiet=quiet)
@@ -140,7 +141,7 @@ def plan(
         machine=options.machine(ram, threads, device),
         ignore_keys=tuple(ignore_config_key or ()),
     )
-    _plan(plan_of(loaded, model, chosen), as_json=json)
+    show_plan(plan_of(loaded, model, chosen), as_json=json)
 
 
 @app.command()
@@ -395,96 +396,6 @@ def publish(
     _publish(
         directory, repo, private=not public, force=force, quiet=quiet, dry_run=dry_run, as_json=json
     )
-
-
-@store_app.command("ls")
-def store_ls(store: options.StoreDir = None, json: options.Json = False) -> None:
-    """List what is in the store."""
-    from datetime import datetime
-
-    from prune_export.store import Store
-
-    found = list(Store(options.store_directory(store)).artifacts())
-    if json:
-        keys = ("id", "bytes", "changed", "complete")
-        console.print_json([dict(zip(keys, row, strict=True)) for row in found])
-        return
-    rows = [
-        (name, text_from_bytes(size), f"{datetime.fromtimestamp(when):%Y-%m-%d %H:%M}",
-         "yes" if complete else "no")
-        for name, size, when, complete in found
-    ]  # fmt: skip
-    console.table("", ["artifact", "size", "changed", "complete"], rows)
-    typer.echo(f"{len(rows)} artifacts, {text_from_bytes(sum(row[1] for row in found))}")
-
-
-@store_app.command("gc")
-def store_gc(
-    store: options.StoreDir = None,
-    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
-    json: options.Json = False,
-) -> None:
-    """Delete what no result directory needs; what is being built now is left alone."""
-    from prune_export.store import Store
-
-    opened = Store(options.store_directory(store))
-    sizes = {name: size for name, size, _, _ in opened.artifacts()}
-    doomed = opened.garbage()
-    for name in doomed:
-        if not dry_run:
-            opened.remove(name)
-    freed = sum(sizes[name] for name in doomed)
-    if json:
-        console.print_json({"removed": doomed, "bytes": freed, "dry_run": dry_run})
-    else:
-        verb = "would remove" if dry_run else "removed"
-        typer.echo(f"{verb} {len(doomed)} artifacts, {text_from_bytes(freed)}")
-
-
-def _plan(planned: Any, *, as_json: bool) -> None:
-    """Shows a plan, and after it what this machine lacks for it."""
-    if as_json:
-        console.print_json(planned.to_json())
-        if planned.lacking:
-            raise typer.Exit(2)
-        return
-    _show_plan(planned)
-    for error in planned.lacking[1:]:
-        console.show_error(error, as_json=False)
-    planned.check()
-
-
-def _show_plan(planned: Any) -> None:
-    rows = []
-    for stage in planned.stages:
-        change = f"{stage.after.layers}"
-        if stage.before.layers != stage.after.layers:
-            change = f"{stage.before.layers} → {stage.after.layers}"
-        rows.append((
-            f"{stage.kind}: {stage.name}" + (f" ({stage.note})" if stage.note else ""),
-            change, text_from_count(stage.after.parameters), text_from_bytes(stage.after.bytes),
-            text_from_bytes(stage.cost.ram_bytes), text_from_bytes(stage.cost.disk_bytes),
-            text_from_seconds(stage.seconds),
-        ))  # fmt: skip
-    columns = ["step", "blocks", "parameters", "weights", "peak RAM", "disk", "about"]
-    console.table(f"{planned.recipe} on {planned.model} ({planned.family})", columns, rows)
-    gpu = ""
-    if planned.machine.device == "cuda":
-        gpu = f", GPU memory {text_from_bytes(planned.peak_gpu_bytes)}"
-    typer.echo(
-        f"peak RAM {text_from_bytes(planned.peak_ram_bytes)}{gpu}, disk "
-        f"{text_from_bytes(planned.disk_bytes)}, about {text_from_seconds(planned.seconds)} "
-        f"with {planned.machine.threads} threads on {planned.machine.device}"
-    )
-
-
-def _show_report(report: Any, out: Path) -> None:
-    from prune_export.report import COLUMNS, summary_rows, where_to_look
-
-    rows = [row.cells for row in summary_rows(report)]
-    console.table(report["recipe"]["description"] or report["recipe"]["name"], COLUMNS, rows)
-    typer.echo("")
-    console.pairs([(str(out / place), what) for place, what in where_to_look(report)])
 
 
 def _publish(

@@ -5,13 +5,13 @@ that this process stays small and one engine has the machine alone.
 """
 
 from prune_export.verify.engine import Engine
+from prune_export.verify.gates import perplexity_gates, speed_gates
 from prune_export.verify.generation import measure_generation
 from prune_export.verify.parity import measure_parity
 from prune_export.verify.quality import measure_perplexity
 from prune_export.verify.reload import measure_reload
 from prune_export.verify.speed import Effort, measure_speed
 from prune_export.verify.tasks import check_tasks, measure_tasks
-from prune_export.verify.gates import perplexity_gates, speed_gates
 
 __all__ = [
     "Effort",
