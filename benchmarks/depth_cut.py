@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -35,7 +36,7 @@ CONDITIONS = [(cache, disk) for cache in ("warm", "cold") for disk in ("kernel",
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    asked.add_argument("--gib", type=float, default=3.0, help="size of the checkpoint")
+    asked.add_argument("--gib", type=float, default=3.0, help="least size of the checkpoint")
     asked.add_argument("--rounds", type=int, default=5, help="pairs of runs for each condition")
     asked.add_argument("--dir", type=Path, default=None, help="where to work (default: temporary)")
     asked.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
@@ -51,7 +52,7 @@ def main() -> None:
 
 def measure(place: Path, gib: float, rounds: int) -> dict[str, Any]:
     source, kept, out = place / "source", place / "kept", place / "out"
-    layers = max(5, round((gib * 2**30 / 2 - HEAD_PARAMETERS) / BLOCK_PARAMETERS))
+    layers = max(5, math.ceil((gib * 2**30 / 2 - HEAD_PARAMETERS) / BLOCK_PARAMETERS))
     child("make", str(source), str(layers))
     run("rewrite", source, kept, kept, "disk")
     samples: list[dict[str, Any]] = []
