@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from prune_export.errors import StageError
+from prune_export.exporters._onnx_merge import parts
 from prune_export.exporters._onnx_stamp import Weight
 from prune_export.exporters._onnx_trace import weightless
 from prune_export.exporters._onnx_weights import Source, dequantize, quantize
@@ -37,7 +38,12 @@ def reference_logits(
     """
     model = weightless(config, torch.float32)
     model.config._experts_implementation = "eager"
-    stored = {weight.parameter: weight for weight in weights if weight.block is not None}
+    stored = {
+        part: weight
+        for weight in weights
+        if weight.block is not None
+        for part in parts(weight.parameter)
+    }
     for path, module in model.named_modules():
         if any(parameter is not None for parameter in module._parameters.values()):
             rounded = {} if isinstance(module, nn.Embedding) else stored

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Final
 
 from onnxscript import optimizer
 from onnxscript.rewriter import onnx_fusions, pattern
 
 from prune_export.exporters._onnx_layout import flatten_heads
+from prune_export.exporters._onnx_merge import merge_matrices
 
 _PASSES_THROUGH: Final = frozenset({"Cos", "Sin", "Cast", "Mul"})
 
 
-def optimize(model: Any, domain: str) -> None:
+def optimize(model: Any, domain: str, alone: Collection[str]) -> None:
     """Optimizes an `onnx_ir.Model` whose weights (names starting with `model.`) are initializers.
 
-    `domain` is that of the markers. The weights become graph inputs: as constants they would be
-    folded, and equal ones merged.
+    `domain` is that of the markers, `alone` are weights that no other is merged with. The weights
+    become graph inputs: as constants they would be folded, and equal ones merged.
     """
     graph = model.graph
     weights = [value for name, value in graph.initializers.items() if name.startswith("model.")]
@@ -28,6 +30,7 @@ def optimize(model: Any, domain: str) -> None:
     onnx_fusions.fuse(model)
     rules = [_ScaledRotary.rule(), _GemmAsMatMul.rule()]
     pattern.RewriteRuleSet(rules).apply_to_model(model)
+    merge_matrices(model, alone)
     flatten_heads(model, domain)
     optimizer.optimize_ir(model)
 

@@ -31,8 +31,8 @@ _WRAPPER: Final = "model."  # the prefix that the traced wrapper gives every par
 class Weight:
     """An initializer that is still to be written.
 
-    `name` is its name in the graph, `parameter` the torch parameter it holds (its path for layer
-    and all), `expert` the expert of a stacked parameter; `transposed` says that the graph wants
+    `name` is its name in the graph, `parameter` the torch parameter it holds (or several, merged:
+    `parts`), `expert` the expert of a stacked parameter; `transposed` says that the graph wants
     the transpose; `looked_up` that it is only read by row, as an embedding; `block` that it is
     stored as int8, with a scale for each `block` rows of a column (`name_int8`, `name_scale`).
     """

@@ -63,10 +63,11 @@ def trace(config: Any, dtype: torch.dtype, blocks: str, *, last: bool) -> Trace:
     _mark(model.get_submodule(blocks))
     with _registered():
         graph = _graph_of(wrapper, config)
-    optimize(graph, DOMAIN)
+    routers = _routers(model)
+    optimize(graph, DOMAIN, {f"model.{name}" for name in routers})
     return Trace(
         graph, blocks, kinds, dict(_computed(model)), _tied(model), _renaming(model),
-        _experts_visited(model), _routers(model),
+        _experts_visited(model), routers,
     )  # fmt: skip
 
 

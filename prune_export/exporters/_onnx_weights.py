@@ -14,6 +14,7 @@ from torch import nn
 
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError
+from prune_export.exporters._onnx_merge import parts
 from prune_export.exporters._onnx_stamp import Stamped, Weight
 from prune_export.exporters._onnx_trace import Trace
 from prune_export.progress import Progress
@@ -59,6 +60,8 @@ class Source:
         Raises:
             CheckpointError: the checkpoint does not hold it.
         """
+        if len(merged := parts(parameter)) > 1:
+            return torch.cat([self.read(part) for part in merged])
         for name in (parameter, *self.tied.get(parameter, ())):
             if expert is None and name in self.stored:
                 return self.checkpoint.read(self.stored[name])

@@ -49,7 +49,7 @@ class Onnx:
         Field(description="`last` computes the head for the last position only: faster prompts"),
     ] = "all"
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
     DIRECTORY: ClassVar[str] = "onnx"
 
     def check(self, arch: Arch, machine: Machine) -> None:

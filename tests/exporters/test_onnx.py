@@ -116,6 +116,7 @@ def test_the_graph_has_the_hubs_names_and_only_standard_operators(llama: Any) ->
     assert kinds["Attention"] == layers
     assert kinds["RotaryEmbedding"] == 2 * layers
     assert kinds["RMSNormalization"] == 2 * layers + 1
+    assert kinds["MatMul"] == 4 * layers + 1, "q, k and v, or gate and up, are not one product"
     assert kinds["Transpose"] == 0, "heads are moved, or a weight is transposed in the graph"
     shapes = {
         value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
