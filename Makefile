@@ -26,9 +26,9 @@ headline: $(BIN)/.demo
 	  --set 'data.healing={files: [healing.jsonl], length: 512, seed: 1}' \
 	  --set 'data.evaluation={files: [evaluation.jsonl], samples: 12, length: 1024}' \
 	  --set stages.1.heal.targets=all --set stages.1.heal.rank=16 --set stages.1.heal.dropout=0 \
-	  --set stages.1.heal.steps=200 --set stages.1.heal.batch=2 \
+	  --set stages.1.heal.steps=80 --set stages.1.heal.batch=2 \
 	  --set stages.1.heal.learning_rate=2.0e-3 \
-	  --set 'verify.speed.workloads=[{batch: 1, prompt: 128, new: 32}]'
+	  --set "verify.speed={workloads: [{batch: 1, prompt: 128, new: 32}], at_least: 1.3, minutes: 1}"
 
 test: $(BIN)/.demo
 	$(BIN)/python -m pytest -n 2 --dist loadfile
