@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from conftest import made
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from onnx import TensorProto, helper
+from variants import made
 
 from prune_export import registry
 from prune_export.report.card import card_data, fenced, model_card, papers, spanned

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import made
+from variants import made
 
 from prune_export.report.caveats import caveats, failed
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import made
 from matplotlib.axes import Axes
 from PIL import Image
+from variants import made
 
 from prune_export.report import draw_figures, draw_inspection, draw_summary, panels, style
 from prune_export.report.figures import figure_names, figure_title, names_by_stage
@@ -81,7 +81,7 @@ def test_equal_reports_give_equal_bytes_in_another_process(tmp_path: Path) -> No
     (tmp_path / "matplotlibrc").write_text("font.size: 20\nsavefig.dpi: 30\n", encoding="utf-8")
     program = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from conftest import made; from prune_export.report import draw_summary\n"
+        "from variants import made; from prune_export.report import draw_summary\n"
         "draw_summary(made('full'), Path(sys.argv[2]))"
     )
     there = tmp_path / "there.png"

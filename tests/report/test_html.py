@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import made
+from variants import made
 
 from prune_export.report.html import figure_of, render_page, scalars, value_text, what_was_done
 from prune_export.report.reading import Report

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import FULL, made
+from variants import FULL, made
 
 from prune_export.errors import CheckpointError
 from prune_export.report.reading import Report, perplexity_change

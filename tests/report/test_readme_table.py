@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import made
+from variants import made
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "readme_table.py"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import HOSTILE, made
+from variants import HOSTILE, made
 
 from prune_export.report.reading import Report, runs, shorten, text_from_blocks
 from prune_export.report.table import (

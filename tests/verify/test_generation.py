@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny
+from tiny_checkpoint import save_tiny
 from transformers import AutoTokenizer
 
 from prune_export.machine import Machine

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import save_tiny
+from tiny_checkpoint import save_tiny
 
 from prune_export.errors import VerifyError
 from prune_export.machine import Machine
