@@ -30,13 +30,15 @@ Contiguous = Annotated[bool, Field(description="Remove one run of neighbouring b
 class Amount:
     """How many blocks: a fraction, a number or a list, exactly one of them.
 
+    Every depth method is one, so these are keys of them all.
+
     Raises:
         PlanError: none or more than one is given, or a block is listed twice.
     """
 
-    sparsity: float | None
-    remove: int | None
-    layers: tuple[int, ...] | None
+    sparsity: Sparsity = None
+    remove: Remove = None
+    layers: Layers = None
 
     def __post_init__(self) -> None:
         given = [key for key in ("sparsity", "remove", "layers") if getattr(self, key) is not None]

@@ -17,7 +17,7 @@ from prune_export.scores import runs
 
 
 @dataclass(frozen=True)
-class AngularDistanceDrop:
+class AngularDistanceDrop(_depth.Amount):
     """Drop the run of blocks with the least angular distance across it.
 
     Source: Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers",
@@ -28,29 +28,15 @@ class AngularDistanceDrop:
 
     VERSION: ClassVar[str] = "1"
 
-    sparsity: _depth.Sparsity = None
-    remove: _depth.Remove = None
-    layers: _depth.Layers = None
-
-    def __post_init__(self) -> None:
-        self._amount()
-
-    def _amount(self) -> _depth.Amount:
-        return _depth.Amount(self.sparsity, self.remove, self.layers)
-
     def statistics(self, arch: Arch) -> tuple[Statistic, ...]:
         del arch
         return () if self.layers is not None else (AngularDistance(),)
 
-    def predict(self, arch: Arch) -> Arch:
-        return self._amount().predict(arch)
-
     def decide(self, model: ModelView) -> Decision:
-        amount = self._amount()
-        if (known := _depth.listed(amount, model.arch)) is not None:
+        if (known := _depth.listed(self, model.arch)) is not None:
             return known
         distances = model.stat(AngularDistance())
-        remove = amount.of(model.arch)
+        remove = self.of(model.arch)
         choice = _depth.least_run(runs(distances, remove), remove)
         return _depth.decision(
             model.arch,

@@ -12,7 +12,7 @@ from prune_export.methods import _depth
 
 
 @dataclass(frozen=True)
-class BlockInfluenceDrop:
+class BlockInfluenceDrop(_depth.Amount):
     """Drop the blocks with the least influence, wherever they are, in one shot.
 
     Source: Men et al., "ShortGPT", arXiv:2403.03853, eq. 1.
@@ -21,30 +21,17 @@ class BlockInfluenceDrop:
 
     VERSION: ClassVar[str] = "1"
 
-    sparsity: _depth.Sparsity = None
-    remove: _depth.Remove = None
-    layers: _depth.Layers = None
     contiguous: _depth.Contiguous = False
-
-    def __post_init__(self) -> None:
-        self._amount()
-
-    def _amount(self) -> _depth.Amount:
-        return _depth.Amount(self.sparsity, self.remove, self.layers)
 
     def statistics(self, arch: Arch) -> tuple[Statistic, ...]:
         del arch
         return () if self.layers is not None else (BlockInfluence(),)
 
-    def predict(self, arch: Arch) -> Arch:
-        return self._amount().predict(arch)
-
     def decide(self, model: ModelView) -> Decision:
-        amount = self._amount()
-        if (known := _depth.listed(amount, model.arch)) is not None:
+        if (known := _depth.listed(self, model.arch)) is not None:
             return known
         influence = model.stat(BlockInfluence()).tolist()
-        choice = _depth.least_blocks(influence, amount.of(model.arch), contiguous=self.contiguous)
+        choice = _depth.least_blocks(influence, self.of(model.arch), contiguous=self.contiguous)
         return _depth.decision(
             model.arch,
             choice.dropped,

@@ -16,7 +16,7 @@ from prune_export.methods import _depth
 
 
 @dataclass(frozen=True)
-class Deepest:
+class Deepest(_depth.Amount):
     """Drop the n deepest blocks before the last one: L-n-1 to L-2, counted from 0.
 
     Source: Gromov et al., arXiv:2403.17887, section 4.4. Its formula, read literally, removes the
@@ -25,24 +25,11 @@ class Deepest:
 
     VERSION: ClassVar[str] = "1"
 
-    sparsity: _depth.Sparsity = None
-    remove: _depth.Remove = None
-    layers: _depth.Layers = None
-
-    def __post_init__(self) -> None:
-        self._amount()
-
-    def _amount(self) -> _depth.Amount:
-        return _depth.Amount(self.sparsity, self.remove, self.layers)
-
     def statistics(self, arch: Arch) -> tuple[Statistic, ...]:
         del arch
         return ()
 
-    def predict(self, arch: Arch) -> Arch:
-        return self._amount().predict(arch)
-
     def decide(self, model: ModelView) -> Decision:
-        amount, arch = self._amount(), model.arch
-        chosen = amount.layers or _depth.deepest(arch.layers, amount.of(arch))
+        arch = model.arch
+        chosen = self.layers or _depth.deepest(arch.layers, self.of(arch))
         return _depth.decision(arch, chosen)

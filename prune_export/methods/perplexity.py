@@ -16,7 +16,7 @@ from prune_export.methods import _depth
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(_depth.Amount):
     """Drop the blocks whose bypass harms perplexity least, the ends being protected.
 
     Source: Kim et al., "Shortened LLaMA", arXiv:2402.02834, section 3.
@@ -27,24 +27,15 @@ class Perplexity:
 
     VERSION: ClassVar[str] = "1"
 
-    sparsity: _depth.Sparsity = None
-    remove: _depth.Remove = None
-    layers: _depth.Layers = None
     contiguous: _depth.Contiguous = False
     protect_first: Annotated[int, Field(ge=0, description="First blocks never removed.")] = 4
     protect_last: Annotated[int, Field(ge=0, description="Last blocks never removed.")] = 2
     samples: Annotated[int, Field(ge=1, description="Calibration windows to score on.")] = 10
     length: Annotated[int, Field(ge=2, description="Tokens of each window to score on.")] = 128
 
-    def __post_init__(self) -> None:
-        self._amount()
-
-    def _amount(self) -> _depth.Amount:
-        return _depth.Amount(self.sparsity, self.remove, self.layers)
-
     def _candidates(self, arch: Arch) -> range:
         candidates = range(self.protect_first, arch.layers - self.protect_last)
-        remove = self._amount().of(arch)
+        remove = self.of(arch)
         if remove > len(candidates):
             raise PlanError(
                 "protect_first, protect_last",
@@ -64,16 +55,16 @@ class Perplexity:
     def predict(self, arch: Arch) -> Arch:
         if self.layers is None:
             self._candidates(arch)
-        return self._amount().predict(arch)
+        return super().predict(arch)
 
     def decide(self, model: ModelView) -> Decision:
-        arch, amount = model.arch, self._amount()
-        if (known := _depth.listed(amount, arch)) is not None:
+        arch = model.arch
+        if (known := _depth.listed(self, arch)) is not None:
             return known
         losses = model.stat(self._statistic(arch))
         choice = _depth.least_blocks(
             list(losses.bypassed.values()),
-            amount.of(arch),
+            self.of(arch),
             contiguous=self.contiguous,
             first=self.protect_first,
         )
