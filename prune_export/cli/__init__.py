@@ -11,8 +11,6 @@ import sys
 import warnings
 from typing import Final
 
-import typer
-
 from prune_export.cli import console
 from prune_export.errors import PruneExportError, PublishError, StageError, VerifyError
 
@@ -49,4 +47,4 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-__all__ = ["main", "typer"]
+__all__ = ["main"]

@@ -93,7 +93,7 @@ class _Line:
         if now - self.told >= _LINE_EVERY_S:
             self.told = now
             left, of = "", f" of {self.total:.0f}" if self.total else ""
-            if self.total and self.done >= 0.03 * self.total:
+            if self.total and 0.03 * self.total <= self.done < self.total:
                 rest = (now - self.began) / self.done * (self.total - self.done)
                 left = f", {text_from_seconds(rest)} left"
             note = f" ({self.text})" if self.text else ""

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prune_export import registry
 from prune_export.calibrate import TokenSet, token_set
 from prune_export.checkpoint import Checkpoint, resolve_model
@@ -29,6 +27,7 @@ from prune_export.verify import (
     measure_perplexity,
     measure_reload,
     measure_speed,
+    tokens_without_text,
 )
 from prune_export.verify.results import Verification, Workload
 
@@ -91,7 +90,7 @@ def verified(
     found = Verification(
         reload=measure_reload(directory, machine, progress=progress), machine=describe()
     )
-    ids = text.ids.numpy() if text is not None else _ids()
+    ids = text.ids.numpy() if text is not None else tokens_without_text()
     for engine in engines.values():
         found.parity.append(measure_parity(engine, reference, ids, machine, progress=progress))
     found.generation.append(
@@ -136,7 +135,7 @@ def compared(
             )
         pair.append(held[engine])
     text = _text(data, dense, 16, 512, progress) if data else None
-    ids = text.ids.numpy() if text is not None else _ids()
+    ids = text.ids.numpy() if text is not None else tokens_without_text()
     found = Verification(
         reload=measure_reload(other, machine, progress=progress), machine=describe()
     )
@@ -206,8 +205,3 @@ def _text(
     names = tuple(str(file.relative_to(root)) for file in files)
     source = LocalText(files=names, samples=samples, length=length, packing="stream")
     return token_set(source, tokenizer, root, progress=progress)
-
-
-def _ids() -> np.ndarray:
-    """Tokens that every vocabulary has, where no text is given; only their number matters."""
-    return np.random.default_rng(0).integers(0, 256, size=(4, 256), dtype=np.int64)

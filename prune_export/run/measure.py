@@ -31,6 +31,7 @@ from prune_export.verify import (
     measure_tasks,
     perplexity_gates,
     speed_gates,
+    tokens_without_text,
 )
 from prune_export.verify.results import (
     Generation,
@@ -128,8 +129,7 @@ def _any_ids(text: TokenSet | None, data: Mapping[str, TokenSet]) -> np.ndarray:
     chosen = text or next(iter(data.values()), None)
     if chosen is not None:
         return np.asarray(chosen.ids.numpy())
-    # Without any text, tokens that every vocabulary has; only their number matters for speed.
-    return np.random.default_rng(0).integers(0, 256, size=(4, 256), dtype=np.int64)
+    return tokens_without_text()
 
 
 def _kept(

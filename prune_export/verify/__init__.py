@@ -4,6 +4,7 @@ A model or an engine that is measured is opened in a process of its own (`sessio
 that this process stays small and one engine has the machine alone.
 """
 
+from prune_export.verify.drive import tokens_without_text
 from prune_export.verify.engine import Engine
 from prune_export.verify.gates import perplexity_gates, speed_gates
 from prune_export.verify.generation import measure_generation
@@ -25,4 +26,5 @@ __all__ = [
     "measure_tasks",
     "perplexity_gates",
     "speed_gates",
+    "tokens_without_text",
 ]

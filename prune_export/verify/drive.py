@@ -142,3 +142,8 @@ def greedy(runner: Runner, prompt: np.ndarray, new: int) -> Teacher:
     runner.reset()
     stacked = np.stack(rows)
     return Teacher(stacked.argmax(axis=-1).astype(np.int64), stacked)
+
+
+def tokens_without_text() -> np.ndarray:
+    """`[4, 256]` tokens that every vocabulary has, for measurements where no text is given."""
+    return np.random.default_rng(0).integers(0, 256, size=(4, 256), dtype=np.int64)
