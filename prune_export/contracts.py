@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 from prune_export.arch import Arch
-from prune_export.calibrate import ModelView, Statistic, TokenSet
+from prune_export.calibrate import Further, ModelView, Statistic, TokenSet
 from prune_export.machine import Machine
 from prune_export.progress import Progress
 from prune_export.surgery import Edit
@@ -70,8 +70,12 @@ class Method(Protocol):
 
     VERSION: ClassVar[str]
 
-    def statistics(self, arch: Arch) -> tuple[Statistic, ...]:
-        """The calibration statistics that `decide` will read; empty when it needs no data."""
+    def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
+        """The calibration statistics that `decide` will read; empty when it needs no data.
+
+        Passes that `decide` runs itself, because they depend on what it finds, are announced as
+        `Further`.
+        """
 
     def predict(self, arch: Arch) -> Arch:
         """The shapes after the cut, without weights or data.

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate.statistics import Statistic
+from prune_export.calibrate.statistics import Further, Statistic
 from prune_export.machine import Machine
 
 BATCH_TOKENS: Final[Mapping[str, int]] = {"cpu": 2048, "cuda": 16384}
@@ -29,9 +29,13 @@ class PassCost:
 
 
 def pass_cost(
-    arch: Arch, statistics: Sequence[Statistic], samples: int, length: int, machine: Machine
+    arch: Arch,
+    statistics: Sequence[Statistic | Further],
+    samples: int,
+    length: int,
+    machine: Machine,
 ) -> PassCost:
-    """What `gather` takes over `samples` windows of `length` tokens, from shapes alone.
+    """What passes over `samples` windows of `length` tokens take, from shapes alone.
 
     States count as spooled where they exceed half of the memory. All experts count as active.
     """
@@ -44,7 +48,7 @@ def pass_cost(
     for statistic in dict.fromkeys(statistics):
         count = min(statistic.samples or samples, samples)
         tokens = min(statistic.length or length, length)
-        bypassed = statistic.bypassed
+        bypassed = () if isinstance(statistic, Further) else statistic.bypassed
         states = (1 + len(bypassed)) * count * tokens * residual * item
         ram += (arch.layers + 1) * count * residual * item
         if states > machine.ram_bytes // 2:
@@ -52,7 +56,13 @@ def pass_cost(
         else:
             ram += states
         blocks = arch.layers + sum(arch.layers - 1 - layer for layer in bypassed)
-        flops += count * tokens * blocks * (2 * block / item + 2 * tokens * residual)
+        forwards = 1.0
+        if isinstance(statistic, Further):
+            forwards = statistic.forwards
+            ram, disk = ram + statistic.ram_bytes, disk + statistic.disk_bytes
+            moved += int(forwards) * arch.parameters() * item
+        each = 2 * block / item + 2 * tokens * residual
+        flops += forwards * count * tokens * blocks * each
         if bypassed:
             ram += 2 * vocab * residual * item
             flops += 2.0 * count * tokens * (1 + len(bypassed)) * vocab * residual

@@ -68,3 +68,19 @@ class Statistic(Protocol):
     def bypassed(self) -> tuple[int, ...]: ...
     def __hash__(self) -> int: ...
     def collector(self, scope: Scope) -> Collector: ...
+
+
+@dataclass(frozen=True)
+class Further:
+    """Passes that a method's `decide` asks for itself (`ModelView`), announced for the plan.
+
+    `forwards` are passes of `samples` windows, cut to `length` tokens (None: all of them), through
+    the whole model; a backward pass counts as two. `ram_bytes` and `disk_bytes` are what they hold
+    beyond the states and blocks of a pass.
+    """
+
+    forwards: float = 1.0
+    samples: int | None = None
+    length: int | None = None
+    ram_bytes: int = 0
+    disk_bytes: int = 0

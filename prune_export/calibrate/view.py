@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prune_export.arch import Arch
 from prune_export.calibrate.statistics import Statistic
+from prune_export.calibrate.stream import gather
+from prune_export.calibrate.tokens import TokenSet
 from prune_export.checkpoint import Checkpoint
+from prune_export.machine import Machine
+from prune_export.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Means:
+    """What further passes are run with: the calibration windows and the machine.
+
+    `scratch` outlives a killed run; a pass that is asked for again goes on from there.
+    """
+
+    tokens: TokenSet
+    machine: Machine
+    scratch: Path | None = None
+    progress: Progress | None = None
+
+    @property
+    def told(self) -> Progress:
+        """Where progress is told."""
+        return self.progress or Silent()
 
 
 @dataclass(frozen=True)
@@ -18,6 +41,7 @@ class ModelView:
     arch: Arch
     checkpoint: Checkpoint
     results: Mapping[Statistic, Any]
+    means: Means | None = None
 
     def stat(self, statistic: Statistic) -> Any:
         """The result of a statistic.
@@ -26,3 +50,30 @@ class ModelView:
             KeyError: the method did not ask for it in `statistics`.
         """
         return self.results[statistic]
+
+    def gather(self, statistics: Sequence[Statistic]) -> Mapping[Statistic, Any]:
+        """The results of one more pass; announce it to the plan as `Further` in `statistics`.
+
+        Raises:
+            ValueError: the view was made without calibration data.
+        """
+        means = self.calibration()
+        return gather(
+            self.checkpoint,
+            statistics,
+            means.tokens,
+            means.machine,
+            means.told,
+            means.scratch,
+            arch=self.arch,
+        )
+
+    def calibration(self) -> Means:
+        """The means of further passes.
+
+        Raises:
+            ValueError: the view was made without calibration data.
+        """
+        if self.means is None:
+            raise ValueError("the view has no calibration data: announce `Further` in `statistics`")
+        return self.means

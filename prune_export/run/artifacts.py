@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import prune_export
-from prune_export.calibrate import ModelView, TokenSet, gather, token_set
+from prune_export.calibrate import Further, Means, ModelView, TokenSet, token_set
 from prune_export.checkpoint import Checkpoint, import_gguf
 from prune_export.contracts import Work
 from prune_export.errors import PruneExportError, StageError
@@ -183,21 +183,13 @@ def pruned(
     def build(files: Path, work: Work) -> Mapping[str, Any]:
         checkpoint = Checkpoint.open(source)
         arch = checkpoint.arch(bench.ignore_keys)
-        statistics = stage.entry.statistics(arch)
-        results = (
-            gather(
-                checkpoint,
-                statistics,
-                data[1],
-                work.machine,
-                work.progress,
-                work.scratch,
-                arch=arch,
-            )
-            if statistics and data
-            else {}
-        )
-        decision = stage.entry.decide(ModelView(arch, checkpoint, results))
+        asked = stage.entry.statistics(arch)
+        view = ModelView(arch, checkpoint, {})
+        if asked and data:
+            view = replace(view, means=Means(data[1], work.machine, work.scratch, work.progress))
+            first = [statistic for statistic in asked if not isinstance(statistic, Further)]
+            view = replace(view, results=view.gather(first))
+        decision = stage.entry.decide(view)
         after = rewrite(
             checkpoint,
             arch,

@@ -17,7 +17,7 @@ from tiny_models import random_model
 from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.arch.table import tables
-from prune_export.calibrate import ModelView, TokenSet, gather
+from prune_export.calibrate import Further, Means, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.recipe.reference import described
@@ -49,6 +49,15 @@ def an_instance(cls: Any) -> Any:
     return cls(**values)
 
 
+def view_for(method: Any, checkpoint: Checkpoint, ids: torch.Tensor, scratch: Path) -> ModelView:
+    """What a run gives a method: the statistics that it asked for, and the means to more."""
+    arch = checkpoint.arch()
+    asked = method.statistics(arch)
+    view = ModelView(arch, checkpoint, {}, Means(TokenSet.of(ids), MACHINE, scratch))
+    first = [statistic for statistic in asked if not isinstance(statistic, Further)]
+    return dataclasses.replace(view, results=view.gather(first)) if asked else view
+
+
 def alike(arch: Arch) -> bool:
     """Whether all blocks have the same shapes; where not, only data says what will be left."""
     blocks = [sorted(arch.shape(tensor) for tensor in arch.block(i)) for i in range(arch.layers)]
@@ -74,9 +83,7 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
     arch = checkpoint.arch()
     method = an_instance(registry.find("methods", name))
     ids = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
-    statistics = method.statistics(arch)
-    results = gather(checkpoint, statistics, TokenSet(ids, "x"), MACHINE) if statistics else {}
-    decision = method.decide(ModelView(arch, checkpoint, results))
+    decision = method.decide(view_for(method, checkpoint, ids, tmp_path))
     after = rewrite(checkpoint, arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
     predicted = method.predict(arch)
     assert after.arch().layers == predicted.layers
@@ -119,8 +126,7 @@ def test_the_documented_method_works_as_a_plugin(
         checkpoint = tiny("llama")
         arch = checkpoint.arch()
         ids = torch.randint(3, 60, (2, 8))
-        results = gather(checkpoint, method.statistics(arch), TokenSet(ids, "x"), MACHINE)
-        decision = method.decide(ModelView(arch, checkpoint, results))
+        decision = method.decide(view_for(method, checkpoint, ids, tmp_path))
         after = rewrite(checkpoint, arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
         assert after.arch().layers == method.predict(arch).layers == arch.layers - 1
         assert decision.log["dropped"][0] % 2 == 1
