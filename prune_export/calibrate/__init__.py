@@ -5,25 +5,39 @@ from prune_export.calibrate.block_influence import BlockInfluence
 from prune_export.calibrate.bypass_loss import BypassLoss, BypassLosses
 from prune_export.calibrate.cost import PassCost, pass_cost
 from prune_export.calibrate.data import token_set
+from prune_export.calibrate.edit_stream import Edited, Editor, Order, Swept, sweep
+from prune_export.calibrate.sites import SITES, Gram, Site, Squares, as_matrix, linears, sites_of
 from prune_export.calibrate.statistics import Collector, Further, Scope, Statistic
 from prune_export.calibrate.stream import gather
 from prune_export.calibrate.tokens import TokenSet
 from prune_export.calibrate.view import Means, ModelView
 
 __all__ = [
+    "SITES",
     "AngularDistance",
     "BlockInfluence",
     "BypassLoss",
     "BypassLosses",
     "Collector",
+    "Edited",
+    "Editor",
     "Further",
+    "Gram",
     "Means",
     "ModelView",
+    "Order",
     "PassCost",
     "Scope",
+    "Site",
+    "Squares",
     "Statistic",
+    "Swept",
     "TokenSet",
+    "as_matrix",
     "gather",
+    "linears",
     "pass_cost",
+    "sites_of",
+    "sweep",
     "token_set",
 ]

@@ -76,3 +76,12 @@ def block_bytes(arch: Arch, dtype: torch.dtype) -> int:
         sum(prod(arch.shape(tensor)) for tensor in arch.block(layer)) * dtype.itemsize
         for layer in range(arch.layers)
     )
+
+
+def parked_bytes(arch: Arch, tokens: int, dtype: torch.dtype) -> int:
+    """What a sweep holds while all windows wait inside a block, at its widest site."""
+    residual, inner = arch.sizes["residual"], arch.sizes["residual"]
+    for name, size in arch.sizes.items():
+        if name.split(".")[0] == "mlp":
+            inner = max(inner, size)
+    return tokens * (4 * residual + 2 * inner) * dtype.itemsize

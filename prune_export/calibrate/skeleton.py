@@ -150,6 +150,18 @@ class Skeleton:
         """Frees a block's tensors."""
         self._blocks[layer].to("meta")
 
+    def module(self, tensor: Tensor) -> nn.Module:
+        """The module of a loaded block that holds a tensor which is stored as it is in memory."""
+        prefix = f"{self.arch.table.blocks}.{tensor.layer}."
+        path = self._names.renamed(tensor.name).removeprefix(prefix).rpartition(".")[0]
+        assert tensor.layer is not None
+        found: nn.Module = self._blocks[tensor.layer].get_submodule(path)
+        return found
+
+    def parameters(self, layer: int) -> dict[str, nn.Parameter]:
+        """The parameters of a loaded block, by their names in it."""
+        return dict(self._blocks[layer].named_parameters())
+
     def run(self, layer: int, states: torch.Tensor, call: Call) -> torch.Tensor:
         """`[samples, length, residual]`: what the block makes of `states`."""
         out = self._blocks[layer](states, *call.args, **call.kwargs)

@@ -8,14 +8,11 @@ own dtype, but float16 as float32: some models' states exceed what float16 can s
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -26,6 +23,7 @@ import psutil
 import torch
 
 from prune_export.arch import Arch
+from prune_export.calibrate.blocks import loaded, threads
 from prune_export.calibrate.cost import BATCH_TOKENS, block_bytes
 from prune_export.calibrate.resume import Saves
 from prune_export.calibrate.skeleton import Call, Skeleton
@@ -64,7 +62,7 @@ def gather(
     with ExitStack() as stack:
         if scratch is None:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="calibration-")))
-        stack.enter_context(_threads(machine.threads))
+        stack.enter_context(threads(machine.threads))
         stack.enter_context(torch.inference_mode())
         dtype = compute_dtype(checkpoint, machine)
         folder = scratch / f"pass-{_key(checkpoint, arch, wanted, tokens, machine)}"
@@ -277,7 +275,7 @@ class _Pass:
                 if not done:
                     stream.enter(self.skeleton)
             self.skeleton.forget_rows()
-            for layer in self._loaded(done):
+            for layer in loaded(self.skeleton, range(done, self.arch.layers)):
                 for stream in self.streams:
                     stream.advance(self.skeleton, layer, task)
                 # A spooled state is overwritten by the block after next: it is marked each time.
@@ -322,26 +320,6 @@ class _Pass:
     def _all_collectors(self) -> list[Collector]:
         return [one for stream in self.streams for one in stream.collectors.values()]
 
-    def _loaded(self, first: int) -> Iterator[int]:
-        """Each block from `first` on, loaded; the next is read while this one computes."""
-        with ThreadPoolExecutor(1) as reader:
-            ahead: Future[dict[str, torch.Tensor]] | None = None
-            for layer in range(first, self.arch.layers):
-                tensors = ahead.result() if ahead else self._read(layer)
-                ahead = None
-                if layer + 1 < self.arch.layers:
-                    ahead = reader.submit(self._read, layer + 1)
-                self.skeleton.load(layer, tensors)
-                yield layer
-                self.skeleton.free(layer)
-                _trim()
-
-    def _read(self, layer: int) -> dict[str, torch.Tensor]:
-        read = self.skeleton.read(self.arch.block(layer))
-        if self.device == "cuda":
-            read = {name: tensor.pin_memory() for name, tensor in read.items()}
-        return read
-
 
 def _key(
     checkpoint: Checkpoint,
@@ -359,23 +337,3 @@ def _key(
         [(stat.st_size, stat.st_mtime_ns) for stat in files],
     ]
     return hashlib.sha256(json.dumps([arch.family, *parts]).encode()).hexdigest()[:16]
-
-
-def _trim() -> None:
-    """Hands freed memory back to the system, where the C library is one that can.
-
-    glibc keeps what two threads allocate and free in turns: 30 MB a block of a 2B model, measured.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_export.arch import Arch
+from prune_export.calibrate.edit_stream import Editor, Order, Swept, sweep
 from prune_export.calibrate.statistics import Statistic
 from prune_export.calibrate.stream import gather
 from prune_export.calibrate.tokens import TokenSet
@@ -66,6 +67,24 @@ class ModelView:
             means.told,
             means.scratch,
             arch=self.arch,
+        )
+
+    def sweep(self, editor: Editor, order: Order = "sequential") -> Swept:
+        """What `editor` makes of the blocks while the windows pass through the edited ones.
+
+        Raises:
+            ValueError: the view was made without calibration data.
+        """
+        means = self.calibration()
+        return sweep(
+            self.checkpoint,
+            editor,
+            means.tokens,
+            means.machine,
+            means.told,
+            means.scratch,
+            arch=self.arch,
+            order=order,
         )
 
     def calibration(self) -> Means:

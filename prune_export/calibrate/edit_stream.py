@@ -1,0 +1,347 @@
+"""Carries windows through a model while its blocks are edited on the way, one block in memory.
+
+Later blocks see what the edited earlier ones give. Inside a block, the order is the true one: the
+matrices that take the block's input are edited first, what they then give reaches the next, and so
+on. Every window is computed once for that: its computation is parked where a site's inputs arrive,
+all windows' inputs are seen there, the site's matrices are edited, and all go on. What is parked is
+held in memory; where that would be too much, the block is computed again up to each site instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import psutil
+import torch
+from torch import nn
+
+from prune_export.arch import Arch
+from prune_export.calibrate.blocks import loaded, threads
+from prune_export.calibrate.cost import BATCH_TOKENS, block_bytes, parked_bytes
+from prune_export.calibrate.resume import Saves
+from prune_export.calibrate.sites import Accumulator, Site, Weights, sites_of
+from prune_export.calibrate.skeleton import Call, Skeleton
+from prune_export.calibrate.spool import Buffer
+from prune_export.calibrate.stream import check, compute_dtype
+from prune_export.calibrate.tokens import TokenSet
+from prune_export.checkpoint import Checkpoint
+from prune_export.machine import Machine
+from prune_export.progress import Progress, Silent, Task
+
+Order = Literal["sequential", "block"]
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What an editor made of a site: new matrices `[out, in]` by stored name, and JSON about it."""
+
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Editor(Protocol):
+    """Edits the matrices of one site after another; it keeps nothing from one block to the next."""
+
+    @property
+    def key(self) -> str:
+        """Everything that decides what it does: a killed sweep goes on only with an equal one."""
+
+    def watch(self, site: Site, width: int, device: str) -> Accumulator | None:
+        """What gathers the inputs `[…, width]` of a site; None where the site stays as it is."""
+
+    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Any) -> Edited:
+        """New matrices for float32 copies `[out, in]` by stored name; `seen` is `watch`'s own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """The edited matrices of a whole model, in files, and each block's logs by site."""
+
+    folder: Path
+    logs: tuple[Mapping[str, Any], ...]
+    names: Mapping[str, Path]
+
+    def read(self, name: str) -> torch.Tensor:
+        """An edited tensor, as it is to be stored."""
+        from safetensors import safe_open
+
+        with safe_open(self.names[name], framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+        return found
+
+    def values(self) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+        """Every edited tensor's name, and a function that reads it."""
+        for name in self.names:
+            yield name, partial(self.read, name)
+
+
+def sweep(
+    checkpoint: Checkpoint,
+    editor: Editor,
+    tokens: TokenSet,
+    machine: Machine,
+    progress: Progress | None = None,
+    scratch: Path | None = None,
+    *,
+    arch: Arch | None = None,
+    order: Order = "sequential",
+) -> Swept:
+    """The matrices that `editor` makes while `tokens` pass through the blocks that it has edited.
+
+    `order` is `sequential` (each site's inputs come from edited earlier sites of the block too) or
+    `block` (all sites of a block see the dense block; it is then computed a second time), as the
+    reference codes of Wanda and SparseGPT have it. With `scratch`, a sweep that is killed goes on
+    from there, and ends in the same matrices bit for bit.
+
+    Raises:
+        PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
+    """
+    arch = arch or checkpoint.arch()
+    check(arch, tokens)
+    temporary = scratch is None
+    scratch = scratch or Path(tempfile.mkdtemp(prefix="sweep-"))
+    with ExitStack() as stack:
+        stack.enter_context(threads(machine.threads))
+        stack.enter_context(torch.inference_mode())
+        folder = scratch / f"sweep-{_key(checkpoint, arch, editor, tokens, machine, order)}"
+        made = _Sweep(checkpoint, arch, editor, tokens, machine, order, Saves(folder), stack)
+        made.run(progress or Silent())
+    logs, names = [], {}
+    for layer in range(arch.layers):
+        logs.append(json.loads((folder / f"{layer}.json").read_text(encoding="utf-8")))
+        file = folder / f"{layer}.safetensors"
+        names.update(dict.fromkeys(logs[-1].pop("tensors"), file))
+    swept = Swept(folder, tuple(logs), names)
+    if temporary:
+        weakref.finalize(swept, shutil.rmtree, scratch, ignore_errors=True)
+    return swept
+
+
+class _Arrived(Exception):
+    """The inputs of a site that is not yet edited have arrived, and are not to be parked."""
+
+
+class _Sweep:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        arch: Arch,
+        editor: Editor,
+        tokens: TokenSet,
+        machine: Machine,
+        order: Order,
+        saves: Saves,
+        stack: ExitStack,
+    ) -> None:
+        self.arch, self.editor, self.saves, self.order = arch, editor, saves, order
+        self.ids = tokens.ids
+        dtype = compute_dtype(checkpoint, machine)
+        self.skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
+        self.weights = Weights(self.skeleton)
+        samples, length = self.ids.shape
+        self.batch = max(1, BATCH_TOKENS[machine.device] // length)
+        free = machine.ram_bytes - psutil.Process().memory_info().rss
+        free -= 3 * block_bytes(arch, torch.float32)
+        states = self.ids.numel() * arch.sizes["residual"] * dtype.itemsize
+        parked = parked_bytes(arch, self.ids.numel(), dtype)
+        if machine.device == "cuda":
+            room = machine.gpu_bytes // 2 - 3 * block_bytes(arch, dtype)
+            self.parks = parked + states <= room
+            held = "cuda" if states <= room // 2 else "cpu"
+        else:
+            self.parks = parked + states <= free
+            held = "cpu"
+        shape = (length, arch.sizes["residual"])
+        if states <= free // 2 or held == "cuda":
+            self.states = stack.enter_context(Buffer(samples, shape, dtype, device=held))
+            self.spare = self.states
+        else:
+            self.states, self.spare = (
+                stack.enter_context(
+                    Buffer(samples, shape, dtype, path=saves.folder / f"{name}.spool")
+                )
+                for name in ("states", "spare")
+            )
+        self.saves.layout = ("states",) if self.states.path is None else ()
+
+    def run(self, progress: Progress) -> None:
+        """Goes from where the last save left off to the end."""
+        total = self.ids.numel() * self.arch.layers
+        with progress.task("Pruning block by block", total) as task:
+            done = self.saves.done()
+            task.advance(self.ids.numel() * done)
+            if done == self.arch.layers:
+                return
+            if done:
+                self.saves.restore(self._held())
+                if self.spare is not self.states and done % 2:
+                    self.states, self.spare = self.spare, self.states
+            self.skeleton.look_up(self.ids.flatten())
+            calls = self.skeleton.calls(self.ids)
+            if not done:
+                for start, stop in self._batches():
+                    self.states.write(start, self.skeleton.enter(self.ids[start:stop]))
+            self.skeleton.forget_rows()
+            for layer in loaded(self.skeleton, range(done, self.arch.layers)):
+                _Block(self, layer, calls[layer], task).run()
+                self.states, self.spare = self.spare, self.states
+                last = layer + 1 == self.arch.layers
+                if last or self.spare is not self.states or self.saves.due():
+                    self.saves.save(layer + 1, {} if last else self._held(), {})
+
+    def _held(self) -> dict[str, Buffer]:
+        return {"states": self.states} if self.states.path is None else {}
+
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, len(self.ids), self.batch):
+            yield start, min(start + self.batch, len(self.ids))
+
+
+class _Block:
+    """One block: its sites, what is seen at them, and the windows' way through it."""
+
+    def __init__(self, a_sweep: _Sweep, layer: int, call: Call, task: Task) -> None:
+        self.sweep, self.layer, self.call, self.task = a_sweep, layer, call, task
+        self.skeleton, self.editor = a_sweep.skeleton, a_sweep.editor
+        self.seen: dict[str, Accumulator] = {}
+        self.sites: dict[str, Site] = {}
+        self.logs: dict[str, Any] = {}
+        self.made: dict[str, torch.Tensor] = {}
+        self.edited: set[str] = set()
+        self.here: set[str] = set()
+        """The sites at which the windows that are now computed have been seen."""
+
+    def run(self) -> None:
+        """Edits the block and carries the states through it."""
+        with ExitStack() as hooks:
+            for site in sites_of(self.sweep.arch, self.layer):
+                width = int(self.sweep.weights.read(site.tensors[0]).shape[1])
+                found = self.editor.watch(site, width, self.skeleton.device)
+                if found is None:
+                    continue
+                self.seen[site.name], self.sites[site.name] = found, site
+                for tensor in site.tensors:
+                    hook = partial(self._arrive, site.name)
+                    handle = self.skeleton.module(tensor).register_forward_pre_hook(hook)
+                    hooks.callback(handle.remove)
+            if self.sweep.order == "block":
+                self._block_order()
+            elif self.sweep.parks:
+                self._parked()
+            else:
+                self._repeated()
+        if self.seen:
+            name = next(iter(self.seen))
+            raise RuntimeError(f"block {self.layer}: no inputs arrived at {name}")
+        self._store()
+
+    def _arrive(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module
+        if name in self.edited or name in self.here:
+            return
+        self.here.add(name)
+        # OPT flattens windows before its MLP.
+        length = self.sweep.ids.shape[1]
+        self.seen[name].see(args[0].reshape(-1, length, args[0].shape[-1]))
+        if self.sweep.order == "block":
+            return
+        if not self.sweep.parks:
+            raise _Arrived
+        from greenlet import getcurrent
+
+        getcurrent().parent.switch(name)
+
+    def _forward(self, start: int, stop: int) -> None:
+        inputs = self.sweep.states.read(start, stop).to(self.skeleton.device)
+        outputs = self.skeleton.run(self.layer, inputs, self.call)
+        self.sweep.spare.write(start, outputs)
+        self.task.advance(inputs.shape[0] * inputs.shape[1])
+
+    def _parked(self) -> None:
+        from greenlet import greenlet
+
+        waiting = [greenlet(partial(self._forward, *rows)) for rows in self.sweep._batches()]
+        seen_at: list[set[str]] = [set() for _ in waiting]
+        while waiting:
+            left, marks, reached = [], [], set()
+            for one, mark in zip(waiting, seen_at, strict=True):
+                self.here = mark
+                name = one.switch()
+                if not one.dead:
+                    reached.add(name)
+                    left.append(one)
+                    marks.append(mark)
+            waiting, seen_at = left, marks
+            for name in sorted(reached):
+                self._edit(name)
+
+    def _repeated(self) -> None:
+        while True:
+            reached = ""
+            for start, stop in self.sweep._batches():
+                self.here = set()
+                try:
+                    self._forward(start, stop)
+                except _Arrived:
+                    (reached,) = self.here
+            if not reached:
+                return
+            self._edit(reached)
+
+    def _block_order(self) -> None:
+        for start, stop in self.sweep._batches():
+            self.here = set()
+            inputs = self.sweep.states.read(start, stop).to(self.skeleton.device)
+            self.skeleton.run(self.layer, inputs, self.call)
+        for name in self.sites:
+            self._edit(name)
+        for start, stop in self.sweep._batches():
+            self._forward(start, stop)
+
+    def _edit(self, name: str) -> None:
+        site = self.sites[name]
+        weights = {tensor.name: self.sweep.weights.read(tensor) for tensor in site.tensors}
+        result = self.editor.edit(site, weights, self.seen.pop(name))
+        for tensor in site.tensors:
+            if tensor.name in result.weights:
+                value = result.weights[tensor.name]
+                self.made[tensor.name] = self.sweep.weights.write(tensor, value)
+        self.logs[name] = dict(result.log)
+        self.edited.add(name)
+
+    def _store(self) -> None:
+        from safetensors.torch import save_file
+
+        folder = self.sweep.saves.folder
+        save_file(self.made, folder / f"{self.layer}.safetensors")
+        known = self.logs | {"tensors": list(self.made)}
+        (folder / f"{self.layer}.json").write_text(json.dumps(known), encoding="utf-8")
+
+
+def _key(
+    checkpoint: Checkpoint,
+    arch: Arch,
+    editor: Editor,
+    tokens: TokenSet,
+    machine: Machine,
+    order: Order,
+) -> str:
+    """What must be equal for a killed sweep to go on."""
+    files = [file.stat() for file in checkpoint.files]
+    parts = [
+        [editor.key, order, arch.family],
+        json.dumps(dict(checkpoint.config), sort_keys=True, default=str),
+        [tokens.fingerprint, machine.device, machine.threads, torch.__version__],
+        [(stat.st_size, stat.st_mtime_ns) for stat in files],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,124 @@
+"""The sites of a block: matrices that multiply the same states share one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from torch import nn
+
+from prune_export.arch import Arch, Tensor
+from prune_export.calibrate.skeleton import Skeleton
+from prune_export.checkpoint.header import TORCH
+
+SITES: Final[Mapping[str, str]] = {
+    "q": "attention.in",
+    "k": "attention.in",
+    "v": "attention.in",
+    "qkv": "attention.in",
+    "o": "attention.out",
+    "gate": "mlp.in",
+    "up": "mlp.in",
+    "gate_up": "mlp.in",
+    "down": "mlp.out",
+}
+"""The site of each role that a linear layer of a block plays."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Matrices of one block that multiply the same input, in the table's order."""
+
+    layer: int
+    name: str
+    tensors: tuple[Tensor, ...]
+
+
+def sites_of(arch: Arch, layer: int) -> tuple[Site, ...]:
+    """The sites of a block; matrices of experts are at none, as each sees tokens of its own."""
+    found: dict[str, list[Tensor]] = {}
+    for tensor in arch.block(layer):
+        if tensor.role in SITES:
+            found.setdefault(SITES[tensor.role], []).append(tensor)
+    return tuple(Site(layer, name, tuple(tensors)) for name, tensors in found.items())
+
+
+class Accumulator(Protocol):
+    """Gathers something of a site's inputs."""
+
+    def see(self, states: torch.Tensor) -> None:
+        """Sees inputs `[samples, length, in]` of whole windows."""
+
+
+class Squares:
+    """Sums of squares by input, float32: Wanda's norms."""
+
+    def __init__(self, width: int, device: str) -> None:
+        self.sums = torch.zeros(width, device=device)
+        self.samples = 0
+        self.tokens = 0
+
+    def see(self, states: torch.Tensor) -> None:
+        rows = states.flatten(0, -2).float()
+        self.sums += torch.linalg.vecdot(rows.T, rows.T)
+        self.samples += states.shape[0]
+        self.tokens += rows.shape[0]
+
+
+class Gram:
+    """Sums of products of inputs `[in, in]`, float32: the Hessian of a layer's squared error."""
+
+    def __init__(self, width: int, device: str) -> None:
+        self.sums = torch.zeros(width, width, device=device)
+        self.samples = 0
+        self.tokens = 0
+
+    def see(self, states: torch.Tensor) -> None:
+        rows = states.flatten(0, -2).float()
+        self.sums.addmm_(rows.T, rows)
+        self.samples += states.shape[0]
+        self.tokens += rows.shape[0]
+
+
+def inputs_last(tensor: Tensor) -> bool:
+    """Whether a matrix at a site is stored `[out, in]`; Conv1D stores `[in, out]`."""
+    last = tensor.dims.of[-1] == (("residual",),)
+    return last == SITES[tensor.role].endswith(".in")
+
+
+def as_matrix(tensor: Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """A stored matrix, or one of its shape, as `[out, in]`; its own inverse."""
+    return stored if inputs_last(tensor) else stored.T
+
+
+class Weights:
+    """Reads and writes the matrices of a loaded block as `[out, in]`, whatever their layout."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._skeleton = skeleton
+
+    def read(self, tensor: Tensor) -> torch.Tensor:
+        """A float32 copy of a matrix, `[out, in]`."""
+        return as_matrix(tensor, self._parameter(tensor).detach()).float().clone()
+
+    def write(self, tensor: Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Puts `[out, in]` into the block, rounded as it will be stored; returns what is stored."""
+        stored = self._skeleton.checkpoint.entries[tensor.name]
+        rounded = as_matrix(tensor, value).contiguous().to(getattr(torch, TORCH[stored.dtype]))
+        parameter = self._parameter(tensor)
+        parameter.data.copy_(rounded.to(parameter.dtype))
+        return rounded.cpu()
+
+    def _parameter(self, tensor: Tensor) -> nn.Parameter:
+        found: Any = self._skeleton.module(tensor).weight
+        assert isinstance(found, nn.Parameter)
+        return found
+
+
+def linears(arch: Arch) -> Iterator[Tensor]:
+    """Every matrix of the blocks that is at a site."""
+    for tensor in arch.tensors:
+        if tensor.layer is not None and tensor.role in SITES:
+            yield tensor
