@@ -3,9 +3,16 @@
 from prune_export.calibrate.angular_distance import AngularDistance
 from prune_export.calibrate.block_influence import BlockInfluence
 from prune_export.calibrate.bypass_loss import BypassLoss, BypassLosses
-from prune_export.calibrate.cost import PassCost, pass_cost
+from prune_export.calibrate.cost import PassCost, block_bytes, parked_bytes, pass_cost
 from prune_export.calibrate.data import token_set
 from prune_export.calibrate.edit_stream import Edited, Editor, Order, Swept, sweep
+from prune_export.calibrate.gradients import (
+    GradientReader,
+    Gradients,
+    Sums,
+    gradients,
+    spooled_bytes,
+)
 from prune_export.calibrate.sites import SITES, Gram, Site, Squares, as_matrix, linears, sites_of
 from prune_export.calibrate.statistics import Collector, Further, Scope, Statistic
 from prune_export.calibrate.stream import gather
@@ -22,6 +29,8 @@ __all__ = [
     "Edited",
     "Editor",
     "Further",
+    "GradientReader",
+    "Gradients",
     "Gram",
     "Means",
     "ModelView",
@@ -31,13 +40,18 @@ __all__ = [
     "Site",
     "Squares",
     "Statistic",
+    "Sums",
     "Swept",
     "TokenSet",
     "as_matrix",
+    "block_bytes",
     "gather",
+    "gradients",
     "linears",
+    "parked_bytes",
     "pass_cost",
     "sites_of",
+    "spooled_bytes",
     "sweep",
     "token_set",
 ]

@@ -9,7 +9,6 @@ held in memory; where that would be too much, the block is computed again up to 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -28,7 +27,7 @@ from torch import nn
 from prune_export.arch import Arch
 from prune_export.calibrate.blocks import loaded, threads
 from prune_export.calibrate.cost import BATCH_TOKENS, block_bytes, parked_bytes
-from prune_export.calibrate.resume import Saves
+from prune_export.calibrate.resume import Saves, pass_key
 from prune_export.calibrate.sites import Accumulator, Site, Weights, sites_of
 from prune_export.calibrate.skeleton import Call, Skeleton
 from prune_export.calibrate.spool import Buffer
@@ -113,7 +112,7 @@ def sweep(
     with ExitStack() as stack:
         stack.enter_context(threads(machine.threads))
         stack.enter_context(torch.inference_mode())
-        folder = scratch / f"sweep-{_key(checkpoint, arch, editor, tokens, machine, order)}"
+        folder = scratch / f"sweep-{pass_key(checkpoint, arch, tokens, machine, editor.key, order)}"
         made = _Sweep(checkpoint, arch, editor, tokens, machine, order, Saves(folder), stack)
         made.run(progress or Silent())
     logs, names = [], {}
@@ -326,22 +325,3 @@ class _Block:
         save_file(self.made, folder / f"{self.layer}.safetensors")
         known = self.logs | {"tensors": list(self.made)}
         (folder / f"{self.layer}.json").write_text(json.dumps(known), encoding="utf-8")
-
-
-def _key(
-    checkpoint: Checkpoint,
-    arch: Arch,
-    editor: Editor,
-    tokens: TokenSet,
-    machine: Machine,
-    order: Order,
-) -> str:
-    """What must be equal for a killed sweep to go on."""
-    files = [file.stat() for file in checkpoint.files]
-    parts = [
-        [editor.key, order, arch.family],
-        json.dumps(dict(checkpoint.config), sort_keys=True, default=str),
-        [tokens.fingerprint, machine.device, machine.threads, torch.__version__],
-        [(stat.st_size, stat.st_mtime_ns) for stat in files],
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

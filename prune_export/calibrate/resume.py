@@ -6,15 +6,20 @@ is replaced last, atomically. So there is always exactly one complete state, or 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
+from prune_export.arch import Arch
 from prune_export.calibrate.spool import Buffer
+from prune_export.calibrate.tokens import TokenSet
+from prune_export.checkpoint import Checkpoint
+from prune_export.machine import Machine
 
 INTERVAL_SECONDS: Final = 30.0
 _SHARE: Final = 20
@@ -89,6 +94,20 @@ class Saves:
 
     def _file(self, name: str, generation: int) -> Path:
         return self.folder / f"{name}.{generation}.saved"
+
+
+def pass_key(
+    checkpoint: Checkpoint, arch: Arch, tokens: TokenSet, machine: Machine, *own: Any
+) -> str:
+    """What must be equal for a saved pass to go on; `own` is JSON that tells it from others."""
+    files = [file.stat() for file in checkpoint.files]
+    parts = [
+        json.dumps(dict(checkpoint.config), sort_keys=True, default=str),
+        [arch.family, *own],
+        [tokens.fingerprint, machine.device, machine.threads, torch.__version__],
+        [(stat.st_size, stat.st_mtime_ns) for stat in files],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _boot() -> str:

@@ -173,26 +173,48 @@ class Skeleton:
         head = [tensor for tensor in self.arch.tensors if self._module(tensor) is self._head]
         self._place(self.model, self.read(head))
 
+    def free_head(self) -> None:
+        """Frees the head."""
+        self._head.to("meta")
+
     def loss(self, states: torch.Tensor, ids: torch.Tensor) -> float:
         """The summed next-token cross entropy of windows whose last block gave `states`.
 
         The model's own norm, head, scale and soft cap give the logits, some positions at a time.
         """
-        step = max(1, _LOGITS // int(self._head.weight.shape[0]))
-        # Never read: only its shape matters, for the positions it is mapped to.
-        width = int(self._embedding.weight.shape[-1])
         total = 0.0
         for window, own in zip(states, ids.to(self.device), strict=True):
-            for start in range(0, len(own) - 1, step):
-                stop = min(start + step, len(own) - 1)
+            for start, stop in self._parts(len(own)):
                 part = window[None, start:stop].to(self.device)
-                blank = torch.zeros(1, stop - start, width, dtype=self.dtype, device=self.device)
-                self._places[0].carried = part
-                logits = self.model(inputs_embeds=blank, use_cache=False).logits[0].float()
-                target = own[start + 1 : stop + 1]
-                total += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
-        self._places[0].carried = None
+                total += float(self._loss_of(part, own[start + 1 : stop + 1]))
         return total
+
+    def loss_gradient(self, states: torch.Tensor, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The summed mean-token losses of windows, and their gradient by `states`, of its shape."""
+        total, gradient = 0.0, torch.zeros_like(states, device=self.device)
+        for at, (window, own) in enumerate(zip(states, ids.to(self.device), strict=True)):
+            for start, stop in self._parts(len(own)):
+                part = window[None, start:stop].detach().to(self.device).requires_grad_()
+                with torch.enable_grad():
+                    loss = self._loss_of(part, own[start + 1 : stop + 1]) / (len(own) - 1)
+                gradient[at, start:stop] = torch.autograd.grad(loss, part)[0][0]
+                total += float(loss.detach())
+        return total, gradient
+
+    def _parts(self, length: int) -> Iterator[tuple[int, int]]:
+        """Positions that have a next token, in groups whose logits are small enough."""
+        step = max(1, _LOGITS // int(self._head.weight.shape[0]))
+        for start in range(0, length - 1, step):
+            yield start, min(start + step, length - 1)
+
+    def _loss_of(self, part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        # Never read: only its shape matters, for the positions it is mapped to.
+        width = int(self._embedding.weight.shape[-1])
+        blank = torch.zeros(1, part.shape[1], width, dtype=self.dtype, device=self.device)
+        self._places[0].carried = part
+        logits = self.model(inputs_embeds=blank, use_cache=False).logits[0].float()
+        self._places[0].carried = None
+        return nn.functional.cross_entropy(logits, target, reduction="sum")
 
     def _module(self, tensor: Tensor) -> nn.Module | None:
         if tensor.layer is not None:

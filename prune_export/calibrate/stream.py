@@ -8,8 +8,6 @@ own dtype, but float16 as float32: some models' states exceed what float16 can s
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +23,7 @@ import torch
 from prune_export.arch import Arch
 from prune_export.calibrate.blocks import loaded, threads
 from prune_export.calibrate.cost import BATCH_TOKENS, block_bytes
-from prune_export.calibrate.resume import Saves
+from prune_export.calibrate.resume import Saves, pass_key
 from prune_export.calibrate.skeleton import Call, Skeleton
 from prune_export.calibrate.spool import Buffer
 from prune_export.calibrate.statistics import Collector, Scope, Statistic
@@ -65,7 +63,7 @@ def gather(
         stack.enter_context(threads(machine.threads))
         stack.enter_context(torch.inference_mode())
         dtype = compute_dtype(checkpoint, machine)
-        folder = scratch / f"pass-{_key(checkpoint, arch, wanted, tokens, machine)}"
+        folder = scratch / f"pass-{pass_key(checkpoint, arch, tokens, machine, *map(repr, wanted))}"
         a_pass = _Pass(checkpoint, arch, wanted, tokens, machine, dtype, folder, stack)
         a_pass.run(progress or Silent())
         return {
@@ -319,21 +317,3 @@ class _Pass:
 
     def _all_collectors(self) -> list[Collector]:
         return [one for stream in self.streams for one in stream.collectors.values()]
-
-
-def _key(
-    checkpoint: Checkpoint,
-    arch: Arch,
-    statistics: Sequence[Statistic],
-    tokens: TokenSet,
-    machine: Machine,
-) -> str:
-    """What must be equal for a saved pass to go on."""
-    files = [file.stat() for file in checkpoint.files]
-    parts = [
-        json.dumps(dict(checkpoint.config), sort_keys=True, default=str),
-        [repr(statistic) for statistic in statistics],
-        [tokens.fingerprint, machine.device, machine.threads, torch.__version__],
-        [(stat.st_size, stat.st_mtime_ns) for stat in files],
-    ]
-    return hashlib.sha256(json.dumps([arch.family, *parts]).encode()).hexdigest()[:16]

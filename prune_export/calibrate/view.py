@@ -9,6 +9,7 @@ from typing import Any
 
 from prune_export.arch import Arch
 from prune_export.calibrate.edit_stream import Editor, Order, Swept, sweep
+from prune_export.calibrate.gradients import GradientReader, Gradients, gradients
 from prune_export.calibrate.statistics import Statistic
 from prune_export.calibrate.stream import gather
 from prune_export.calibrate.tokens import TokenSet
@@ -85,6 +86,23 @@ class ModelView:
             means.scratch,
             arch=self.arch,
             order=order,
+        )
+
+    def gradients(self, reader: GradientReader) -> Gradients:
+        """What `reader` keeps of the loss's gradients over the calibration windows.
+
+        Raises:
+            ValueError: the view was made without calibration data.
+        """
+        means = self.calibration()
+        return gradients(
+            self.checkpoint,
+            reader,
+            means.tokens,
+            means.machine,
+            means.told,
+            means.scratch,
+            arch=self.arch,
         )
 
     def calibration(self) -> Means:

@@ -1,0 +1,241 @@
+"""Gradients of the loss by every weight, one block in memory: no second model, no whole model.
+
+Forward, the inputs of each block are written to files. Backward, from the last block to the first,
+each block is computed again from them and the gradient passes through it. What is made of a block's
+gradients is up to a reader: it may keep them, or only a score for each channel.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, Protocol
+
+import torch
+
+from prune_export.arch import Arch
+from prune_export.calibrate.blocks import loaded, threads
+from prune_export.calibrate.cost import BATCH_TOKENS
+from prune_export.calibrate.resume import Saves, pass_key
+from prune_export.calibrate.skeleton import Call, Skeleton
+from prune_export.calibrate.spool import Buffer
+from prune_export.calibrate.stream import check, compute_dtype
+from prune_export.calibrate.tokens import TokenSet
+from prune_export.checkpoint import Checkpoint
+from prune_export.machine import Machine
+from prune_export.progress import Progress, Silent, Task
+
+Kind = Literal["sum", "abs", "square"]
+"""Over windows, each with the gradient g of its own mean-token loss: sum g, sum |g|, sum g^2."""
+
+Sums = Mapping[str, Mapping[Kind, torch.Tensor]]
+"""For each wanted parameter of a block, by its name in the block: float32 sums of its shape."""
+
+
+class GradientReader(Protocol):
+    """Says which gradients are wanted, and what is kept of a block's."""
+
+    @property
+    def key(self) -> str:
+        """Everything that decides what it keeps: a killed pass goes on only with an equal one."""
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]: ...
+
+    def wants(self, layer: int, name: str) -> bool:
+        """Whether the gradient of a parameter, by its name in the block, is wanted."""
+
+    def keep(
+        self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        """What is kept of a block: tensors by names of the reader's choice."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """What a reader kept of each block, in files; `loss` is the mean loss in nats a token."""
+
+    folder: Path
+    layers: int
+    loss: float
+
+    def block(self, layer: int) -> dict[str, torch.Tensor]:
+        """What was kept of one block."""
+        from safetensors.torch import load_file
+
+        return dict(load_file(self.folder / f"{layer}.safetensors"))
+
+
+def gradients(
+    checkpoint: Checkpoint,
+    reader: GradientReader,
+    tokens: TokenSet,
+    machine: Machine,
+    progress: Progress | None = None,
+    scratch: Path | None = None,
+    *,
+    arch: Arch | None = None,
+) -> Gradients:
+    """What `reader` keeps of the gradients of the next-token loss over `tokens`.
+
+    In float32 on a CPU, where each weight's gradient equals that of plain autograd on the whole
+    model; in bfloat16 states and float32 sums on a GPU. With `scratch`, a pass that is killed goes
+    on from there, and ends in the same bytes.
+
+    Raises:
+        PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
+    """
+    arch = arch or checkpoint.arch()
+    check(arch, tokens)
+    temporary = scratch is None
+    scratch = scratch or Path(tempfile.mkdtemp(prefix="gradients-"))
+    folder = (
+        scratch
+        / f"gradients-{pass_key(checkpoint, arch, tokens, machine, reader.key, reader.kinds)}"
+    )
+    with ExitStack() as stack:
+        stack.enter_context(threads(machine.threads))
+        stack.enter_context(torch.no_grad())
+        a_pass = _Pass(checkpoint, arch, reader, tokens, machine, Saves(folder))
+        a_pass.run(progress or Silent())
+    loss = json.loads((folder / "loss.json").read_text(encoding="utf-8")) / tokens.samples
+    found = Gradients(folder, arch.layers, loss)
+    if temporary:
+        weakref.finalize(found, shutil.rmtree, scratch, ignore_errors=True)
+    return found
+
+
+_BACKWARD: Final = 3
+"""A backward step computes the block again and twice as much for the gradients."""
+
+
+class _Pass:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        arch: Arch,
+        reader: GradientReader,
+        tokens: TokenSet,
+        machine: Machine,
+        saves: Saves,
+    ) -> None:
+        self.arch, self.reader, self.ids, self.saves = arch, reader, tokens.ids, saves
+        self.dtype = compute_dtype(checkpoint, machine)
+        self.skeleton = Skeleton(checkpoint, arch, dtype=self.dtype, device=machine.device)
+        self.batch = max(1, BATCH_TOKENS[machine.device] // self.ids.shape[1])
+
+    def run(self, progress: Progress) -> None:
+        """Goes from where the last save left off to the end; steps are blocks there and back."""
+        layers, all_tokens = self.arch.layers, self.ids.numel()
+        with progress.task("Gradients", all_tokens * layers * (1 + _BACKWARD)) as task:
+            done = self.saves.done()
+            forward, back = min(done, layers), max(0, done - layers)
+            task.advance(all_tokens * (forward + _BACKWARD * back))
+            if back == layers:
+                return
+            self.skeleton.look_up(self.ids.flatten())
+            calls = self.skeleton.calls(self.ids)
+            if not done:
+                with self._file(0) as states:
+                    for start, stop in self._batches(self.batch):
+                        states.write(start, self.skeleton.enter(self.ids[start:stop]))
+            self.skeleton.forget_rows()
+            for layer in loaded(self.skeleton, range(forward, layers)):
+                self._forward(layer, calls[layer], task)
+                self.saves.save(layer + 1, {}, {})
+            if not back:
+                self._loss()
+            for layer in loaded(self.skeleton, reversed(range(layers - back))):
+                self._backward(layer, calls[layer], task)
+                self.saves.save(2 * layers - layer, {}, {})
+                self._path(layer + 1).unlink(missing_ok=True)
+                self._path(layer + 1, "by").unlink(missing_ok=True)
+        for name in ("", "by"):
+            self._path(0, name).unlink(missing_ok=True)
+
+    def _forward(self, layer: int, call: Call, task: Task) -> None:
+        with self._file(layer) as states, self._file(layer + 1) as following:
+            for start, stop in self._batches(self.batch):
+                inputs = states.read(start, stop).to(self.skeleton.device)
+                following.write(start, self.skeleton.run(layer, inputs, call))
+                task.advance(inputs.shape[0] * inputs.shape[1])
+
+    def _loss(self) -> None:
+        self.skeleton.load_head()
+        total, last = 0.0, self.arch.layers
+        with self._file(last) as states, self._file(last, "by") as gradient:
+            for start, stop in self._batches(1):
+                loss, found = self.skeleton.loss_gradient(
+                    states.read(start, stop), self.ids[start:stop]
+                )
+                gradient.write(start, found)
+                total += loss
+        (self.saves.folder / "loss.json").write_text(json.dumps(total), encoding="utf-8")
+        self.skeleton.free_head()
+
+    def _backward(self, layer: int, call: Call, task: Task) -> None:
+        from safetensors.torch import save_file
+
+        parameters = self.skeleton.parameters(layer)
+        wanted = {name: one for name, one in parameters.items() if self.reader.wants(layer, name)}
+        for one in wanted.values():
+            one.requires_grad_()
+        kinds = self.reader.kinds
+        sums: dict[str, dict[Kind, torch.Tensor]] = {
+            name: {kind: torch.zeros_like(one, dtype=torch.float32) for kind in kinds}
+            for name, one in wanted.items()
+        }
+        # Where only the sum is wanted, windows need not be told apart.
+        together = self.batch if kinds == ("sum",) else 1
+        with (
+            self._file(layer) as states,
+            self._file(layer + 1, "by") as above,
+            self._file(layer, "by") as below,
+        ):
+            for start, stop in self._batches(together):
+                inputs = states.read(start, stop).to(self.skeleton.device).requires_grad_()
+                with torch.enable_grad():
+                    outputs = self.skeleton.run(layer, inputs, call)
+                by = above.read(start, stop).to(self.skeleton.device)
+                first, *own = torch.autograd.grad(outputs, [inputs, *wanted.values()], by)
+                for name, gradient in zip(wanted, own, strict=True):
+                    _add(sums[name], gradient.float())
+                below.write(start, first)
+                task.advance(_BACKWARD * inputs.shape[0] * inputs.shape[1])
+        values = {name: one.detach() for name, one in parameters.items()}
+        kept = self.reader.keep(layer, sums, values)
+        own_bytes = {name: tensor.contiguous().cpu() for name, tensor in kept.items()}
+        save_file(own_bytes, self.saves.folder / f"{layer}.safetensors")
+
+    def _file(self, layer: int, name: str = "") -> Buffer:
+        samples, length = self.ids.shape
+        shape = (length, self.arch.sizes["residual"])
+        return Buffer(samples, shape, self.dtype, path=self._path(layer, name))
+
+    def _path(self, layer: int, name: str = "") -> Path:
+        return self.saves.folder / f"{layer}{name}.spool"
+
+    def _batches(self, size: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, len(self.ids), size):
+            yield start, min(start + size, len(self.ids))
+
+
+def _add(sums: Mapping[Kind, torch.Tensor], gradient: torch.Tensor) -> None:
+    for kind, total in sums.items():
+        if kind == "sum":
+            total += gradient
+        elif kind == "abs":
+            total += gradient.abs()
+        else:
+            total.addcmul_(gradient, gradient)
+
+
+def spooled_bytes(arch: Arch, tokens: int, dtype: torch.dtype) -> int:
+    """The files of a pass over `tokens`: the inputs of every block, and two gradients."""
+    return (arch.layers + 3) * tokens * arch.sizes["residual"] * dtype.itemsize
