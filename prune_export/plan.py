@@ -16,13 +16,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
+from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.calibrate import pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
-from prune_export.recipe import Recipe, Source, Stage, TokenFile
+from prune_export.recipe import Recipe, Search, Source, Stage, TokenFile, heal_of, templates
 from prune_export.units import GIB, MIB, text_from_bytes
 
 _PROCESS_BYTES: Final = 700 * MIB
@@ -248,7 +249,9 @@ class _Planner:
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.name}"
         try:
-            return self._prune(stage, arch) if stage.kind == "prune" else self._heal(stage, arch)
+            return {"prune": self._prune, "heal": self._heal, "search": self._search}[stage.kind](
+                stage, arch
+            )
         except PlanError as error:
             raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
 
@@ -286,6 +289,38 @@ class _Planner:
         cost = stage.entry.cost(arch, samples * source.length, source.length, self.machine)
         note = f"up to {samples} x {source.length} tokens"
         return self.planned("heal", stage.name, stage.parameters(), arch, arch, cost, note), arch
+
+    def _search(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
+        """A search, costed as all of its candidates; the shapes after it are those of the first."""
+        search: Search = stage.entry
+        left = search.target.parameters or 1 / (search.target.speedup or 1)
+        healer, total, after = heal_of(search), Cost(), None
+        refused = []
+        for template in templates(search):
+            try:
+                candidate = template.to_size(arch, round(left * arch.parameters()))
+            except PlanError as error:
+                refused.append(error)
+                continue
+            before = arch
+            steps = []
+            for own in candidate.stages:
+                planned, before = self._prune(own, before)
+                steps.append(planned)
+            steps += [self._heal(healer, before)[0]] if healer else []
+            for step in steps:
+                total = _together(total, step.cost)
+            after = after or before
+        if after is None:
+            raise refused[0]
+        if search.target.speedup is not None:
+            entry = registry.find("exporters", search.target.engine)()
+            entry.check(after, self.machine)
+            each = entry.cost(after, self.size(after).bytes)
+            count = 3 * len(search.candidates)
+            total = _together(total, dataclasses.replace(each, seconds=(each.seconds + 90) * count))
+        name = f"the best of {len(search.candidates) - len(refused)} candidates"
+        return self.planned("search", name, {}, arch, after, total, "the first one's shapes"), after
 
     def exports(self, dense: Arch, arch: Arch) -> Iterator[PlannedStage]:
         for export in self.recipe.export:
@@ -345,6 +380,18 @@ class _Planner:
                     f"is {length}, but the model has {positions} positions",
                     f"write `length: {positions}` or less",
                 )
+
+
+def _together(one: Cost, other: Cost) -> Cost:
+    """What two pieces of work take one after the other."""
+    return Cost(
+        ram_bytes=max(one.ram_bytes, other.ram_bytes),
+        gpu_bytes=max(one.gpu_bytes, other.gpu_bytes),
+        disk_bytes=one.disk_bytes + other.disk_bytes,
+        flops=one.flops + other.flops,
+        moved_bytes=one.moved_bytes + other.moved_bytes,
+        seconds=one.seconds + other.seconds,
+    )
 
 
 def _windows(source: Source, root: Path) -> int:

@@ -20,23 +20,30 @@ from prune_export.errors import RecipeError, did_you_mean
 from prune_export.recipe import document as yaml_document
 from prune_export.recipe import schema
 from prune_export.recipe.document import Document
-from prune_export.recipe.schema import Export, Publish, Quality, Speed, Stage, Verify, Workload
+from prune_export.recipe.schema import Export, Publish, Quality, Speed, Verify
+from prune_export.recipe.search import Candidate, Search, Template, heal_of, templates
 from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
+from prune_export.recipe.stages import Stage, Workload
 
 __all__ = [
+    "Candidate",
     "Export",
     "HubDataset",
     "LocalText",
     "Publish",
     "Quality",
     "Recipe",
+    "Search",
     "Source",
     "Speed",
     "Stage",
+    "Template",
     "TokenFile",
     "Verify",
     "Workload",
     "bundled",
+    "heal_of",
+    "templates",
 ]
 
 PUBLISHED_NAME: Final = "prune_recipe.yaml"
@@ -113,13 +120,13 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in."""
-        stages = [
-            {stage.kind: {"method": stage.name, "data": stage.data} | stage.parameters()}
-            for stage in self.stages
-        ]
-        for stage, body in zip(self.stages, stages, strict=True):
-            if stage.data not in self.data:
-                del body[stage.kind]["data"]
+        stages = []
+        for stage in self.stages:
+            body = stage.parameters()
+            if stage.kind != "search":
+                named = {"data": stage.data} if stage.data in self.data else {}
+                body = {"method": stage.name} | named | body
+            stages.append({stage.kind: body})
         return {
             "recipe": schema.VERSION,
             "description": self.description,

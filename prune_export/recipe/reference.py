@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from prune_export import registry
 from prune_export.recipe.schema import VERSION, Publish, Verify
+from prune_export.recipe.search import Search, Target
 from prune_export.recipe.sources import SOURCES
 
 
@@ -94,7 +95,13 @@ def json_schema() -> dict[str, Any]:
             "data": {"type": "object", "additionalProperties": source},
             "stages": {
                 "type": "array",
-                "items": {"oneOf": [stage("prune", "methods"), stage("heal", "heal")]},
+                "items": {
+                    "oneOf": [
+                        stage("prune", "methods"),
+                        stage("heal", "heal"),
+                        _search(definitions),
+                    ]
+                },
             },
             "export": {
                 "type": "array",
@@ -105,6 +112,14 @@ def json_schema() -> dict[str, Any]:
         },
         "$defs": definitions,
     }
+
+
+def _search(definitions: dict[str, Any]) -> dict[str, Any]:
+    body = _lifted(_schema_of(Search), definitions)
+    # A candidate of one stage may be written without its list.
+    listed = body["properties"]["candidates"]
+    listed["items"] = {"anyOf": [listed["items"], {"type": "object"}]}
+    return _single_key("search", body | {"additionalProperties": False})
 
 
 def markdown() -> str:
@@ -122,6 +137,9 @@ def markdown() -> str:
             entry = described(group, name)  # type: ignore[arg-type]
             lines += ["", f"## {title}: `{name}`", "", entry.text, ""]
             lines += _key_table(entry.keys)
+    lines += ["", "## stages: `search`", "", inspect.cleandoc(Search.__doc__ or ""), ""]
+    lines += _key_table(_property_keys(_schema_of(Search)))
+    lines += ["", "### search: target", "", *_key_table(_model_keys(Target))]
     for title, cls in SOURCES.items():
         lines += ["", f"## data: `{title}`", "", inspect.cleandoc(cls.__doc__ or ""), ""]
         lines += _key_table(_model_keys(cls))
@@ -136,7 +154,7 @@ def markdown() -> str:
 
 _SECTIONS = {
     "data": "Named sources of text or tokens: a Hub dataset, local files, or saved token ids.",
-    "stages": "What is done to the checkpoint, in order: `prune` and `heal`.",
+    "stages": "What is done to the checkpoint, in order: `prune`, `heal` and `search`.",
     "export": "Engines that are made of the last checkpoint.",
     "verify": "What is measured, and what must hold.",
     "publish": "Where the result goes.",

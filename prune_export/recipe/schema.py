@@ -16,23 +16,16 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from prune_export import registry
 from prune_export.errors import PlanError, RecipeError, did_you_mean
 from prune_export.recipe.document import Document, Path_, dotted
+from prune_export.recipe.search import TO_TARGET, Search, marks
 from prune_export.recipe.sources import SOURCES, Frozen, Source
+from prune_export.recipe.stages import Stage, Workload, plain
 
 VERSION = 1
 
-StageKind = Literal["prune", "heal"]
 _REGISTRY: Mapping[str, registry.Kind] = {"prune": "methods", "heal": "heal"}
 _DEFAULT_DATA = {"prune": "calibration", "heal": "healing"}
 
 M = TypeVar("M", bound=BaseModel)
-
-
-class Workload(Frozen):
-    """A request: `prompt` tokens in, `new` tokens out, for `batch` sequences."""
-
-    batch: Annotated[int, Field(ge=1, description="Sequences at once.")] = 1
-    prompt: Annotated[int, Field(ge=1, description="Prompt tokens.")] = 512
-    new: Annotated[int, Field(ge=1, description="New tokens.")] = 128
 
 
 class Quality(Frozen):
@@ -82,20 +75,6 @@ class Publish(Frozen):
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage: a registered entry with its parameters, and the name of its data."""
-
-    kind: StageKind
-    name: str
-    entry: Any
-    data: str
-
-    def parameters(self) -> dict[str, Any]:
-        """The entry's fields as plain data, defaults included."""
-        return plain(self.entry)
-
-
-@dataclass(frozen=True)
 class Export:
     """One export: a registered exporter with its parameters."""
 
@@ -105,12 +84,6 @@ class Export:
     def parameters(self) -> dict[str, Any]:
         """The entry's fields as plain data, defaults included."""
         return plain(self.entry)
-
-
-def plain(entry: Any) -> dict[str, Any]:
-    """A dataclass entry's fields as JSON types."""
-    dumped: dict[str, Any] = TypeAdapter(type(entry)).dump_python(entry, mode="json")
-    return dumped
 
 
 def sources(document: Document) -> dict[str, Source]:
@@ -146,23 +119,85 @@ def stages(document: Document, known_data: Mapping[str, Source]) -> tuple[Stage,
 def _stages(document: Document, known_data: Mapping[str, Source]) -> Iterator[Stage]:
     for i, item in enumerate(_list(document, ("stages",))):
         path: Path_ = ("stages", i)
-        kind = _single(document, path, item, _REGISTRY)
-        body = dict(_mapping(document, (*path, kind)))
-        if "method" not in body:
+        if isinstance(item, dict) and set(item) == {"search"}:
+            yield _search(document, (*path, "search"), item["search"], known_data)
+        else:
+            yield _stage(document, path, item, (*_REGISTRY, "search"), known_data)
+
+
+def _stage(
+    document: Document, path: Path_, item: Any, kinds: Any, known_data: Mapping[str, Source]
+) -> Stage:
+    kind = _single(document, path, item, kinds)
+    body = _body(document, (*path, kind), item[kind])
+    if "method" not in body:
+        raise RecipeError(
+            document.where((*path, kind)),
+            "has no `method`",
+            did_you_mean("", registry.names(_REGISTRY[kind])),
+        )
+    name, data = str(body.pop("method")), body.pop("data", _DEFAULT_DATA[kind])
+    if data not in known_data and "data" in item[kind]:
+        raise RecipeError(
+            document.where((*path, kind, "data")),
+            f"got {data!r}, which `data` does not define",
+            did_you_mean(str(data), known_data),
+        )
+    entry = _entry(document, (*path, kind), _REGISTRY[kind], name, body, "method")
+    return Stage(kind, name, entry, str(data))  # type: ignore[arg-type]
+
+
+def _search(document: Document, path: Path_, body: Any, known_data: Mapping[str, Source]) -> Stage:
+    """A search, each of its candidates checked as the stages that it will become."""
+    body = _body(document, path, body)
+    given = body.get("candidates")
+    listed = [one if isinstance(one, list) else [one] for one in given or []]
+    entry: Search = entry_from(Search, body | {"candidates": listed}, document, path)
+    for i, candidate in enumerate(listed):
+        at: Path_ = (*path, "candidates", i)
+        if marks(candidate) != 1:
             raise RecipeError(
-                document.where((*path, kind)),
-                "has no `method`",
-                did_you_mean("", registry.names(_REGISTRY[kind])),
+                document.where(at),
+                f"says `to_target` {marks(candidate)} times, expected once",
+                "write for example `prune: {method: block_influence, sparsity: to_target}`",
             )
-        name, data = str(body.pop("method")), body.pop("data", _DEFAULT_DATA[kind])
-        if data not in known_data and "data" in item[kind]:
-            raise RecipeError(
-                document.where((*path, kind, "data")),
-                f"got {data!r}, which `data` does not define",
-                did_you_mean(str(data), known_data),
-            )
-        entry = _entry(document, (*path, kind), _REGISTRY[kind], name, body, "method")
-        yield Stage(kind, name, entry, str(data))  # type: ignore[arg-type]
+        several = isinstance(given[i], list)
+        for j, item in enumerate(candidate):
+            where: Path_ = (*at, j) if several else at
+            _stage(document, where, _tried(item), ("prune",), known_data)
+    if entry.heal is not None:
+        _stage(document, path, {"heal": dict(entry.heal)}, ("heal",), known_data)
+    if entry.validation not in known_data:
+        raise RecipeError(
+            document.where((*path, "validation")),
+            f"got {entry.validation!r}, which `data` does not define",
+            did_you_mean(entry.validation, known_data),
+        )
+    if entry.target.engine not in registry.names("exporters"):
+        raise RecipeError(
+            document.where((*path, "target", "engine")),
+            f"got {entry.target.engine!r}, which is not an exporter",
+            did_you_mean(entry.target.engine, registry.names("exporters")),
+        )
+    return Stage("search", "search", entry, entry.validation)
+
+
+def _tried(body: Any) -> Any:
+    """The same with a usual value for `to_target`, so that all else can be checked."""
+    if isinstance(body, dict):
+        return {key: _tried(one) for key, one in body.items()}
+    if isinstance(body, list):
+        return [_tried(one) for one in body]
+    return 0.25 if body == TO_TARGET else body
+
+
+def _body(document: Document, path: Path_, body: Any) -> dict[str, Any]:
+    if not isinstance(body, dict):
+        raise RecipeError(
+            document.where(path), f"got {body!r:.60}, expected keys and values",
+            "indent `key: value` lines below it",
+        )  # fmt: skip
+    return dict(body)
 
 
 def exports(document: Document) -> tuple[Export, ...]:

@@ -106,6 +106,10 @@ def _plan(report: Report) -> list[_Planned]:
             add("block_scores", partial(panels.block_scores, stage=stage), (7.2, 3.2), place)
         if stage.losses:
             add("loss_curve", partial(panels.loss_curve, stage=stage), (7.2, 3.2), place)
+    for search in report.searches:
+        if any(one.pruned is not None for one in search.candidates):
+            height = 1.3 + 0.42 * sum(one.pruned is not None for one in search.candidates)
+            add("search", partial(panels.search, found=search), (7.2, height))
     checks = report.verification
     if checks and checks.perplexity:
         height = 1.25 + 0.38 * len(checks.perplexity)

@@ -11,7 +11,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from prune_export.report import style
-from prune_export.report.reading import Report, StageReading, runs, text_from_blocks
+from prune_export.report.reading import (
+    Report,
+    SearchReading,
+    StageReading,
+    as_number,
+    runs,
+    text_from_blocks,
+)
 from prune_export.report.table import has_bound, number, speed_text, times, workload_text
 from prune_export.verify.results import Speed
 
@@ -237,6 +244,39 @@ def speed(axes: Axes, report: Report, *, compact: bool = False) -> None:
             "Dotted: what fewer weight bytes allow in decode." + (f" {load}." if load else "")
         )
     style.title(axes, "Speed", note)
+
+
+def search(axes: Axes, found: SearchReading) -> None:
+    """Each candidate's validation perplexity, pruned and after the short heal; the best on top."""
+    shown = [one for one in found.candidates if one.pruned is not None]
+    values = [one for row in shown for one in (row.pruned, row.healed) if one is not None]
+    log = _spread(values) > LOG_SPREAD
+    for place, one in enumerate(shown):
+        color = style.HEALED if place == 0 else style.DENSE
+        pruned, healed = as_number(one.pruned), as_number(one.healed)
+        if math.isfinite(healed):
+            axes.plot([pruned, healed], [place, place], color=color, linewidth=2.0, alpha=0.5)
+            axes.plot([healed], [place], "o", color=color, markersize=7)
+        axes.plot([pruned], [place], "o", color="white", markersize=6, markeredgecolor=color)
+        size = f"{one.speedup:.2f}×" if one.speedup is not None else ""
+        if not size and one.parameters_left is not None:
+            size = f"{one.parameters_left:.1%}"
+        best = healed if math.isfinite(healed) else pruned
+        axes.annotate(
+            f"{number(best)}  {size}", (best, place), xytext=(0, 8), textcoords="offset points",
+            ha="center", fontsize=8.5, fontweight="bold", color=color, annotation_clip=False,
+        )  # fmt: skip
+    axes.set_yticks(range(len(shown)), [style.label(one.label, 30) for one in shown])
+    axes.tick_params(axis="y", length=0, labelsize=9.0, labelcolor=style.INK)
+    axes.set_ylim(len(shown) - 0.45, -0.75)
+    if log:
+        axes.set_xscale("log")
+        _plain_log_ticks(axes, horizontal=True)
+    axes.margins(x=0.12)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    axes.set_xlabel("validation perplexity, left is better" + (" (log scale)" if log else ""))
+    style.title(axes, f"Search: {found.goal}", "open: pruned · filled: after the short heal")
 
 
 def _verdict_words(one: Speed, *, compact: bool) -> str:

@@ -86,6 +86,35 @@ class StageReading:
 
 
 @dataclass(frozen=True)
+class CandidateReading:
+    """One candidate of a search; numbers are None where it did not come that far."""
+
+    label: str
+    note: str = ""
+    parameters: int | None = None
+    parameters_left: float | None = None
+    speedup: float | None = None
+    pruned: float | None = None
+    healed: float | None = None
+
+
+@dataclass(frozen=True)
+class SearchReading:
+    """A search: what every candidate was brought to, and how they compared; the best is first."""
+
+    target: dict[str, Any]
+    candidates: list[CandidateReading]
+    validation: str = ""
+
+    @property
+    def goal(self) -> str:
+        """What every candidate was brought to."""
+        if self.target.get("speedup"):
+            return f"{self.target['speedup']:g}x decoding on {self.target.get('engine')}"
+        return f"{self.target.get('parameters') or 1:.0%} of the parameters"
+
+
+@dataclass(frozen=True)
 class ExportReading:
     """One engine's build record and the directory that holds it."""
 
@@ -113,6 +142,7 @@ class Report:
     stages: list[StageReading] = field(default_factory=list)
     exports: list[ExportReading] = field(default_factory=list)
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    searches: list[SearchReading] = field(default_factory=list)
     verification: Verification | None = None
     machine: dict[str, Any] = field(default_factory=dict)
     command: str = ""

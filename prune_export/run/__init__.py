@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.plan import Plan, make_plan
 from prune_export.progress import Progress, Silent
-from prune_export.recipe import PUBLISHED_NAME, Recipe
+from prune_export.recipe import PUBLISHED_NAME, Recipe, Stage
 from prune_export.report import write_report
 from prune_export.run import artifacts
 from prune_export.run.artifacts import Base, Bench
 from prune_export.run.measure import measured
 from prune_export.run.record import report_of
 from prune_export.run.result import LOCK, Result, lock_of, refuse_foreign
+from prune_export.run.search import searched
 from prune_export.store import Artifact, Store
 from prune_export.verify import check_tasks
 from prune_export.verify.results import Gate, Verification
@@ -115,7 +116,8 @@ def run(
     )
     base = artifacts.base(bench, *_model(recipe, model))
     data = _data(bench, recipe, base)
-    stages = _stages(bench, recipe, base, data)
+    asked = recipe.to_yaml()
+    recipe, stages, searches = _stages(bench, recipe, base, data, options.ignore_keys)
     last = stages[-1] if stages else base
     exports = [artifacts.exported(bench, export, last.path, last.id) for export in recipe.export]
     dense = []
@@ -126,7 +128,8 @@ def run(
         ]
     sets = {name: tokens for name, (_, tokens) in data.items()}
     found = measured(bench, recipe, base, stages, exports, dense, sets)
-    return _finished(bench, recipe, options.out, base, data, stages, exports, found)
+    made = _Made(asked, base, data, stages, searches, exports, found)
+    return _finished(bench, recipe, options.out, made)
 
 
 def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
@@ -144,8 +147,9 @@ def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
 
 
 def _data(bench: Bench, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
-    """The token sets that the recipe uses; none shares a document with the evaluation set."""
-    used = {stage.data for stage in recipe.stages if stage.data in recipe.data}
+    """The token sets that the recipe uses; none shares a document with what it is judged by."""
+    used = {name for stage in recipe.stages for name in stage.uses if name in recipe.data}
+    ranking = {stage.data for stage in recipe.stages if stage.kind == "search"}
     quality = recipe.verify.quality
     evaluation = quality.perplexity if quality else None
     data = {}
@@ -155,7 +159,10 @@ def _data(bench: Bench, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact,
             bench, evaluation, recipe.data[evaluation], recipe.root, base
         )
         seen = data[evaluation][1].documents
-    for name in sorted(used - {evaluation}):
+    for name in sorted(ranking - {evaluation}):
+        data[name] = artifacts.tokens(bench, name, recipe.data[name], recipe.root, base, seen)
+        seen = (*seen, *data[name][1].documents)
+    for name in sorted(used - ranking - {evaluation}):
         data[name] = artifacts.tokens(bench, name, recipe.data[name], recipe.root, base, seen)
     return data
 
@@ -165,31 +172,49 @@ def _stages(
     recipe: Recipe,
     base: Base,
     data: Mapping[str, tuple[Artifact, TokenSet]],
-) -> list[Artifact]:
+    ignore_keys: tuple[str, ...],
+) -> tuple[Recipe, list[Artifact], list[dict[str, Any]]]:
+    """The recipe with what its searches chose in their places, its artifacts, the searches."""
     made: list[Artifact] = []
+    carried: list[Stage] = []
+    searches: list[dict[str, Any]] = []
     for stage in recipe.stages:
         source = made[-1] if made else base
         tokens = data.get(stage.data)
+        if stage.kind == "search":
+            found = searched(bench, stage, source, data, ignore_keys)
+            made += found.made
+            carried += found.stages
+            searches.append(found.table)
+            continue
         if stage.kind == "heal":
             if tokens is None:
                 raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
             made.append(artifacts.healed(bench, stage, source.path, source.id, tokens))
         else:
             made.append(artifacts.pruned(bench, stage, source.path, source.id, tokens))
-    return made
+        carried.append(stage)
+    return replace(recipe, stages=tuple(carried)), made, searches
 
 
-def _finished(
-    bench: Bench,
-    recipe: Recipe,
-    out: Path,
-    base: Base,
-    data: Mapping[str, tuple[Artifact, TokenSet]],
-    stages: list[Artifact],
-    exports: list[Artifact],
-    found: Verification,
-) -> RunResult:
-    report = report_of(bench, recipe, base, data, stages, exports, found)
+@dataclass(frozen=True)
+class _Made:
+    """Everything that a run made; `asked` is the recipe as it was written."""
+
+    asked: str
+    base: Base
+    data: Mapping[str, tuple[Artifact, TokenSet]]
+    stages: list[Artifact]
+    searches: list[dict[str, Any]]
+    exports: list[Artifact]
+    found: Verification
+
+
+def _finished(bench: Bench, recipe: Recipe, out: Path, made: _Made) -> RunResult:
+    base, data, stages, exports = made.base, made.data, made.stages, made.exports
+    report = report_of(bench, recipe, base, data, stages, exports, made.found)
+    report["recipe"]["text"] = made.asked
+    report["searches"] = made.searches
     result = Result(out)
     named: dict[str, Artifact] = {}
     for stage, artifact in zip(recipe.stages, stages, strict=True):
@@ -199,18 +224,17 @@ def _finished(
     for export, artifact in zip(recipe.export, exports, strict=True):
         named[f"export.{export.name}"] = artifact
         result.add(artifact, type(export.entry).DIRECTORY)
-    text = recipe.to_yaml()
-    result.write_text(PUBLISHED_NAME, text)
+    result.write_text(PUBLISHED_NAME, made.asked)
     used = {
-        name: {"id": made.id, "fingerprint": set_.fingerprint}
-        for name, (made, set_) in sorted(data.items())
+        name: {"id": artifact.id, "fingerprint": set_.fingerprint}
+        for name, (artifact, set_) in sorted(data.items())
     }
     origin = {"model": base.name, "revision": base.revision, "id": base.id}
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(made.asked.encode()).hexdigest()
     result.write_json(LOCK, lock_of(origin, used, named, digest, artifacts.versions()))
-    result.write_json("verify.json", found.to_json())
+    result.write_json("verify.json", made.found.to_json())
     result.write_json("report.json", report)
     write_report(report, result.partial)
-    every = [*named.values(), *(made for made, _ in data.values())]
+    every = [*named.values(), *(artifact for artifact, _ in data.values())]
     bench.store.remember(out, [artifact.id for artifact in every] + [base.id])
-    return RunResult(result.finish(), report, found)
+    return RunResult(result.finish(), report, made.found)

@@ -167,6 +167,20 @@ def _perplexity(bench: Bench, name: str, engine: Engine, id_: str, text: TokenSe
     )  # fmt: skip
 
 
+def perplexity_of(bench: Bench, name: str, artifact: Artifact, text: TokenSet) -> float:
+    """The perplexity of a checkpoint on its way through a search."""
+    return _perplexity(bench, name, Engine.pytorch(artifact.path), artifact.id, text).value
+
+
+def engine_speed(
+    bench: Bench, dense: Artifact, engine: Artifact, workload: recipes.Workload
+) -> float:
+    """How many times as fast `engine` decodes: the middle of what was measured."""
+    asked = recipes.Speed(workloads=(workload,), minutes=0.75)
+    found = _speed(bench, asked, dense, engine, tokens_without_text())
+    return next(one.ratio for one in found if one.phase == "decode")
+
+
 def _generation(bench: Bench, point: Point) -> Generation:
     return _kept(
         bench, "generation", f"verify: generation of {point.name}", Generation,

@@ -177,3 +177,56 @@ def test_a_config_alone_can_be_planned(tmp_path: Path, corpus: Path, options: Op
     with pytest.raises(PlanError, match=r"memory|disk"):
         planned.check()
     assert json.dumps(planned.to_json())
+
+
+SEARCH = """\
+recipe: 1
+description: Whatever is best at this size.
+data:
+  calibration: {files: [calibration.txt], samples: 4, length: 32}
+  healing: {files: [healing.jsonl], samples: 16, length: 32}
+  evaluation: {files: [evaluation.txt], samples: 4, length: 64}
+stages:
+  - search:
+      target: {parameters: 0.7, tolerance: 0.2}
+      candidates:
+        - prune: {method: angular_distance, sparsity: to_target}
+        - - prune: {method: block_influence, remove: 1}
+          - prune: {method: deepest, sparsity: to_target}
+        - prune: {method: perplexity, sparsity: to_target, protect_first: 3, protect_last: 2}
+      validation: evaluation
+      heal: {method: lora, rank: 2, steps: 2, batch: 2, learning_rate: 1.0e-3}
+  - heal: {method: lora, rank: 2, steps: 3, batch: 2, learning_rate: 1.0e-3}
+verify:
+  generation: false
+  quality: {perplexity: evaluation}
+"""
+
+
+@pytest.mark.slow
+def test_a_search_takes_the_best_candidate_and_tells_of_all(
+    tiny_llama: Path, corpus: Path, options: Options
+) -> None:
+    recipe = Recipe.parse(SEARCH, root=corpus)
+    planned = plan(recipe, str(tiny_llama), options)
+    assert planned.stages[0].kind == "search"
+    assert planned.stages[0].after.layers == 4
+    result = run(recipe, str(tiny_llama), options)
+    report = json.loads((result.out / "report.json").read_text())
+    (table,) = report["searches"]
+    ranked = [one for one in table["candidates"] if one.get("pruned")]
+    assert [one["note"] for one in ranked].count("chosen") == 1
+    assert ranked[0]["healed"] == min(one["healed"] for one in ranked if one["healed"])
+    (refused,) = [one for one in table["candidates"] if not one.get("pruned")]
+    assert refused["label"] == "perplexity"
+    assert "comes only within +22.1%" in refused["note"]
+    chosen = [stage["method"] for stage in ranked[0]["stages"]]
+    assert [stage["name"] for stage in report["stages"]] == [*chosen, "lora"]
+    assert report["result"]["layers"] == 4
+    assert "to_target" in (result.out / "prune_recipe.yaml").read_text()
+    html = (result.out / "report.html").read_text()
+    assert "Search: the best of 3 ways to 70% of the parameters" in html
+    assert (result.out / "figures" / "search.png").is_file()
+    again = replace(options, out=options.out.with_name("again"))
+    run(Recipe.load(result.out / "prune_recipe.yaml", data_root=corpus), str(tiny_llama), again)
+    assert hashes(again.out, *STABLE) == hashes(result.out, *STABLE)

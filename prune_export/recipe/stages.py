@@ -1,0 +1,51 @@
+"""What a recipe's stages are, apart from how they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from prune_export.recipe.sources import Frozen
+
+StageKind = Literal["prune", "heal", "search"]
+
+
+class Workload(Frozen):
+    """A request: `prompt` tokens in, `new` tokens out, for `batch` sequences."""
+
+    batch: Annotated[int, Field(ge=1, description="Sequences at once.")] = 1
+    prompt: Annotated[int, Field(ge=1, description="Prompt tokens.")] = 512
+    new: Annotated[int, Field(ge=1, description="New tokens.")] = 128
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a registered entry with its parameters, and the name of its data."""
+
+    kind: StageKind
+    name: str
+    entry: Any
+    data: str
+
+    def parameters(self) -> dict[str, Any]:
+        """The entry's fields as plain data, defaults included."""
+        return plain(self.entry)
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The names of all `data` sources that it may read."""
+        if self.kind != "search":
+            return (self.data,)
+        search = self.entry
+        named = [item["prune"].get("data") for one in search.candidates for item in one]
+        healing = (search.heal or {}).get("data", "healing") if search.heal else None
+        every = [search.validation, healing, *(name or "calibration" for name in named)]
+        return tuple(dict.fromkeys(name for name in every if name))
+
+
+def plain(entry: Any) -> dict[str, Any]:
+    """A dataclass entry's fields as JSON types."""
+    dumped: dict[str, Any] = TypeAdapter(type(entry)).dump_python(entry, mode="json")
+    return dumped
