@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import prune_export
 from prune_export.calibrate import Further, Means, ModelView, TokenSet, token_set
-from prune_export.checkpoint import Checkpoint, import_gguf
+from prune_export.checkpoint import Checkpoint, card_license, import_gguf, read_gguf_header
 from prune_export.contracts import Work
 from prune_export.errors import PruneExportError, StageError
 from prune_export.machine import Machine
@@ -30,12 +30,16 @@ _DATA_VERSION: Final = "1"
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a run starts from. `id` is made of its files' hashes, not of its place."""
+    """The model that a run starts from. `id` is made of its files' hashes, not of its place.
+
+    `license` is what its card or its GGUF header says, None where neither says one.
+    """
 
     spec: str
     revision: str | None
     path: Path
     id: str
+    license: str | None = None
 
     @property
     def name(self) -> str:
@@ -113,7 +117,8 @@ def base_from_gguf(bench: Bench, spec: str, file: Path) -> Base:
         return {}
 
     artifact = bench.make(key, f"import {file.name}", build)
-    return Base(spec, None, artifact.path, artifact.id)
+    said = read_gguf_header(file).metadata.get("general.license")
+    return Base(spec, None, artifact.path, artifact.id, str(said) if said else None)
 
 
 def base_from_directory(bench: Bench, spec: str, path: Path, revision: str | None) -> Base:
@@ -125,7 +130,7 @@ def base_from_directory(bench: Bench, spec: str, path: Path, revision: str | Non
         for file in decisive:
             hashes[file.name] = bench.store.file_hash(file)
             task.advance()
-    return Base(spec, revision, path, f"model-{sha256_of_json(hashes)[:24]}")
+    return Base(spec, revision, path, f"model-{sha256_of_json(hashes)[:24]}", card_license(path))
 
 
 def tokens(

@@ -37,7 +37,7 @@ def report_of(
             "model": base.name,
             "id": base.id,
             "revision": base.revision,
-            "license": None,
+            "license": base.license,
             "dtype": source.dtype,
             **_size(bench, source),
         },
