@@ -213,7 +213,8 @@ class _Block:
         self.sweep, self.layer, self.call, self.task = a_sweep, layer, call, task
         self.skeleton, self.editor = a_sweep.skeleton, a_sweep.editor
         self.seen: dict[str, Accumulator] = {}
-        self.sites: dict[str, Site] = {}
+        self.sites: dict[str, list[Site]] = {}
+        """By kind: one site, or those of all experts, at which tokens arrive together."""
         self.logs: dict[str, Any] = {}
         self.made: dict[str, torch.Tensor] = {}
         self.edited: set[str] = set()
@@ -226,13 +227,20 @@ class _Block:
             for site in sites_of(self.sweep.arch, self.layer):
                 width = int(self.sweep.weights.read(site.tensors[0]).shape[1])
                 found = self.editor.watch(site, width, self.skeleton.device)
-                if found is None:
-                    continue
-                self.seen[site.name], self.sites[site.name] = found, site
-                for tensor in site.tensors:
-                    hook = partial(self._arrive, site.name)
-                    handle = self.skeleton.module(tensor).register_forward_pre_hook(hook)
-                    hooks.callback(handle.remove)
+                if found is not None:
+                    self.seen[site.name] = found
+                    self.sites.setdefault(site.kind, []).append(site)
+            for kind, sites in self.sites.items():
+                modules = {
+                    self.skeleton.module(tensor) for site in sites for tensor in site.tensors
+                }
+                for module in sorted(modules, key=id):
+                    if sites[0].expert is None:
+                        handle = module.register_forward_pre_hook(partial(self._arrive, kind))
+                        hooks.callback(handle.remove)
+                    elif "forward" not in vars(module):
+                        module.forward = partial(self._experts, module)
+                        hooks.callback(delattr, module, "forward")
             if self.sweep.order == "block":
                 self._block_order()
             elif self.sweep.parks:
@@ -244,21 +252,48 @@ class _Block:
             raise RuntimeError(f"block {self.layer}: no inputs arrived at {name}")
         self._store()
 
-    def _arrive(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _arrive(self, kind: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         del module
-        if name in self.edited or name in self.here:
-            return
-        self.here.add(name)
         # OPT flattens windows before its MLP.
         length = self.sweep.ids.shape[1]
-        self.seen[name].see(args[0].reshape(-1, length, args[0].shape[-1]))
+        self._see(kind, {None: args[0].reshape(-1, length, args[0].shape[-1])})
+
+    def _experts(
+        self, module: Any, states: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor
+    ) -> torch.Tensor:
+        """What transformers' experts compute, one after the other, with their inputs seen.
+
+        `states` `[tokens, residual]`; `chosen` and `shares` `[tokens, experts of each]`.
+        """
+        linear = nn.functional.linear
+        routed = [torch.where(chosen == expert) for expert in range(len(module.gate_up_proj))]
+        inputs = {expert: states[token] for expert, (token, _) in enumerate(routed)}
+        self._see("experts.in", {expert: x[None] for expert, x in inputs.items()})
+        inner = {
+            expert: module._apply_gate(linear(x, module.gate_up_proj[expert]))
+            for expert, x in inputs.items()
+        }
+        self._see("experts.out", {expert: x[None] for expert, x in inner.items()})
+        out = torch.zeros_like(states)
+        for expert, (token, place) in enumerate(routed):
+            made = linear(inner[expert], module.down_proj[expert]) * shares[token, place, None]
+            out.index_add_(0, token, made.to(out.dtype))
+        return out
+
+    def _see(self, kind: str, inputs: Mapping[int | None, torch.Tensor]) -> None:
+        """Inputs have arrived at the sites of a kind: see them, and wait for those of others."""
+        if kind in self.edited or kind in self.here or kind not in self.sites:
+            return
+        self.here.add(kind)
+        for site in self.sites[kind]:
+            self.seen[site.name].see(inputs[site.expert])
         if self.sweep.order == "block":
             return
         if not self.sweep.parks:
             raise _Arrived
         from greenlet import getcurrent
 
-        getcurrent().parent.switch(name)
+        getcurrent().parent.switch(kind)
 
     def _forward(self, start: int, stop: int) -> None:
         inputs = self.sweep.states.read(start, stop).to(self.skeleton.device)
@@ -307,16 +342,16 @@ class _Block:
         for start, stop in self.sweep._batches():
             self._forward(start, stop)
 
-    def _edit(self, name: str) -> None:
-        site = self.sites[name]
-        weights = {tensor.name: self.sweep.weights.read(tensor) for tensor in site.tensors}
-        result = self.editor.edit(site, weights, self.seen.pop(name))
-        for tensor in site.tensors:
-            if tensor.name in result.weights:
-                value = result.weights[tensor.name]
-                self.made[tensor.name] = self.sweep.weights.write(tensor, value)
-        self.logs[name] = dict(result.log)
-        self.edited.add(name)
+    def _edit(self, kind: str) -> None:
+        for site in self.sites[kind]:
+            weights = {tensor.name: self.sweep.weights.read(tensor) for tensor in site.tensors}
+            result = self.editor.edit(site, weights, self.seen.pop(site.name))
+            for tensor in site.tensors:
+                if tensor.name in result.weights:
+                    value = result.weights[tensor.name]
+                    self.made[tensor.name] = self.sweep.weights.write(tensor, value)
+            self.logs[site.name] = dict(result.log)
+        self.edited.add(kind)
 
     def _store(self) -> None:
         from safetensors.torch import save_file

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
-from torch import nn
 
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate.skeleton import Skeleton
@@ -23,26 +22,40 @@ SITES: Final[Mapping[str, str]] = {
     "up": "mlp.in",
     "gate_up": "mlp.in",
     "down": "mlp.out",
+    "expert.gate": "experts.in",
+    "expert.up": "experts.in",
+    "expert.down": "experts.out",
 }
 """The site of each role that a linear layer of a block plays."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """Matrices of one block that multiply the same input, in the table's order."""
+    """Matrices of one block that multiply the same input, in the table's order.
+
+    Each expert has sites of its own, at which the tokens arrive that are routed to it.
+    """
 
     layer: int
-    name: str
+    kind: str
     tensors: tuple[Tensor, ...]
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`attention.in`, or `experts.in.3`."""
+        return self.kind if self.expert is None else f"{self.kind}.{self.expert}"
 
 
 def sites_of(arch: Arch, layer: int) -> tuple[Site, ...]:
-    """The sites of a block; matrices of experts are at none, as each sees tokens of its own."""
-    found: dict[str, list[Tensor]] = {}
+    """The sites of a block."""
+    found: dict[tuple[str, int | None], list[Tensor]] = {}
     for tensor in arch.block(layer):
         if tensor.role in SITES:
-            found.setdefault(SITES[tensor.role], []).append(tensor)
-    return tuple(Site(layer, name, tuple(tensors)) for name, tensors in found.items())
+            found.setdefault((SITES[tensor.role], tensor.expert), []).append(tensor)
+    return tuple(
+        Site(layer, kind, tuple(tensors), expert) for (kind, expert), tensors in found.items()
+    )
 
 
 class Accumulator(Protocol):
@@ -101,20 +114,28 @@ class Weights:
 
     def read(self, tensor: Tensor) -> torch.Tensor:
         """A float32 copy of a matrix, `[out, in]`."""
-        return as_matrix(tensor, self._parameter(tensor).detach()).float().clone()
+        return as_matrix(tensor, self._values(tensor)).float().clone()
 
     def write(self, tensor: Tensor, value: torch.Tensor) -> torch.Tensor:
         """Puts `[out, in]` into the block, rounded as it will be stored; returns what is stored."""
         stored = self._skeleton.checkpoint.entries[tensor.name]
         rounded = as_matrix(tensor, value).contiguous().to(getattr(torch, TORCH[stored.dtype]))
-        parameter = self._parameter(tensor)
-        parameter.data.copy_(rounded.to(parameter.dtype))
+        values = self._values(tensor)
+        values.copy_(rounded.to(values.dtype))
         return rounded.cpu()
 
-    def _parameter(self, tensor: Tensor) -> nn.Parameter:
-        found: Any = self._skeleton.module(tensor).weight
-        assert isinstance(found, nn.Parameter)
-        return found
+    def _values(self, tensor: Tensor) -> torch.Tensor:
+        module: Any = self._skeleton.module(tensor)
+        if tensor.expert is None:
+            own: torch.Tensor = module.weight.data
+            return own
+        # In memory, transformers keeps all experts of a block in one tensor, gates above ups.
+        if tensor.role == "expert.down":
+            down: torch.Tensor = module.down_proj.data[tensor.expert]
+            return down
+        both: torch.Tensor = module.gate_up_proj.data[tensor.expert]
+        half = both.shape[0] // 2
+        return both[:half] if tensor.role == "expert.gate" else both[half:]
 
 
 def linears(arch: Arch) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from prune_export.arch.table import tables
 from prune_export.calibrate import (
+    SITES,
     Edited,
     Gram,
     Order,
@@ -30,7 +31,7 @@ from prune_export.machine import Machine
 class Halves:
     """Halves every matrix it edits, and keeps what it saw."""
 
-    only: tuple[str, ...] = ("attention.in", "attention.out", "mlp.in", "mlp.out")
+    only: tuple[str, ...] = tuple(SITES.values())
     grams: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     fails_at: int = -1
 
@@ -41,7 +42,7 @@ class Halves:
     def watch(self, site: Site, width: int, device: str) -> Gram | None:
         if site.layer == self.fails_at:
             raise KeyboardInterrupt
-        return Gram(width, device) if site.name in self.only else None
+        return Gram(width, device) if site.kind in self.only else None
 
     def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Gram) -> Edited:
         self.grams[site.layer, site.name] = seen.sums.clone()
@@ -88,6 +89,7 @@ def by_hand(made: Any, ids: torch.Tensor, order: Order) -> dict[tuple[int, str],
 
 
 DENSE = sorted(name for name, table in tables().items() if "expert" not in table.axes)
+MOE = sorted(tables().keys() - set(DENSE))
 
 
 @pytest.mark.parametrize("mode", ["parked", "repeated", "block"])
@@ -114,6 +116,61 @@ def test_an_editor_sees_the_inputs_of_the_edited_model(
         torch.testing.assert_close(read(), made.checkpoint.read(name) / 2)
     assert dict(swept.values()).keys() == {tensor.name for tensor in linears(made.arch)}
     assert swept.logs[0]["mlp.out"]["tokens"] == tokens.ids.numel()
+
+
+@pytest.mark.parametrize("mode", ["parked", "repeated", "block"])
+@pytest.mark.parametrize("model_type", MOE)
+def test_an_expert_sees_the_tokens_routed_to_it(
+    twin: Callable[..., Any],
+    tokens: TokenSet,
+    machine: Machine,
+    model_type: str,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = twin(model_type)
+    if mode == "repeated":
+        monkeypatch.setattr(edit_stream, "parked_bytes", lambda *_: 1 << 60)
+    editor = Halves()
+    swept = sweep(
+        made.checkpoint, editor, tokens, machine, order="block" if mode == "block" else "sequential"
+    )
+    assert dict(swept.values()).keys() == {tensor.name for tensor in linears(made.arch)}
+    for name, read in swept.values():
+        torch.testing.assert_close(read(), made.checkpoint.read(name) / 2)
+    # By hand, in the first block with experts: what each expert's matrices are given.
+    every = [sites_of(made.arch, layer) for layer in range(made.arch.layers)]
+    sites = next(sites for sites in every if sites[-1].expert is not None)
+    layer = sites[0].layer
+    block = made.model.get_submodule(made.arch.table.blocks)
+    (experts,) = [m for m in block[layer].modules() if hasattr(m, "gate_up_proj")]
+    with torch.no_grad():
+        for before in range(layer):
+            for module in block[before].modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight /= 2
+                elif hasattr(module, "gate_up_proj"):
+                    module.gate_up_proj /= 2
+                    module.down_proj /= 2
+        if mode != "block":
+            for module in block[layer].self_attn.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.weight /= 2
+        caught: list[tuple[torch.Tensor, ...]] = []
+        experts.register_forward_pre_hook(lambda _, args: caught.append(args))
+        made.model(tokens.ids, use_cache=False)
+        states, chosen, _ = caught[0]
+        for expert in range(len(experts.gate_up_proj)):
+            own = states[(chosen == expert).any(-1)]
+            torch.testing.assert_close(
+                editor.grams[layer, f"experts.in.{expert}"], own.T @ own, atol=2e-3, rtol=2e-4
+            )
+            halved = 1.0 if mode == "block" else 0.5
+            gate, up = (own @ (halved * experts.gate_up_proj[expert]).T).chunk(2, -1)
+            inner = experts.act_fn(gate) * up
+            torch.testing.assert_close(
+                editor.grams[layer, f"experts.out.{expert}"], inner.T @ inner, atol=2e-3, rtol=2e-4
+            )
 
 
 def test_a_killed_sweep_goes_on_and_ends_in_the_same_bytes(
