@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -42,9 +43,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint
 
 
 def an_instance(cls: Any) -> Any:
-    """The entry with its defaults, and one block to remove where it wants an amount."""
+    """The entry with its defaults and an amount: one block, or a fraction where it cuts others."""
     fields = {field.name for field in dataclasses.fields(cls)}
-    values = {"remove": 1} if "remove" in fields else {}
+    values: dict[str, Any] = {}
+    if "remove" in fields:
+        values = {"remove": 1}
+    elif "sparsity" in fields:
+        values = {"sparsity": 0.5}
     values |= {name: 0 for name in ("protect_first", "protect_last") if name in fields}
     return cls(**values)
 
@@ -88,7 +93,7 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
     predicted = method.predict(arch)
     assert after.arch().layers == predicted.layers
     if not alike(arch):
-        predicted = arch.without(decision.log["dropped"])
+        predicted = arch.without(decision.log.get("dropped", ()))
     assert {t.name: predicted.shape(t) for t in predicted.stored()} == {
         name: entry.shape for name, entry in after.entries.items()
     }
@@ -97,7 +102,7 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
     )
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    assert "dropped" in decision.log
+    assert json.loads(json.dumps(decision.log)), "the log says what was decided, as JSON"
 
 
 def test_the_documented_method_works_as_a_plugin(
