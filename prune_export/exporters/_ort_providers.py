@@ -269,7 +269,14 @@ def _add_plugin(options: Any, first: tuple[str, dict[str, str]]) -> None:
     name, settings = first
     plugin = importlib.import_module(_PLUGIN)
     if name not in {device.ep_name for device in onnxruntime.get_ep_devices()}:
-        onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+        try:
+            onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+        except Exception as error:  # onnxruntime's own classes share no public base
+            raise StageError(
+                name,
+                f"the plug-in's library does not load: {error}",
+                "it needs NVIDIA's driver and onnxruntime 1.25 or later; choose the device `cpu`",
+            ) from error
     devices = [one for one in onnxruntime.get_ep_devices() if one.ep_name == name]
     if not devices:
         raise StageError(

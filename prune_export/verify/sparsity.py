@@ -23,6 +23,9 @@ from prune_export.verify.results import Sparsity, WeightPattern
 HARDWARE: Final = ("1 of 4", "2 of 4")
 """What sparse tensor cores take."""
 
+_FEW: Final = 0.05
+"""Weights with a smaller fraction of zeros were not pruned."""
+
 _NO_KERNELS: Final = {
     "onnx": "ONNX Runtime has no kernels for sparse weights on this provider: it multiplies dense",
     "ort_genai": "ONNX Runtime has no kernels for sparse weights: it multiplies dense",
@@ -38,7 +41,7 @@ def measure_sparsity(record: BuildRecord, path: Path) -> list[Sparsity]:
     said = record.sparsity
     weights = _weights(record, path)
     asked = bool(said.get("asked"))
-    if not asked and not any(weight.pattern for weight in weights):
+    if not asked and not any(weight.zeros > _FEW for weight in weights):
         return []
     found = Sparsity(
         engine=record.exporter,
