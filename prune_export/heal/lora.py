@@ -25,6 +25,8 @@ class Lora(Settings):
     """Heals with low-rank adapters (LoRA), then merges them into the weights.
 
     The frozen model is held in the compute dtype. Needs the extra `heal`.
+
+    Source: Hu et al., "LoRA", arXiv:2106.09685, section 4.
     """
 
     VERSION: ClassVar[str] = "1"

@@ -29,6 +29,8 @@ class Qlora(Settings):
 
     While it trains, every linear weight of the blocks is held in 4-bit NormalFloat by bitsandbytes,
     on a CPU or a GPU. Needs the extra `heal`.
+
+    Source: Dettmers et al., "QLoRA", arXiv:2305.14314, sections 2 and 3.
     """
 
     VERSION: ClassVar[str] = "1"
