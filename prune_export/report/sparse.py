@@ -92,9 +92,9 @@ def grids(report: Report) -> list[tuple[str, str, list[Speed]]]:
         if is_grid(speeds):
             found.append(("sweep", f"{engine} against dense", speeds))
     found += [
-        ("sparse_gain", f"{one.engine} against itself with sparsity off", one.gain)
+        ("sparse_gain", f"{one.engine} against itself with sparsity off", one.sweep)
         for one in checks.sparsity
-        if is_grid(one.gain)
+        if is_grid(one.sweep)
     ]
     return found
 
@@ -106,7 +106,7 @@ def _prompts(some: Sequence[Speed], line: Sequence[Speed]) -> str:
     if len(line) > 1 and len(prompts) == len(line):
         return "everywhere"
     if len(prompts) == 1:
-        return f"at {prompts[0]:,} tokens"
+        return f"at {prompts[0]:,} token{'s' if prompts[0] > 1 else ''}"
     if places == list(range(places[0], places[0] + len(places))):
         return f"from {prompts[0]:,} to {prompts[-1]:,} tokens"
     return f"at {', '.join(f'{prompt:,}' for prompt in prompts)} tokens"

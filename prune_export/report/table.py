@@ -206,12 +206,11 @@ def _sparsity_rows(report: Report) -> list[Row]:
     tones: dict[str, Tone] = {"faster": "better", "slower": "worse", "no speedup": "same"}
     rows = []
     checks = report.verification
-    plain = {one.workload for one in checks.speed} if checks else set()
     for one in checks.sparsity if checks else ():
         tone: Tone = "better" if one.proven else "worse" if one.asked else "same"
         label = f"sparse weights, {one.engine}"
         rows.append(Row("sparsity", label, "", weights_text(one), kernels_text(one), tone))
-        many = len(plain) > 1
+        many = len({gain.workload for gain in one.gain}) > 1
         rows += [
             Row(
                 "sparsity",
@@ -223,7 +222,6 @@ def _sparsity_rows(report: Report) -> list[Row]:
                 tones[gain.verdict],
             )
             for gain in one.gain
-            if gain.workload in plain
         ]
     return rows
 

@@ -255,8 +255,8 @@ def _sparsity(
     if not asked or off is None:
         return found
     gain = _speed(bench, asked, off, artifact, ids, than="itself with sparsity off")
-    gain += _sweep(bench, asked, off, artifact, ids, than="itself with sparsity off")
-    return [replace(one, gain=gain) for one in found]
+    sweep = _sweep(bench, asked, off, artifact, ids, than="itself with sparsity off")
+    return [replace(one, gain=gain, sweep=sweep) for one in found]
 
 
 def _speed(

@@ -162,8 +162,8 @@ class Sparsity:
     `asked` says that sparse kernels were allowed; `proven` is True where a witness names one that
     runs, False where there is none, None where it cannot be known. `eligible` and `chosen` count
     layers by the builder's own words, None where it said nothing; `tactics` are the names of sparse
-    kernels by layer. `gain` is speed against the same engine with sparsity off: there `dense` means
-    that engine.
+    kernels by layer. `gain` is speed against the same engine with sparsity off, `sweep` the same
+    over a grid: in these, `dense` means that engine.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -179,6 +179,7 @@ class Sparsity:
     tactics: dict[str, str] = field(default_factory=dict)
     note: str = ""
     gain: list[Speed] = field(default_factory=list)
+    sweep: list[Speed] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_kernels_by_what_is_proven(engines: list[Sparsity]) -> None:
 
 def test_where_it_pays() -> None:
     assert pays_text(speeds({1: 0.9, 64: 1.0, 256: 1.1, 1024: 1.3})) == (
-        "prefill from 256 to 1,024 tokens, up to 1.30× (slower at 1 tokens, down to 0.90×); "
+        "prefill from 256 to 1,024 tokens, up to 1.30× (slower at 1 token, down to 0.90×); "
         "decode nowhere"
     )
     assert pays_text(speeds({1: 1.1, 64: 1.0, 256: 1.2})) == (

@@ -193,12 +193,12 @@ def sparse(report: Report) -> None:
         "engine": "tensorrt", "weights": weights, "asked": True, "proven": True, "eligible": 6,
         "chosen": 4, "eligible_layers": names, "chosen_layers": names[:4],
         "tactics": dict.fromkeys(names[:4], "sm80_xmma_sparse_gemm"), "note": "",
-        "gain": grid("tensorrt", {1: 0.9, 64: 1.0, 256: 1.1, 1024: 1.3}),
+        "sweep": grid("tensorrt", {1: 0.9, 64: 1.0, 256: 1.1, 1024: 1.3}),
+        "gain": [one | {"engine": "tensorrt"} for one in copy.deepcopy(checks["speed"][:2])],
     }  # fmt: skip
-    proven["gain"] += [one | {"engine": "tensorrt"} for one in copy.deepcopy(checks["speed"][:2])]
     refused = copy.deepcopy(proven) | {
         "engine": "other", "proven": False, "chosen": 0, "chosen_layers": [], "tactics": {},
-        "gain": [],
+        "gain": [], "sweep": [],
     }  # fmt: skip
     unasked = copy.deepcopy(refused) | {
         "engine": "onnx", "asked": False, "eligible": None, "chosen": None, "eligible_layers": [],
