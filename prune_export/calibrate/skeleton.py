@@ -159,8 +159,11 @@ class Skeleton:
 
     def name_in_block(self, tensor: Tensor) -> str:
         """The name in its block of the parameter that a tensor is in memory, or is a part of."""
-        prefix = f"{self.arch.table.blocks}.{tensor.layer}."
-        return self._names.renamed(tensor.name).removeprefix(prefix)
+        return self.name_in_memory(tensor).removeprefix(f"{self.arch.table.blocks}.{tensor.layer}.")
+
+    def name_in_memory(self, tensor: Tensor) -> str:
+        """The name in transformers' model of the parameter that a tensor is, or is a part of."""
+        return self._names.renamed(tensor.name)
 
     def parameters(self, layer: int) -> dict[str, nn.Parameter]:
         """The parameters of a loaded block, by their names in it."""
