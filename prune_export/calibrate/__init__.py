@@ -13,6 +13,7 @@ from prune_export.calibrate.gradients import (
     gradients,
     spooled_bytes,
 )
+from prune_export.calibrate.removals import Part, Removals, Unit
 from prune_export.calibrate.sites import SITES, Gram, Site, Squares, as_matrix, linears, sites_of
 from prune_export.calibrate.statistics import Collector, Further, Scope, Statistic
 from prune_export.calibrate.stream import gather
@@ -35,7 +36,9 @@ __all__ = [
     "Means",
     "ModelView",
     "Order",
+    "Part",
     "PassCost",
+    "Removals",
     "Scope",
     "Site",
     "Squares",
@@ -43,6 +46,7 @@ __all__ = [
     "Sums",
     "Swept",
     "TokenSet",
+    "Unit",
     "as_matrix",
     "block_bytes",
     "gather",

@@ -158,6 +158,11 @@ class Skeleton:
         found: nn.Module = self._blocks[tensor.layer].get_submodule(path)
         return found
 
+    def block(self, layer: int) -> nn.Module:
+        """The module of a block."""
+        found: nn.Module = self._blocks[layer]
+        return found
+
     def parameters(self, layer: int) -> dict[str, nn.Parameter]:
         """The parameters of a loaded block, by their names in it."""
         return dict(self._blocks[layer].named_parameters())
