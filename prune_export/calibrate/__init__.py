@@ -13,6 +13,7 @@ from prune_export.calibrate.gradients import (
     gradients,
     spooled_bytes,
 )
+from prune_export.calibrate.removals import Part, Removals, Unit
 from prune_export.calibrate.sites import (
     SITES,
     Gram,
@@ -44,7 +45,9 @@ __all__ = [
     "Means",
     "ModelView",
     "Order",
+    "Part",
     "PassCost",
+    "Removals",
     "Scope",
     "Site",
     "Squares",
@@ -52,6 +55,7 @@ __all__ = [
     "Sums",
     "Swept",
     "TokenSet",
+    "Unit",
     "as_matrix",
     "block_bytes",
     "gather",
