@@ -108,10 +108,18 @@ class Edits:
         """
         kept = arch.kept(self.drop)
         cut = arch.without(self.drop) if self.drop else arch
+        sizes = {}
         for axis, index in self.keep.items():
-            layer = _layer(axis)
-            name = axis if layer is None else f"{axis.split('.')[0]}.{kept.index(layer)}"
-            cut = cut.resized(name, len(index))
+            name, *numbers = axis.split(".")
+            if len(numbers) > 1 and (experts := self.keep.get(f"expert.{numbers[0]}")):
+                if int(numbers[1]) not in experts:
+                    continue
+                numbers[1] = str(experts.index(int(numbers[1])))
+            if numbers:
+                numbers[0] = str(kept.index(int(numbers[0])))
+            sizes[".".join((name, *numbers))] = len(index)
+        if sizes:
+            cut = cut.with_sizes(sizes)
         return cut
 
 
@@ -164,7 +172,7 @@ def _planned(
     source: Checkpoint, arch: Arch, after: Arch, edits: Edits, window: int
 ) -> Iterator[Planned]:
     """The tensors to write, in the order in which the source stores them: its bytes stay runs."""
-    names = {old: new for new, old in arch.origin(arch.kept(edits.drop)).items()}
+    names = _new_names(arch, after, edits)
     for old, entry in source.entries.items():
         if old not in names:
             continue
@@ -176,6 +184,24 @@ def _planned(
         elif cuts:
             content = _Cut(source, old, cuts, window)
         yield Planned(new, entry.dtype, shape, content)
+
+
+def _new_names(arch: Arch, after: Arch, edits: Edits) -> dict[str, str]:
+    """The new name of each stored tensor that is left; blocks and experts are renumbered."""
+    kept = arch.kept(edits.drop)
+    names = {old: new for new, old in arch.origin(kept).items()}
+    for axis, experts in edits.keep.items():
+        if not axis.startswith("expert."):
+            continue
+        layer = int(axis.split(".")[1])
+        block = after.block(kept.index(layer))
+        new = {(tensor.role, tensor.expert): tensor.name for tensor in block}
+        for tensor in arch.block(layer):
+            if tensor.expert in experts:
+                names[tensor.name] = new[tensor.role, experts.index(tensor.expert)]
+            elif tensor.expert is not None:
+                del names[tensor.name]
+    return names
 
 
 def _cuts(tensor: Tensor, arch: Arch, keep: Mapping[str, tuple[int, ...]]) -> Cuts:
@@ -298,8 +324,8 @@ def _check_overwrite(name: str, arch: Arch, overwrite: Mapping[str, Any]) -> Non
 
 
 def _layer(axis: str) -> int | None:
-    name, dot, layer = axis.rpartition(".")
-    return int(layer) if dot and name and layer.isdecimal() else None
+    _, *numbers = axis.split(".")
+    return int(numbers[0]) if numbers else None
 
 
 def _refuse_untied(source: Checkpoint, arch: Arch) -> None:

@@ -115,14 +115,22 @@ class Arch:
         Raises:
             PlanError: there is no such axis, or it would be empty.
         """
-        if axis not in self.sizes:
-            raise PlanError(
-                f"axis {axis}", "is not an axis of this model", did_you_mean(axis, self.sizes)
-            )
-        if size < 1:
-            raise PlanError(f"axis {axis}", f"got size {size}, expected at least 1")
-        sizes = {**self.sizes, axis: size}
-        return _bound(Binding(self.table, self.config, self.layers, sizes))
+        return self.with_sizes({axis: size})
+
+    def with_sizes(self, sizes: Mapping[str, int]) -> Arch:
+        """The same model with several axes of other sizes.
+
+        Raises:
+            PlanError: there is no such axis, or one would be empty.
+        """
+        for axis, size in sizes.items():
+            if axis not in self.sizes:
+                raise PlanError(
+                    f"axis {axis}", "is not an axis of this model", did_you_mean(axis, self.sizes)
+                )
+            if size < 1:
+                raise PlanError(f"axis {axis}", f"got size {size}, expected at least 1")
+        return _bound(Binding(self.table, self.config, self.layers, {**self.sizes, **sizes}))
 
     def without(self, layers: Collection[int]) -> Arch:
         """The same model without some blocks; those left are renumbered from 0.

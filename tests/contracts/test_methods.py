@@ -94,7 +94,7 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
     after = rewrite(checkpoint, arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
     predicted = method.predict(arch)
     assert after.arch().layers == predicted.layers
-    if not alike(arch):
+    if not alike(arch) and "dropped" in decision.log:
         predicted = arch.without(decision.log.get("dropped", ()))
     assert {t.name: predicted.shape(t) for t in predicted.stored()} == {
         name: entry.shape for name, entry in after.entries.items()
