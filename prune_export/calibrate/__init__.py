@@ -13,6 +13,7 @@ from prune_export.calibrate.gradients import (
     gradients,
     spooled_bytes,
 )
+from prune_export.calibrate.junctions import Grams, JunctionGrams
 from prune_export.calibrate.sites import (
     SITES,
     Gram,
@@ -41,6 +42,8 @@ __all__ = [
     "GradientReader",
     "Gradients",
     "Gram",
+    "Grams",
+    "JunctionGrams",
     "Means",
     "ModelView",
     "Order",

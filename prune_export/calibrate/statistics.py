@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -51,6 +51,18 @@ class Collector(Protocol):
         """Takes back what `state` gave."""
 
     def result(self) -> Any: ...
+
+
+@runtime_checkable
+class Listener(Collector, Protocol):
+    """A collector that also sees what arrives inside of blocks."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of tensors (`norm.mlp`) whose modules' inputs it wants."""
+
+    def arrive(self, layer: int, role: str, states: torch.Tensor) -> None:
+        """Sees the inputs `[…, width]` of the module that holds a block's tensor of a role."""
 
 
 class Statistic(Protocol):
