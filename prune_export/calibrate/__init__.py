@@ -27,7 +27,7 @@ from prune_export.calibrate.sites import (
 from prune_export.calibrate.statistics import Collector, Further, Scope, Statistic
 from prune_export.calibrate.stream import gather
 from prune_export.calibrate.tokens import TokenSet
-from prune_export.calibrate.view import Means, ModelView
+from prune_export.calibrate.view import Engines, Means, ModelView
 
 __all__ = [
     "SITES",
@@ -38,6 +38,7 @@ __all__ = [
     "Collector",
     "Edited",
     "Editor",
+    "Engines",
     "Further",
     "GradientReader",
     "Gradients",
