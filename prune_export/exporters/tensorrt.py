@@ -82,6 +82,7 @@ class Tensorrt:
     VERSION: ClassVar[str] = "1"
     DIRECTORY: ClassVar[str] = "tensorrt"
     RUNS_CODE: ClassVar[bool] = True
+    RUNS_ON: ClassVar[frozenset[str]] = frozenset({"cuda"})
 
     def __post_init__(self) -> None:
         _trt_rules.refuse_settings(
