@@ -13,7 +13,16 @@ from prune_export.calibrate.gradients import (
     gradients,
     spooled_bytes,
 )
-from prune_export.calibrate.sites import SITES, Gram, Site, Squares, as_matrix, linears, sites_of
+from prune_export.calibrate.sites import (
+    SITES,
+    Gram,
+    Site,
+    Squares,
+    as_matrix,
+    inputs_last,
+    linears,
+    sites_of,
+)
 from prune_export.calibrate.statistics import Collector, Further, Scope, Statistic
 from prune_export.calibrate.stream import gather
 from prune_export.calibrate.tokens import TokenSet
@@ -47,6 +56,7 @@ __all__ = [
     "block_bytes",
     "gather",
     "gradients",
+    "inputs_last",
     "linears",
     "parked_bytes",
     "pass_cost",

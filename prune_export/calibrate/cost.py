@@ -16,6 +16,9 @@ from prune_export.machine import Machine
 BATCH_TOKENS: Final[Mapping[str, int]] = {"cpu": 2048, "cuda": 16384}
 """Tokens that go through a block at once: enough for full speed, little to hold."""
 
+_REPEATED: Final = 2.5
+"""Forward passes of a sweep that parks nothing: up to each of four sites, and to the end."""
+
 
 @dataclass(frozen=True)
 class PassCost:
@@ -60,6 +63,12 @@ def pass_cost(
         if isinstance(statistic, Further):
             forwards = statistic.forwards
             ram, disk = ram + statistic.ram_bytes, disk + statistic.disk_bytes
+            parked = parked_bytes(arch, count * tokens, torch.float32)
+            if statistic.parks and ram + parked <= machine.ram_bytes:
+                ram += parked
+            elif statistic.parks:
+                # Each block is computed again up to each of its sites instead.
+                forwards *= _REPEATED
             moved += int(forwards) * arch.parameters() * item
         each = 2 * block / item + 2 * tokens * residual
         flops += forwards * count * tokens * blocks * each

@@ -76,7 +76,7 @@ class Further:
 
     `forwards` are passes of `samples` windows, cut to `length` tokens (None: all of them), through
     the whole model; a backward pass counts as two. `ram_bytes` and `disk_bytes` are what they hold
-    beyond the states and blocks of a pass.
+    beyond the states and blocks of a pass; `parks` says that windows wait inside a block (`sweep`).
     """
 
     forwards: float = 1.0
@@ -84,3 +84,4 @@ class Further:
     length: int | None = None
     ram_bytes: int = 0
     disk_bytes: int = 0
+    parks: bool = False
