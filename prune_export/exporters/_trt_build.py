@@ -83,7 +83,7 @@ def opened_engine(binding: Binding, engine: Path, log: Log, logger: Any, host_co
     if opened is None:
         raise StageError(
             str(engine),
-            f"{_name(binding)} does not load it: {_first(log, 'it gives no reason')}",
+            f"{_name(binding)} does not load it: {_why(log, 'it gives no reason')}",
             "engines run on the GPU model and library version that they were built for: "
             "export it again on this machine",
         )
@@ -127,13 +127,13 @@ def _inputs(network: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _refused(graph: Path, log: Log, what: str) -> StageError:
     return StageError(
         f"tensorrt: {graph.name}",
-        f"the builder {what}: {_first(log, 'it gives no reason')}",
+        f"the builder {what}: {_why(log, 'it gives no reason')}",
         "the build log is kept beside the graph; try `precision: fp16`, or export with `onnx`",
     )
 
 
-def _first(log: Log, otherwise: str) -> str:
-    return log.faults[0].strip()[:500] if log.faults else otherwise
+def _why(log: Log, otherwise: str) -> str:
+    return " ".join(" ".join(log.faults).split())[:600] if log.faults else otherwise
 
 
 def _name(binding: Binding) -> str:

@@ -128,7 +128,7 @@ class TrtRunner:
             )
         self._make_room(batch)
         context = self._context(DECODE if new == 1 and self._seen else PREFILL)
-        positions = np.broadcast_to(np.arange(self._seen, total), (batch, new))
+        positions = np.tile(np.arange(self._seen, total), (batch, 1))
         fed = {
             "input_ids": ids,
             "attention_mask": np.ones((batch, total), np.int64),
@@ -202,7 +202,7 @@ class TrtRunner:
     def _feed(self, context: Any, name: str, value: np.ndarray) -> torch.Tensor | None:
         if name not in self._inputs:
             return None
-        tensor = self._gpu.copy(np.ascontiguousarray(value), self._inputs[name])
+        tensor = self._gpu.copy(np.array(value), self._inputs[name])
         self._shape(context, name, tuple(tensor.shape))
         context.set_tensor_address(name, tensor.data_ptr())
         return tensor

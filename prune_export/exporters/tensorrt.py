@@ -63,6 +63,13 @@ class Tensorrt:
     sparse: Annotated[
         bool, Field(description="let the builder use kernels for weights that hold 2 of 4")
     ] = False
+    sliding: Annotated[
+        bool,
+        Field(
+            description="rewrite weights that keep 2N-2 of every 2N (6 of 8, and so 4 of 8) as "
+            "2 of 4, exactly"
+        ),
+    ] = False
     batch: Annotated[Span, Field(description="sequences at once")] = _BATCH
     prompt: Annotated[Span, Field(description="prompt tokens that are fed at once")] = _PROMPT
     context: Annotated[Span, Field(description="tokens of prompt and answer in all")] = _CONTEXT
@@ -145,12 +152,13 @@ class Tensorrt:
             StageError: the graph does not compute what PyTorch does, or the builder refuses it.
         """
         start = perf_counter()
-        from prune_export.exporters import _trt_build
+        from prune_export.exporters import _trt_build, _trt_proof
         from prune_export.exporters._trt_log import Log
 
         binding = Binding.load(self.flavor)
         graph = work.scratch / "graph"
         made = self._graph().export(checkpoint, graph, work)
+        weights = _trt_proof.patterns(graph / "model.onnx")
         self._adapt(graph)
         out.mkdir(parents=True, exist_ok=True)
         log, cache = Log(), work.scratch / "timing.cache"
@@ -160,10 +168,11 @@ class Tensorrt:
                     binding, graph / "model.onnx", self._settings(), out / ENGINE, cache, log
                 )
             finally:
-                (work.scratch / "build.log").write_text(log.text, encoding="utf-8")
+                told = log.text.replace(f"{graph}/", "")  # a published log names no folder of ours
+                (work.scratch / "build.log").write_text(told, encoding="utf-8")
             task.advance()
         _carry(graph, work.scratch, out)
-        sparsity, notes = self._sparsity(binding, out, log)
+        sparsity, notes = self._sparsity(binding, out, log, weights)
         shutil.rmtree(graph)
         return BuildRecord(
             exporter="tensorrt",
@@ -194,7 +203,7 @@ class Tensorrt:
         )
 
     def _graph(self) -> Onnx:
-        return Onnx(precision=_GRAPH[self.precision], logits=self.logits)
+        return Onnx(precision=_GRAPH[self.precision], logits=self.logits, sliding=self.sliding)
 
     def _adapt(self, folder: Path) -> None:
         import onnx
@@ -215,7 +224,7 @@ class Tensorrt:
         return Settings(sizes, self.sparse, self.version_compatible, target)
 
     def _sparsity(
-        self, binding: Binding, out: Path, log: Any
+        self, binding: Binding, out: Path, log: Any, weights: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
         """What is known of sparse kernels, and the sentence that says it."""
         from prune_export.exporters import _trt_build, _trt_proof
@@ -226,7 +235,7 @@ class Tensorrt:
                 binding, out / ENGINE, host_code=self.version_compatible
             )
             (out / "layers.json").write_text(told, encoding="utf-8")
-        return _trt_proof.record(self.sparse, log, layers)
+        return _trt_proof.record(self.sparse, log, layers, weights)
 
 
 def _carry(graph: Path, scratch: Path, out: Path) -> None:
