@@ -158,7 +158,12 @@ class Runner(Protocol):
 
 
 class Exporter(Protocol):
-    """Turns a checkpoint into an engine with a KV cache, and opens it again."""
+    """Turns a checkpoint into an engine with a KV cache, and opens it again.
+
+    One whose engines hold machine code, so that opening a stranger's would run it, says so with
+    `RUNS_CODE: ClassVar[bool] = True`; one whose engines run on some devices only, with
+    `RUNS_ON: ClassVar[frozenset[str]] = frozenset({"cuda"})`.
+    """
 
     VERSION: ClassVar[str]
     DIRECTORY: ClassVar[str]

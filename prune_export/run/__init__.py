@@ -28,7 +28,7 @@ from prune_export.run.record import report_of
 from prune_export.run.result import LOCK, Result, lock_of, refuse_foreign
 from prune_export.run.search import searched
 from prune_export.store import Artifact, Store
-from prune_export.verify import check_tasks
+from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
 
 __all__ = ["Plan", "RunResult", "make_plan", "plan", "run"]
@@ -139,7 +139,8 @@ def _without_sparsity(
 ) -> Artifact | None:
     """The same engine with sparsity off, to tell its gain; None where there's nothing to tell."""
     entry = export.entry.without_sparsity() if isinstance(export.entry, Sparse) else None
-    if entry is None or recipe.verify.speed is None:
+    runs = Engine(export.name, last.path).runs_on(bench.machine)
+    if entry is None or recipe.verify.speed is None or not runs:
         return None
     twin = replace(export, entry=entry)
     return artifacts.exported(bench, twin, last.path, last.id, of=", sparsity off")

@@ -219,6 +219,7 @@ class Verification:
     """All of the above for one run, and the machine that it was measured on.
 
     `sweep` is speed over a grid of batches and prompts, each cell with less effort than `speed`.
+    `unverified` says of an engine why it was not run, though the recipe asks for checks of it.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -234,6 +235,7 @@ class Verification:
     placement: list[Placed] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
+    unverified: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

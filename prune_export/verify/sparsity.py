@@ -20,9 +20,6 @@ from prune_export.contracts import BuildRecord
 from prune_export.patterns import patterns
 from prune_export.verify.results import Sparsity, WeightPattern
 
-HARDWARE: Final = ("1 of 4", "2 of 4")
-"""What sparse tensor cores take."""
-
 _FEW: Final = 0.05
 """Weights with a smaller fraction of zeros were not pruned."""
 
@@ -62,5 +59,5 @@ def _weights(record: BuildRecord, path: Path) -> list[WeightPattern]:
     graph = path / record.graph
     if graph.suffix == ".onnx":
         return [WeightPattern(**asdict(one)) for one in patterns(graph)]
-    counted: list[Mapping[str, Any]] = record.sparsity.get("weights", [])
+    counted: list[Mapping[str, Any]] = record.sparsity.get("weights", {}).get("held", [])
     return [WeightPattern(**one) for one in counted]

@@ -72,7 +72,7 @@ def test_the_builds_own_words_decide(proven: bool | None, tmp_path: Path) -> Non
 
 def test_an_engine_without_a_graph_has_what_its_build_counted(tmp_path: Path) -> None:
     counted = [asdict(WeightPattern("w", 8, 4, 0.5, "2 of 4"))]
-    said = record("model.engine", "tensorrt", asked=True, proven=None, weights=counted)
+    said = record("model.engine", "tensorrt", asked=True, proven=None, weights={"held": counted})
     (found,) = measure_sparsity(said, tmp_path)
     assert found.weights == [WeightPattern("w", 8, 4, 0.5, "2 of 4")]
     assert found.proven is None
