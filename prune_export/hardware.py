@@ -35,30 +35,42 @@ _BETTER: Final = Nm(6, 8)
 
 @dataclass(frozen=True)
 class Planned:
-    """What a recipe would do: the model before and after, and the machine that measures it."""
+    """What a recipe would do: the model before and after each stage, and the machine."""
 
     recipe: Recipe
-    dense: Arch
-    after: Arch
+    archs: tuple[Arch, ...]
     machine: Machine
 
     @property
+    def after(self) -> Arch:
+        """What is exported."""
+        return self.archs[-1]
+
+    @property
     def sparse_stage(self) -> tuple[int, Stage] | None:
-        """The last stage that puts zeros into weights, and its number."""
-        found = [pair for pair in enumerate(self.recipe.stages) if _puts_zeros(pair[1])]
+        """The last stage that puts zeros into weights, and its number.
+
+        That is one that prunes and leaves all shapes as they are.
+        """
+        found = [
+            (at, stage)
+            for at, stage in enumerate(self.recipe.stages)
+            if stage.kind == "prune"
+            and self.archs[at].parameters() == self.archs[at + 1].parameters()
+        ]
         return found[-1] if found else None
 
     @property
     def nm(self) -> Nm | None:
         """The pattern that the last such stage leaves; None where it leaves none."""
         found = self.sparse_stage
-        pattern: Nm | None = found[1].entry.nm if found else None
+        pattern: Nm | None = getattr(found[1].entry, "nm", None) if found else None
         return pattern
 
     @property
     def cuts_structure(self) -> bool:
         """Whether the result has fewer parameters than the model had."""
-        return self.after.parameters() < self.dense.parameters()
+        return self.after.parameters() < self.archs[0].parameters()
 
 
 Rule = Callable[[Planned], Iterator[PlanError]]
@@ -110,6 +122,21 @@ def _needs_windows(nm: Nm) -> tuple[str, str]:
     if windows != nm:
         fix += f" and prune with {_keys(windows)}, which is as fast and keeps more"
     return problem, f"{fix}; or prune with {_keys(NATIVE)} (at most {bound(NATIVE):.2f}x)"
+
+
+def _zeros_survive(planned: Planned) -> Iterator[PlanError]:
+    """Healing fills zeros unless it is told to keep them."""
+    if planned.sparse_stage is None or not any(_sparse_exports(planned.recipe)):
+        return
+    number, sparse = planned.sparse_stage
+    for at, stage in enumerate(planned.recipe.stages[number + 1 :], number + 1):
+        if stage.kind == "heal" and stage.parameters().get("keep_zeros") is False:
+            yield PlanError(
+                f"stages.{at}.heal.keep_zeros",
+                f"is false, so that healing fills the zeros of {sparse.name}, and no sparse kernel "
+                "could run",
+                "leave `keep_zeros` out",
+            )
 
 
 def _inputs_divide(planned: Planned) -> Iterator[PlanError]:
@@ -198,15 +225,12 @@ def _gate_within_reach(planned: Planned) -> Iterator[PlanError]:
 
 RULES: Final[Sequence[Rule]] = (
     _pattern_for_tensor_cores,
+    _zeros_survive,
     _inputs_divide,
     _gpu_skips_zeros,
     _rtx_knows_the_gpu,
     _gate_within_reach,
 )
-
-
-def _puts_zeros(stage: Stage) -> bool:
-    return stage.kind == "prune" and "nm" in stage.parameters()
 
 
 def _sparse_exports(recipe: Recipe) -> Iterator[tuple[Export, Mapping[str, Any]]]:

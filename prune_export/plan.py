@@ -191,7 +191,7 @@ def make_plan(
         planned, arch = planner.stage(index, stage, arch)
         stages.append(planned)
         archs.append(arch)
-    refuse_impossible(Planned(recipe, archs[0], arch, machine))
+    refuse_impossible(Planned(recipe, tuple(archs), machine))
     stages += planner.exports(archs[0], arch)
     stages += planner.verification(archs[0], arch)
     stages.append(planner.result(arch, stages))
