@@ -87,6 +87,17 @@ def refuse_impossible(planned: Planned) -> None:
             raise error
 
 
+def windows_note(planned: Planned, export: Export) -> str:
+    """What an export by sliding windows can gain at most; empty for one without them."""
+    if not export.parameters().get("sliding") or planned.nm is None:
+        return ""
+    windows = windows_for(planned.nm)
+    if windows is None or _inside_native(planned.nm):
+        return ""
+    note = f"{planned.nm} in windows: at most {bound(windows):.2f}x of dense"
+    return note if windows == planned.nm else f"{note}, and {windows} would be as fast"
+
+
 def _pattern_for_tensor_cores(planned: Planned) -> Iterator[PlanError]:
     """Sparse kernels know 2 of 4 only; other patterns need windows, and some have none."""
     if planned.sparse_stage is None or planned.nm == NATIVE:

@@ -22,7 +22,7 @@ from prune_export.calibrate import pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, Sparse
 from prune_export.errors import PlanError
-from prune_export.hardware import Planned, refuse_impossible
+from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe, Search, Source, Stage, TokenFile, heal_of, templates
 from prune_export.units import GIB, MIB, text_from_bytes
@@ -35,6 +35,9 @@ _CHARACTERS_PER_TOKEN: Final = 4
 
 _UNKNOWN_WINDOWS: Final = 1000
 """What is assumed of a Hub dataset whose recipe does not limit it."""
+
+_TO_COMPARE: Final = ", to compare with"
+"""How the note of an engine ends that is only measured against."""
 
 _ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _REPORT_BYTES: Final = 32 * MIB
@@ -191,8 +194,9 @@ def make_plan(
         planned, arch = planner.stage(index, stage, arch)
         stages.append(planned)
         archs.append(arch)
-    refuse_impossible(Planned(recipe, tuple(archs), machine))
-    stages += planner.exports(archs[0], arch)
+    whole = Planned(recipe, tuple(archs), machine)
+    refuse_impossible(whole)
+    stages += planner.exports(whole)
     stages += planner.verification(archs[0], arch)
     stages.append(planner.result(arch, stages))
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
@@ -324,19 +328,20 @@ class _Planner:
         name = f"the best of {len(search.candidates) - len(refused)} candidates"
         return self.planned("search", name, {}, arch, after, total, "the first one's shapes"), after
 
-    def exports(self, dense: Arch, arch: Arch) -> Iterator[PlannedStage]:
+    def exports(self, planned: Planned) -> Iterator[PlannedStage]:
+        dense, arch = planned.archs[0], planned.after
         for export in self.recipe.export:
             compared = self.recipe.verify.speed is not None
-            for which in ([dense] if compared else []) + [arch]:
+            result = (arch, windows_note(planned, export))
+            for which, note in [(dense, f"the dense model{_TO_COMPARE}"), result][not compared :]:
                 export.entry.check(which, self.machine)
                 cost = export.entry.cost(which, self.size(which).bytes)
-                note = "the dense model, to compare with" if which is dense and compared else ""
                 yield self.planned(
                     "export", export.name, export.parameters(), which, which, cost, note
                 )
             twin = export.entry.without_sparsity() if isinstance(export.entry, Sparse) else None
             if compared and twin is not None:
-                cost, note = twin.cost(arch, self.size(arch).bytes), "sparsity off, to compare with"
+                cost, note = twin.cost(arch, self.size(arch).bytes), f"sparsity off{_TO_COMPARE}"
                 keys = dataclasses.replace(export, entry=twin).parameters()
                 yield self.planned("export", export.name, keys, arch, arch, cost, note)
 
@@ -368,7 +373,9 @@ class _Planner:
 
     def result(self, arch: Arch, stages: list[PlannedStage]) -> PlannedStage:
         exported = sum(
-            stage.cost.disk_bytes for stage in stages if stage.kind == "export" and not stage.note
+            stage.cost.disk_bytes
+            for stage in stages
+            if stage.kind == "export" and not stage.note.endswith(_TO_COMPARE)
         )
         written = self.size(arch).bytes + exported + _REPORT_BYTES
         cost = Cost(ram_bytes=_PROCESS_BYTES, disk_bytes=written, moved_bytes=written, seconds=5)

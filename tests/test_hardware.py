@@ -12,7 +12,7 @@ import yaml
 from prune_export.arch import Arch
 from prune_export.arch.table import table_for
 from prune_export.errors import PlanError
-from prune_export.hardware import Planned, refuse_impossible
+from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
 from prune_export.run import Options, plan
@@ -111,6 +111,16 @@ def test_inputs_that_are_no_whole_groups() -> None:
     check(recipe(prune(6, 8), export=[WINDOWS]), cut=(odd, odd))
 
 
+def test_the_note_says_what_windows_gain() -> None:
+    def note(keep: int, of: int) -> str:
+        asked = recipe(prune(keep, of), export=[WINDOWS])
+        return windows_note(Planned(asked, (arch(), arch()), AMPERE), asked.export[0])
+
+    assert note(6, 8) == "6 of 8 in windows: at most 1.33x of dense"
+    assert note(4, 6) == "4 of 6 in windows: at most 1.50x of dense"
+    assert note(2, 4) == ""
+
+
 @pytest.mark.parametrize("machine", [TURING, CPU])
 def test_a_gpu_older_than_ampere(machine: Machine) -> None:
     if machine.capability:
@@ -169,13 +179,17 @@ def test_the_plan_applies_the_rules(tiny_llama: Path, corpus: Path, tmp_path: Pa
 
 def test_the_plan_has_the_twin_and_the_grid(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
     body: dict[str, Any] = {
-        "recipe": 1, "export": [{"onnx": {"sliding": True}}],
+        "recipe": 1, "stages": [prune(4, 8)], "export": [{"onnx": {"sliding": True}}],
         "verify": {"speed": {"sweep": {"prompt": [1, 16], "minutes": 60}}},
     }  # fmt: skip
     options = Options(tmp_path / "out", tmp_path / "store", CPU)
     found = plan(Recipe.parse(yaml.safe_dump(body), root=corpus), str(tiny_llama), options)
     exports = [stage for stage in found.stages if stage.kind == "export"]
-    assert [stage.note for stage in exports][-1] == "sparsity off, to compare with"
+    assert exports[0].note == "the dense model, to compare with"
+    assert (
+        exports[1].note == "4 of 8 in windows: at most 1.33x of dense, and 6 of 8 would be as fast"
+    )
+    assert exports[2].note == "sparsity off, to compare with"
     assert exports[-1].parameters["sliding"] is False
     (speed,) = [stage for stage in found.stages if stage.name == "speed"]
     assert speed.seconds >= 3600
