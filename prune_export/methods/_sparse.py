@@ -25,14 +25,14 @@ from prune_export.calibrate import (
     Squares,
     Swept,
     block_bytes,
-    inputs_last,
+    inputs_of,
     linears,
     sites_of,
 )
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError, did_you_mean
 from prune_export.methods import _owl
-from prune_export.methods._mask import Amount, Compare, summary, zeros
+from prune_export.methods._mask import Amount, Compare, put_zeros, summary, zeros
 from prune_export.nm import Nm
 from prune_export.surgery import Edit, Overwrite
 
@@ -163,7 +163,7 @@ class Sparse:
         Raises:
             PlanError: the pattern's groups do not divide a matrix's inputs.
         """
-        widths = {tensor.name: inputs(arch, tensor) for tensor in self.targets(arch)}
+        widths = {tensor.name: inputs_of(arch, tensor) for tensor in self.targets(arch)}
         if self.nm is not None:
             check_widths(self.nm, widths)
         return arch
@@ -226,7 +226,7 @@ class Masker:
                 weight = weights[tensor.name]
                 scores = self.score(weight, seen, tensor) if seen.tokens else weight.abs()
                 mask = zeros(scores, self.amounts[site.layer], self.compare)
-                made[tensor.name] = weight.masked_fill_(mask, 0)
+                made[tensor.name] = put_zeros(weight, mask)
                 log[tensor.name] = summary(weight, scores, mask)
         return Edited(made, {"tensors": log, "tokens": seen.tokens})
 
@@ -280,14 +280,6 @@ def decision(
     return Decision(edits, log)
 
 
-def inputs(arch: Arch, tensor: Tensor) -> int:
-    """The width of a matrix's input, in whatever layout it is stored."""
-    if tensor.role not in SITES:
-        raise ValueError(f"{tensor.name} is not a matrix at a site")
-    shape = arch.shape(tensor)
-    return shape[1] if inputs_last(tensor) else shape[0]
-
-
 def check_widths(nm: Nm, widths: Mapping[str, int]) -> None:
     """Refuses a pattern whose groups do not divide an input.
 
@@ -325,7 +317,7 @@ def sweep_cost(arch: Arch, order: Order, *, grams: int = 0) -> Further:
             sizes = [prod(arch.shape(tensor)) for tensor in site.tensors]
             largest_site = max(largest_site, sum(sizes))
             largest = max(largest, *sizes)
-            widest = max(widest, inputs(arch, site.tensors[0]))
+            widest = max(widest, inputs_of(arch, site.tensors[0]))
             total += sum(sizes)
     block = block_bytes(arch, torch.float32)
     held = block + 4 * largest_site + 13 * largest + 4 * grams * widest**2

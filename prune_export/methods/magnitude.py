@@ -13,7 +13,7 @@ from prune_export.arch import Tensor
 from prune_export.calibrate import ModelView, as_matrix
 from prune_export.contracts import Decision
 from prune_export.methods import _sparse
-from prune_export.methods._mask import Amount, Compare, summary, zeros
+from prune_export.methods._mask import Amount, Compare, put_zeros, summary, zeros
 from prune_export.surgery import Overwrite
 
 
@@ -41,7 +41,7 @@ class Magnitude(_sparse.Sparse):
             weight = as_matrix(tensor, model.checkpoint.read(tensor.name))
             scores = weight.float().abs()
             mask = zeros(scores, amounts[tensor.layer], self.compare)
-            logs[tensor.name] = summary(weight.masked_fill(mask, 0), scores, mask)
+            logs[tensor.name] = summary(put_zeros(weight, mask), scores, mask)
             edits.append(Overwrite(tensor.name, value))
         return _sparse.decision(self, edits, logs, why)
 
@@ -50,4 +50,4 @@ def _pruned(model: ModelView, tensor: Tensor, amount: Amount, compare: Compare) 
     """The tensor with its zeros, found again when it is written: cheaper than to keep a mask."""
     stored = as_matrix(tensor, model.checkpoint.read(tensor.name))
     mask = zeros(stored.float().abs(), amount, compare)
-    return as_matrix(tensor, stored.masked_fill(mask, 0)).contiguous()
+    return as_matrix(tensor, put_zeros(stored, mask)).contiguous()

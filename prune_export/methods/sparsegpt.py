@@ -92,9 +92,10 @@ class _Compensating:
         chosen = [tensor.name for tensor in site.tensors if tensor.name in self.targets]
         where = f"block {site.layer}, {site.name}"
         factor = _obs.factor(seen.sums, self.damping, where)
+        amount = self.amounts[site.layer]
+        found = _obs.prune([weights[name] for name in chosen], factor, amount, self.columns)
         made, log = {}, {}
-        for name in chosen:
-            pruned = _obs.prune(weights[name], factor, self.amounts[site.layer], self.columns)
+        for name, pruned in zip(chosen, found, strict=True):
             made[name] = pruned.weight
             log[name] = summary(pruned.weight, pruned.scores, pruned.mask)
         return Edited(made, {"tensors": log, "tokens": seen.tokens, "damping": factor.damping})
