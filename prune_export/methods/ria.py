@@ -23,7 +23,7 @@ class Ria(_sparse.Calibrated):
     """Zero the weights with the least relative importance times a power of their input's norm.
 
     Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large
-    Language Models", arXiv:2310.10908, section 3.1.
+    Language Models", ICLR 2024, section 3.1.
     Differs: by default each matrix sees what the pruned earlier ones of its block give; counts are
     exact where scores are equal.
     """
