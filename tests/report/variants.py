@@ -179,6 +179,14 @@ def two_of_each(report: Report) -> None:
     report["result"]["layers"] = 22
 
 
+def sparse(report: Report) -> None:
+    stage = report["stages"][0]
+    stage |= {"name": "wanda", "parameters": {"sparsity": 0.5}}
+    log = {"pattern": "0.5 unstructured", "zeros": 53_000_000, "weights": 106_000_000}
+    stage["log"] = log | {"sparsity": 0.5, "notes": ["zeros without a pattern are no faster"]}
+    report["result"]["layers"] = report["base"]["layers"]
+
+
 def least(report: Report) -> None:
     kept = ("version", "recipe", "base", "result")
     for key in [key for key in report if key not in kept]:
@@ -197,7 +205,7 @@ VARIANTS: dict[str, Callable[[Report], None]] = {
     for change in (
         full, no_heal, no_export, no_verification, nothing_measured, failures, no_speedup, slower,
         not_numbers, exploded, one_block, one_sample, long_names, hostile, large, two_of_each,
-        least,
+        sparse, least,
     )
 }  # fmt: skip
 
