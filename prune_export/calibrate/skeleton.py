@@ -165,6 +165,11 @@ class Skeleton:
         """The name in transformers' model of the parameter that a tensor is, or is a part of."""
         return self._names.renamed(tensor.name)
 
+    def block(self, layer: int) -> nn.Module:
+        """The module of a block."""
+        found: nn.Module = self._blocks[layer]
+        return found
+
     def parameters(self, layer: int) -> dict[str, nn.Parameter]:
         """The parameters of a loaded block, by their names in it."""
         return dict(self._blocks[layer].named_parameters())

@@ -31,8 +31,8 @@ from prune_export.calibrate import (
 )
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError, did_you_mean
-from prune_export.methods import _channels, _owl
-from prune_export.methods._channels import Channels
+from prune_export.methods import _free_channels, _owl
+from prune_export.methods._free_channels import Channels
 from prune_export.methods._mask import Amount, Compare, summary
 from prune_export.nm import Nm
 from prune_export.surgery import Edit, Overwrite
@@ -187,7 +187,7 @@ class Sparse:
         """The channels that may be put in another order, by the matrix that reads them."""
         if self.nm is None or not self.permute:
             return {}
-        return _channels.of_all(arch, self.targets(arch), self.nm)
+        return _free_channels.of_all(arch, self.targets(arch), self.nm)
 
     def amounts(self, model: ModelView) -> tuple[dict[int, Amount], Mapping[str, Any]]:
         """How much of each block's matrices becomes zero, and JSON about why."""
@@ -251,7 +251,7 @@ class Masker:
                 channels = self.channels.get(tensor.name)
                 weight = weights[tensor.name]
                 scores = self.score(weight, seen, tensor) if seen.tokens else weight.abs()
-                mask, orders[tensor.name] = _channels.mask(
+                mask, orders[tensor.name] = _free_channels.mask(
                     channels, scores, self.amounts[site.layer], self.compare
                 )
                 made[tensor.name] = weight.masked_fill_(mask, 0)
@@ -298,11 +298,11 @@ def permuted(
     why: Mapping[str, Any],
     orders: Mapping[str, Any],
 ) -> Decision:
-    """The decision, with channels put in the orders that `_channels.mask` noted, by matrix."""
+    """The decision, with channels put in the orders that `_free_channels.mask` noted, by matrix."""
     if not orders:
         return decision(method, edits, tensors, why)
     channels = method.channels(model.arch)
-    placed, logs, gain = _channels.placed(channels, orders, edits, tensors, model.checkpoint.read)
+    placed, logs, gain = _free_channels.placed(channels, orders, edits, tensors, model.checkpoint.read)
     return decision(method, placed, logs, {**why, "permuted": gain})
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from prune_export.arch import Tensor
 from prune_export.calibrate import ModelView, as_matrix
 from prune_export.contracts import Decision
-from prune_export.methods import _channels, _sparse
+from prune_export.methods import _free_channels, _sparse
 from prune_export.methods._mask import Amount, Compare, summary
 from prune_export.surgery import Overwrite
 
@@ -42,7 +42,7 @@ class Magnitude(_sparse.Sparse):
             weight = as_matrix(tensor, model.checkpoint.read(tensor.name))
             scores = weight.float().abs()
             free = channels.get(tensor.name)
-            mask, note = _channels.mask(free, scores, amount, self.compare)
+            mask, note = _free_channels.mask(free, scores, amount, self.compare)
             logs[tensor.name] = summary(weight.masked_fill(mask, 0), scores, mask)
             columns = None
             if free is not None:
@@ -62,5 +62,5 @@ def _pruned(
 ) -> torch.Tensor:
     """The tensor with its zeros, found again when it is written: cheaper than to keep a mask."""
     stored = as_matrix(tensor, model.checkpoint.read(tensor.name))
-    mask = _channels.zeros_in(columns, stored.float().abs(), amount, compare)
+    mask = _free_channels.zeros_in(columns, stored.float().abs(), amount, compare)
     return as_matrix(tensor, stored.masked_fill(mask, 0)).contiguous()

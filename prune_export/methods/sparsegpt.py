@@ -16,8 +16,8 @@ from pydantic import Field
 from prune_export.calibrate import Edited, Further, Gram, ModelView, Site
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _channels, _obs, _sparse
-from prune_export.methods._channels import Channels
+from prune_export.methods import _free_channels, _obs, _sparse
+from prune_export.methods._free_channels import Channels
 from prune_export.methods._mask import Amount, summary
 from prune_export.nm import Nm
 
@@ -128,4 +128,4 @@ def _placed(
     scores = weight.abs() * gram.diagonal().clamp_min(0).sqrt()
     order = channels.best(scores, amount)
     places = channels.columns(order).to(weight.device)
-    return places, _channels.noted(order, scores, places, amount)
+    return places, _free_channels.noted(order, scores, places, amount)

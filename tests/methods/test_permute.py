@@ -18,7 +18,7 @@ from prune_export.calibrate import Means, ModelView, TokenSet, as_matrix, linear
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
-from prune_export.methods import _channels, _permute
+from prune_export.methods import _free_channels, _permute
 from prune_export.methods.gblm import Gblm
 from prune_export.methods.iterative_magnitude import IterativeMagnitude
 from prune_export.methods.magnitude import Magnitude
@@ -47,14 +47,14 @@ def test_moved_channels_compute_the_same(model_type: str, tmp_path: Path) -> Non
     tiny = random_model(model_type, {}, tmp_path / "model")
     source = Checkpoint.open(tiny.path)
     random = torch.Generator().manual_seed(0)
-    free = _channels.of_all(tiny.arch, linears(tiny.arch), HALF)
+    free = _free_channels.of_all(tiny.arch, linears(tiny.arch), HALF)
     assert {tiny.arch.by_name[name].role for name in free} >= {"o"}
     assert any(tiny.arch.by_name[name].role.endswith("down") for name in free)
-    moves: _channels.Moves = {}
+    moves: _free_channels.Moves = {}
     for channels in free.values():
         blocks, _, width = channels.places.shape
         moves.update(channels.moves(torch.rand(blocks, width, generator=random).argsort()))
-    edits = _channels.moved((), moves, source.read)
+    edits = _free_channels.moved((), moves, source.read)
     rewrite(source, tiny.arch, edits, tmp_path / "out", ram_bytes=1 << 30)
     moved = Checkpoint.open(tmp_path / "out")
     for name in free:
@@ -88,7 +88,7 @@ def test_a_method_permutes_and_prunes(method: str, model_type: str, tmp_path: Pa
         matrix = as_matrix(tensor, pruned.read(tensor.name))
         kept = (matrix != 0).reshape(-1, HALF.of).sum(-1)
         assert bool((kept == HALF.keep).all()), tensor.name
-        assert decision.log["tensors"][tensor.name]["digest"] == _channels.digest(matrix != 0)
+        assert decision.log["tensors"][tensor.name]["digest"] == _free_channels.digest(matrix != 0)
     if method == "sparsegpt":
         return
     # What is left are the model's own weights, moved: put zeros into the moved dense model.
@@ -111,7 +111,7 @@ def test_the_pruned_model_is_the_masked_one_in_another_order(tmp_path: Path) -> 
     for tensor in linears(tiny.arch):
         weight = source.read(tensor.name)
         channels = method.channels(tiny.arch).get(tensor.name)
-        mask, _ = _channels.mask(channels, weight.abs(), HALF, "row")
+        mask, _ = _free_channels.mask(channels, weight.abs(), HALF, "row")
         masked[tensor.name] = weight.masked_fill(mask, 0)
     model = AutoModelForCausalLM.from_pretrained(tiny.path, dtype=torch.float64).eval()
     with torch.no_grad():
@@ -191,7 +191,7 @@ def test_it_is_as_good_as_what_is_published() -> None:
 def test_heads_that_groups_do_not_divide_stay(tmp_path: Path) -> None:
     arch = random_model("llama", {}, tmp_path / "model").arch  # heads of 8, mlp of 48
     roles = {
-        nm: {arch.by_name[name].role for name in _channels.of_all(arch, linears(arch), nm)}
+        nm: {arch.by_name[name].role for name in _free_channels.of_all(arch, linears(arch), nm)}
         for nm in (Nm(2, 4), Nm(8, 16))
     }
     assert roles == {Nm(2, 4): {"o", "down"}, Nm(8, 16): {"down"}}
