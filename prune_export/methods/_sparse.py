@@ -25,7 +25,7 @@ from prune_export.calibrate import (
     Squares,
     Swept,
     block_bytes,
-    inputs_last,
+    inputs_of,
     linears,
     sites_of,
 )
@@ -33,7 +33,7 @@ from prune_export.contracts import Decision
 from prune_export.errors import PlanError, did_you_mean
 from prune_export.methods import _free_channels, _owl
 from prune_export.methods._free_channels import Channels
-from prune_export.methods._mask import Amount, Compare, summary
+from prune_export.methods._mask import Amount, Compare, put_zeros, summary
 from prune_export.nm import Nm
 from prune_export.surgery import Edit, Overwrite
 
@@ -178,7 +178,7 @@ class Sparse:
         Raises:
             PlanError: the pattern's groups do not divide a matrix's inputs.
         """
-        widths = {tensor.name: inputs(arch, tensor) for tensor in self.targets(arch)}
+        widths = {tensor.name: inputs_of(arch, tensor) for tensor in self.targets(arch)}
         if self.nm is not None:
             check_widths(self.nm, widths)
         return arch
@@ -254,7 +254,7 @@ class Masker:
                 mask, orders[tensor.name] = _free_channels.mask(
                     channels, scores, self.amounts[site.layer], self.compare
                 )
-                made[tensor.name] = weight.masked_fill_(mask, 0)
+                made[tensor.name] = put_zeros(weight, mask)
                 log[tensor.name] = summary(weight, scores, mask)
         return Edited(made, {"tensors": log, "tokens": seen.tokens, "orders": orders})
 
@@ -302,7 +302,9 @@ def permuted(
     if not orders:
         return decision(method, edits, tensors, why)
     channels = method.channels(model.arch)
-    placed, logs, gain = _free_channels.placed(channels, orders, edits, tensors, model.checkpoint.read)
+    placed, logs, gain = _free_channels.placed(
+        channels, orders, edits, tensors, model.checkpoint.read
+    )
     return decision(method, placed, logs, {**why, "permuted": gain})
 
 
@@ -324,14 +326,6 @@ def decision(
         "tensors": dict(tensors),
     }
     return Decision(edits, log)
-
-
-def inputs(arch: Arch, tensor: Tensor) -> int:
-    """The width of a matrix's input, in whatever layout it is stored."""
-    if tensor.role not in SITES:
-        raise ValueError(f"{tensor.name} is not a matrix at a site")
-    shape = arch.shape(tensor)
-    return shape[1] if inputs_last(tensor) else shape[0]
 
 
 def check_widths(nm: Nm, widths: Mapping[str, int]) -> None:
@@ -371,7 +365,7 @@ def sweep_cost(arch: Arch, order: Order, *, grams: int = 0, permutes: bool = Fal
             sizes = [prod(arch.shape(tensor)) for tensor in site.tensors]
             largest_site = max(largest_site, sum(sizes))
             largest = max(largest, *sizes)
-            widest = max(widest, inputs(arch, site.tensors[0]))
+            widest = max(widest, inputs_of(arch, site.tensors[0]))
             total += sum(sizes)
     block = block_bytes(arch, torch.float32)
     held = block + 4 * largest_site + 13 * largest + 4 * grams * widest**2

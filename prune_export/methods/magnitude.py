@@ -13,7 +13,7 @@ from prune_export.arch import Tensor
 from prune_export.calibrate import ModelView, as_matrix
 from prune_export.contracts import Decision
 from prune_export.methods import _free_channels, _sparse
-from prune_export.methods._mask import Amount, Compare, summary
+from prune_export.methods._mask import Amount, Compare, put_zeros, summary
 from prune_export.surgery import Overwrite
 
 
@@ -43,7 +43,7 @@ class Magnitude(_sparse.Sparse):
             scores = weight.float().abs()
             free = channels.get(tensor.name)
             mask, note = _free_channels.mask(free, scores, amount, self.compare)
-            logs[tensor.name] = summary(weight.masked_fill(mask, 0), scores, mask)
+            logs[tensor.name] = summary(put_zeros(weight, mask), scores, mask)
             columns = None
             if free is not None:
                 orders[tensor.name] = note
@@ -63,4 +63,4 @@ def _pruned(
     """The tensor with its zeros, found again when it is written: cheaper than to keep a mask."""
     stored = as_matrix(tensor, model.checkpoint.read(tensor.name))
     mask = _free_channels.zeros_in(columns, stored.float().abs(), amount, compare)
-    return as_matrix(tensor, stored.masked_fill(mask, 0)).contiguous()
+    return as_matrix(tensor, put_zeros(stored, mask)).contiguous()

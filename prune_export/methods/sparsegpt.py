@@ -101,20 +101,18 @@ class _Compensating:
         chosen = [tensor.name for tensor in site.tensors if tensor.name in self.targets]
         where = f"block {site.layer}, {site.name}"
         amount, gram, places, orders = self.amounts[site.layer], seen.sums, None, {}
+        own = [weights[name] for name in chosen]
         if chosen and chosen[0] in self.channels:
             # A site whose channels are free has one matrix.
-            (name,) = chosen
-            places, orders[name] = _placed(self.channels[name], weights[name], gram, amount)
-            gram = gram[places][:, places]
+            places, orders[chosen[0]] = _placed(self.channels[chosen[0]], own[0], gram, amount)
+            gram, own = gram[places][:, places], [own[0][:, places]]
         factor = _obs.factor(gram, self.damping, where)
         made, log = {}, {}
-        for name in chosen:
-            weight = weights[name] if places is None else weights[name][:, places]
-            pruned = _obs.prune(weight, factor, amount, self.columns)
+        for name, pruned in zip(chosen, _obs.prune(own, factor, amount, self.columns), strict=True):
             log[name] = summary(pruned.weight, pruned.scores, pruned.mask)
             made[name] = pruned.weight
             if places is not None:
-                made[name] = torch.empty_like(weight)
+                made[name] = torch.empty_like(pruned.weight)
                 made[name][:, places] = pruned.weight
         more = {"damping": factor.damping, "orders": orders}
         return Edited(made, {"tensors": log, "tokens": seen.tokens, **more})
