@@ -18,8 +18,8 @@ Amount = float | Nm
 Compare = Literal["row", "matrix"]
 """Among what the weights with the least scores are found where a fraction is removed."""
 
-_SAMPLE: Final = 16384
-"""Scores of a matrix whose quantiles are logged: every n-th, so that there are about so many."""
+_SAMPLE: Final = 128
+"""Rows and columns of the scores whose quantiles are logged: every n-th, for about so many."""
 
 _CACHED: Final = 8192
 """Groups at a time: those of 8 float32 scores are 256 KiB."""
@@ -130,8 +130,8 @@ def summary(weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> d
 
     `digest` is that of what is kept.
     """
-    flat = scores.flatten()
-    sample = np.sort(flat[:: max(1, len(flat) // _SAMPLE)].float().cpu().numpy())
+    rows, columns = (max(1, size // _SAMPLE) for size in scores.shape)
+    sample = np.sort(scores[::rows, ::columns].flatten().float().cpu().numpy())
     levels = sample[[round(level * (len(sample) - 1)) for level in _QUANTILES]]
     nonzero = int(torch.count_nonzero(weight))
     return {

@@ -110,8 +110,8 @@ def prune(
         work = _Work(together, factor, amount, columns)
         work.descend(0, len(work.weight))
         for start, stop in work.spans:
-            own = (work.weight, work.scores, work.mask)
-            yield Pruned(*(part[:, start:stop].T.contiguous() for part in own))
+            weight, mask = (part[:, start:stop].T.contiguous() for part in (work.weight, work.mask))
+            yield Pruned(weight, work.scores[:, start:stop].T, mask)
 
 
 def _batches(weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
