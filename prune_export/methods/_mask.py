@@ -128,17 +128,21 @@ def put_zeros(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def summary(weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
     """JSON about a pruned matrix `[out, in]`, its scores and its mask (True where zero).
 
-    `digest` is the sha256 of the mask's bits, 1 where a weight is kept, row by row.
+    `digest` is that of what is kept.
     """
     rows, columns = (max(1, size // _SAMPLE) for size in scores.shape)
     sample = np.sort(scores[::rows, ::columns].flatten().float().cpu().numpy())
     levels = sample[[round(level * (len(sample) - 1)) for level in _QUANTILES]]
-    bits = np.packbits(~mask.cpu().numpy())
     nonzero = int(torch.count_nonzero(weight))
     return {
         "sparsity": 1 - nonzero / weight.numel(),
         "zeros": weight.numel() - nonzero,
         "weights": weight.numel(),
         "score_quantiles": [float(f"{level:.6g}") for level in levels.tolist()],
-        "digest": hashlib.sha256(bits.tobytes()).hexdigest(),
+        "digest": digest(~mask),
     }
+
+
+def digest(kept: torch.Tensor) -> str:
+    """The sha256 of the bits of a mask `[out, in]`, row by row, 1 where a weight is kept."""
+    return hashlib.sha256(np.packbits(kept.cpu().numpy()).tobytes()).hexdigest()
