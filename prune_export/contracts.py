@@ -117,7 +117,10 @@ class Healer(Protocol):
 
 @dataclass(frozen=True)
 class BuildRecord:
-    """How an engine was built; `weight_bytes` is what one decode step must read of weights."""
+    """How an engine was built; `weight_bytes` is what one decode step must read of weights.
+
+    `sparsity` is JSON: what the build shows of sparse kernels, empty where nothing was asked.
+    """
 
     exporter: str
     version: str
@@ -127,6 +130,7 @@ class BuildRecord:
     seconds: float
     toolchain: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Runner(Protocol):
@@ -154,7 +158,12 @@ class Runner(Protocol):
 
 
 class Exporter(Protocol):
-    """Turns a checkpoint into an engine with a KV cache, and opens it again."""
+    """Turns a checkpoint into an engine with a KV cache, and opens it again.
+
+    One whose engines hold machine code, so that opening a stranger's would run it, says so with
+    `RUNS_CODE: ClassVar[bool] = True`; one whose engines run on some devices only, with
+    `RUNS_ON: ClassVar[frozenset[str]] = frozenset({"cuda"})`.
+    """
 
     VERSION: ClassVar[str]
     DIRECTORY: ClassVar[str]

@@ -122,10 +122,18 @@ class Edits:
         cut = arch.without(self.drop) if self.drop else arch
         for name in self.untie:
             cut = cut.with_own(name)
+        sizes = {}
         for axis, index in self.keep.items():
-            layer = _layer(axis)
-            name = axis if layer is None else f"{axis.split('.')[0]}.{kept.index(layer)}"
-            cut = cut.resized(name, len(index))
+            name, *numbers = axis.split(".")
+            if len(numbers) > 1 and (experts := self.keep.get(f"expert.{numbers[0]}")):
+                if int(numbers[1]) not in experts:
+                    continue
+                numbers[1] = str(experts.index(int(numbers[1])))
+            if numbers:
+                numbers[0] = str(kept.index(int(numbers[0])))
+            sizes[".".join((name, *numbers))] = len(index)
+        if sizes:
+            cut = cut.with_sizes(sizes)
         return cut
 
 
@@ -178,7 +186,7 @@ def _planned(
     source: Checkpoint, arch: Arch, after: Arch, edits: Edits, window: int
 ) -> Iterator[Planned]:
     """The tensors to write, in the order in which the source stores them: its bytes stay runs."""
-    names = {old: new for new, old in arch.origin(arch.kept(edits.drop)).items()}
+    names = _new_names(arch, after, edits)
     for old, entry in source.entries.items():
         if old not in names:
             continue
@@ -199,6 +207,24 @@ def _content(
     if tensor.name in edits.overwrite:
         return _Overwritten(tensor.name, entry, edits.overwrite[tensor.name], cuts)
     return _Cut(source, stored, cuts, window) if cuts else entry
+
+
+def _new_names(arch: Arch, after: Arch, edits: Edits) -> dict[str, str]:
+    """The new name of each stored tensor that is left; blocks and experts are renumbered."""
+    kept = arch.kept(edits.drop)
+    names = {old: new for new, old in arch.origin(kept).items()}
+    for axis, experts in edits.keep.items():
+        if not axis.startswith("expert."):
+            continue
+        layer = int(axis.split(".")[1])
+        block = after.block(kept.index(layer))
+        new = {(tensor.role, tensor.expert): tensor.name for tensor in block}
+        for tensor in arch.block(layer):
+            if tensor.expert in experts:
+                names[tensor.name] = new[tensor.role, experts.index(tensor.expert)]
+            elif tensor.expert is not None:
+                del names[tensor.name]
+    return names
 
 
 def _cuts(tensor: Tensor, arch: Arch, keep: Mapping[str, tuple[int, ...]]) -> Cuts:
@@ -323,8 +349,8 @@ def _check_overwrite(
 
 
 def _layer(axis: str) -> int | None:
-    name, dot, layer = axis.rpartition(".")
-    return int(layer) if dot and name and layer.isdecimal() else None
+    _, *numbers = axis.split(".")
+    return int(numbers[0]) if numbers else None
 
 
 def _refuse_untied(source: Checkpoint, arch: Arch) -> None:

@@ -117,13 +117,22 @@ class Arch:
         Raises:
             PlanError: there is no such axis, or it would be empty.
         """
-        if axis not in self.sizes:
-            raise PlanError(
-                f"axis {axis}", "is not an axis of this model", did_you_mean(axis, self.sizes)
-            )
-        if size < 1:
-            raise PlanError(f"axis {axis}", f"got size {size}, expected at least 1")
-        return self._bound(self.config, self.layers, {**self.sizes, axis: size})
+        return self.with_sizes({axis: size})
+
+    def with_sizes(self, sizes: Mapping[str, int]) -> Arch:
+        """The same model with several axes of other sizes.
+
+        Raises:
+            PlanError: there is no such axis, or one would be empty.
+        """
+        for axis, size in sizes.items():
+            if axis not in self.sizes:
+                raise PlanError(
+                    f"axis {axis}", "is not an axis of this model", did_you_mean(axis, self.sizes)
+                )
+            if size < 1:
+                raise PlanError(f"axis {axis}", f"got size {size}, expected at least 1")
+        return self._bound(self.config, self.layers, {**self.sizes, **sizes})
 
     def with_own(self, tensor: str) -> Arch:
         """The same model with a tied tensor (such as the head) stored on its own.

@@ -14,6 +14,7 @@ from prune_export.calibrate.gradients import (
     spooled_bytes,
 )
 from prune_export.calibrate.junctions import Grams, JunctionGrams
+from prune_export.calibrate.removals import Part, Removals, Unit
 from prune_export.calibrate.sites import (
     SITES,
     Gram,
@@ -48,7 +49,9 @@ __all__ = [
     "Means",
     "ModelView",
     "Order",
+    "Part",
     "PassCost",
+    "Removals",
     "Scope",
     "Site",
     "Squares",
@@ -56,6 +59,7 @@ __all__ = [
     "Sums",
     "Swept",
     "TokenSet",
+    "Unit",
     "as_matrix",
     "block_bytes",
     "gather",

@@ -88,7 +88,8 @@ class Further:
 
     `forwards` are passes of `samples` windows, cut to `length` tokens (None: all of them), through
     the whole model; a backward pass counts as two. `ram_bytes` and `disk_bytes` are what they hold
-    beyond the states and blocks of a pass; `parks` says that windows wait inside a block (`sweep`).
+    beyond the states and blocks of a pass, `handy_bytes` what more where there is room; `parks`
+    says that windows wait inside a block (`sweep`).
     """
 
     forwards: float = 1.0
@@ -97,3 +98,4 @@ class Further:
     ram_bytes: int = 0
     disk_bytes: int = 0
     parks: bool = False
+    handy_bytes: int = 0

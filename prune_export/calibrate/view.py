@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from prune_export.arch import Arch
 from prune_export.calibrate.edit_stream import Editor, Order, Swept, sweep
 from prune_export.calibrate.gradients import GradientReader, Gradients, gradients
+from prune_export.calibrate.removals import Removals
 from prune_export.calibrate.statistics import Statistic
 from prune_export.calibrate.stream import gather
 from prune_export.calibrate.tokens import TokenSet
@@ -117,6 +118,23 @@ class ModelView:
             self.checkpoint,
             reader,
             means.tokens,
+            means.machine,
+            means.told,
+            means.scratch,
+            arch=self.arch,
+        )
+
+    def removals(self, samples: int | None = None, length: int | None = None) -> Removals:
+        """Losses without this or that, on the first `samples` windows cut to `length` tokens.
+
+        Raises:
+            ValueError: the view was made without calibration data.
+        """
+        means = self.calibration()
+        ids = means.tokens.ids[:samples, :length]
+        return Removals(
+            self.checkpoint,
+            TokenSet.of(ids, provenance=means.tokens.provenance),
             means.machine,
             means.told,
             means.scratch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def verified(
     *,
     samples: int,
     length: int,
+    trust: bool,
+    store: Path,
     machine: Machine,
     progress: Progress,
 ) -> Verification:
@@ -84,14 +87,18 @@ def verified(
         CheckpointError: the directory is not a result, or its checkpoint is broken.
     """
     Checkpoint.open(directory)
-    engines = _engines(directory)
+    engines = _engines(directory, trust, store)
     text = _text(data, directory, samples, length, progress) if data else None
     reference = Engine.pytorch(directory)
     found = Verification(
         reload=measure_reload(directory, machine, progress=progress), machine=describe()
     )
     ids = text.ids.numpy() if text is not None else tokens_without_text()
-    for engine in engines.values():
+    for name, engine in list(engines.items()):
+        if not engine.runs_on(machine):
+            found.unverified[name] = f"it does not run on {machine.device}, which is all there is"
+            del engines[name]
+            continue
         found.parity.append(measure_parity(engine, reference, ids, machine, progress=progress))
     found.generation.append(
         measure_generation("result", reference, directory, machine, progress=progress)
@@ -112,6 +119,8 @@ def compared(
     *,
     workload: tuple[int, int, int],
     minutes: float,
+    trust: bool,
+    store: Path,
     machine: Machine,
     progress: Progress,
 ) -> Verification:
@@ -126,7 +135,7 @@ def compared(
         if engine == "pytorch":
             pair.append(Engine.pytorch(directory, weight_bytes=checkpoint.nbytes))
             continue
-        held = _engines(directory)
+        held = _engines(directory, trust, store)
         if engine not in held:
             raise PlanError(
                 f"--engine {engine}",
@@ -155,6 +164,8 @@ def show_verification(found: Verification) -> None:
     state += "" if found.reload.ok else str(found.reload.unexpected)
     console.output.print(f"reload  {state} ({found.reload.model_type})")
     rows: list[tuple[str, ...]]
+    for name, why in found.unverified.items():
+        console.output.print(f"engine  {name} was not verified: {why}")
     if found.parity:
         rows = [
             (one.engine, "agrees" if one.ok else "DIFFERS", f"{one.max_logit_error:.2e}",
@@ -179,7 +190,8 @@ def show_verification(found: Verification) -> None:
         console.table("", ["speed of", "ratio", "95 % interval", "noise floor", "verdict"], rows)
 
 
-def _engines(directory: Path) -> dict[str, Engine]:
+def _engines(directory: Path, trust: bool, store: Path) -> dict[str, Engine]:
+    """The engines of a result directory; `trust` vouches for those that `store` did not make."""
     file = directory / "report.json"
     if not file.is_file():
         return {}
@@ -188,9 +200,10 @@ def _engines(directory: Path) -> dict[str, Engine]:
         path = directory / export.directory
         if not path.is_dir():
             raise CheckpointError(str(path), "is missing, but report.json names it", "export again")
-        found[export.exporter] = Engine(
-            export.exporter, path, export.parameters, export.weight_bytes or 0
-        )
+        engine = Engine(export.exporter, path, export.parameters, export.weight_bytes or 0)
+        if engine.runs_code and (trust or Store(store).made("export", path)):
+            engine = replace(engine, trusted=True)
+        found[export.exporter] = engine
     return found
 
 

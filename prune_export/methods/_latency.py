@@ -61,7 +61,7 @@ def counted(arch: Arch, kinds: Sequence[Limits]) -> Costs:
     for kind in kinds:
         points = {
             size: _widths.uniform(arch, {kind.axis: size}).parameters() / dense
-            for size in (min(kind.sizes), max(kind.sizes))
+            for size in (kind.least, kind.whole)
         }
         lines[kind.axis] = _rising(points)
     return _from(lines, kinds)
@@ -75,7 +75,7 @@ def timed(arch: Arch, kinds: Sequence[Limits], target: Target, engines: Engines)
     """
     lines = {}
     for kind in kinds:
-        points = {kind.sizes[0]: 1.0}
+        points = {kind.whole: 1.0}
         for size in _spread(kind.sizes):
             sizes = _widths.in_all(arch, {kind.axis: size})
             points[size] = 1 / speedup(engines, sizes, target)
@@ -114,5 +114,5 @@ def _rising(points: Mapping[int, float]) -> Line:
 
 
 def _from(lines: Mapping[str, Line], kinds: Sequence[Limits]) -> Costs:
-    parts = sum(lines[kind.axis].at(kind.sizes[0]) - lines[kind.axis].at(0) for kind in kinds)
+    parts = sum(lines[kind.axis].at(kind.whole) - lines[kind.axis].at(0) for kind in kinds)
     return Costs(1 - parts, lines)

@@ -49,7 +49,7 @@ def affordable(kinds: Kinds, costs: Costs, budget: float) -> list[dict[str, int]
                 found.append(sizes)
                 break
     if not found:
-        least = costs.whole({kind.axis: kind.step for kind in kinds})
+        least = costs.whole({kind.axis: kind.least for kind in kinds})
         raise PlanError(
             "target",
             f"asks for {budget:.0%} of the dense cost, but narrow MLPs and attentions "
@@ -134,7 +134,12 @@ class _Search:
         rounds: list[dict[str, Any]] = []
         best: tuple[float, dict[str, int]] | None = None
         for _ in range(_ROUNDS):
-            sizes = choose(budget)
+            try:
+                sizes = choose(budget)
+            except PlanError:
+                if rounds:
+                    break
+                raise
             if rounds and sizes == rounds[-1]["sizes"]:
                 break
             left = self.left(sizes)

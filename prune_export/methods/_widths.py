@@ -16,7 +16,7 @@ import torch
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import Edited, Gram, Site, inputs_last, sites_of
 from prune_export.errors import PlanError
-from prune_export.methods._channels import removed
+from prune_export.methods._removal import removed
 
 SITE_OF = {"mlp": "mlp.out", "kv": "attention.out"}
 """For each axis that is cut, the site whose inputs it is."""
@@ -37,6 +37,11 @@ class Limits:
     def whole(self) -> int:
         """The size before any cut."""
         return self.sizes[0]
+
+    @property
+    def least(self) -> int:
+        """The smallest size that is not none."""
+        return min(size for size in self.sizes if size)
 
 
 def limits(arch: Arch, multiple_of: int, *, stock: bool = True) -> tuple[Limits, Limits]:

@@ -37,6 +37,10 @@ def caveats(report: Report | Mapping[str, Any]) -> list[Caveat]:
         found = [Caveat("failure", "Nothing was verified: the run had no verification.")]
     else:
         found = [*_reload(checks), *_gates(checks), *_parity(checks), *_quality(report, checks)]
+        found += [
+            Caveat("failure", f"The engine of {engine} was not verified: {why}.")
+            for engine, why in checks.unverified.items()
+        ]
         found += [*_generation(report, checks), *_speed(checks)]
     found += _scope(report)
     return sorted(found, key=lambda caveat: caveat.kind != "failure")

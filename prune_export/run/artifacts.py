@@ -256,6 +256,7 @@ def exported(
             "parameters": dict(record["parameters"]),
             "notes": list(record["notes"]),
             "toolchain": dict(record["toolchain"]),
+            "sparsity": dict(record["sparsity"]),
         }
 
     return bench.make(key, f"export: {export.name}{of}", build)

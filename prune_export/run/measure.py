@@ -74,17 +74,23 @@ def measured(
     """
     asked = recipe.verify
     points = _points(recipe, base, stages)
-    engines = [_engine(artifact) for artifact in exports]
+    engines = [(artifact, _engine(artifact)) for artifact in exports]
+    runnable = [(artifact, one) for artifact, one in engines if one.runs_on(bench.machine)]
     quality = asked.quality
     text = data.get(quality.perplexity) if quality and quality.perplexity else None
     ids = _any_ids(text, data)
     found = Verification(reload=_reload(bench, points[-1]), machine=describe())
+    if asked.parity or asked.speed or (quality and quality.engines):
+        found.unverified.update(
+            {one.exporter: f"it does not run on {bench.machine.device}, which is all there was"
+             for _, one in engines if not one.runs_on(bench.machine)}
+        )  # fmt: skip
     if text is not None and quality is not None:
         for point in points:
             found.perplexity.append(
                 _perplexity(bench, point.name, Engine.pytorch(point.path), point.id, text)
             )
-        for artifact, engine in zip(exports, engines, strict=True):
+        for artifact, engine in runnable:
             if quality.engines:
                 found.perplexity.append(
                     _perplexity(bench, engine.exporter, engine, artifact.id, text)
@@ -93,11 +99,13 @@ def measured(
         found.generation.extend(_generation(bench, point) for point in (points[0], points[-1]))
     if quality and quality.tasks:
         found.tasks.extend(_tasks(bench, quality, points))
-    for artifact, engine in zip(exports, engines, strict=True):
+    for artifact, engine in runnable:
         if asked.parity:
             found.parity.append(_parity(bench, artifact, engine, points[-1], ids))
     if asked.speed:
         for one, other in zip(dense, exports, strict=True):
+            if not _engine(other).runs_on(bench.machine):
+                continue
             found.speed.extend(_speed(bench, asked.speed, one, other, ids))
         found.gates.extend(speed_gates(found.speed, asked.speed.at_least, asked.speed.phase))
     if quality:
@@ -122,7 +130,7 @@ def _points(recipe: Recipe, base: Base, stages: Sequence[Artifact]) -> list[Poin
 def _engine(artifact: Artifact) -> Engine:
     record = dict(artifact.record)
     record["notes"] = tuple(record["notes"])
-    return Engine.of(BuildRecord(**record), artifact.path)
+    return Engine.of(BuildRecord(**record), artifact.path, trusted=True)  # this store made it
 
 
 def _any_ids(text: TokenSet | None, data: Mapping[str, TokenSet]) -> np.ndarray:

@@ -156,7 +156,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verification:
-    """All of the above for one run, and the machine that it was measured on."""
+    """All of the above for one run, and the machine that it was measured on.
+
+    `unverified` says of an engine why it was not run, though the recipe asks for checks of it.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -168,6 +171,7 @@ class Verification:
     speed: list[Speed] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
+    unverified: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

@@ -51,6 +51,8 @@ def an_instance(cls: Any) -> Any:
         values = {"remove": 1}
     elif "sparsity" in fields:
         values = {"sparsity": 0.5}
+    # A method that trains does so briefly.
+    values |= {name: 2 for name in ("rounds", "steps") if name in fields}
     values |= {name: 0 for name in ("protect_first", "protect_last") if name in fields}
     return cls(**values)
 

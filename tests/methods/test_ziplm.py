@@ -72,7 +72,8 @@ def loss_of(path: Path) -> float:
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Tiny:
-    return random_model("llama", {"num_key_value_heads": 4}, tmp_path / "model")
+    changes = {"num_key_value_heads": 4, "hidden_size": 48, "head_dim": 8}
+    return random_model("llama", changes, tmp_path / "model")
 
 
 def test_a_sweeps_loss_is_the_models(llama: Tiny) -> None:
