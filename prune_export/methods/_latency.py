@@ -20,6 +20,9 @@ from prune_export.recipe.search import Target
 _POINTS: Final = 4
 """Widths of one axis that are timed, the whole one among them; between them lie straight lines."""
 
+ENGINE_SECONDS: Final = 90.0
+"""An engine of some widths takes about this long to build and to time; for the plan."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -88,6 +91,11 @@ def timed(arch: Arch, kinds: Sequence[Limits], target: Target, engines: Engines)
             "choose another engine or workload, or a target in parameters",
         )
     return costs
+
+
+def engines(kinds: Sequence[Limits]) -> int:
+    """How many engines are timed: for the lines, the dense one, and about two assembled ones."""
+    return 3 + sum(len(_spread(kind.sizes)) for kind in kinds)
 
 
 def speedup(engines: Engines, sizes: Mapping[str, int], target: Target) -> float:

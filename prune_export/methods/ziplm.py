@@ -89,7 +89,10 @@ class ZipLM:
         inputs = max(arch.shape(one)[_widths.input_dim(one)] for one in outputs)
         # The Gram matrix, and in float64 itself, its inverse and what updates that.
         ram = inputs**2 * (4 + 4 * 8)
-        return (Further(forwards=forwards, ram_bytes=ram, parks=True),)
+        seconds = 0.0
+        if self.target is not None and self.target.speedup is not None:
+            seconds = _latency.ENGINE_SECONDS * _latency.engines(self._limits(arch))
+        return (Further(forwards=forwards, ram_bytes=ram, parks=True, seconds=seconds),)
 
     def _limits(self, arch: Arch) -> tuple[Limits, Limits]:
         return _widths.limits(arch, self.multiple_of, stock=self.uniform)
