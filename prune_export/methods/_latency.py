@@ -17,7 +17,7 @@ from prune_export.methods import _widths
 from prune_export.methods._widths import Limits
 from prune_export.recipe.search import Target
 
-_POINTS: Final = 4
+_POINTS: Final = 3
 """Widths of one axis that are timed, the whole one among them; between them lie straight lines."""
 
 ENGINE_SECONDS: Final = 90.0
@@ -105,7 +105,7 @@ def speedup(engines: Engines, sizes: Mapping[str, int], target: Target) -> float
 
 
 def _spread(sizes: Sequence[int]) -> list[int]:
-    """Some of the smaller sizes, evenly apart from the whole one down to a quarter of it."""
+    """Some of the smaller sizes, evenly apart from the whole one to none."""
     whole = sizes[0]
     wanted = [whole * (_POINTS - i) / _POINTS for i in range(1, _POINTS)]
     smaller = [size for size in sizes[1:] if size]
