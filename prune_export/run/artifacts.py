@@ -191,7 +191,12 @@ def pruned(
         asked = stage.entry.statistics(arch)
         view = ModelView(arch, checkpoint, {})
         if asked and data:
-            view = replace(view, means=Means(data[1], work.machine, work.scratch, work.progress))
+            # Here, as engines are artifacts themselves.
+            from prune_export.run.timing import TimedEngines
+
+            engines = TimedEngines(bench, arch, source, source_id)
+            means = Means(data[1], work.machine, work.scratch, work.progress, engines)
+            view = replace(view, means=means)
             first = [statistic for statistic in asked if not isinstance(statistic, Further)]
             view = replace(view, results=view.gather(first))
         decision = stage.entry.decide(view)
