@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -179,3 +179,31 @@ class Exporter(Protocol):
 
     def open(self, path: Path, machine: Machine) -> Runner:
         """A runner for what `export` wrote at `path`."""
+
+
+@runtime_checkable
+class Sparse(Exporter, Protocol):
+    """An exporter whose engines may run sparse kernels, or carry what is done for them."""
+
+    def without_sparsity(self) -> Self | None:
+        """The same with all of that left out, to tell its gain; None where nothing is done."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Who runs the nodes of a graph: `asked` for, and how many each provider was given.
+
+    `strayed` are nodes that multiply and are run by another provider than the one asked for.
+    """
+
+    asked: str
+    providers: Mapping[str, int]
+    strayed: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A runner whose runtime hands out the nodes of a graph to several providers."""
+
+    def placement(self) -> Placement:
+        """Who runs what."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -158,7 +158,7 @@ class Tensorrt:
         binding = Binding.load(self.flavor)
         graph = work.scratch / "graph"
         made = self._graph().export(checkpoint, graph, work)
-        weights = _trt_proof.patterns(graph / "model.onnx")
+        weights = _trt_proof.counted(graph / "model.onnx")
         self._adapt(graph)
         out.mkdir(parents=True, exist_ok=True)
         log, cache = Log(), work.scratch / "timing.cache"
@@ -201,6 +201,11 @@ class Tensorrt:
             context=self.context.most,
             host_code=self.version_compatible,
         )
+
+    def without_sparsity(self) -> Tensorrt | None:
+        """The same without windows and sparse kernels; None where there are none."""
+        off = replace(self, sliding=False, sparse=False)
+        return off if off != self else None
 
     def _graph(self) -> Onnx:
         return Onnx(precision=_GRAPH[self.precision], logits=self.logits, sliding=self.sliding)

@@ -14,11 +14,12 @@ from typing import Any
 
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
+from prune_export.contracts import Sparse
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.plan import Plan, make_plan
 from prune_export.progress import Progress, Silent
-from prune_export.recipe import PUBLISHED_NAME, Recipe, Stage
+from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage
 from prune_export.report import write_report
 from prune_export.run import artifacts
 from prune_export.run.artifacts import Base, Bench
@@ -27,7 +28,7 @@ from prune_export.run.record import report_of
 from prune_export.run.result import LOCK, Result, lock_of, refuse_foreign
 from prune_export.run.search import searched
 from prune_export.store import Artifact, Store
-from prune_export.verify import check_tasks
+from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
 
 __all__ = ["Plan", "RunResult", "make_plan", "plan", "run"]
@@ -126,10 +127,23 @@ def run(
             artifacts.exported(bench, export, base.path, base.id, of=", dense to compare with")
             for export in recipe.export
         ]
+    off = [_without_sparsity(bench, recipe, export, last) for export in recipe.export]
     sets = {name: tokens for name, (_, tokens) in data.items()}
-    found = measured(bench, recipe, base, stages, exports, dense, sets)
+    found = measured(bench, recipe, base, stages, exports, dense, sets, off)
     made = _Made(asked, base, data, stages, searches, exports, found)
     return _finished(bench, recipe, options.out, made)
+
+
+def _without_sparsity(
+    bench: Bench, recipe: Recipe, export: Export, last: Artifact | Base
+) -> Artifact | None:
+    """The same engine with sparsity off, to tell its gain; None where there's nothing to tell."""
+    entry = export.entry.without_sparsity() if isinstance(export.entry, Sparse) else None
+    runs = Engine(export.name, last.path).runs_on(bench.machine)
+    if entry is None or recipe.verify.speed is None or not runs:
+        return None
+    twin = replace(export, entry=entry)
+    return artifacts.exported(bench, twin, last.path, last.id, of=", sparsity off")
 
 
 def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
