@@ -47,7 +47,7 @@ def pass_cost(
     widest = max(size for name, size in arch.sizes.items() if name != "vocab")
     ram = 3 * block + min(vocab, samples * length) * residual * item
     ram += BATCH_TOKENS[machine.device] * (4 * widest + 6 * residual) * item
-    disk, flops, moved = 0, 0.0, arch.parameters() * item
+    disk, flops, moved, handy = 0, 0.0, arch.parameters() * item, 0
     for statistic in dict.fromkeys(statistics):
         count = min(statistic.samples or samples, samples)
         tokens = min(statistic.length or length, length)
@@ -69,12 +69,14 @@ def pass_cost(
             elif statistic.parks:
                 # Each block is computed again up to each of its sites instead.
                 forwards *= _REPEATED
+            handy += statistic.handy_bytes
             moved += int(forwards) * arch.parameters() * item
         each = 2 * block / item + 2 * tokens * residual
         flops += forwards * count * tokens * blocks * each
         if bypassed:
             ram += 2 * vocab * residual * item
             flops += 2.0 * count * tokens * (1 + len(bypassed)) * vocab * residual
+    ram += min(handy, max(0, machine.ram_bytes // 2 - ram))
     on_gpu = ram if machine.device == "cuda" else 0
     return PassCost(ram, on_gpu, disk, flops, moved)
 

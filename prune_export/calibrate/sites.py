@@ -106,6 +106,20 @@ def as_matrix(tensor: Tensor, stored: torch.Tensor) -> torch.Tensor:
     return stored if inputs_last(tensor) else stored.T
 
 
+def part_of(tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """What of a parameter in memory is one stored matrix.
+
+    Transformers keeps all experts of a block in one, gates above ups.
+    """
+    if tensor.expert is None:
+        return whole
+    own = whole[tensor.expert]
+    if tensor.role == "expert.down":
+        return own
+    half = own.shape[0] // 2
+    return own[:half] if tensor.role == "expert.gate" else own[half:]
+
+
 class Weights:
     """Reads and writes the matrices of a loaded block as `[out, in]`, whatever their layout."""
 
@@ -126,16 +140,8 @@ class Weights:
 
     def _values(self, tensor: Tensor) -> torch.Tensor:
         module: Any = self._skeleton.module(tensor)
-        if tensor.expert is None:
-            own: torch.Tensor = module.weight.data
-            return own
-        # In memory, transformers keeps all experts of a block in one tensor, gates above ups.
-        if tensor.role == "expert.down":
-            down: torch.Tensor = module.down_proj.data[tensor.expert]
-            return down
-        both: torch.Tensor = module.gate_up_proj.data[tensor.expert]
-        half = both.shape[0] // 2
-        return both[:half] if tensor.role == "expert.gate" else both[half:]
+        leaf = self._skeleton.name_in_block(tensor).rpartition(".")[2]
+        return part_of(tensor, getattr(module, leaf).data)
 
 
 def linears(arch: Arch) -> Iterator[Tensor]:
