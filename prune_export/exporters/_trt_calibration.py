@@ -1,4 +1,4 @@
-"""The text over which activations are measured: the recipe's calibration data, or a few sentences."""
+"""The text over which activations are measured: calibration data, or a few sentences."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ def calibration(
     if tokens is not None:
         ids = tokens.ids[:WINDOWS, :LENGTH].numpy()
         return ids, f"{len(ids)} windows of {ids.shape[1]} tokens of the recipe's calibration data"
-    ids = _encoded(checkpoint)
-    if ids is None:
+    encoded = _encoded(checkpoint)
+    if encoded is None:
         ids = np.random.default_rng(0).integers(0, vocabulary, (4, 64))
         return ids, "4 windows of 64 random tokens: the checkpoint has no tokenizer"
-    return ids, f"{ids.size} tokens of built-in sentences: the recipe has no calibration data"
+    return (
+        encoded,
+        f"{encoded.size} tokens of built-in sentences: the recipe has no calibration data",
+    )
 
 
 def _encoded(checkpoint: Path) -> np.ndarray | None:

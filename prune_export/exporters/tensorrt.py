@@ -170,7 +170,7 @@ class Tensorrt:
         binding = Binding.load(self.flavor)
         graph = work.scratch / "graph"
         made = self._graph().export(checkpoint, graph, work)
-        saved, told = self._quantized(checkpoint, graph, work)
+        saved, rounded = self._quantized(checkpoint, graph, work)
         weights = _trt_proof.patterns(graph / "model.onnx")
         self._adapt(graph)
         out.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ class Tensorrt:
             weight_bytes=made.weight_bytes - saved,
             seconds=perf_counter() - start,
             toolchain={**made.toolchain, _package(self.flavor): binding.version},
-            notes=(*made.notes, *told, *notes),
+            notes=(*made.notes, *rounded, *notes),
             sparsity=sparsity,
         )
 
