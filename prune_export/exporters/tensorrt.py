@@ -165,6 +165,7 @@ class Tensorrt:
         """
         start = perf_counter()
         from prune_export.exporters import _trt_build, _trt_proof
+        from prune_export.exporters._trt_graph import adapt
         from prune_export.exporters._trt_log import Log
 
         binding = Binding.load(self.flavor)
@@ -172,7 +173,7 @@ class Tensorrt:
         made = self._graph().export(checkpoint, graph, work)
         saved, rounded = self._quantized(checkpoint, graph, work)
         weights = _trt_proof.patterns(graph / "model.onnx")
-        self._adapt(graph)
+        adapt(graph / "model.onnx")
         out.mkdir(parents=True, exist_ok=True)
         log, cache = Log(), work.scratch / "timing.cache"
         with work.progress.task("build the engine", 1) as task:
@@ -238,17 +239,6 @@ class Tensorrt:
             f"{done.activations} activations measured on {source}"
         )
         return done.saved_bytes, (note,)
-
-    def _adapt(self, folder: Path) -> None:
-        import onnx
-
-        from prune_export.exporters._trt_graph import allow_decomposition, split_caches
-
-        file = folder / "model.onnx"
-        model = onnx.load(file, load_external_data=False)
-        split_caches(model)
-        allow_decomposition(model)
-        file.write_bytes(model.SerializeToString(deterministic=True))
 
     def _settings(self) -> Any:
         from prune_export.exporters._trt_build import Settings
