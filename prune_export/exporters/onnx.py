@@ -49,7 +49,7 @@ class Onnx:
         Field(description="`last` computes the head for the last position only: faster prompts"),
     ] = "all"
 
-    VERSION: ClassVar[str] = "2"
+    VERSION: ClassVar[str] = "3"
     DIRECTORY: ClassVar[str] = "onnx"
 
     def check(self, arch: Arch, machine: Machine) -> None:
@@ -88,22 +88,27 @@ class Onnx:
         from transformers import AutoConfig
 
         from prune_export.exporters import _onnx_stamp, _onnx_trace, _onnx_weights
+        from prune_export.exporters._onnx_widths import Fit
+        from prune_export.exporters._trim import Trim
 
         opened = Checkpoint.open(checkpoint)
+        trim = Trim.of(opened)
         blocks = table_for(str(opened.config.get("model_type"))).blocks
         config = AutoConfig.from_pretrained(checkpoint)
         dtype = getattr(torch, _TORCH[self.precision])
         last = self.logits == "last"
         out.mkdir(parents=True, exist_ok=True)
         with work.progress.task("trace one block of each kind", 1) as task:
-            trace = _onnx_trace.trace(config, dtype, blocks, last=last)
+            trace = _onnx_trace.trace(config, dtype, blocks, last=last, trim=trim)
             task.advance()
-        stamped = _onnx_stamp.stamp(trace, last=last, int8=self.precision == "int8")
+        fit = Fit.of(trim, trace.parameter_of) if trim else None
+        stamped = _onnx_stamp.stamp(trace, last=last, int8=self.precision == "int8", fit=fit)
         source = _onnx_weights.Source.of(opened, trace)
-        _onnx_weights.write(stamped, source, dtype, out, work.progress)
+        narrow = replace(source, trim=trim)
+        _onnx_weights.write(stamped, narrow, dtype, out, work.progress)
         _carry(opened, out)
         with work.progress.task("compare with PyTorch", 1) as task:
-            note = self._compared(out, config, source, stamped.weights, work.machine)
+            note = self._compared(out, config, narrow, stamped.weights, work.machine)
             task.advance()
         return BuildRecord(
             exporter="onnx",
@@ -113,7 +118,16 @@ class Onnx:
             weight_bytes=_onnx_weights.decode_bytes(stamped, dtype, trace.experts_visited),
             seconds=perf_counter() - start,
             toolchain=_toolchain(),
-            notes=(f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced", note),
+            notes=tuple(
+                filter(
+                    None,
+                    (
+                        f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
+                        trim.note(),
+                        note,
+                    ),
+                )
+            ),
         )
 
     def open(self, path: Path, machine: Machine) -> Runner:
