@@ -44,12 +44,14 @@ class Work:
     """The means a running stage gets.
 
     `scratch` is a directory that outlives a killed run: long work keeps its checkpoints there and
-    goes on from them. It is removed when the stage is complete.
+    goes on from them. It is removed when the stage is complete. `tokens` is calibration data, for
+    exporters that ask for it and where the recipe has it.
     """
 
     machine: Machine
     progress: Progress
     scratch: Path
+    tokens: TokenSet | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ class Exporter(Protocol):
 
     One whose engines hold machine code, so that opening a stranger's would run it, says so with
     `RUNS_CODE: ClassVar[bool] = True`; one whose engines run on some devices only, with
-    `RUNS_ON: ClassVar[frozenset[str]] = frozenset({"cuda"})`.
+    `RUNS_ON: ClassVar[frozenset[str]] = frozenset({"cuda"})`; one that reads calibration data, with
+    a property `calibrates`.
     """
 
     VERSION: ClassVar[str]

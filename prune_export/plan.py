@@ -276,6 +276,7 @@ class _Planner:
                 disk_bytes=found.disk_bytes,
                 flops=found.flops,
                 moved_bytes=found.moved_bytes,
+                seconds=found.seconds,
             )
             note = f"{samples} x {length} tokens"
         written = self.size(after).bytes

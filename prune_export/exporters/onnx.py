@@ -76,7 +76,7 @@ class Onnx:
         Field(description="further options of the provider, by ONNX Runtime's own names"),
     ] = field(default_factory=dict)
 
-    VERSION: ClassVar[str] = "2"
+    VERSION: ClassVar[str] = "3"
     DIRECTORY: ClassVar[str] = "onnx"
 
     def __post_init__(self) -> None:
@@ -125,23 +125,28 @@ class Onnx:
         from transformers import AutoConfig
 
         from prune_export.exporters import _onnx_stamp, _onnx_trace, _onnx_weights
+        from prune_export.exporters._onnx_widths import Fit
+        from prune_export.exporters._trim import Trim
 
         opened = Checkpoint.open(checkpoint)
+        trim = Trim.of(opened)
         blocks = table_for(str(opened.config.get("model_type"))).blocks
         config = AutoConfig.from_pretrained(checkpoint)
         dtype = getattr(torch, _TORCH[self.precision])
         last = self.logits == "last"
         out.mkdir(parents=True, exist_ok=True)
         with work.progress.task("trace one block of each kind", 1) as task:
-            trace = _onnx_trace.trace(config, dtype, blocks, last=last)
+            trace = _onnx_trace.trace(config, dtype, blocks, last=last, trim=trim)
             task.advance()
-        stamped = _onnx_stamp.stamp(trace, last=last, int8=self.precision == "int8")
+        fit = Fit.of(trim, trace.parameter_of) if trim else None
+        stamped = _onnx_stamp.stamp(trace, last=last, int8=self.precision == "int8", fit=fit)
         source = _onnx_weights.Source.of(opened, trace)
-        _onnx_weights.write(stamped, source, dtype, out, work.progress)
+        narrow = replace(source, trim=trim)
+        _onnx_weights.write(stamped, narrow, dtype, out, work.progress)
         _carry(opened, out)
         slid = self._slid(out, work)
         with work.progress.task("compare with PyTorch", 1) as task:
-            note = self._compared(out, config, source, stamped.weights, work.machine)
+            note = self._compared(out, config, narrow, stamped.weights, work.machine)
             task.advance()
         return BuildRecord(
             exporter="onnx",
@@ -152,10 +157,16 @@ class Onnx:
             + (slid.added_bytes if slid else 0),
             seconds=perf_counter() - start,
             toolchain=_toolchain(),
-            notes=(
-                f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
-                note,
-                *(slid.notes() if slid else ()),
+            notes=tuple(
+                filter(
+                    None,
+                    (
+                        f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
+                        trim.note(),
+                        note,
+                        *(slid.notes() if slid else ()),
+                    ),
+                )
             ),
             sparsity={"asked": True, "proven": None} if self.sparse else {},
         )

@@ -177,6 +177,8 @@ def _sparsity(checks: Verification) -> Iterator[Caveat]:
 
 
 def _scope(report: Report) -> Iterator[Caveat]:
+    for note in dict.fromkeys(note for one in report.prunes for note in one.log.get("notes") or ()):
+        yield Caveat("limit", f"{note[:1].upper()}{note[1:]}.")
     if report.prunes and not report.heals:
         yield Caveat("limit", "The model was not healed (trained) after pruning.")
     if not report.exports:

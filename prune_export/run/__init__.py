@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
@@ -32,6 +32,10 @@ from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
 
 __all__ = ["Plan", "RunResult", "make_plan", "plan", "run"]
+
+
+CALIBRATION: Final = "calibration"
+"""The data that exporters calibrate with, where a recipe names a source so."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,17 @@ def run(
     asked = recipe.to_yaml()
     recipe, stages, searches = _stages(bench, recipe, base, data, options.ignore_keys)
     last = stages[-1] if stages else base
-    exports = [artifacts.exported(bench, export, last.path, last.id) for export in recipe.export]
+    tokens = data[CALIBRATION][1] if CALIBRATION in data else None
+    exports = [
+        artifacts.exported(bench, export, last.path, last.id, tokens=tokens)
+        for export in recipe.export
+    ]
     dense = []
     if recipe.verify.speed:
         dense = [
-            artifacts.exported(bench, export, base.path, base.id, of=", dense to compare with")
+            artifacts.exported(
+                bench, export, base.path, base.id, of=", dense to compare with", tokens=tokens
+            )
             for export in recipe.export
         ]
     off = [_without_sparsity(bench, recipe, export, last) for export in recipe.export]
@@ -163,6 +173,8 @@ def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
 def _data(bench: Bench, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
     """The token sets that the recipe uses; none shares a document with what it is judged by."""
     used = {name for stage in recipe.stages for name in stage.uses if name in recipe.data}
+    if any(map(artifacts.calibrates, recipe.export)):
+        used |= {CALIBRATION} & recipe.data.keys()
     ranking = {stage.data for stage in recipe.stages if stage.kind == "search"}
     quality = recipe.verify.quality
     evaluation = quality.perplexity if quality else None

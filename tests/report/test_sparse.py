@@ -17,7 +17,7 @@ from prune_export.verify.results import Sparsity, Speed, from_json
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return Report.of(made("sparse"))
+    return Report.of(made("sparse_engines"))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,6 @@ def test_a_grid_is_drawn_with_its_claims_filled(report: Report) -> None:
 
 
 def test_one_length_is_no_grid() -> None:
-    data = made("sparse")
+    data = made("sparse_engines")
     data["verification"]["sweep"] = grid("onnx", {64: 1.0})
     assert "sweep.png" not in figure_names(Report.of(data))

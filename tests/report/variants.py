@@ -180,6 +180,15 @@ def two_of_each(report: Report) -> None:
 
 
 def sparse(report: Report) -> None:
+    """Half of the weights zero, without a pattern."""
+    stage = report["stages"][0]
+    stage |= {"name": "wanda", "parameters": {"sparsity": 0.5}}
+    log = {"pattern": "0.5 unstructured", "zeros": 53_000_000, "weights": 106_000_000}
+    stage["log"] = log | {"sparsity": 0.5, "notes": ["zeros without a pattern are no faster"]}
+    report["result"]["layers"] = report["base"]["layers"]
+
+
+def sparse_engines(report: Report) -> None:
     """Three engines: proven, eligible but not picked, dense; a grid; a node that strayed."""
     checks = report["verification"]
     checks["sweep"] = grid("onnx", {1: 0.98, 64: 1.0, 1024: 1.01})
@@ -252,7 +261,7 @@ VARIANTS: dict[str, Callable[[Report], None]] = {
     for change in (
         full, no_heal, no_export, no_verification, nothing_measured, failures, no_speedup, slower,
         not_numbers, exploded, one_block, one_sample, long_names, hostile, large, two_of_each,
-        sparse, least,
+        sparse, sparse_engines, least,
     )
 }  # fmt: skip
 
