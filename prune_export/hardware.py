@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from prune_export.arch import Arch
-from prune_export.calibrate.sites import inputs_last, linears
+from prune_export.calibrate import inputs_of, linears
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.nm import Nm
@@ -272,7 +272,7 @@ def _most(nm: Nm | None, keys: Mapping[str, Any]) -> float:
 def _inputs(arch: Arch) -> Iterator[tuple[str, int]]:
     """The matrices of the blocks with their inputs."""
     for tensor in linears(arch):
-        yield tensor.name, arch.shape(tensor)[-1 if inputs_last(tensor) else -2]
+        yield tensor.name, inputs_of(arch, tensor)
 
 
 def _keys(nm: Nm) -> str:
