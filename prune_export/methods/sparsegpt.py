@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 
+from prune_export.arch import Arch
 from prune_export.calibrate import Edited, Further, Gram, ModelView, Site
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
@@ -51,8 +52,8 @@ class SparseGpt(_sparse.Calibrated):
                 "leave out `columns`",
             )
 
-    def statistics(self, arch: Any) -> tuple[Further, ...]:
-        own = _sparse.sweep_cost(arch, self.order, grams=3)
+    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+        own = _sparse.sweep_cost(arch, self.order, grams=True)
         return (*_sparse.Sparse.statistics(self, arch), own)
 
     def decide(self, model: ModelView) -> Decision:
