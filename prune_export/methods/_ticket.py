@@ -56,9 +56,10 @@ class Student:
         from transformers import AutoModelForCausalLM
 
         self.arch, self.device = arch, device
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=torch.float32
-        ).to(device)
+        with _no_bars():
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path, dtype=torch.float32
+            ).to(device)
         names = Skeleton(checkpoint, arch, dtype=torch.float32, device="cpu").name_in_memory
         own = dict(self.model.named_parameters(remove_duplicate=False))
         self.places = {tensor.name: own[names(tensor)] for tensor in arch.stored()}
@@ -212,6 +213,20 @@ def _batch(windows: torch.Tensor, step: int, schedule: Schedule) -> torch.Tensor
         random = torch.Generator().manual_seed(_mixed(schedule.seed, "epoch", epoch))
         orders[epoch] = torch.randperm(count, generator=random)
     return torch.stack([windows[orders[place // count][place % count]] for place in places])
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keeps transformers' bars off the terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -99,9 +99,13 @@ def test_it_is_the_plain_loop(rewind: int, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
 @pytest.mark.parametrize("amount", [{"sparsity": 0.5}, {"nm": Nm(2, 4)}])
-def test_layouts_and_patterns(model_type: str, amount: dict[str, Any], tmp_path: Path) -> None:
+def test_layouts_and_patterns(
+    model_type: str, amount: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     tiny = random_model(model_type, {}, tmp_path / "model")
+    capfd.readouterr()
     values, log = made(IterativeMagnitude(**amount, **QUICK), view_of(tiny, tmp_path / "s"))
+    assert capfd.readouterr() == ("", "")
     zeros = 0
     for tensor in linears(tiny.arch):
         matrix = as_matrix(tensor, values[tensor.name])
