@@ -29,6 +29,7 @@ class PassCost:
     disk_bytes: int
     flops: float
     moved_bytes: int
+    seconds: float = 0.0
 
 
 def pass_cost(
@@ -77,8 +78,9 @@ def pass_cost(
             ram += 2 * vocab * residual * item
             flops += 2.0 * count * tokens * (1 + len(bypassed)) * vocab * residual
     ram += min(handy, max(0, machine.ram_bytes // 2 - ram))
+    seconds = sum(one.seconds for one in statistics if isinstance(one, Further))
     on_gpu = ram if machine.device == "cuda" else 0
-    return PassCost(ram, on_gpu, disk, flops, moved)
+    return PassCost(ram, on_gpu, disk, flops, moved, seconds)
 
 
 def block_bytes(arch: Arch, dtype: torch.dtype) -> int:

@@ -98,4 +98,5 @@ class Further:
     ram_bytes: int = 0
     disk_bytes: int = 0
     parks: bool = False
+    seconds: float = 0.0
     handy_bytes: int = 0

@@ -69,9 +69,10 @@ def cheapest(
 
 @dataclass(frozen=True)
 class Choice:
-    """The levels chosen, their loss, and the losses of all that were tried, in order."""
+    """The levels chosen, the weights that found them, and the losses of all tried, in order."""
 
     levels: tuple[int, ...]
+    weights: tuple[float, ...]
     loss: float
     tried: tuple[float, ...]
 
@@ -113,4 +114,4 @@ def search(
         if best is None or known[levels] < best[0]:
             best = known[levels], weights, levels
     assert best is not None
-    return Choice(best[2], best[0], tuple(tried))
+    return Choice(best[2], tuple(best[1].tolist()), best[0], tuple(tried))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_export.errors import PlanError
-from prune_export.methods import _channels
+from prune_export.methods import _removal
 from prune_export.methods._spdy import Levels, cheapest, search
 
 
@@ -35,7 +35,7 @@ def refitted(
 def test_what_is_left_is_the_least_squares_fit(size: int) -> None:
     weight, states = case(12, 5)
     groups = [list(range(i, i + size)) for i in range(0, 12, size)]
-    found = _channels.removed(weight, states.T @ states, groups, [len(groups) - 1, 2])
+    found = _removal.removed(weight, states.T @ states, groups, [len(groups) - 1, 2])
     inputs = [i for group in found.kept for i in groups[group]]
     solution, error = refitted(weight, states, inputs)
     torch.testing.assert_close(found.weight[:, inputs], solution, atol=2e-3, rtol=2e-3)
@@ -47,7 +47,7 @@ def test_what_is_left_is_the_least_squares_fit(size: int) -> None:
 
 def test_each_removal_is_the_cheapest_of_all() -> None:
     weight, states = case(8, 4, seed=3)
-    order = _channels.removed(weight, states.T @ states, [[i] for i in range(8)], [3]).order
+    order = _removal.removed(weight, states.T @ states, [[i] for i in range(8)], [3]).order
     left = list(range(8))
     for taken in order:
         errors = {i: refitted(weight, states, [j for j in left if j != i])[1] for i in left}
@@ -59,7 +59,7 @@ def test_what_no_output_reads_and_what_never_comes_costs_nothing() -> None:
     weight, states = case(10, 4)
     weight[:, 2] = 0
     states[:, 7] = 0
-    found = _channels.removed(weight, states.T @ states, [[i] for i in range(10)], [8])
+    found = _removal.removed(weight, states.T @ states, [[i] for i in range(10)], [8])
     assert found.kept == (0, 1, 3, 4, 5, 6, 8, 9)
     assert found.errors[8] == pytest.approx(0, abs=1e-6)
     torch.testing.assert_close(found.weight[:, found.kept], weight[:, found.kept])
@@ -67,7 +67,7 @@ def test_what_no_output_reads_and_what_never_comes_costs_nothing() -> None:
 
 def test_many_inputs_go_several_at_a_time_and_exactly_as_many_as_asked() -> None:
     weight, states = case(600, 3)
-    found = _channels.removed(weight, states.T @ states, [[i] for i in range(600)], [411, 77])
+    found = _removal.removed(weight, states.T @ states, [[i] for i in range(600)], [411, 77])
     assert len(found.kept) == 77
     assert len(set(found.order)) == 523
     assert 0 < found.errors[411] < found.errors[77]

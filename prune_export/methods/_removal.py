@@ -1,8 +1,8 @@
 """Optimal brain surgery on whole inputs of a matrix, with scores kept up to date.
 
 With `G` the damped Gram matrix of the inputs and `R` its inverse, removing the inputs `S` of a
-matrix `W` `[out, in]` raises the squared error by `tr(W_S (R_SS)^-1 W_S^T)`; the best others can
-`W - W_S (R_SS)^-1 R_S`, and `R` becomes `R - R_S^T (R_SS)^-1 R_S`.
+matrix `W` `[out, in]` raises the squared error by `tr(W_S (R_SS)^-1 W_S^T)`; the best that the
+others can do is `W - W_S (R_SS)^-1 R_S`, and `R` becomes `R - R_S^T (R_SS)^-1 R_S`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def removed(
     the inputs. Where a group is one input, those with the least scores go several at a time.
     """
     wanted = sorted({*left}, reverse=True)
-    state = _State(weight.double(), gram.double(), torch.tensor(groups))
+    state = _State(weight.double(), gram.double(), torch.tensor(groups, device=weight.device))
     whole = float((state.weight @ gram.double() * state.weight).sum())
     errors: dict[int, float] = {}
     order: list[int] = []
@@ -72,9 +72,11 @@ class _State:
         self.members = members
         """`[groups, inputs of each]`."""
         damping = _DAMPING * gram.diagonal().mean()
-        gram = gram + (damping if damping > 0 else 1.0) * torch.eye(len(gram), dtype=gram.dtype)
+        gram = gram + (damping if damping > 0 else 1.0) * torch.eye(
+            len(gram), dtype=gram.dtype, device=gram.device
+        )
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        self.gone = torch.zeros(len(members), dtype=torch.bool)
+        self.gone = torch.zeros(len(members), dtype=torch.bool, device=weight.device)
 
     def least(self, count: int) -> list[int]:
         """The groups that cost least to remove one by one; of equal ones the first."""
@@ -87,7 +89,7 @@ class _State:
             inputs = self.members[:, 0]
             squares = self.weight[:, inputs].square().sum(0)
             return squares / self.inverse.diagonal()[inputs].clamp_min(1e-300)
-        found = torch.full((len(self.members),), torch.inf, dtype=self.weight.dtype)
+        found = torch.full(self.gone.shape, torch.inf).to(self.weight)
         for group in (~self.gone).nonzero()[:, 0].tolist():
             found[group] = self._cost(self.members[group])
         return found
