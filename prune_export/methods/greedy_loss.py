@@ -26,14 +26,15 @@ class GreedyLoss(_depth.Amount):
     """Drop the blocks whose removal, one after the other, raises the measured loss least.
 
     After each removal the candidates are measured again, in the model without what is already gone.
-    Only the `shortlist` with the least last known increase are; all on a quarter of the windows,
-    the better half of them on two, the best of these on all. Blocks at the ends need no protection,
-    as removing them is measured too. The log keeps each step's loss, increase and margin.
+    Only the `shortlist` with the least last known increase are: all on a quarter of the windows,
+    the better half on two, the best of these on all. Then earlier removals are revised. Blocks at
+    the ends need no protection, as removing them is measured too. The log has each step's loss,
+    increase and margin, and the best model of each size.
 
-    Source: after Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and
-    Elimination of Transformer Blocks", arXiv:2402.09025, algorithm 1.
-    Differs: candidates race on growing parts of the data, and share the states before them; parts
-    of blocks can go; a `beam` may follow several choices.
+    Source: Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and Elimination
+    of Transformer Blocks", arXiv:2402.09025, algorithm 1.
+    Differs: candidates race on growing parts of the data and share the states before them; earlier
+    removals are revised, or a `beam` followed; parts of blocks can go.
     """
 
     VERSION: ClassVar[str] = "1"
@@ -44,11 +45,12 @@ class GreedyLoss(_depth.Amount):
         Field(ge=1, description="Candidates measured for each removal; null measures all."),
     ] = 8
     beam: Annotated[
-        int,
-        Field(
-            ge=1, description="Choices followed at once; the cost is a multiple, the gain small."
-        ),
+        int, Field(ge=1, description="Choices followed at once, instead of revising a single one.")
     ] = 1
+    revise: Annotated[
+        bool,
+        Field(description="Put earlier ones back where that is better, and go on from there."),
+    ] = True
     protect_first: Annotated[int, Field(ge=0, description="First blocks never removed.")] = 0
     protect_last: Annotated[int, Field(ge=0, description="Last blocks never removed.")] = 0
     samples: Annotated[int, Field(ge=1, description="Calibration windows to measure on.")] = 8
@@ -84,9 +86,15 @@ class GreedyLoss(_depth.Amount):
             listed = [Unit(layer, self.unit) for layer in self.layers]
             return _unit.decision(arch, checkpoint, listed)
         units = [Unit(layer, self.unit) for layer in self._candidates(arch)]
-        shortlist = self.shortlist or len(units)
         with model.removals(self.samples, self.length) as removals:
-            found = greedy(removals, units, self.of(arch), shortlist=shortlist, beam=self.beam)
+            found = greedy(
+                removals,
+                units,
+                self.of(arch),
+                shortlist=self.shortlist or len(units),
+                beam=self.beam,
+                revise=self.revise,
+            )
             passes = {
                 "block_forwards": removals.block_forwards,
                 "head_forwards": removals.head_forwards,
@@ -101,8 +109,9 @@ class GreedyLoss(_depth.Amount):
             found.order,
             order=[unit.layer for unit in found.order],
             steps=[dict(step) for step in found.steps],
-            dense_perplexity=exp(found.dense_loss),
-            perplexity=exp(found.loss),
+            best=[[exp(loss), sorted(unit.layer for unit in gone)] for loss, gone in found.best],
+            dense_perplexity=exp(found.best[0][0]),
+            perplexity=exp(found.best[-1][0]),
             block_scores=scores,
             block_score_name=f"increase of the loss (nats) without the {self.unit}",
             passes=passes,
@@ -124,8 +133,8 @@ class GreedyLoss(_depth.Amount):
         """Forward passes of all windows through the blocks, and through the head in such passes."""
         layers, remove = arch.layers, self.of(arch)
         racers = len(self._candidates(arch)) + (remove - 1) * (self.shortlist or layers) * self.beam
-        # A racer sees a half of the chunks on average, and half of the blocks come after it.
-        candidates = racers / 2
+        # A racer sees half of the chunks on average, and half of the blocks come after it.
+        candidates = racers * (1.0 if self.revise and self.beam == 1 else 0.5)
         blocks = arch.parameters() - 2 * arch.sizes["vocab"] * arch.sizes["residual"]
         head = arch.sizes["vocab"] * arch.sizes["residual"] / max(blocks, 1)
         return candidates / 2 + 1, candidates * head
