@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable, runtime_checkable
 
 import numpy as np
 
@@ -90,6 +90,14 @@ class Method(Protocol):
 
     def decide(self, model: ModelView) -> Decision:
         """What to cut, from the statistics and, where it asks, the weights."""
+
+
+@runtime_checkable
+class Noted(Protocol):
+    """What a method has besides where the plan is to say something about it."""
+
+    def note(self, arch: Arch) -> str:
+        """What a reader of the plan must know, in a few words; empty where it is nothing."""
 
 
 @dataclass(frozen=True)

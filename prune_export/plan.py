@@ -279,6 +279,8 @@ class _Planner:
                 seconds=found.seconds,
             )
             note = f"{samples} x {length} tokens"
+        if isinstance(stage.entry, Noted):
+            note = "; ".join(part for part in (note, stage.entry.note(arch)) if part)
         written = self.size(after).bytes
         cost = dataclasses.replace(
             cost,

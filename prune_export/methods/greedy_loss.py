@@ -17,7 +17,7 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Further, ModelView, Unit
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _depth, _unit
+from prune_export.methods import _depth, _parts
 from prune_export.methods._greedy import greedy
 
 
@@ -39,7 +39,7 @@ class GreedyLoss(_depth.Amount):
 
     VERSION: ClassVar[str] = "1"
 
-    unit: _unit.Of = "block"
+    unit: _parts.Of = "block"
     shortlist: Annotated[
         int | None,
         Field(ge=1, description="Candidates measured for each removal; null measures all."),
@@ -80,11 +80,17 @@ class GreedyLoss(_depth.Amount):
         self.of(arch)
         return super().predict(arch) if self.unit == "block" else arch
 
+    def note(self, arch: Arch) -> str:
+        """How a part of a block is stored."""
+        if self.unit == "block":
+            return ""
+        return f"{self.of(arch)} x {self.unit} stored as zeros, left out of engines"
+
     def decide(self, model: ModelView) -> Decision:
         arch, checkpoint = model.arch, model.checkpoint
         if self.layers is not None:
             listed = [Unit(layer, self.unit) for layer in self.layers]
-            return _unit.decision(arch, checkpoint, listed)
+            return _parts.decision(arch, checkpoint, listed)
         units = [Unit(layer, self.unit) for layer in self._candidates(arch)]
         with model.removals(self.samples, self.length) as removals:
             found = greedy(
@@ -103,7 +109,7 @@ class GreedyLoss(_depth.Amount):
         scores: list[Any] = [None] * arch.layers
         for unit, cost in found.first_costs.items():
             scores[unit.layer] = cost
-        return _unit.decision(
+        return _parts.decision(
             arch,
             checkpoint,
             found.order,
