@@ -20,7 +20,7 @@ from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.calibrate import pass_cost
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Cost, Sparse
+from prune_export.contracts import Cost, Noted, Sparse
 from prune_export.errors import PlanError
 from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
