@@ -14,7 +14,7 @@ from prune_export.calibrate.gradients import (
     spooled_bytes,
 )
 from prune_export.calibrate.junctions import Grams, JunctionGrams
-from prune_export.calibrate.removals import Part, Removals, Unit
+from prune_export.calibrate.removals import Part, Removals, Unit, native_dtype
 from prune_export.calibrate.sites import (
     SITES,
     Gram,
@@ -66,6 +66,7 @@ __all__ = [
     "gradients",
     "inputs_of",
     "linears",
+    "native_dtype",
     "parked_bytes",
     "pass_cost",
     "sites_of",

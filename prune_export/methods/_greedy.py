@@ -18,7 +18,7 @@ from typing import Any, Final
 from prune_export.calibrate import Removals, Unit
 from prune_export.calibrate.removals import Removed
 
-_GAIN: Final = 1e-3
+_GAIN: Final = 2e-3
 """Nats by which a revised model must be better: what is less may be chance, and costs as much."""
 
 

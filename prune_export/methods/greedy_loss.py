@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, Unit
+from prune_export.calibrate import Further, ModelView, Unit, native_dtype
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.methods import _depth, _parts
@@ -55,6 +56,13 @@ class GreedyLoss(_depth.Amount):
     protect_last: Annotated[int, Field(ge=0, description="Last blocks never removed.")] = 0
     samples: Annotated[int, Field(ge=1, description="Calibration windows to measure on.")] = 8
     length: Annotated[int, Field(ge=2, description="Tokens of each window to measure on.")] = 256
+    compute_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(
+            description="What losses are computed in. `auto` is bfloat16 where the hardware has it "
+            "(CUDA, or a CPU with AMX), which errs by some 0.001 nats, else float32."
+        ),
+    ] = "auto"
 
     def statistics(self, arch: Arch) -> tuple[Further, ...]:
         if self.layers is not None:
@@ -92,7 +100,10 @@ class GreedyLoss(_depth.Amount):
             listed = [Unit(layer, self.unit) for layer in self.layers]
             return _parts.decision(arch, checkpoint, listed)
         units = [Unit(layer, self.unit) for layer in self._candidates(arch)]
-        with model.removals(self.samples, self.length) as removals:
+        dtype = native_dtype(model.calibration().machine)
+        if self.compute_dtype != "auto":
+            dtype = getattr(torch, self.compute_dtype)
+        with model.removals(self.samples, self.length, dtype) as removals:
             found = greedy(
                 removals,
                 units,
@@ -105,6 +116,7 @@ class GreedyLoss(_depth.Amount):
                 "block_forwards": removals.block_forwards,
                 "head_forwards": removals.head_forwards,
                 "chunks": removals.chunks,
+                "compute_dtype": str(dtype).removeprefix("torch."),
             }
         scores: list[Any] = [None] * arch.layers
         for unit, cost in found.first_costs.items():
