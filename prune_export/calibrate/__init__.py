@@ -6,6 +6,7 @@ from prune_export.calibrate.bypass_loss import BypassLoss, BypassLosses
 from prune_export.calibrate.cost import PassCost, block_bytes, parked_bytes, pass_cost
 from prune_export.calibrate.data import token_set
 from prune_export.calibrate.edit_stream import Edited, Editor, Order, Swept, sweep
+from prune_export.calibrate.folded import Chain, Folded, Layer
 from prune_export.calibrate.gradients import (
     GradientReader,
     Gradients,
@@ -36,16 +37,19 @@ __all__ = [
     "BlockInfluence",
     "BypassLoss",
     "BypassLosses",
+    "Chain",
     "Collector",
     "Edited",
     "Editor",
     "Engines",
+    "Folded",
     "Further",
     "GradientReader",
     "Gradients",
     "Gram",
     "Grams",
     "JunctionGrams",
+    "Layer",
     "Means",
     "ModelView",
     "Order",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from prune_export.arch import Arch
 from prune_export.calibrate.edit_stream import Editor, Order, Swept, sweep
 from prune_export.calibrate.gradients import GradientReader, Gradients, gradients
