@@ -20,7 +20,7 @@ from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.calibrate import pass_cost
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Cost, Sparse
+from prune_export.contracts import Cost, Noted, Sparse
 from prune_export.errors import PlanError
 from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
@@ -279,6 +279,8 @@ class _Planner:
                 seconds=found.seconds,
             )
             note = f"{samples} x {length} tokens"
+        if isinstance(stage.entry, Noted):
+            note = "; ".join(part for part in (note, stage.entry.note(arch)) if part)
         written = self.size(after).bytes
         cost = dataclasses.replace(
             cost,
