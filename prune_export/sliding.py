@@ -79,7 +79,23 @@ def pattern_of(nonzero: np.ndarray) -> Nm | None:
 
 def holds(nonzero: np.ndarray, nm: Nm) -> bool:
     """Whether at most `nm.keep` of every `nm.of` inputs of `nonzero` bool `[K, out]` are set."""
-    return all(_fullest(chunk) <= nm.keep for chunk in _groups(nonzero, nm))
+    return fullest(nonzero, nm.of, nm.keep) <= nm.keep
+
+
+def fullest(nonzero: np.ndarray, of: int, enough: int | None = None) -> int:
+    """The most that is set in a group of `of` inputs of `nonzero` bool `[K, out]`.
+
+    The count ends at the first piece that has more than `enough`, by default a full group.
+    """
+    most = 0
+    for groups in _groups(nonzero, of):
+        counts = np.zeros((len(groups), groups.shape[2]), np.uint8)
+        for lane in range(of):
+            counts += groups[:, lane]
+        most = max(most, int(counts.max(initial=0)))
+        if most > (of - 1 if enough is None else enough):
+            break
+    return most
 
 
 def expanded(weight: np.ndarray, pattern: Nm, nonzero: np.ndarray | None = None) -> np.ndarray:
@@ -95,7 +111,8 @@ def expanded(weight: np.ndarray, pattern: Nm, nonzero: np.ndarray | None = None)
     nonzero = np.not_equal(weight, 0) if nonzero is None else nonzero
     wide = np.zeros((expanded_inputs(inputs, pattern), outputs), weight.dtype)
     size, at = _expanded_group(pattern), 0
-    for values, used in zip(_groups(weight, pattern), _groups(nonzero, pattern), strict=True):
+    of = pattern.of
+    for values, used in zip(_groups(weight, of), _groups(nonzero, of), strict=True):
         here = wide[at : at + len(values) * size].reshape(len(values), size, outputs)
         _fill(here, values, used)
         at += len(values) * size
@@ -122,23 +139,15 @@ def _fill(wide: np.ndarray, values: np.ndarray, used: np.ndarray) -> None:
         raise ValueError(f"more than {lanes - 2} of {lanes} neighbouring inputs are not zero")
 
 
-def _groups(matrix: np.ndarray, pattern: Nm) -> Iterator[np.ndarray]:
+def _groups(matrix: np.ndarray, of: int) -> Iterator[np.ndarray]:
     """`[groups, of, out]` pieces of `[K, out]`, the last group filled up with zeros."""
     inputs, outputs = matrix.shape
-    step = pattern.of * max(1, _CACHED // outputs)
+    step = of * max(1, _CACHED // outputs)
     for start in range(0, inputs, step):
         piece = np.asarray(matrix[start : start + step])
-        if short := -len(piece) % pattern.of:
+        if short := -len(piece) % of:
             piece = np.pad(piece, ((0, short), (0, 0)))
-        yield piece.reshape(-1, pattern.of, outputs)
-
-
-def _fullest(nonzero: np.ndarray) -> int:
-    """The most non-zeros in a group of `[groups, of, out]`."""
-    counts = np.zeros((len(nonzero), nonzero.shape[2]), np.uint8)
-    for lane in range(nonzero.shape[1]):
-        counts += nonzero[:, lane]
-    return int(counts.max(initial=0))
+        yield piece.reshape(-1, of, outputs)
 
 
 def _expanded_group(pattern: Nm) -> int:

@@ -145,6 +145,9 @@ class Table(_Frozen):
 
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
     transformers stored and that carry nothing: they are accepted, and left behind.
+
+    `scaled_embeddings` says that embeddings are multiplied by the square root of the axis
+    `residual`; `norm_offset` is what norms add to their stored gain.
     """
 
     family: str
@@ -164,6 +167,8 @@ class Table(_Frozen):
     block: list[TensorRow]
     tail: list[TensorRow]
     ignored_tensors: list[str] = Field(default_factory=list)
+    scaled_embeddings: bool = False
+    norm_offset: float = 0.0
     config: ConfigRules
     tiny: Tiny
     notes: str = ""

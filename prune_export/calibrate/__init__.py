@@ -21,7 +21,7 @@ from prune_export.calibrate.sites import (
     Site,
     Squares,
     as_matrix,
-    inputs_last,
+    inputs_of,
     linears,
     sites_of,
 )
@@ -64,7 +64,7 @@ __all__ = [
     "block_bytes",
     "gather",
     "gradients",
-    "inputs_last",
+    "inputs_of",
     "linears",
     "parked_bytes",
     "pass_cost",

@@ -28,7 +28,7 @@ from prune_export.arch import Arch
 from prune_export.calibrate.blocks import loaded, threads
 from prune_export.calibrate.cost import BATCH_TOKENS, block_bytes, parked_bytes
 from prune_export.calibrate.resume import Saves, pass_key
-from prune_export.calibrate.sites import Accumulator, Site, Weights, sites_of
+from prune_export.calibrate.sites import Accumulator, Site, Weights, inputs_of, sites_of
 from prune_export.calibrate.skeleton import Call, Skeleton
 from prune_export.calibrate.spool import Buffer
 from prune_export.calibrate.stream import check, compute_dtype
@@ -249,7 +249,7 @@ class _Block:
         """Edits the block and carries the states through it."""
         with ExitStack() as hooks:
             for site in sites_of(self.sweep.arch, self.layer):
-                width = int(self.sweep.weights.read(site.tensors[0]).shape[1])
+                width = inputs_of(self.sweep.arch, site.tensors[0])
                 found = self.editor.watch(site, width, self.skeleton.device)
                 if found is not None:
                     self.seen[site.name] = found

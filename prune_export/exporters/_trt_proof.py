@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from prune_export.exporters._trt_layers import Layer, sparse_tactics
 from prune_export.exporters._trt_log import Layers, Log, sparsity_said
-from prune_export.matrices import load, matrices
-from prune_export.nm import Nm
-from prune_export.sliding import holds
+from prune_export.patterns import patterns
 
-HARDWARE: Final = Nm(2, 4)
+HARDWARE: Final = frozenset({"1 of 4", "2 of 4"})
+"""Patterns that sparse tensor cores take."""
 
 
-def patterns(graph: Path) -> Mapping[str, Any]:
-    """How many matrices of a graph hold 2 of 4, and the names of those that do not."""
-    found = {matrix.name: matrix for matrix in matrices(load(graph), graph.parent)}
-    dense = [name for name, one in found.items() if not holds(one.nonzero(), HARDWARE)]
-    return {"matrices": len(found), "two_of_four": len(found) - len(dense), "others": dense}
+def counted(graph: Path) -> Mapping[str, Any]:
+    """How many matrices of a graph hold 2 of 4, the names of the others, and what each holds."""
+    found = patterns(graph)
+    dense = [one.name for one in found if one.pattern not in HARDWARE]
+    return {
+        "matrices": len(found),
+        "two_of_four": len(found) - len(dense),
+        "others": dense,
+        "held": [asdict(one) for one in found],
+    }
 
 
 def record(

@@ -13,7 +13,7 @@ CURRENT: Final = "current"
 _AMPERE: Final = 80
 _SM: Final = re.compile(r"sm(\d+)")
 _HOPPER: Final = frozenset({90, 100, 103})
-_LEAST: Final = {"bf16": (80, "Ampere")}
+_LEAST: Final = {"bf16": (80, "Ampere"), "fp8": (89, "Ada")}
 """The oldest GPUs that compute in a precision."""
 
 
@@ -92,7 +92,9 @@ def _refuse_gpu(flavor: Flavor, number: int, who: str, *, sparse: bool, precisio
         raise PlanError(
             "tensorrt.precision",
             f"{who} older than {family}, the first to compute in {precision}",
-            "write `precision: fp16`",
+            "write `precision: fp16`, or `int8`"
+            if precision == "fp8"
+            else "write `precision: fp16`",
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
 from math import prod
@@ -25,6 +25,7 @@ from prune_export.arch.table import table_for
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
+from prune_export.exporters._ort_providers import Profile, Provider, ProviderName
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
@@ -59,10 +60,27 @@ class Onnx:
         ),
     ] = False
 
-    VERSION: ClassVar[str] = "2"
+    provider: Annotated[
+        ProviderName,
+        Field(description="who runs it here: `auto` is `cuda` on a machine with a GPU, else `cpu`"),
+    ] = "auto"
+    sparse: Annotated[
+        bool,
+        Field(description="let `provider: tensorrt` use kernels for weights that hold 2 of 4"),
+    ] = False
+    profile: Annotated[
+        Profile, Field(description="shapes that `tensorrt` and `tensorrt_rtx` build for")
+    ] = field(default_factory=Profile)
+    provider_options: Annotated[
+        dict[str, str | int | float | bool],
+        Field(description="further options of the provider, by ONNX Runtime's own names"),
+    ] = field(default_factory=dict)
+
+    VERSION: ClassVar[str] = "3"
     DIRECTORY: ClassVar[str] = "onnx"
 
     def __post_init__(self) -> None:
+        self._provider()  # which refuses what cannot be
         if self.sliding and self.precision == "int8":
             raise PlanError(
                 "onnx.sliding",
@@ -76,10 +94,11 @@ class Onnx:
         Raises:
             MissingExtra: onnx, onnxscript or onnxruntime is not installed.
         """
-        del arch, machine
+        del arch
         for package in _PACKAGES:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: onnx", package, "onnx")
+        self._provider().check(machine)
 
     def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
         """What the export takes: the largest tensor twice, and the check of the whole graph."""
@@ -106,23 +125,28 @@ class Onnx:
         from transformers import AutoConfig
 
         from prune_export.exporters import _onnx_stamp, _onnx_trace, _onnx_weights
+        from prune_export.exporters._onnx_widths import Fit
+        from prune_export.exporters._trim import Trim
 
         opened = Checkpoint.open(checkpoint)
+        trim = Trim.of(opened)
         blocks = table_for(str(opened.config.get("model_type"))).blocks
         config = AutoConfig.from_pretrained(checkpoint)
         dtype = getattr(torch, _TORCH[self.precision])
         last = self.logits == "last"
         out.mkdir(parents=True, exist_ok=True)
         with work.progress.task("trace one block of each kind", 1) as task:
-            trace = _onnx_trace.trace(config, dtype, blocks, last=last)
+            trace = _onnx_trace.trace(config, dtype, blocks, last=last, trim=trim)
             task.advance()
-        stamped = _onnx_stamp.stamp(trace, last=last, int8=self.precision == "int8")
+        fit = Fit.of(trim, trace.parameter_of) if trim else None
+        stamped = _onnx_stamp.stamp(trace, last=last, int8=self.precision == "int8", fit=fit)
         source = _onnx_weights.Source.of(opened, trace)
-        _onnx_weights.write(stamped, source, dtype, out, work.progress)
+        narrow = replace(source, trim=trim)
+        _onnx_weights.write(stamped, narrow, dtype, out, work.progress)
         _carry(opened, out)
         slid = self._slid(out, work)
         with work.progress.task("compare with PyTorch", 1) as task:
-            note = self._compared(out, config, source, stamped.weights, work.machine)
+            note = self._compared(out, config, narrow, stamped.weights, work.machine)
             task.advance()
         return BuildRecord(
             exporter="onnx",
@@ -133,11 +157,18 @@ class Onnx:
             + (slid.added_bytes if slid else 0),
             seconds=perf_counter() - start,
             toolchain=_toolchain(),
-            notes=(
-                f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
-                note,
-                *(slid.notes() if slid else ()),
+            notes=tuple(
+                filter(
+                    None,
+                    (
+                        f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
+                        trim.note(),
+                        note,
+                        *(slid.notes() if slid else ()),
+                    ),
+                )
             ),
+            sparsity={"asked": True, "proven": None} if self.sparse else {},
         )
 
     def open(self, path: Path, machine: Machine) -> Runner:
@@ -148,7 +179,17 @@ class Onnx:
         """
         from prune_export.exporters._ort import OrtRunner
 
-        return OrtRunner(path / "model.onnx", machine)
+        return OrtRunner(path / "model.onnx", machine, provider=self._provider())
+
+    def without_sparsity(self) -> Onnx | None:
+        """The same without windows and sparse kernels; None where there are none."""
+        off = replace(self, sliding=False, sparse=False)
+        return off if off != self else None
+
+    def _provider(self) -> Provider:
+        return Provider(
+            self.provider, self.precision, self.sparse, self.profile, self.provider_options
+        )
 
     def _slid(self, out: Path, work: Work) -> Slid | None:
         if not self.sliding:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +23,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field
 
 from prune_export.arch import Arch
+from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.exporters import _trt_rules
@@ -37,8 +38,11 @@ _GRAPH: Final[Mapping[str, Literal["fp32", "fp16", "bf16"]]] = {
     "fp32": "fp32",
     "fp16": "fp16",
     "bf16": "bf16",
+    "fp8": "fp16",
+    "int8": "fp16",
 }
-_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2}
+"""The graph that each precision starts from."""
+_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}
 _PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
 _BATCH: Final = Span(1, 4)
 _PROMPT: Final = Span(512, 2048)
@@ -57,8 +61,11 @@ class Tensorrt:
         ),
     ] = "tensorrt"
     precision: Annotated[
-        Literal["fp16", "bf16", "fp32"],
-        Field(description="of weights, cache and computation"),
+        Literal["fp16", "bf16", "fp32", "fp8", "int8"],
+        Field(
+            description="of weights, cache and computation; in fp8 and int8 the blocks' linears "
+            "multiply 8 bits with 8 bits, and the rest is fp16"
+        ),
     ] = "fp16"
     sparse: Annotated[
         bool, Field(description="let the builder use kernels for weights that hold 2 of 4")
@@ -90,6 +97,11 @@ class Tensorrt:
     DIRECTORY: ClassVar[str] = "tensorrt"
     RUNS_CODE: ClassVar[bool] = True
     RUNS_ON: ClassVar[frozenset[str]] = frozenset({"cuda"})
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether activations are measured before the build."""
+        return self.precision in ("fp8", "int8")
 
     def __post_init__(self) -> None:
         _trt_rules.refuse_settings(
@@ -153,13 +165,15 @@ class Tensorrt:
         """
         start = perf_counter()
         from prune_export.exporters import _trt_build, _trt_proof
+        from prune_export.exporters._trt_graph import adapt
         from prune_export.exporters._trt_log import Log
 
         binding = Binding.load(self.flavor)
         graph = work.scratch / "graph"
         made = self._graph().export(checkpoint, graph, work)
-        weights = _trt_proof.patterns(graph / "model.onnx")
-        self._adapt(graph)
+        saved, rounded = self._quantized(checkpoint, graph, work)
+        weights = _trt_proof.counted(graph / "model.onnx")
+        adapt(graph / "model.onnx")
         out.mkdir(parents=True, exist_ok=True)
         log, cache = Log(), work.scratch / "timing.cache"
         with work.progress.task("build the engine", 1) as task:
@@ -179,10 +193,10 @@ class Tensorrt:
             version=self.VERSION,
             parameters=asdict(self),
             graph=ENGINE,
-            weight_bytes=made.weight_bytes,
+            weight_bytes=made.weight_bytes - saved,
             seconds=perf_counter() - start,
             toolchain={**made.toolchain, _package(self.flavor): binding.version},
-            notes=(*made.notes, *notes),
+            notes=(*made.notes, *rounded, *notes),
             sparsity=sparsity,
         )
 
@@ -202,19 +216,34 @@ class Tensorrt:
             host_code=self.version_compatible,
         )
 
+    def without_sparsity(self) -> Tensorrt | None:
+        """The same without windows and sparse kernels; None where there are none."""
+        off = replace(self, sliding=False, sparse=False)
+        return off if off != self else None
+
     def _graph(self) -> Onnx:
         return Onnx(precision=_GRAPH[self.precision], logits=self.logits, sliding=self.sliding)
 
-    def _adapt(self, folder: Path) -> None:
-        import onnx
+    def _quantized(self, checkpoint: Path, folder: Path, work: Work) -> tuple[int, tuple[str, ...]]:
+        """Quantizes the graph where the precision asks for it: bytes saved, and what was done."""
+        if self.precision not in ("fp8", "int8"):
+            return 0, ()
+        from prune_export.exporters._trt_calibration import calibration
+        from prune_export.exporters._trt_quantize import largest, observed, quantize
 
-        from prune_export.exporters._trt_graph import allow_decomposition, split_caches
-
-        file = folder / "model.onnx"
-        model = onnx.load(file, load_external_data=False)
-        split_caches(model)
-        allow_decomposition(model)
-        file.write_bytes(model.SerializeToString(deterministic=True))
+        vocabulary = int(Checkpoint.open(checkpoint).config["vocab_size"])
+        ids, source = calibration(checkpoint, work.tokens, vocabulary)
+        with work.progress.task("measure activations", 1) as task:
+            observed(folder / "model.onnx", folder / "observed.onnx")
+            tops = largest(folder / "observed.onnx", ids, work.machine.threads)
+            (folder / "observed.onnx").unlink()
+            task.advance()
+        done = quantize(folder / "model.onnx", self.precision, tops)
+        note = (
+            f"{done.products} products in {self.precision}, "
+            f"{done.activations} activations measured on {source}"
+        )
+        return done.saved_bytes, (note,)
 
     def _settings(self) -> Any:
         from prune_export.exporters._trt_build import Settings

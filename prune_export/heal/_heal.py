@@ -93,7 +93,8 @@ def heal(
             base=student.dequantized() if whole else {},
             keep_zeros=zeros,
         )
-        refuse_filled(source, _written(source, arch, edits, out, work), zeros)
+        written_to = _written(source, arch, edits, out, work)
+        patterns = refuse_filled(source, written_to, arch, zeros)
         del student, edits
         gc.collect()
         result = plain(out, source.nbytes, work.machine, work.scratch)
@@ -107,7 +108,11 @@ def heal(
             "loss": [list(row) for row in state.losses],
             "held_out": {"windows": run.held_out, "loss": losses},
             "training": _arguments(settings, quantization, run, names, arch),
-            "kept_zeros": {"weights": len(zeros), "zeros": sum(zeros.values())},
+            "kept_zeros": {
+                "weights": len(zeros),
+                "zeros": sum(zeros.values()),
+                "patterns": patterns,
+            },
         },
     )
 

@@ -5,6 +5,7 @@ Nothing is asked of the method that made them, so that anybody's sparse model is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -12,14 +13,24 @@ from typing import Final, Literal
 
 import torch
 
+from prune_export.arch import Arch
+from prune_export.calibrate import SITES, as_matrix
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import StageError
+from prune_export.nm import Nm
+from prune_export.sliding import holds
 from prune_export.units import MIB
 
 KeepZeros = Literal["auto"] | bool
 
 PRUNED_SHARE: Final = 0.05
 """Exact zeros that make a matrix a pruned one. Trained matrices have none, or a dead channel."""
+
+PATTERNS: Final = tuple(
+    Nm(keep, of)
+    for keep, of in ((1, 4), (2, 4), (4, 8), (8, 16), (4, 6), (6, 8), (3, 4), (8, 10), (14, 16))
+)
+"""Patterns that are looked for, the sparsest first."""
 
 _WINDOW_BYTES: Final = 64 * MIB
 
@@ -40,12 +51,17 @@ def kept_zeros(source: Checkpoint, names: Iterable[str], keep: KeepZeros) -> dic
     return found
 
 
-def refuse_filled(source: Checkpoint, result: Checkpoint, names: Collection[str]) -> None:
+def refuse_filled(
+    source: Checkpoint, result: Checkpoint, arch: Arch, names: Collection[str]
+) -> dict[str, int]:
     """Compares what was written with what was read: where that has a zero, this must have one.
 
+    Returns how many of the matrices hold which pattern, as before.
+
     Raises:
-        StageError: a zero of one of the matrices is gone.
+        StageError: a zero of one of the matrices is gone, or a pattern.
     """
+    held: Counter[str] = Counter()
     for name in names:
         filled = 0
         for before, after in zip(_rows(source, name), _rows(result, name), strict=True):
@@ -56,6 +72,25 @@ def refuse_filled(source: Checkpoint, result: Checkpoint, names: Collection[str]
                 f"{filled} weights that were zero are not after the merge, expected all to stay",
                 "report this with the recipe",
             )
+        pattern = _pattern(source, arch, name, PATTERNS)
+        if pattern is not None:
+            if _pattern(result, arch, name, (pattern,)) is None:
+                raise StageError(
+                    f"healing  {name}",
+                    f"held {pattern} before, and does not after the merge",
+                    "report this with the recipe",
+                )
+            held[str(pattern)] += 1
+    return dict(held)
+
+
+def _pattern(source: Checkpoint, arch: Arch, name: str, which: Iterable[Nm]) -> Nm | None:
+    """The first of these patterns that a matrix holds along its input, if it holds one."""
+    tensor = arch.by_name[name]
+    if tensor.role not in SITES:
+        return None
+    nonzero = as_matrix(tensor, source.read(name).float() != 0).T.numpy()  # [in, out]
+    return next((pattern for pattern in which if holds(nonzero, pattern)), None)
 
 
 def _rows(source: Checkpoint, name: str) -> Iterator[torch.Tensor]:

@@ -9,18 +9,22 @@ the left half's errors do to the right half is one matrix product, at every leve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 import torch
 
 from prune_export.errors import StageError
-from prune_export.methods._mask import Amount, count_of, smallest
+from prune_export.methods._mask import Amount, count_of, put_zeros, smallest, smallest_lanes
 from prune_export.nm import Nm
 
 _LEAF: Final = 16
 """Inputs that are gone through one by one; more than so many are halved."""
+
+_TOGETHER: Final = 2**22
+"""Weights of the small matrices that are worked on at once."""
 
 _MOST_DAMPING: Final = 1.0
 
@@ -95,26 +99,47 @@ def _invert(lower: torch.Tensor) -> None:
     below.copy_((last @ below).mul_(-1) @ first)
 
 
-def prune(weight: torch.Tensor, factor: Factor, amount: Amount, columns: int) -> Pruned:
-    """A matrix `[out, in]` with zeros, and its other weights changed to make up for them.
+def prune(
+    weights: Sequence[torch.Tensor], factor: Factor, amount: Amount, columns: int
+) -> Iterator[Pruned]:
+    """Matrices `[out, in]` of the same inputs with zeros, their other weights making up for them.
 
-    A fraction is removed of every `columns` neighbouring inputs, over all outputs.
+    A fraction is removed of every `columns` neighbouring inputs, over all outputs of a matrix.
     """
-    work = _Work(weight.T.contiguous(), factor, amount, columns)
-    work.descend(0, len(work.weight))
-    return Pruned(work.weight.T.contiguous(), work.scores.T, work.mask.T)
+    for together in _batches(weights):
+        work = _Work(together, factor, amount, columns)
+        work.descend(0, len(work.weight))
+        for start, stop in work.spans:
+            weight, mask = (part[:, start:stop].T.contiguous() for part in (work.weight, work.mask))
+            yield Pruned(weight, work.scores[:, start:stop].T, mask)
+
+
+def _batches(weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Matrices that are worked on at once: small ones, as each step has a cost of its own."""
+    held: list[torch.Tensor] = []
+    for weight in weights:
+        if held and sum(one.numel() for one in held) + weight.numel() > _TOGETHER:
+            yield held
+            held = []
+        held.append(weight)
+    yield held
 
 
 class _Work:
-    """One matrix on its way, transposed: all of its tensors are `[in, out]`."""
+    """Matrices on their way, transposed and side by side: all tensors are `[in, outputs]`."""
 
-    def __init__(self, weight: torch.Tensor, factor: Factor, amount: Amount, columns: int) -> None:
-        self.weight, self.factor, self.amount = weight, factor, amount
+    def __init__(
+        self, weights: Sequence[torch.Tensor], factor: Factor, amount: Amount, columns: int
+    ) -> None:
+        self.factor, self.amount = factor, amount
+        self.weight = torch.cat([weight.T for weight in weights], 1).contiguous()
+        ends = list(accumulate(len(weight) for weight in weights))
+        self.spans = list(zip([0, *ends], ends, strict=False))
         self.step = amount.of if isinstance(amount, Nm) else columns
-        self.gone = weight == 0
-        self.mask = torch.zeros_like(weight, dtype=torch.bool)
-        self.scores = torch.empty_like(weight)
-        self.errors = torch.zeros_like(weight)
+        self.gone = self.weight == 0
+        self.mask = torch.empty_like(self.gone)
+        self.scores = torch.empty_like(self.weight)
+        self.errors = torch.empty_like(self.weight)
         self.worth = factor.upper.diagonal().square().reciprocal()
         self.worth.masked_fill_(factor.dead, 0)
         self.inverse = factor.upper.diagonal().reciprocal()
@@ -144,25 +169,29 @@ class _Work:
 
     def choose(self, start: int, stop: int) -> None:
         """Which weights of these inputs become zero."""
-        here = slice(start, stop)
-        scores = self.weight[here].square().mul_(self.worth[here, None])
-        scores[self.gone[here]] = -1
-        self.scores[here] = scores
+        scores, gone = self.scores[start:stop], self.gone[start:stop]
+        torch.square(self.weight[start:stop], out=scores).mul_(self.worth[start:stop, None])
+        # Zeros that were there go first; where there are more than are asked for, they stay.
+        scores.masked_fill_(gone, -1)
+        mask = self.mask[start:stop]
         if isinstance(self.amount, Nm):
-            chosen = smallest(scores.T.contiguous(), self.amount.of - self.amount.keep).T
+            mask.copy_(smallest_lanes(scores, self.amount.of - self.amount.keep))
         else:
-            outputs = scores.shape[1]
-            count = count_of(self.amount, stop * outputs) - count_of(self.amount, start * outputs)
-            chosen = smallest(scores.reshape(1, -1), count).view_as(scores)
-        self.mask[here] = chosen | self.gone[here]
+            for first, last in self.spans:
+                own = scores[:, first:last].reshape(1, -1)
+                count = count_of(self.amount, stop * (last - first))
+                count -= count_of(self.amount, start * (last - first))
+                mask[:, first:last] = smallest(own, count).view(stop - start, -1)
+        mask |= gone
 
     def leaf(self, start: int, stop: int) -> None:
         """Goes through inputs whose zeros are chosen, one by one."""
         here = slice(start, stop)
-        upper, weight, errors = self.factor.upper[here, here], self.weight[here], self.errors[here]
-        scale = self.mask[here] * self.inverse[here, None]
+        upper, weight, mask = self.factor.upper[here, here], self.weight[here], self.mask[here]
+        scales = (mask * self.inverse[here, None]).unbind(0)
+        rows, errors = weight.unbind(0), self.errors[here].unbind(0)
         for j in range(stop - start):
-            torch.mul(weight[j], scale[j], out=errors[j])
+            torch.mul(rows[j], scales[j], out=errors[j])
             if j + 1 < stop - start:
                 weight[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
-        weight.masked_fill_(self.mask[here], 0)
+        put_zeros(weight, mask)

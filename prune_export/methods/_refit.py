@@ -24,7 +24,7 @@ _LEAST_ROWS: Final = 16384
 _HELD_OUT: Final = 8
 """Every eighth window, or where there are few the last eighth of each, is not fitted."""
 
-_HELD_OUT_ROWS: Final = 1024
+_HELD_OUT_ROWS: Final = 512
 _SLICES: Final = 6
 
 

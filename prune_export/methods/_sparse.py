@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd, prod
 from typing import Annotated, Any, Final, Literal
 
@@ -25,14 +25,15 @@ from prune_export.calibrate import (
     Squares,
     Swept,
     block_bytes,
-    inputs_last,
+    inputs_of,
     linears,
     sites_of,
 )
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError, did_you_mean
-from prune_export.methods import _owl
-from prune_export.methods._mask import Amount, Compare, summary, zeros
+from prune_export.methods import _free_channels, _owl
+from prune_export.methods._free_channels import Channels
+from prune_export.methods._mask import Amount, Compare, put_zeros, summary
 from prune_export.nm import Nm
 from prune_export.surgery import Edit, Overwrite
 
@@ -80,6 +81,14 @@ class Sparse:
     owl_outlier: Annotated[
         float, Field(gt=1, description="Times the block's mean score at which one is an outlier.")
     ] = 5.0
+    permute: Annotated[
+        bool,
+        Field(
+            description="With `nm`: first put channels in an order in which the pattern costs "
+            "less, where that is free at run time: the inputs of down and o, with the rows that "
+            "make them."
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.nm is None):
@@ -100,6 +109,12 @@ class Sparse:
                     )
         if self.allocation == "owl":
             self._check_owl()
+        if self.permute and self.nm is None:
+            raise PlanError(
+                "permute",
+                "got true without `nm`; zeros without a pattern don't depend on an order",
+                "write `nm: {keep: 2, of: 4}` instead of `sparsity`, or leave `permute` out",
+            )
 
     def _check_owl(self) -> None:
         if self.sparsity is None:
@@ -163,10 +178,16 @@ class Sparse:
         Raises:
             PlanError: the pattern's groups do not divide a matrix's inputs.
         """
-        widths = {tensor.name: inputs(arch, tensor) for tensor in self.targets(arch)}
+        widths = {tensor.name: inputs_of(arch, tensor) for tensor in self.targets(arch)}
         if self.nm is not None:
             check_widths(self.nm, widths)
         return arch
+
+    def channels(self, arch: Arch) -> dict[str, Channels]:
+        """The channels that may be put in another order, by the matrix that reads them."""
+        if self.nm is None or not self.permute:
+            return {}
+        return _free_channels.of_all(arch, self.targets(arch), self.nm)
 
     def amounts(self, model: ModelView) -> tuple[dict[int, Amount], Mapping[str, Any]]:
         """How much of each block's matrices becomes zero, and JSON about why."""
@@ -196,7 +217,10 @@ class Calibrated(Sparse):
 
     def statistics(self, arch: Arch) -> tuple[Further, ...]:
         """The passes that `decide` runs."""
-        return (*super().statistics(arch), sweep_cost(arch, self.order))
+        return (
+            *super().statistics(arch),
+            sweep_cost(arch, self.order, permutes=self.permute),
+        )
 
 
 Score = Callable[[torch.Tensor, Squares, Tensor], torch.Tensor]
@@ -212,6 +236,7 @@ class Masker:
     amounts: Mapping[int, Amount]
     score: Score
     compare: Compare = "row"
+    channels: Mapping[str, Channels] = field(default_factory=dict)
 
     def watch(self, site: Site, width: int, device: str) -> Squares | None:
         """Norms of the inputs, where one of the site's matrices is pruned."""
@@ -220,15 +245,18 @@ class Masker:
 
     def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Squares) -> Edited:
         """The matrices with zeros in them."""
-        made, log = {}, {}
+        made, log, orders = {}, {}, {}
         for tensor in site.tensors:
             if tensor.name in self.targets:
+                channels = self.channels.get(tensor.name)
                 weight = weights[tensor.name]
                 scores = self.score(weight, seen, tensor) if seen.tokens else weight.abs()
-                mask = zeros(scores, self.amounts[site.layer], self.compare)
-                made[tensor.name] = weight.masked_fill_(mask, 0)
+                mask, orders[tensor.name] = _free_channels.mask(
+                    channels, scores, self.amounts[site.layer], self.compare
+                )
+                made[tensor.name] = put_zeros(weight, mask)
                 log[tensor.name] = summary(weight, scores, mask)
-        return Edited(made, {"tensors": log, "tokens": seen.tokens})
+        return Edited(made, {"tensors": log, "tokens": seen.tokens, "orders": orders})
 
 
 def masked(
@@ -237,10 +265,9 @@ def masked(
     """The decision of a method that puts zeros where `score` is least."""
     amounts, why = method.amounts(model)
     names = frozenset(tensor.name for tensor in method.targets(model.arch))
-    key = key_of(method, amounts)
-    return swept_decision(
-        method, model.sweep(Masker(key, names, amounts, score, compare), method.order), why
-    )
+    key, channels = key_of(method, amounts), method.channels(model.arch)
+    masker = Masker(key, names, amounts, score, compare, channels)
+    return swept_decision(method, model, model.sweep(masker, method.order), why)
 
 
 def key_of(method: Sparse, amounts: Mapping[int, Amount]) -> str:
@@ -248,7 +275,9 @@ def key_of(method: Sparse, amounts: Mapping[int, Amount]) -> str:
     return f"{type(method).__name__} {method.VERSION} {method} {dict(amounts)}"  # type: ignore[attr-defined]
 
 
-def swept_decision(method: Calibrated, swept: Swept, why: Mapping[str, Any]) -> Decision:
+def swept_decision(
+    method: Calibrated, model: ModelView, swept: Swept, why: Mapping[str, Any]
+) -> Decision:
     """The edits that store what a sweep made, and the log of it."""
     sites = [site for log in swept.logs for site in log.values()]
     logs = {name: own for site in sites for name, own in site["tensors"].items()}
@@ -257,7 +286,26 @@ def swept_decision(method: Calibrated, swept: Swept, why: Mapping[str, Any]) -> 
     if unseen:
         more["by_magnitude_for_want_of_tokens"] = unseen
     edits = tuple(Overwrite(name, read) for name, read in swept.values())
-    return decision(method, edits, logs, more)
+    orders = {name: own for site in sites for name, own in site["orders"].items() if own}
+    return permuted(method, model, edits, logs, more, orders)
+
+
+def permuted(
+    method: Sparse,
+    model: ModelView,
+    edits: tuple[Overwrite, ...],
+    tensors: Mapping[str, Any],
+    why: Mapping[str, Any],
+    orders: Mapping[str, Any],
+) -> Decision:
+    """The decision, with channels put in the orders that `_free_channels.mask` noted, by matrix."""
+    if not orders:
+        return decision(method, edits, tensors, why)
+    channels = method.channels(model.arch)
+    placed, logs, gain = _free_channels.placed(
+        channels, orders, edits, tensors, model.checkpoint.read
+    )
+    return decision(method, placed, logs, {**why, "permuted": gain})
 
 
 def decision(
@@ -278,14 +326,6 @@ def decision(
         "tensors": dict(tensors),
     }
     return Decision(edits, log)
-
-
-def inputs(arch: Arch, tensor: Tensor) -> int:
-    """The width of a matrix's input, in whatever layout it is stored."""
-    if tensor.role not in SITES:
-        raise ValueError(f"{tensor.name} is not a matrix at a site")
-    shape = arch.shape(tensor)
-    return shape[1] if inputs_last(tensor) else shape[0]
 
 
 def check_widths(nm: Nm, widths: Mapping[str, int]) -> None:
@@ -313,7 +353,7 @@ def check_widths(nm: Nm, widths: Mapping[str, int]) -> None:
     )
 
 
-def sweep_cost(arch: Arch, order: Order, *, grams: int = 0) -> Further:
+def sweep_cost(arch: Arch, order: Order, *, grams: int = 0, permutes: bool = False) -> Further:
     """What a sweep holds and writes; `grams` is the number of `[in, in]` matrices at a time.
 
     The matrices of a site are copied in float32; of one at a time there are scores, what finds
@@ -325,10 +365,13 @@ def sweep_cost(arch: Arch, order: Order, *, grams: int = 0) -> Further:
             sizes = [prod(arch.shape(tensor)) for tensor in site.tensors]
             largest_site = max(largest_site, sum(sizes))
             largest = max(largest, *sizes)
-            widest = max(widest, inputs(arch, site.tensors[0]))
+            widest = max(widest, inputs_of(arch, site.tensors[0]))
             total += sum(sizes)
     block = block_bytes(arch, torch.float32)
     held = block + 4 * largest_site + 13 * largest + 4 * grams * widest**2
+    if permutes:
+        # The scores of a matrix, input by input, and in two orders.
+        held += 12 * largest
     return Further(
         forwards=1 if order == "sequential" else 2,
         parks=order == "sequential",

@@ -133,10 +133,14 @@ class Width:
         """The passes that `decide` runs, in order."""
         passes = list(self.passes_before(arch))
         if self._measures():
-            passes.append(Further(forwards=1.1))
+            passes.append(Further(forwards=1.1, parks=True))
         if self.refits():
             passes.append(
-                Further(forwards=1.6, ram_bytes=_width_sweep.refit_bytes(arch, self.sizes(arch)))
+                Further(
+                    forwards=1.6,
+                    parks=True,
+                    ram_bytes=_width_sweep.refit_bytes(arch, self.sizes(arch)),
+                )
             )
         return tuple(passes)
 

@@ -36,6 +36,8 @@ def edits(model: ModelView, kept: Kept, swept: Swept | None, *, wide: bool) -> I
     """What removes all units that are not kept."""
     values = _Values(model, swept)
     made: dict[str, Callable[[], torch.Tensor]] = dict(swept.values()) if swept else {}
+    if "residual" in kept:
+        made |= _unscaled(model.arch, int(kept["residual"].sum()), values)
     for axis, flags in kept.items():
         if wide:
             made |= _zeroed(model.arch, axis, flags, values)
@@ -47,6 +49,30 @@ def edits(model: ModelView, kept: Kept, swept: Swept | None, *, wide: bool) -> I
             yield Keep(axis, tuple(flags.nonzero().flatten().tolist()))
     for name, value in made.items():
         yield Overwrite(name, value)
+
+
+def _unscaled(arch: Arch, left: int, values: _Values) -> dict[str, Callable[[], torch.Tensor]]:
+    """Makes up for a scale of the embeddings that follows the hidden size.
+
+    A head that is tied to them grows with them; the final norm's gain takes that back.
+    """
+    if not arch.table.scaled_embeddings:
+        return {}
+    growth = (arch.sizes["residual"] / left) ** 0.5
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    tied = {tensor.tied_to for tensor in arch.tensors if tensor.role == "head"}
+    for tensor in arch.stored():
+        if tensor.role == "embed":
+            found[tensor.name] = partial(_scaled, values, tensor.name, growth, 0.0)
+        elif tensor.role == "norm.final" and None not in tied:
+            offset = arch.table.norm_offset
+            found[tensor.name] = partial(_scaled, values, tensor.name, 1 / growth, offset)
+    return found
+
+
+def _scaled(values: _Values, name: str, factor: float, offset: float) -> torch.Tensor:
+    stored = values(name)
+    return ((stored.double() + offset) * factor - offset).to(stored.dtype)
 
 
 def _zeroed(

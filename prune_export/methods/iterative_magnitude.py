@@ -74,6 +74,12 @@ class IterativeMagnitude(_sparse.Sparse):
                 f"got {self.rewind}, expected a step before the last of {self.steps}",
                 f"write `rewind: {self.steps // 20}`",
             )
+        if self.permute:
+            raise PlanError(
+                "permute",
+                "got true, but rounds would each want another order",
+                "leave `permute` out",
+            )
         if self.allocation != "uniform":
             raise PlanError(
                 f"allocation: {self.allocation}",

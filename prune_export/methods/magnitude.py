@@ -12,8 +12,8 @@ from pydantic import Field
 from prune_export.arch import Tensor
 from prune_export.calibrate import ModelView, as_matrix
 from prune_export.contracts import Decision
-from prune_export.methods import _sparse
-from prune_export.methods._mask import Amount, Compare, summary, zeros
+from prune_export.methods import _free_channels, _sparse
+from prune_export.methods._mask import Amount, Compare, put_zeros, summary
 from prune_export.surgery import Overwrite
 
 
@@ -34,20 +34,33 @@ class Magnitude(_sparse.Sparse):
 
     def decide(self, model: ModelView) -> Decision:
         amounts, why = self.amounts(model)
-        logs, edits = {}, []
+        logs, edits, orders = {}, [], {}
+        channels = self.channels(model.arch)
         for tensor in self.targets(model.arch):
             assert tensor.layer is not None
-            value = partial(_pruned, model, tensor, amounts[tensor.layer], self.compare)
+            amount = amounts[tensor.layer]
             weight = as_matrix(tensor, model.checkpoint.read(tensor.name))
             scores = weight.float().abs()
-            mask = zeros(scores, amounts[tensor.layer], self.compare)
-            logs[tensor.name] = summary(weight.masked_fill(mask, 0), scores, mask)
+            free = channels.get(tensor.name)
+            mask, note = _free_channels.mask(free, scores, amount, self.compare)
+            logs[tensor.name] = summary(put_zeros(weight, mask), scores, mask)
+            columns = None
+            if free is not None:
+                orders[tensor.name] = note
+                columns = free.columns(torch.tensor(note["order"]))
+            value = partial(_pruned, model, tensor, amount, self.compare, columns)
             edits.append(Overwrite(tensor.name, value))
-        return _sparse.decision(self, edits, logs, why)
+        return _sparse.permuted(self, model, tuple(edits), logs, why, orders)
 
 
-def _pruned(model: ModelView, tensor: Tensor, amount: Amount, compare: Compare) -> torch.Tensor:
+def _pruned(
+    model: ModelView,
+    tensor: Tensor,
+    amount: Amount,
+    compare: Compare,
+    columns: torch.Tensor | None,
+) -> torch.Tensor:
     """The tensor with its zeros, found again when it is written: cheaper than to keep a mask."""
     stored = as_matrix(tensor, model.checkpoint.read(tensor.name))
-    mask = zeros(stored.float().abs(), amount, compare)
-    return as_matrix(tensor, stored.masked_fill(mask, 0)).contiguous()
+    mask = _free_channels.zeros_in(columns, stored.float().abs(), amount, compare)
+    return as_matrix(tensor, put_zeros(stored, mask)).contiguous()

@@ -16,8 +16,10 @@ from pydantic import Field
 from prune_export.calibrate import Edited, Further, Gram, ModelView, Site
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _obs, _sparse
+from prune_export.methods import _free_channels, _obs, _sparse
+from prune_export.methods._free_channels import Channels
 from prune_export.methods._mask import Amount, summary
+from prune_export.nm import Nm
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,20 @@ class SparseGpt(_sparse.Calibrated):
             )
 
     def statistics(self, arch: Any) -> tuple[Further, ...]:
-        own = _sparse.sweep_cost(arch, self.order, grams=3)
+        grams = 4 if self.permute else 3
+        own = _sparse.sweep_cost(arch, self.order, grams=grams, permutes=self.permute)
         return (*_sparse.Sparse.statistics(self, arch), own)
 
     def decide(self, model: ModelView) -> Decision:
         amounts, why = self.amounts(model)
         names = frozenset(tensor.name for tensor in self.targets(model.arch))
         editor = _Compensating(
-            _sparse.key_of(self, amounts), names, amounts, self.damping, self.columns
+            _sparse.key_of(self, amounts),
+            names,
+            amounts,
+            self.damping,
+            self.columns,
+            self.channels(model.arch),
         )
         swept = model.sweep(editor, self.order)
         raised = {
@@ -69,7 +77,7 @@ class SparseGpt(_sparse.Calibrated):
             if own.get("damping", self.damping) != self.damping
         }
         more = {"raised_damping": raised} if raised else {}
-        return _sparse.swept_decision(self, swept, {**why, **more})
+        return _sparse.swept_decision(self, model, swept, {**why, **more})
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class _Compensating:
     amounts: Mapping[int, Amount]
     damping: float
     columns: int
+    channels: Mapping[str, Channels]
 
     def watch(self, site: Site, width: int, device: str) -> Gram | None:
         """The Gram matrix of the inputs, where one of the site's matrices is pruned."""
@@ -91,10 +100,30 @@ class _Compensating:
         """The matrices with zeros in them, and their other weights made up for it."""
         chosen = [tensor.name for tensor in site.tensors if tensor.name in self.targets]
         where = f"block {site.layer}, {site.name}"
-        factor = _obs.factor(seen.sums, self.damping, where)
+        amount, gram, places, orders = self.amounts[site.layer], seen.sums, None, {}
+        own = [weights[name] for name in chosen]
+        if chosen and chosen[0] in self.channels:
+            # A site whose channels are free has one matrix.
+            places, orders[chosen[0]] = _placed(self.channels[chosen[0]], own[0], gram, amount)
+            gram, own = gram[places][:, places], [own[0][:, places]]
+        factor = _obs.factor(gram, self.damping, where)
         made, log = {}, {}
-        for name in chosen:
-            pruned = _obs.prune(weights[name], factor, self.amounts[site.layer], self.columns)
-            made[name] = pruned.weight
+        for name, pruned in zip(chosen, _obs.prune(own, factor, amount, self.columns), strict=True):
             log[name] = summary(pruned.weight, pruned.scores, pruned.mask)
-        return Edited(made, {"tensors": log, "tokens": seen.tokens, "damping": factor.damping})
+            made[name] = pruned.weight
+            if places is not None:
+                made[name] = torch.empty_like(pruned.weight)
+                made[name][:, places] = pruned.weight
+        more = {"damping": factor.damping, "orders": orders}
+        return Edited(made, {"tensors": log, "tokens": seen.tokens, **more})
+
+
+def _placed(
+    channels: Channels, weight: torch.Tensor, gram: torch.Tensor, amount: Amount
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Where each new place's input stands now, by Wanda's scores, and JSON about it."""
+    assert isinstance(amount, Nm)
+    scores = weight.abs() * gram.diagonal().clamp_min(0).sqrt()
+    order = channels.best(scores, amount)
+    places = channels.columns(order).to(weight.device)
+    return places, _free_channels.noted(order, scores, places, amount)

@@ -245,12 +245,30 @@ def healed(
 
 
 def exported(
-    bench: Bench, export: Export, source: Path, source_id: str, *, of: str = ""
+    bench: Bench,
+    export: Export,
+    source: Path,
+    source_id: str,
+    *,
+    of: str = "",
+    tokens: TokenSet | None = None,
 ) -> Artifact:
-    """The engine of a checkpoint; the record is its BuildRecord."""
-    key = Key("export", export.name, export.entry.VERSION, export.parameters(), (source_id,))
+    """The engine of a checkpoint; the record is its BuildRecord.
+
+    `tokens` reach exporters that calibrate, and are part of what their engines depend on.
+    """
+    read = tokens if calibrates(export) else None
+    key = Key(
+        "export",
+        export.name,
+        export.entry.VERSION,
+        export.parameters(),
+        (source_id,),
+        read.fingerprint if read else None,
+    )
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
+        work = replace(work, tokens=read)
         record = dataclasses.asdict(export.entry.export(source, files, work))
         return record | {
             "parameters": dict(record["parameters"]),
@@ -260,6 +278,11 @@ def exported(
         }
 
     return bench.make(key, f"export: {export.name}{of}", build)
+
+
+def calibrates(export: Export) -> bool:
+    """Whether an export reads calibration data."""
+    return bool(getattr(export.entry, "calibrates", False))
 
 
 def versions() -> dict[str, str]:

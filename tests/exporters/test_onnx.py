@@ -25,6 +25,7 @@ from prune_export.exporters import onnx as exporter
 from prune_export.exporters._onnx_check import compare
 from prune_export.exporters._onnx_weights import Source, dequantize, quantize
 from prune_export.exporters._ort import OrtRunner
+from prune_export.exporters._ort_providers import Provider
 from prune_export.exporters.onnx import Onnx
 from prune_export.machine import Machine
 from prune_export.matrices import load, matrices
@@ -337,7 +338,7 @@ def test_a_provider_that_is_not_there_is_refused(llama: Any) -> None:
     _, path, _ = llama
     graph = path / "onnx" / "model.onnx"
     with pytest.raises(StageError, match=r"offers .*CPUExecutionProvider"):
-        OrtRunner(graph, MACHINE, provider="NoSuchExecutionProvider")
+        OrtRunner(graph, MACHINE, provider=Provider("tensorrt"))
 
 
 def test_a_missing_package_names_its_extra(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from prune_export.errors import PlanError
+from prune_export.exporters._onnx_markers import DOMAIN
 from prune_export.exporters._onnx_stamp import stamp
-from prune_export.exporters._onnx_trace import DOMAIN, Trace
+from prune_export.exporters._onnx_trace import Trace
 from prune_export.exporters._onnx_weights import dequantize, quantize
 
 

@@ -21,19 +21,23 @@ import pytest
 import torch
 
 from prune_export.arch import Arch
+from prune_export.calibrate import TokenSet
 from prune_export.contracts import BuildRecord, Work
 from prune_export.errors import CheckpointError, MissingExtra, PlanError, StageError
 from prune_export.exporters import _trt_binding as binding
 from prune_export.exporters._ort import OrtRunner
+from prune_export.exporters._trt_calibration import calibration
 from prune_export.exporters._trt_graph import split_caches
 from prune_export.exporters._trt_layers import layers_of, sparse_tactics
 from prune_export.exporters._trt_log import Layers, Log, sparsity_said
 from prune_export.exporters._trt_profiles import Sizes, Span
 from prune_export.exporters._trt_proof import record
+from prune_export.exporters._trt_quantize import largest, observed, quantize
 from prune_export.exporters._trt_runner import TrtRunner
 from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.tensorrt import ENGINE, Tensorrt
 from prune_export.machine import Machine
+from prune_export.matrices import load, matrices
 from prune_export.progress import Silent
 from prune_export.verify.engine import Engine
 
@@ -264,6 +268,7 @@ def test_profiles_hold_together_at_every_corner() -> None:
         ({"flavor": "rtx", "compute_capability": "8.9"}, "without its dot: `sm89`"),
         ({"flavor": "rtx", "compute_capability": "sm75", "sparse": True}, "older than Ampere"),
         ({"flavor": "rtx", "compute_capability": "sm75", "precision": "bf16"}, "precision: fp16"),
+        ({"flavor": "rtx", "compute_capability": "sm86", "precision": "fp8"}, "or `int8`"),
         ({"flavor": "rtx", "version_compatible": True}, "no lean runtime"),
         ({"context": Span(8, 16)}, "got prompts of 2048 tokens in a context of 16"),
     ],
@@ -334,12 +339,88 @@ def test_attention_without_a_cache_computes_the_same(graph: Path, split: Path) -
             np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
+# 8 bits
+
+
+def one_product(path: Path, weight: np.ndarray) -> Path:
+    """A graph of one product in a block, `x` float32 `[tokens, inputs]`."""
+    node = onnx.helper.make_node("MatMul", ["x", "model.layers.0.w"], ["y"], "product")
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [node], "g", [info("x", onnx.TensorProto.FLOAT, ["tokens", weight.shape[0]])],
+        [info("y", onnx.TensorProto.FLOAT, ["tokens", weight.shape[1]])],
+        [onnx.numpy_helper.from_array(weight, "model.layers.0.w")],
+    )  # fmt: skip
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10
+    )
+    onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}_data",
+              size_threshold=0)  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("fp8", 0.06)])
+def test_a_product_in_8_bits_is_close_and_keeps_its_zeros(
+    kind: Any, bound: float, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((64, 48)).astype(np.float32)
+    weight[::2] = 0
+    x = rng.standard_normal((7, 64)).astype(np.float32)
+    graph = one_product(tmp_path / "model.onnx", weight)
+    done = quantize(graph, kind, {"x": float(np.abs(x).max())})
+    assert (done.products, done.activations) == (1, 1)
+    assert done.saved_bytes == 64 * 48 * 3 - 48 * 4
+    onnx.checker.check_model(str(graph), full_check=True)
+    (matrix,) = matrices(load(graph), tmp_path)
+    assert not matrix.nonzero()[weight == 0].any()
+    plain = onnxruntime.SessionOptions()  # its own fusion of 8-bit products rounds otherwise
+    plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(graph), plain, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"x": x})
+    wanted = x @ weight
+    assert 0 < np.abs(got - wanted).max() / np.abs(wanted).max() < bound
+
+
+def test_activations_are_measured_where_products_read_them(graph: Path) -> None:
+    names = observed(graph, graph.with_name("observed.onnx"))
+    assert len(names) == 4 * 6
+    ids = np.random.default_rng(0).integers(0, 250, (3, 8))
+    each = [largest(graph.with_name("observed.onnx"), ids[at : at + 1], 1) for at in range(3)]
+    whole = largest(graph.with_name("observed.onnx"), ids, 1)
+    assert whole.keys() == set(names)
+    for name, top in whole.items():
+        assert top == max(one[name] for one in each) > 0
+
+
+def test_calibration_data_come_before_built_in_text(tiny_llama: Path, tmp_path: Path) -> None:
+    tokens = TokenSet.of(torch.arange(40).reshape(2, 20))
+    ids, note = calibration(tiny_llama, tokens, 258)
+    assert ids.tolist() == tokens.ids.tolist()
+    assert note == "2 windows of 20 tokens of the recipe's calibration data"
+    ids, note = calibration(tiny_llama, None, 258)
+    assert ids.shape[0] == 1
+    assert "the recipe has no calibration data" in note
+    ids, note = calibration(tmp_path, None, 258)
+    assert ids.max() < 258
+    assert "no tokenizer" in note
+
+
 # Real builds ahead of time
 
 
 @rtx
 @pytest.mark.parametrize(
-    ("precision", "target"), [("fp16", "sm89"), ("bf16", "sm120"), ("fp32", "sm89")]
+    ("precision", "target"),
+    [
+        ("fp16", "sm89"),
+        ("int8", "sm120"),
+        pytest.param("bf16", "sm120", marks=pytest.mark.slow),
+        pytest.param("fp32", "sm89", marks=pytest.mark.slow),
+        pytest.param("fp8", "sm120", marks=pytest.mark.slow),
+    ],
 )
 def test_rtx_builds_ahead_of_time(
     precision: Any, target: str, tiny_llama: Path, tmp_path: Path
@@ -354,6 +435,7 @@ def test_rtx_builds_ahead_of_time(
     assert made.sparsity["weights"]["two_of_four"] == 0
     assert made.sparsity["proven"] is False
     assert "sparse kernels: none; no weight holds 2 of 4" in made.notes
+    assert any("24 products in" in note for note in made.notes) == entry.calibrates
     assert (out / "tokenizer.json").is_file()
     assert not list(out.glob("model.onnx*"))
     assert not (scratch / "graph").exists()

@@ -91,12 +91,13 @@ def test_zeros_stay_and_the_loss_falls(name: str, kind: str, tmp_path: Path, hea
     kept = record.log["kept_zeros"]
     assert kept["weights"] >= len(changed)
     assert kept["zeros"] > 0
+    assert kept["patterns"] == {"2 of 4": kept["weights"]}
 
 
 def test_without_it_an_adapter_fills_the_zeros(tmp_path: Path, heal: Heal) -> None:
     source = sparse(tmp_path / "model")
     record, out = heal(Lora(**QUICK, keep_zeros=False), source)
-    assert record.log["kept_zeros"] == {"weights": 0, "zeros": 0}
+    assert record.log["kept_zeros"] == {"weights": 0, "zeros": 0, "patterns": {}}
     filled = zeros(out)["model.layers.0.mlp.up_proj.weight"]
     assert not filled.any()
 
@@ -224,7 +225,8 @@ def test_a_dense_model_is_healed_as_before(tmp_path: Path, heal: Heal) -> None:
 
 def test_a_filled_zero_is_refused(tmp_path: Path) -> None:
     source = Checkpoint.open(sparse(tmp_path / "model"))
-    refuse_filled(source, source, zeros(source.path))
+    names = [name for name in zeros(source.path) if name.endswith("weight")]
+    assert refuse_filled(source, source, source.arch(), names) == {"2 of 4": len(names)}
     tensors = load_file(source.path / "model.safetensors")
     name = "model.layers.2.mlp.down_proj.weight"
     at = (tensors[name] == 0).nonzero()[-1]
@@ -236,7 +238,7 @@ def test_a_filled_zero_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         StageError, match=r"(?s)layers\.2\.mlp\.down_proj.*1 weights that were zero"
     ):
-        refuse_filled(source, Checkpoint.open(tmp_path / "other"), zeros(source.path))
+        refuse_filled(source, Checkpoint.open(tmp_path / "other"), source.arch(), names)
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))

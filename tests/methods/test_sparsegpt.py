@@ -14,6 +14,11 @@ from prune_export.methods.sparsegpt import SparseGpt
 from prune_export.nm import Nm
 
 
+def pruned(weight: torch.Tensor, gram: torch.Tensor, amount: Amount, columns: int) -> _obs.Pruned:
+    (found,) = _obs.prune([weight], _obs.factor(gram, 0.01, "here"), amount, columns)
+    return found
+
+
 def gram_of(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
     """The Gram matrix of correlated inputs."""
     random = torch.Generator().manual_seed(seed)
@@ -58,7 +63,7 @@ def test_it_is_the_paper_s_recipe(amount: Amount, width: int, columns: int) -> N
     weight = torch.randn(19, width, generator=torch.Generator().manual_seed(1))
     gram = gram_of(400, width)
     expected, mask = by_hand(weight, gram, amount, columns, 0.01)
-    found = _obs.prune(weight, _obs.factor(gram, 0.01, "here"), amount, columns)
+    found = pruned(weight, gram, amount, columns)
     assert torch.equal(found.mask, mask)
     torch.testing.assert_close(found.weight, expected.float(), atol=2e-4, rtol=2e-4)
     assert bool((found.weight[mask] == 0).all())
@@ -75,6 +80,20 @@ def test_the_factor_inverts_the_damped_gram_matrix(width: int) -> None:
     )
 
 
+@pytest.mark.parametrize("amount", [0.4, Nm(2, 4)])
+def test_matrices_of_the_same_inputs_are_pruned_as_if_alone(
+    amount: Amount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = torch.Generator().manual_seed(4)
+    weights = [torch.randn(rows, 96, generator=random) for rows in (7, 30, 11, 2)]
+    factor = _obs.factor(gram_of(300, 96), 0.01, "here")
+    monkeypatch.setattr(_obs, "_TOGETHER", 41 * 96)
+    for weight, found in zip(weights, _obs.prune(weights, factor, amount, 40), strict=True):
+        (alone,) = _obs.prune([weight], factor, amount, 40)
+        assert torch.equal(found.mask, alone.mask)
+        torch.testing.assert_close(found.weight, alone.weight, atol=1e-5, rtol=1e-5)
+
+
 def test_compensation_lowers_the_layer_s_error() -> None:
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
     gram = gram_of(500, 64)
@@ -82,9 +101,9 @@ def test_compensation_lowers_the_layer_s_error() -> None:
     def error(new: torch.Tensor) -> float:
         return float(((new - weight) @ gram * (new - weight)).sum())
 
-    pruned = _obs.prune(weight, _obs.factor(gram.clone(), 0.01, "here"), 0.5, 128)
-    assert error(pruned.weight) < 0.7 * error(weight.masked_fill(pruned.mask, 0))
-    assert error(pruned.weight) < error(weight.masked_fill(zeros(weight.abs(), 0.5), 0))
+    found = pruned(weight, gram.clone(), 0.5, 128)
+    assert error(found.weight) < 0.7 * error(weight.masked_fill(found.mask, 0))
+    assert error(found.weight) < error(weight.masked_fill(zeros(weight.abs(), 0.5), 0))
 
 
 @settings(deadline=None, max_examples=25)
@@ -100,7 +119,7 @@ def test_with_independent_inputs_it_is_magnitude_by_block_and_updates_nothing(
 ) -> None:
     width = 24 * groups
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
-    found = _obs.prune(weight, _obs.factor(torch.eye(width), 0.01, "here"), amount, columns)
+    found = pruned(weight, torch.eye(width), amount, columns)
     assert torch.equal(found.weight, weight.masked_fill(found.mask, 0))
     if isinstance(amount, Nm):
         assert torch.equal(found.mask, zeros(weight.abs(), amount))
@@ -121,7 +140,7 @@ def test_what_was_zero_stays_zero_and_what_was_never_seen_goes_first() -> None:
     weight[2] = 0
     gram = gram_of(100, 32)
     gram[7], gram[:, 7] = 0, 0
-    found = _obs.prune(weight, _obs.factor(gram, 0.01, "here"), 0.4, 128)
+    found = pruned(weight, gram, 0.4, 128)
     assert bool((found.weight[:, 5] == 0).all())
     assert bool((found.weight[2] == 0).all())
     assert bool(found.mask[:, 7].all())
