@@ -15,8 +15,8 @@ import torch
 
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import Edited, Gram, Site, sites_of
+from prune_export.calibrate.sites import inputs_last
 from prune_export.errors import PlanError
-from prune_export.matrices import inputs_last
 from prune_export.methods._removal import removed
 
 SITE_OF = {"mlp": "mlp.out", "kv": "attention.out"}
