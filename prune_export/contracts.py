@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -44,12 +44,14 @@ class Work:
     """The means a running stage gets.
 
     `scratch` is a directory that outlives a killed run: long work keeps its checkpoints there and
-    goes on from them. It is removed when the stage is complete.
+    goes on from them. It is removed when the stage is complete. `tokens` is calibration data, for
+    exporters that ask for it and where the recipe has it.
     """
 
     machine: Machine
     progress: Progress
     scratch: Path
+    tokens: TokenSet | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,10 @@ class Healer(Protocol):
 
 @dataclass(frozen=True)
 class BuildRecord:
-    """How an engine was built; `weight_bytes` is what one decode step must read of weights."""
+    """How an engine was built; `weight_bytes` is what one decode step must read of weights.
+
+    `sparsity` is JSON: what the build shows of sparse kernels, empty where nothing was asked.
+    """
 
     exporter: str
     version: str
@@ -127,6 +132,7 @@ class BuildRecord:
     seconds: float
     toolchain: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Runner(Protocol):
@@ -154,7 +160,13 @@ class Runner(Protocol):
 
 
 class Exporter(Protocol):
-    """Turns a checkpoint into an engine with a KV cache, and opens it again."""
+    """Turns a checkpoint into an engine with a KV cache, and opens it again.
+
+    One whose engines hold machine code, so that opening a stranger's would run it, says so with
+    `RUNS_CODE: ClassVar[bool] = True`; one whose engines run on some devices only, with
+    `RUNS_ON: ClassVar[frozenset[str]] = frozenset({"cuda"})`; one that reads calibration data, with
+    a property `calibrates`.
+    """
 
     VERSION: ClassVar[str]
     DIRECTORY: ClassVar[str]
@@ -170,3 +182,31 @@ class Exporter(Protocol):
 
     def open(self, path: Path, machine: Machine) -> Runner:
         """A runner for what `export` wrote at `path`."""
+
+
+@runtime_checkable
+class Sparse(Exporter, Protocol):
+    """An exporter whose engines may run sparse kernels, or carry what is done for them."""
+
+    def without_sparsity(self) -> Self | None:
+        """The same with all of that left out, to tell its gain; None where nothing is done."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Who runs the nodes of a graph: `asked` for, and how many each provider was given.
+
+    `strayed` are nodes that multiply and are run by another provider than the one asked for.
+    """
+
+    asked: str
+    providers: Mapping[str, int]
+    strayed: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A runner whose runtime hands out the nodes of a graph to several providers."""
+
+    def placement(self) -> Placement:
+        """Who runs what."""

@@ -30,7 +30,10 @@ _OURS: Final = (
     "README.md", "prune_recipe.yaml", "prune_recipe.lock.json", "report.json", "report.html",
     "verify.json", "model.safetensors.index.json", "config.json", "figures/*.png",
 )  # fmt: skip
-_ENGINE: Final = ("config.json", "genai_config.json", "*.onnx", "*.onnx_data", "*.onnx.data")
+_ENGINE: Final = (
+    "config.json", "genai_config.json", "*.onnx", "*.onnx_data", "*.onnx.data",
+    "build.log", "layers.json",
+)  # fmt: skip
 _BOUND: Final = ("*.plan", "*.engine", "*.trt")
 """Engines that only the machine which built them can run, and that may carry host code."""
 

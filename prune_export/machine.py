@@ -20,13 +20,15 @@ class Machine:
     """The means for the work.
 
     `ram_bytes` is the budget for a process, Python and torch included; `gpu_bytes` is 0 without a
-    CUDA device; `threads` is the number of compute threads.
+    CUDA device; `threads` is the number of compute threads; `capability` is ten times the GPU's
+    compute capability (89 for 8.9), 0 without one.
     """
 
     device: Literal["cpu", "cuda"]
     ram_bytes: int
     gpu_bytes: int
     threads: int
+    capability: int = 0
 
     @staticmethod
     def detect(
@@ -40,6 +42,7 @@ class Machine:
             ram_bytes=ram_bytes or int(psutil.virtual_memory().available),
             gpu_bytes=gpu_bytes,
             threads=threads or len(os.sched_getaffinity(0)),
+            capability=_capability() if chosen == "cuda" else 0,
         )
 
 
@@ -47,6 +50,13 @@ def _gpu_bytes() -> int:
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+
+
+def _capability() -> int:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(0)
+    return 10 * major + minor
 
 
 def describe() -> dict[str, str]:

@@ -20,8 +20,9 @@ from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.calibrate import pass_cost
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Cost
+from prune_export.contracts import Cost, Sparse
 from prune_export.errors import PlanError
+from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe, Search, Source, Stage, TokenFile, heal_of, templates
 from prune_export.units import GIB, MIB, text_from_bytes
@@ -34,6 +35,9 @@ _CHARACTERS_PER_TOKEN: Final = 4
 
 _UNKNOWN_WINDOWS: Final = 1000
 """What is assumed of a Hub dataset whose recipe does not limit it."""
+
+_TO_COMPARE: Final = ", to compare with"
+"""How the note of an engine ends that is only measured against."""
 
 _ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _REPORT_BYTES: Final = 32 * MIB
@@ -190,7 +194,9 @@ def make_plan(
         planned, arch = planner.stage(index, stage, arch)
         stages.append(planned)
         archs.append(arch)
-    stages += planner.exports(archs[0], arch)
+    whole = Planned(recipe, tuple(archs), machine)
+    refuse_impossible(whole)
+    stages += planner.exports(whole)
     stages += planner.verification(archs[0], arch)
     stages.append(planner.result(arch, stages))
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
@@ -262,7 +268,7 @@ class _Planner:
         if statistics:
             source = self._source(stage)
             samples, length = _windows(source, self.recipe.root), source.length
-            self._refuse_too_long(stage.data, length, arch)
+            self._refuse_too_long(f"data.{stage.data}.length", length, arch)
             found = pass_cost(arch, statistics, samples, length, self.machine)
             cost = Cost(
                 ram_bytes=_PROCESS_BYTES + found.ram_bytes,
@@ -270,6 +276,7 @@ class _Planner:
                 disk_bytes=found.disk_bytes,
                 flops=found.flops,
                 moved_bytes=found.moved_bytes,
+                seconds=found.seconds,
             )
             note = f"{samples} x {length} tokens"
         written = self.size(after).bytes
@@ -283,7 +290,7 @@ class _Planner:
 
     def _heal(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         source = self._source(stage)
-        self._refuse_too_long(stage.data, source.length, arch)
+        self._refuse_too_long(f"data.{stage.data}.length", source.length, arch)
         stage.entry.check(arch, self.machine)
         samples = _windows(source, self.recipe.root)
         cost = stage.entry.cost(arch, samples * source.length, source.length, self.machine)
@@ -322,16 +329,22 @@ class _Planner:
         name = f"the best of {len(search.candidates) - len(refused)} candidates"
         return self.planned("search", name, {}, arch, after, total, "the first one's shapes"), after
 
-    def exports(self, dense: Arch, arch: Arch) -> Iterator[PlannedStage]:
+    def exports(self, planned: Planned) -> Iterator[PlannedStage]:
+        dense, arch = planned.archs[0], planned.after
         for export in self.recipe.export:
             compared = self.recipe.verify.speed is not None
-            for which in ([dense] if compared else []) + [arch]:
+            result = (arch, windows_note(planned, export))
+            for which, note in [(dense, f"the dense model{_TO_COMPARE}"), result][not compared :]:
                 export.entry.check(which, self.machine)
                 cost = export.entry.cost(which, self.size(which).bytes)
-                note = "the dense model, to compare with" if which is dense and compared else ""
                 yield self.planned(
                     "export", export.name, export.parameters(), which, which, cost, note
                 )
+            twin = export.entry.without_sparsity() if isinstance(export.entry, Sparse) else None
+            if compared and twin is not None:
+                cost, note = twin.cost(arch, self.size(arch).bytes), f"sparsity off{_TO_COMPARE}"
+                keys = dataclasses.replace(export, entry=twin).parameters()
+                yield self.planned("export", export.name, keys, arch, arch, cost, note)
 
     def verification(self, dense: Arch, arch: Arch) -> Iterator[PlannedStage]:
         verify = self.recipe.verify
@@ -339,7 +352,7 @@ class _Planner:
         flops = 0.0
         if verify.quality and verify.quality.perplexity:
             source = self.recipe.data[verify.quality.perplexity]
-            self._refuse_too_long(verify.quality.perplexity, source.length, dense)
+            self._refuse_too_long(f"data.{verify.quality.perplexity}.length", source.length, dense)
             tokens = _windows(source, self.recipe.root) * source.length
             models = 2 + any(stage.kind == "heal" for stage in self.recipe.stages)
             engines = len(self.recipe.export) if verify.quality.engines else 0
@@ -350,13 +363,20 @@ class _Planner:
             seconds = (
                 40 * verify.speed.minutes * len(verify.speed.workloads) * len(self.recipe.export)
             )
+            if verify.speed.sweep:
+                sweep = verify.speed.sweep
+                longest = max(sweep.prompt) + sweep.new
+                self._refuse_too_long("verify.speed.sweep.prompt", longest, arch)
+                seconds += 60 * sweep.minutes * len(self.recipe.export)
             together = 2 * (self.size(dense).parameters * 4 + _PROCESS_BYTES)
             cost = Cost(ram_bytes=together, seconds=seconds)
             yield self.planned("verify", "speed", verify.speed.model_dump(), dense, arch, cost)
 
     def result(self, arch: Arch, stages: list[PlannedStage]) -> PlannedStage:
         exported = sum(
-            stage.cost.disk_bytes for stage in stages if stage.kind == "export" and not stage.note
+            stage.cost.disk_bytes
+            for stage in stages
+            if stage.kind == "export" and not stage.note.endswith(_TO_COMPARE)
         )
         written = self.size(arch).bytes + exported + _REPORT_BYTES
         cost = Cost(ram_bytes=_PROCESS_BYTES, disk_bytes=written, moved_bytes=written, seconds=5)
@@ -371,14 +391,14 @@ class _Planner:
             )
         return self.recipe.data[stage.data]
 
-    def _refuse_too_long(self, name: str, length: int, arch: Arch) -> None:
+    def _refuse_too_long(self, where: str, length: int, arch: Arch) -> None:
         for key in ("max_position_embeddings", "n_positions"):
             positions = arch.config.get(key)
             if positions and length > positions:
                 raise PlanError(
-                    f"data.{name}.length",
+                    where,
                     f"is {length}, but the model has {positions} positions",
-                    f"write `length: {positions}` or less",
+                    f"write {positions} or less",
                 )
 
 

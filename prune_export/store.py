@@ -153,6 +153,23 @@ class Store:
                 complete = (folder / _MANIFEST).is_file() and not folder.name.endswith(".partial")
                 yield folder.name, size, folder.stat().st_mtime, complete
 
+    def made(self, kind: str, folder: Path) -> bool:
+        """Whether the files in `folder` are, byte for byte, those of an artifact of this kind here.
+
+        Then they were made with this store, and not by a stranger.
+        """
+        files = {str(file.relative_to(folder)): file for file in folder.rglob("*")
+                 if file.is_file()}  # fmt: skip
+        hashes: dict[str, str] = {}
+        for manifest in sorted(self.root.glob(f"{kind}-*/{_MANIFEST}")):
+            artifact = self.get(manifest.parent.name)
+            if artifact is None or artifact.files.keys() != files.keys():
+                continue
+            hashes = hashes or {name: sha256_of_file(file) for name, file in files.items()}
+            if artifact.files == hashes:
+                return True
+        return False
+
     def garbage(self) -> list[str]:
         """What no result directory needs: artifacts and abandoned partial builds, none in use."""
         needed: set[str] = set()

@@ -9,7 +9,7 @@ what is cut passes through in windows of rows. A cut is made on the bits, so eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -54,7 +54,14 @@ class Overwrite:
     value: Callable[[], torch.Tensor]
 
 
-Edit = Keep | Drop | Overwrite
+@dataclass(frozen=True)
+class Untie:
+    """Store a tied tensor on its own: a copy of what it was tied to, or what `Overwrite` brings."""
+
+    tensor: str
+
+
+Edit = Keep | Drop | Overwrite | Untie
 
 Cuts = tuple[tuple[int, list[int]], ...]
 """(dimension, ascending positions to keep in it), each dimension once."""
@@ -73,6 +80,7 @@ class Edits:
     drop: frozenset[int] = frozenset()
     keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     overwrite: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    untie: tuple[str, ...] = ()
 
     @staticmethod
     def of(edits: Iterable[Edit], arch: Arch) -> Edits:
@@ -84,7 +92,9 @@ class Edits:
         drop: set[int] = set()
         keep: dict[str, tuple[int, ...]] = {}
         overwrite: dict[str, Callable[[], torch.Tensor]] = {}
-        for edit in edits:
+        given = list(edits)
+        untie = tuple(dict.fromkeys(edit.tensor for edit in given if isinstance(edit, Untie)))
+        for edit in given:
             match edit:
                 case Drop(layers):
                     drop |= set(layers)
@@ -92,13 +102,15 @@ class Edits:
                     _check_keep(axis, index, arch, keep)
                     keep[axis] = index
                 case Overwrite(name, value):
-                    _check_overwrite(name, arch, overwrite)
+                    _check_overwrite(name, arch, overwrite, untie)
                     overwrite[name] = value
+                case Untie(name):
+                    arch.with_own(name)
         gone = sorted(axis for axis in keep if _layer(axis) in drop)
         gone += [name for name in overwrite if arch.by_name[name].layer in drop]
         if gone:
             raise PlanError(gone[0], "is edited, but its block is dropped", "do one or the other")
-        return Edits(frozenset(drop), keep, overwrite)
+        return Edits(frozenset(drop), keep, overwrite, untie)
 
     def after(self, arch: Arch) -> Arch:
         """The architecture that these edits leave of `arch`.
@@ -108,10 +120,20 @@ class Edits:
         """
         kept = arch.kept(self.drop)
         cut = arch.without(self.drop) if self.drop else arch
+        for name in self.untie:
+            cut = cut.with_own(name)
+        sizes = {}
         for axis, index in self.keep.items():
-            layer = _layer(axis)
-            name = axis if layer is None else f"{axis.split('.')[0]}.{kept.index(layer)}"
-            cut = cut.resized(name, len(index))
+            name, *numbers = axis.split(".")
+            if len(numbers) > 1 and (experts := self.keep.get(f"expert.{numbers[0]}")):
+                if int(numbers[1]) not in experts:
+                    continue
+                numbers[1] = str(experts.index(int(numbers[1])))
+            if numbers:
+                numbers[0] = str(kept.index(int(numbers[0])))
+            sizes[".".join((name, *numbers))] = len(index)
+        if sizes:
+            cut = cut.with_sizes(sizes)
         return cut
 
 
@@ -164,18 +186,45 @@ def _planned(
     source: Checkpoint, arch: Arch, after: Arch, edits: Edits, window: int
 ) -> Iterator[Planned]:
     """The tensors to write, in the order in which the source stores them: its bytes stay runs."""
-    names = {old: new for new, old in arch.origin(arch.kept(edits.drop)).items()}
+    names = _new_names(arch, after, edits)
     for old, entry in source.entries.items():
         if old not in names:
             continue
-        new, cuts = names[old], _cuts(arch.by_name[old], arch, edits.keep)
-        shape = after.shape(after.by_name[new])
-        content: Entry | Callable[[], torch.Tensor | Iterator[torch.Tensor]] = entry
-        if old in edits.overwrite:
-            content = _Overwritten(old, entry, edits.overwrite[old], cuts)
-        elif cuts:
-            content = _Cut(source, old, cuts, window)
-        yield Planned(new, entry.dtype, shape, content)
+        content = _content(source, old, arch.by_name[old], arch, edits, window)
+        yield Planned(names[old], entry.dtype, after.shape(after.by_name[names[old]]), content)
+    for name in edits.untie:
+        tensor = arch.by_name[name]
+        stored = str(tensor.tied_to)
+        content = _content(source, stored, tensor, arch, edits, window)
+        yield Planned(name, source.entries[stored].dtype, after.shape(after.by_name[name]), content)
+
+
+def _content(
+    source: Checkpoint, stored: str, tensor: Tensor, arch: Arch, edits: Edits, window: int
+) -> Entry | Callable[[], torch.Tensor | Iterator[torch.Tensor]]:
+    """What becomes of a tensor that is stored under the name `stored`."""
+    entry, cuts = source.entries[stored], _cuts(tensor, arch, edits.keep)
+    if tensor.name in edits.overwrite:
+        return _Overwritten(tensor.name, entry, edits.overwrite[tensor.name], cuts)
+    return _Cut(source, stored, cuts, window) if cuts else entry
+
+
+def _new_names(arch: Arch, after: Arch, edits: Edits) -> dict[str, str]:
+    """The new name of each stored tensor that is left; blocks and experts are renumbered."""
+    kept = arch.kept(edits.drop)
+    names = {old: new for new, old in arch.origin(kept).items()}
+    for axis, experts in edits.keep.items():
+        if not axis.startswith("expert."):
+            continue
+        layer = int(axis.split(".")[1])
+        block = after.block(kept.index(layer))
+        new = {(tensor.role, tensor.expert): tensor.name for tensor in block}
+        for tensor in arch.block(layer):
+            if tensor.expert in experts:
+                names[tensor.name] = new[tensor.role, experts.index(tensor.expert)]
+            elif tensor.expert is not None:
+                del names[tensor.name]
+    return names
 
 
 def _cuts(tensor: Tensor, arch: Arch, keep: Mapping[str, tuple[int, ...]]) -> Cuts:
@@ -287,19 +336,21 @@ def _check_keep(
         )
 
 
-def _check_overwrite(name: str, arch: Arch, overwrite: Mapping[str, Any]) -> None:
+def _check_overwrite(
+    name: str, arch: Arch, overwrite: Mapping[str, Any], untie: Collection[str]
+) -> None:
     if name not in arch.by_name:
         raise PlanError(name, "is not a tensor of this model", did_you_mean(name, arch.by_name))
     tied = arch.by_name[name].tied_to
-    if tied is not None:
+    if tied is not None and name not in untie:
         raise PlanError(name, f"is tied to {tied} and not stored", f"overwrite {tied} instead")
     if name in overwrite:
         raise PlanError(name, "is overwritten twice", "yield one Overwrite a tensor")
 
 
 def _layer(axis: str) -> int | None:
-    name, dot, layer = axis.rpartition(".")
-    return int(layer) if dot and name and layer.isdecimal() else None
+    _, *numbers = axis.split(".")
+    return int(numbers[0]) if numbers else None
 
 
 def _refuse_untied(source: Checkpoint, arch: Arch) -> None:

@@ -41,6 +41,21 @@ def test_made_once_and_found_again(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.lock"))
 
 
+def test_knows_what_it_made_from_what_a_stranger_did(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    made = store.make(KEY, write_one)
+    copy = tmp_path / "out"
+    place(made.path / "deep" / "a.bin", copy / "deep" / "a.bin")
+    assert store.made("prune", copy)
+    assert not store.made("export", copy)
+    (copy / "deep" / "a.bin").write_bytes(b"y" * 1000)
+    assert not store.made("prune", copy)
+    place(made.path / "deep" / "a.bin", copy / "deep" / "a.bin")
+    (copy / "more").write_text("")
+    assert not store.made("prune", copy)
+    assert not Store(tmp_path / "other").made("prune", copy)
+
+
 def test_every_part_of_the_key_counts() -> None:
     others = [
         Key("heal", "deepest", "1", {"remove": 2}, ("model-0",), None),

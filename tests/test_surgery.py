@@ -24,6 +24,7 @@ from prune_export.surgery import (
     Edits,
     Keep,
     Overwrite,
+    Untie,
     _Cut,
     _refuse_unsayable,
     rewrite,
@@ -428,3 +429,34 @@ def test_what_edits_leave_is_known_without_weights(saved: Saved) -> None:
     after = Edits.of(edits, arch).after(arch)
     assert after.layers == 4
     assert {after.sizes[f"mlp.{i}"] for i in range(4)} == {16}
+
+
+# --- Untie -------------------------------------------------------------------------------------
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def test_an_untied_head_is_a_copy_that_may_be_cut(saved: Saved, tmp_path: Path) -> None:
+    path = saved("llama", tie_word_embeddings=True)
+    result = cut(path, [Untie(HEAD)], tmp_path / "out")
+    model = loaded(result.path)
+    assert model.config.tie_word_embeddings is False
+    assert torch.equal(logits(model), logits(loaded(path)))
+    assert torch.equal(result.read(HEAD), result.read(EMBEDDING))
+    smaller = cut(path, [Keep("residual", tuple(range(16))), Untie(HEAD)], tmp_path / "smaller")
+    assert torch.equal(smaller.read(HEAD), result.read(HEAD)[:, :16])
+
+
+def test_an_untied_head_may_have_values_of_its_own(saved: Saved, tmp_path: Path) -> None:
+    path = saved("llama", tie_word_embeddings=True)
+    own = torch.randn(64, 32)
+    edits: list[Edit] = [Overwrite(HEAD, lambda: own), Drop((1,)), Untie(HEAD)]
+    result = cut(path, edits, tmp_path / "out")
+    assert torch.equal(result.read(HEAD), own)
+    assert torch.equal(result.read(EMBEDDING), Checkpoint.open(path).read(EMBEDDING))
+    assert loaded(result.path).config.num_hidden_layers == 5
+
+
+def test_what_is_not_tied_cannot_be_untied(saved: Saved, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="stored on its own already"):
+        cut(saved("llama", tie_word_embeddings=False), [Untie(HEAD)], tmp_path / "out")

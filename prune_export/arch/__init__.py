@@ -7,7 +7,7 @@ are, what each dimension means, what a cut leaves, and how the config must say i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from types import MappingProxyType
@@ -38,7 +38,8 @@ class Arch:
     `sizes` has an entry an axis (`residual`), for axes that may differ by layer an entry a layer
     (`mlp.3`), by expert an entry an expert (`moe.3.7`), and none for an axis that no tensor has.
     `tensors` are in the order of the model. `config` is the full one that it was made from, with
-    per-layer entries following the layers.
+    per-layer entries following the layers. `untied` are keys of it that were turned off so that a
+    tensor is stored on its own.
     """
 
     family: str
@@ -47,6 +48,7 @@ class Arch:
     tensors: tuple[Tensor, ...]
     config: Mapping[str, Any]
     table: Table
+    untied: frozenset[str] = frozenset()
 
     @staticmethod
     def from_config(config: Mapping[str, Any], *, ignore_keys: Collection[str] = ()) -> Arch:
@@ -115,14 +117,36 @@ class Arch:
         Raises:
             PlanError: there is no such axis, or it would be empty.
         """
-        if axis not in self.sizes:
-            raise PlanError(
-                f"axis {axis}", "is not an axis of this model", did_you_mean(axis, self.sizes)
-            )
-        if size < 1:
-            raise PlanError(f"axis {axis}", f"got size {size}, expected at least 1")
-        sizes = {**self.sizes, axis: size}
-        return _bound(Binding(self.table, self.config, self.layers, sizes))
+        return self.with_sizes({axis: size})
+
+    def with_sizes(self, sizes: Mapping[str, int]) -> Arch:
+        """The same model with several axes of other sizes.
+
+        Raises:
+            PlanError: there is no such axis, or one would be empty.
+        """
+        for axis, size in sizes.items():
+            if axis not in self.sizes:
+                raise PlanError(
+                    f"axis {axis}", "is not an axis of this model", did_you_mean(axis, self.sizes)
+                )
+            if size < 1:
+                raise PlanError(f"axis {axis}", f"got size {size}, expected at least 1")
+        return self._bound(self.config, self.layers, {**self.sizes, **sizes})
+
+    def with_own(self, tensor: str) -> Arch:
+        """The same model with a tied tensor (such as the head) stored on its own.
+
+        Raises:
+            PlanError: the tensor is not tied, or the family's config cannot say that it is not.
+        """
+        key = next((row.tied_when for row in self.table.rows() if row.name == tensor), None)
+        if tensor not in self.by_name or self.by_name[tensor].tied_to is None:
+            raise PlanError(tensor, "is stored on its own already", "leave it as it is")
+        if not key or not key.isidentifier():
+            raise PlanError(tensor, f"is tied in every {self.family} model", "leave it tied")
+        untied = replace(self, untied=self.untied | {key})
+        return untied._bound({**self.config, key: False}, self.layers, self.sizes)
 
     def without(self, layers: Collection[int]) -> Arch:
         """The same model without some blocks; those left are renumbered from 0.
@@ -143,7 +167,7 @@ class Arch:
                 sizes[axis] = size
             elif numbers[0] in renumber:
                 sizes[".".join((name, renumber[numbers[0]], *numbers[1:]))] = size
-        return _bound(Binding(self.table, config, len(kept), sizes))
+        return self._bound(config, len(kept), sizes)
 
     def kept(self, layers: Collection[int]) -> tuple[int, ...]:
         """The layers left after dropping `layers`, ascending.
@@ -184,11 +208,14 @@ class Arch:
         Raises:
             PlanError: the sizes differ between layers, or the family's config cannot say them.
         """
-        written = with_stored_names(self.table, base)
+        written = with_stored_names(self.table, base) | dict.fromkeys(self.untied, False)
         write_depth(self.table, self.config, written)
         if write_width(self.table, self.config, self.sizes, written):
             self._check_written(written)
         return with_names_of(self.table, written, base)
+
+    def _bound(self, config: Mapping[str, Any], layers: int, sizes: Mapping[str, int]) -> Arch:
+        return replace(_bound(Binding(self.table, config, layers, sizes)), untied=self.untied)
 
     def _check_written(self, written: Mapping[str, Any]) -> None:
         said = _bound(Binding(self.table, {**self.config, **written}, self.layers, {}))

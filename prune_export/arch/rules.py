@@ -160,7 +160,8 @@ def write_width(
         raise PlanError(
             f"axis {name}",
             f"cannot have size {uniform[name]}: a {table.family} config says "
-            f"`{table.axes[name].size}`, which would be {value(table.axes[name].size, said)}",
+            f"`{table.axes[name].size}`, which would be "
+            f"{_says(table, name, said) or 'no whole number'}",
             "choose another axis or size",
         )
     for divisor, multiple in table.config.divides:

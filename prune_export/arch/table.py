@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -119,8 +119,14 @@ class Table(_Frozen):
     also prefixes of the stored names: the list of blocks, the norm after the last block (None, or
     `final_norm_when` untrue, where there is none), and what runs before the first block.
 
+    `norm` is what the norms on the residual states do before their gain: `rms` divides by the root
+    mean square, which a rotation leaves alone; `layer` subtracts the mean first.
+
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
     transformers stored and that carry nothing: they are accepted, and left behind.
+
+    `scaled_embeddings` says that embeddings are multiplied by the square root of the axis
+    `residual`; `norm_offset` is what norms add to their stored gain.
     """
 
     family: str
@@ -131,6 +137,7 @@ class Table(_Frozen):
     blocks: str
     final_norm: str | None
     final_norm_when: str | None = None
+    norm: Literal["rms", "layer"]
     embeddings: list[str]
     axes: dict[str, Axis]
     layer_sets: dict[str, LayerSet] = Field(default_factory=dict)
@@ -138,6 +145,8 @@ class Table(_Frozen):
     block: list[TensorRow]
     tail: list[TensorRow]
     ignored_tensors: list[str] = Field(default_factory=list)
+    scaled_embeddings: bool = False
+    norm_offset: float = 0.0
     config: ConfigRules
     tiny: Tiny
     notes: str = ""

@@ -13,11 +13,22 @@ from prune_export.calibrate.gradients import (
     gradients,
     spooled_bytes,
 )
-from prune_export.calibrate.sites import SITES, Gram, Site, Squares, as_matrix, linears, sites_of
+from prune_export.calibrate.junctions import Grams, JunctionGrams
+from prune_export.calibrate.removals import Part, Removals, Unit
+from prune_export.calibrate.sites import (
+    SITES,
+    Gram,
+    Site,
+    Squares,
+    as_matrix,
+    inputs_of,
+    linears,
+    sites_of,
+)
 from prune_export.calibrate.statistics import Collector, Further, Scope, Statistic
 from prune_export.calibrate.stream import gather
 from prune_export.calibrate.tokens import TokenSet
-from prune_export.calibrate.view import Means, ModelView
+from prune_export.calibrate.view import Engines, Means, ModelView
 
 __all__ = [
     "SITES",
@@ -28,14 +39,19 @@ __all__ = [
     "Collector",
     "Edited",
     "Editor",
+    "Engines",
     "Further",
     "GradientReader",
     "Gradients",
     "Gram",
+    "Grams",
+    "JunctionGrams",
     "Means",
     "ModelView",
     "Order",
+    "Part",
     "PassCost",
+    "Removals",
     "Scope",
     "Site",
     "Squares",
@@ -43,10 +59,12 @@ __all__ = [
     "Sums",
     "Swept",
     "TokenSet",
+    "Unit",
     "as_matrix",
     "block_bytes",
     "gather",
     "gradients",
+    "inputs_of",
     "linears",
     "parked_bytes",
     "pass_cost",

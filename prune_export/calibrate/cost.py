@@ -16,6 +16,9 @@ from prune_export.machine import Machine
 BATCH_TOKENS: Final[Mapping[str, int]] = {"cpu": 2048, "cuda": 16384}
 """Tokens that go through a block at once: enough for full speed, little to hold."""
 
+_REPEATED: Final = 2.5
+"""Forward passes of a sweep that parks nothing: up to each of four sites, and to the end."""
+
 
 @dataclass(frozen=True)
 class PassCost:
@@ -26,6 +29,7 @@ class PassCost:
     disk_bytes: int
     flops: float
     moved_bytes: int
+    seconds: float = 0.0
 
 
 def pass_cost(
@@ -44,7 +48,7 @@ def pass_cost(
     widest = max(size for name, size in arch.sizes.items() if name != "vocab")
     ram = 3 * block + min(vocab, samples * length) * residual * item
     ram += BATCH_TOKENS[machine.device] * (4 * widest + 6 * residual) * item
-    disk, flops, moved = 0, 0.0, arch.parameters() * item
+    disk, flops, moved, handy = 0, 0.0, arch.parameters() * item, 0
     for statistic in dict.fromkeys(statistics):
         count = min(statistic.samples or samples, samples)
         tokens = min(statistic.length or length, length)
@@ -60,14 +64,23 @@ def pass_cost(
         if isinstance(statistic, Further):
             forwards = statistic.forwards
             ram, disk = ram + statistic.ram_bytes, disk + statistic.disk_bytes
+            parked = parked_bytes(arch, count * tokens, torch.float32)
+            if statistic.parks and ram + parked <= machine.ram_bytes:
+                ram += parked
+            elif statistic.parks:
+                # Each block is computed again up to each of its sites instead.
+                forwards *= _REPEATED
+            handy += statistic.handy_bytes
             moved += int(forwards) * arch.parameters() * item
         each = 2 * block / item + 2 * tokens * residual
         flops += forwards * count * tokens * blocks * each
         if bypassed:
             ram += 2 * vocab * residual * item
             flops += 2.0 * count * tokens * (1 + len(bypassed)) * vocab * residual
+    ram += min(handy, max(0, machine.ram_bytes // 2 - ram))
+    seconds = sum(one.seconds for one in statistics if isinstance(one, Further))
     on_gpu = ram if machine.device == "cuda" else 0
-    return PassCost(ram, on_gpu, disk, flops, moved)
+    return PassCost(ram, on_gpu, disk, flops, moved, seconds)
 
 
 def block_bytes(arch: Arch, dtype: torch.dtype) -> int:

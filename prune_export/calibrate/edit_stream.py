@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import psutil
 import torch
@@ -28,7 +28,7 @@ from prune_export.arch import Arch
 from prune_export.calibrate.blocks import loaded, threads
 from prune_export.calibrate.cost import BATCH_TOKENS, block_bytes, parked_bytes
 from prune_export.calibrate.resume import Saves, pass_key
-from prune_export.calibrate.sites import Accumulator, Site, Weights, sites_of
+from prune_export.calibrate.sites import Accumulator, Site, Weights, inputs_of, sites_of
 from prune_export.calibrate.skeleton import Call, Skeleton
 from prune_export.calibrate.spool import Buffer
 from prune_export.calibrate.stream import check, compute_dtype
@@ -38,6 +38,8 @@ from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent, Task
 
 Order = Literal["sequential", "block"]
+
+_LOSS: Final = "loss.txt"
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,16 @@ class Editor(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Swept:
-    """The edited matrices of a whole model, in files, and each block's logs by site."""
+    """The edited matrices of a whole model, in files, and each block's logs by site.
+
+    `loss` is the edited model's mean next-token loss in nats over the windows, where it was asked
+    for.
+    """
 
     folder: Path
     logs: tuple[Mapping[str, Any], ...]
     names: Mapping[str, Path]
+    loss: float | None = None
 
     def read(self, name: str) -> torch.Tensor:
         """An edited tensor, as it is to be stored."""
@@ -94,6 +101,7 @@ def sweep(
     *,
     arch: Arch | None = None,
     order: Order = "sequential",
+    loss: bool = False,
 ) -> Swept:
     """The matrices that `editor` makes while `tokens` pass through the blocks that it has edited.
 
@@ -112,15 +120,18 @@ def sweep(
     with ExitStack() as stack:
         stack.enter_context(threads(machine.threads))
         stack.enter_context(torch.inference_mode())
-        folder = scratch / f"sweep-{pass_key(checkpoint, arch, tokens, machine, editor.key, order)}"
+        own = [editor.key, order, *(["loss"] if loss else [])]
+        folder = scratch / f"sweep-{pass_key(checkpoint, arch, tokens, machine, *own)}"
         made = _Sweep(checkpoint, arch, editor, tokens, machine, order, Saves(folder), stack)
+        made.asks_loss = loss
         made.run(progress or Silent())
     logs, names = [], {}
     for layer in range(arch.layers):
         logs.append(json.loads((folder / f"{layer}.json").read_text(encoding="utf-8")))
         file = folder / f"{layer}.safetensors"
         names.update(dict.fromkeys(logs[-1].pop("tensors"), file))
-    swept = Swept(folder, tuple(logs), names)
+    heard = float((folder / _LOSS).read_text(encoding="ascii")) if loss else None
+    swept = Swept(folder, tuple(logs), names, heard)
     if temporary:
         weakref.finalize(swept, shutil.rmtree, scratch, ignore_errors=True)
     return swept
@@ -144,6 +155,7 @@ class _Sweep:
     ) -> None:
         self.arch, self.editor, self.saves, self.order = arch, editor, saves, order
         self.ids = tokens.ids
+        self.asks_loss = False
         dtype = compute_dtype(checkpoint, machine)
         self.skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
         self.weights = Weights(self.skeleton)
@@ -195,8 +207,20 @@ class _Sweep:
                 _Block(self, layer, calls[layer], task).run()
                 self.states, self.spare = self.spare, self.states
                 last = layer + 1 == self.arch.layers
+                if last and self.asks_loss:
+                    (self.saves.folder / _LOSS).write_text(repr(self._loss()), encoding="ascii")
                 if last or self.spare is not self.states or self.saves.due():
                     self.saves.save(layer + 1, {} if last else self._held(), {})
+
+    def _loss(self) -> float:
+        """The mean next-token loss of the windows, whose states have left the last block."""
+        self.skeleton.load_head()
+        total = sum(
+            self.skeleton.loss(self.states.read(start, stop), self.ids[start:stop])
+            for start, stop in self._batches()
+        )
+        samples, length = self.ids.shape
+        return total / (samples * (length - 1))
 
     def _held(self) -> dict[str, Buffer]:
         return {"states": self.states} if self.states.path is None else {}
@@ -225,7 +249,7 @@ class _Block:
         """Edits the block and carries the states through it."""
         with ExitStack() as hooks:
             for site in sites_of(self.sweep.arch, self.layer):
-                width = int(self.sweep.weights.read(site.tensors[0]).shape[1])
+                width = inputs_of(self.sweep.arch, site.tensors[0])
                 found = self.editor.watch(site, width, self.skeleton.device)
                 if found is not None:
                     self.seen[site.name] = found

@@ -19,10 +19,11 @@ from typing import Final, Literal, Protocol
 
 import torch
 
-from prune_export.arch import Arch
+from prune_export.arch import Arch, Tensor
 from prune_export.calibrate.blocks import loaded, threads
 from prune_export.calibrate.cost import BATCH_TOKENS
 from prune_export.calibrate.resume import Saves, pass_key
+from prune_export.calibrate.sites import as_matrix, linears, part_of
 from prune_export.calibrate.skeleton import Call, Skeleton
 from prune_export.calibrate.spool import Buffer
 from prune_export.calibrate.stream import check, compute_dtype
@@ -59,17 +60,29 @@ class GradientReader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """What a reader kept of each block, in files; `loss` is the mean loss in nats a token."""
+    """What a reader kept of each block, in files; `loss` is the mean loss in nats a token.
+
+    `names` has the parameter in its block that each stored matrix is, or is a part of.
+    """
 
     folder: Path
     layers: int
     loss: float
+    names: Mapping[str, str]
 
     def block(self, layer: int) -> dict[str, torch.Tensor]:
         """What was kept of one block."""
         from safetensors.torch import load_file
 
         return dict(load_file(self.folder / f"{layer}.safetensors"))
+
+    def matrix(self, tensor: Tensor) -> torch.Tensor:
+        """What was kept under the name and of the shape of a matrix's parameter, as `[out, in]`."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / f"{tensor.layer}.safetensors", framework="pt") as file:
+            whole = file.get_tensor(self.names[tensor.name])
+        return as_matrix(tensor, part_of(tensor, whole))
 
 
 def gradients(
@@ -105,7 +118,8 @@ def gradients(
         a_pass = _Pass(checkpoint, arch, reader, tokens, machine, Saves(folder))
         a_pass.run(progress or Silent())
     loss = json.loads((folder / "loss.json").read_text(encoding="utf-8")) / tokens.samples
-    found = Gradients(folder, arch.layers, loss)
+    names = {tensor.name: a_pass.skeleton.name_in_block(tensor) for tensor in linears(arch)}
+    found = Gradients(folder, arch.layers, loss, names)
     if temporary:
         weakref.finalize(found, shutil.rmtree, scratch, ignore_errors=True)
     return found

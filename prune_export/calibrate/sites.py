@@ -75,7 +75,11 @@ class Squares:
 
     def see(self, states: torch.Tensor) -> None:
         rows = states.flatten(0, -2).float()
-        self.sums += torch.linalg.vecdot(rows.T, rows.T)
+        # In parts that stay in the cache: 0.3 ns a state, where vecdot down the columns takes 1.
+        step = 64 if rows.device.type == "cpu" else 16384
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            self.sums += part.square().sum(0)
         self.samples += states.shape[0]
         self.tokens += rows.shape[0]
 
@@ -84,15 +88,30 @@ class Gram:
     """Sums of products of inputs `[in, in]`, float32: the Hessian of a layer's squared error."""
 
     def __init__(self, width: int, device: str) -> None:
-        self.sums = torch.zeros(width, width, device=device)
+        self._sums = torch.zeros(width, width, device=device)
+        self._step = max(96, -(-width // 8))
         self.samples = 0
         self.tokens = 0
 
+    @property
+    def sums(self) -> torch.Tensor:
+        """`[in, in]`; what is seen later is added to it."""
+        for start, stop in self._strips():
+            self._sums[stop:, start:stop] = self._sums[start:stop, stop:].T
+        return self._sums
+
     def see(self, states: torch.Tensor) -> None:
         rows = states.flatten(0, -2).float()
-        self.sums.addmm_(rows.T, rows)
+        # Strips from the diagonal on: two thirds of the work, as the rest mirrors them.
+        for start, stop in self._strips():
+            self._sums[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
         self.samples += states.shape[0]
         self.tokens += rows.shape[0]
+
+    def _strips(self) -> Iterator[tuple[int, int]]:
+        width = len(self._sums)
+        for start in range(0, width, self._step):
+            yield start, min(start + self._step, width)
 
 
 def inputs_last(tensor: Tensor) -> bool:
@@ -101,9 +120,28 @@ def inputs_last(tensor: Tensor) -> bool:
     return last == SITES[tensor.role].endswith(".in")
 
 
+def inputs_of(arch: Arch, tensor: Tensor) -> int:
+    """How many inputs a matrix at a site has, in whatever layout it is stored."""
+    return arch.shape(tensor)[1 if inputs_last(tensor) else 0]
+
+
 def as_matrix(tensor: Tensor, stored: torch.Tensor) -> torch.Tensor:
     """A stored matrix, or one of its shape, as `[out, in]`; its own inverse."""
     return stored if inputs_last(tensor) else stored.T
+
+
+def part_of(tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """What of a parameter in memory is one stored matrix.
+
+    Transformers keeps all experts of a block in one, gates above ups.
+    """
+    if tensor.expert is None:
+        return whole
+    own = whole[tensor.expert]
+    if tensor.role == "expert.down":
+        return own
+    half = own.shape[0] // 2
+    return own[:half] if tensor.role == "expert.gate" else own[half:]
 
 
 class Weights:
@@ -126,16 +164,8 @@ class Weights:
 
     def _values(self, tensor: Tensor) -> torch.Tensor:
         module: Any = self._skeleton.module(tensor)
-        if tensor.expert is None:
-            own: torch.Tensor = module.weight.data
-            return own
-        # In memory, transformers keeps all experts of a block in one tensor, gates above ups.
-        if tensor.role == "expert.down":
-            down: torch.Tensor = module.down_proj.data[tensor.expert]
-            return down
-        both: torch.Tensor = module.gate_up_proj.data[tensor.expert]
-        half = both.shape[0] // 2
-        return both[:half] if tensor.role == "expert.gate" else both[half:]
+        leaf = self._skeleton.name_in_block(tensor).rpartition(".")[2]
+        return part_of(tensor, getattr(module, leaf).data)
 
 
 def linears(arch: Arch) -> Iterator[Tensor]:

@@ -152,10 +152,22 @@ class Skeleton:
 
     def module(self, tensor: Tensor) -> nn.Module:
         """The module of a loaded block that holds a tensor which is stored as it is in memory."""
-        prefix = f"{self.arch.table.blocks}.{tensor.layer}."
-        path = self._names.renamed(tensor.name).removeprefix(prefix).rpartition(".")[0]
+        path = self.name_in_block(tensor).rpartition(".")[0]
         assert tensor.layer is not None
         found: nn.Module = self._blocks[tensor.layer].get_submodule(path)
+        return found
+
+    def name_in_block(self, tensor: Tensor) -> str:
+        """The name in its block of the parameter that a tensor is in memory, or is a part of."""
+        return self.name_in_memory(tensor).removeprefix(f"{self.arch.table.blocks}.{tensor.layer}.")
+
+    def name_in_memory(self, tensor: Tensor) -> str:
+        """The name in transformers' model of the parameter that a tensor is, or is a part of."""
+        return self._names.renamed(tensor.name)
+
+    def block(self, layer: int) -> nn.Module:
+        """The module of a block."""
+        found: nn.Module = self._blocks[layer]
         return found
 
     def parameters(self, layer: int) -> dict[str, nn.Parameter]:

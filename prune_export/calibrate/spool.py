@@ -30,6 +30,7 @@ class Buffer:
         self.shape = shape
         self.dtype = dtype
         self.path = path
+        self.device = device
         self._row_bytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
         self._memory = None if path else torch.zeros(rows, *shape, dtype=dtype, device=device)
         self._file = -1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -53,6 +53,18 @@ class Collector(Protocol):
     def result(self) -> Any: ...
 
 
+@runtime_checkable
+class Listener(Collector, Protocol):
+    """A collector that also sees what arrives inside of blocks."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of tensors (`norm.mlp`) whose modules' inputs it wants."""
+
+    def arrive(self, layer: int, role: str, states: torch.Tensor) -> None:
+        """Sees the inputs `[…, width]` of the module that holds a block's tensor of a role."""
+
+
 class Statistic(Protocol):
     """A specification of something to gather; equal specifications are gathered once.
 
@@ -76,7 +88,8 @@ class Further:
 
     `forwards` are passes of `samples` windows, cut to `length` tokens (None: all of them), through
     the whole model; a backward pass counts as two. `ram_bytes` and `disk_bytes` are what they hold
-    beyond the states and blocks of a pass.
+    beyond the states and blocks of a pass, `handy_bytes` what more where there is room; `parks`
+    says that windows wait inside a block (`sweep`).
     """
 
     forwards: float = 1.0
@@ -84,3 +97,6 @@ class Further:
     length: int | None = None
     ram_bytes: int = 0
     disk_bytes: int = 0
+    parks: bool = False
+    seconds: float = 0.0
+    handy_bytes: int = 0

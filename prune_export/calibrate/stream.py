@@ -26,7 +26,7 @@ from prune_export.calibrate.cost import BATCH_TOKENS, block_bytes
 from prune_export.calibrate.resume import Saves, pass_key
 from prune_export.calibrate.skeleton import Call, Skeleton
 from prune_export.calibrate.spool import Buffer
-from prune_export.calibrate.statistics import Collector, Scope, Statistic
+from prune_export.calibrate.statistics import Collector, Listener, Scope, Statistic
 from prune_export.calibrate.tokens import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
@@ -133,17 +133,31 @@ class _Stream:
         for lane, without in enumerate(self.lanes):
             if without is not None and without >= layer:
                 continue
-            for start, stop in self._batches():
-                inputs = self.states.read(lane * count + start, lane * count + stop)
-                inputs = inputs.to(skeleton.device)
-                outputs = skeleton.run(layer, inputs, call)
+            with ExitStack() as hooks:
                 if without is None:
-                    for collector in self.collectors.values():
-                        collector.see(layer, start, inputs, outputs)
-                target.write(lane * count + start, outputs)
-                task.advance(inputs.shape[0] * inputs.shape[1])
+                    self._listen(skeleton, layer, hooks)
+                for start, stop in self._batches():
+                    inputs = self.states.read(lane * count + start, lane * count + stop)
+                    inputs = inputs.to(skeleton.device)
+                    outputs = skeleton.run(layer, inputs, call)
+                    if without is None:
+                        for collector in self.collectors.values():
+                            collector.see(layer, start, inputs, outputs)
+                    target.write(lane * count + start, outputs)
+                    task.advance(inputs.shape[0] * inputs.shape[1])
         if self.spare is not None:
             self.states, self.spare = self.spare, self.states
+
+    def _listen(self, skeleton: Skeleton, layer: int, hooks: ExitStack) -> None:
+        """Lets the listeners among the collectors see what arrives at their modules."""
+        for collector in self.collectors.values():
+            if not isinstance(collector, Listener):
+                continue
+            for tensor in skeleton.arch.block(layer):
+                if tensor.role in collector.roles:
+                    hear = partial(_arrived, collector, layer, tensor.role)
+                    handle = skeleton.module(tensor).register_forward_pre_hook(hear)
+                    hooks.callback(handle.remove)
 
     def finish(self, skeleton: Skeleton) -> None:
         """Tells the collectors the losses of all lanes."""
@@ -177,6 +191,13 @@ class _Stream:
     def _batches(self) -> Iterator[tuple[int, int]]:
         for start in range(0, len(self.ids), self.batch):
             yield start, min(start + self.batch, len(self.ids))
+
+
+def _arrived(
+    collector: Listener, layer: int, role: str, module: torch.nn.Module, args: tuple[Any, ...]
+) -> None:
+    del module
+    collector.arrive(layer, role, args[0])
 
 
 class _Pass:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from prune_export.arch import Arch
 from prune_export.calibrate.edit_stream import Editor, Order, Swept, sweep
 from prune_export.calibrate.gradients import GradientReader, Gradients, gradients
+from prune_export.calibrate.removals import Removals
 from prune_export.calibrate.statistics import Statistic
 from prune_export.calibrate.stream import gather
 from prune_export.calibrate.tokens import TokenSet
@@ -18,17 +19,32 @@ from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
 
 
+class Engines(Protocol):
+    """Times engines of the model that are narrower, whatever their weights."""
+
+    def speedup(
+        self, sizes: Mapping[str, int], engine: str, request: tuple[int, int, int]
+    ) -> float:
+        """How many times as fast as the dense one an engine decodes, as measured.
+
+        `sizes` are the axes that are cut, such as `{"mlp.0": 512}`, `engine` is an exporter's name,
+        `request` is the batch, the prompt's tokens and the new ones.
+        """
+
+
 @dataclass(frozen=True)
 class Means:
     """What further passes are run with: the calibration windows and the machine.
 
-    `scratch` outlives a killed run; a pass that is asked for again goes on from there.
+    `scratch` outlives a killed run; a pass that is asked for again goes on from there. `engines`
+    times what a method thinks of making.
     """
 
     tokens: TokenSet
     machine: Machine
     scratch: Path | None = None
     progress: Progress | None = None
+    engines: Engines | None = None
 
     @property
     def told(self) -> Progress:
@@ -70,8 +86,10 @@ class ModelView:
             arch=self.arch,
         )
 
-    def sweep(self, editor: Editor, order: Order = "sequential") -> Swept:
+    def sweep(self, editor: Editor, order: Order = "sequential", *, loss: bool = False) -> Swept:
         """What `editor` makes of the blocks while the windows pass through the edited ones.
+
+        With `loss`, the edited model's loss as well.
 
         Raises:
             ValueError: the view was made without calibration data.
@@ -86,6 +104,7 @@ class ModelView:
             means.scratch,
             arch=self.arch,
             order=order,
+            loss=loss,
         )
 
     def gradients(self, reader: GradientReader) -> Gradients:
@@ -99,6 +118,23 @@ class ModelView:
             self.checkpoint,
             reader,
             means.tokens,
+            means.machine,
+            means.told,
+            means.scratch,
+            arch=self.arch,
+        )
+
+    def removals(self, samples: int | None = None, length: int | None = None) -> Removals:
+        """Losses without this or that, on the first `samples` windows cut to `length` tokens.
+
+        Raises:
+            ValueError: the view was made without calibration data.
+        """
+        means = self.calibration()
+        ids = means.tokens.ids[:samples, :length]
+        return Removals(
+            self.checkpoint,
+            TokenSet.of(ids, provenance=means.tokens.provenance),
             means.machine,
             means.told,
             means.scratch,

@@ -306,6 +306,8 @@ def verify(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 16,
     length: Annotated[int, typer.Option(min=32, help="Tokens in a window.")] = 512,
+    trust_engine: options.TrustEngine = False,
+    store: options.StoreDir = None,
     ram: options.Ram = None,
     threads: options.Threads = None,
     device: options.Device = None,
@@ -324,6 +326,7 @@ def verify(
 
     found = verified(
         directory, data or [], samples=samples, length=length,
+        trust=trust_engine, store=options.store_directory(store),
         machine=options.machine(ram, threads, device),
         progress=console.progress(quiet=quiet or json),
     )  # fmt: skip
@@ -350,6 +353,8 @@ def compare(
     new: Annotated[int, typer.Option(min=1, help="New tokens.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     minutes: Annotated[float, typer.Option(min=0.05, help="Time limit of the timing.")] = 2.0,
+    trust_engine: options.TrustEngine = False,
+    store: options.StoreDir = None,
     ram: options.Ram = None,
     threads: options.Threads = None,
     device: options.Device = None,
@@ -366,6 +371,7 @@ def compare(
 
     found = compared(
         dense, other, engine, data or [], workload=(batch, prompt, new), minutes=minutes,
+        trust=trust_engine, store=options.store_directory(store),
         machine=options.machine(ram, threads, device),
         progress=console.progress(quiet=quiet or json),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from prune_export import registry
 from prune_export.calibrate import TokenSet, token_set
 from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.cli import console
+from prune_export.contracts import BuildRecord
 from prune_export.errors import CheckpointError, PlanError
 from prune_export.machine import Machine, describe
 from prune_export.progress import Progress
 from prune_export.recipe import Export, LocalText, Recipe
 from prune_export.report import Report
+from prune_export.report.reading import ExportReading
+from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.run import artifacts
 from prune_export.run.artifacts import Bench
 from prune_export.store import Store, place
@@ -25,7 +29,9 @@ from prune_export.verify import (
     measure_generation,
     measure_parity,
     measure_perplexity,
+    measure_placement,
     measure_reload,
+    measure_sparsity,
     measure_speed,
     tokens_without_text,
 )
@@ -75,6 +81,8 @@ def verified(
     *,
     samples: int,
     length: int,
+    trust: bool,
+    store: Path,
     machine: Machine,
     progress: Progress,
 ) -> Verification:
@@ -84,15 +92,22 @@ def verified(
         CheckpointError: the directory is not a result, or its checkpoint is broken.
     """
     Checkpoint.open(directory)
-    engines = _engines(directory)
+    engines = _engines(directory, trust, store)
     text = _text(data, directory, samples, length, progress) if data else None
     reference = Engine.pytorch(directory)
     found = Verification(
         reload=measure_reload(directory, machine, progress=progress), machine=describe()
     )
     ids = text.ids.numpy() if text is not None else tokens_without_text()
-    for engine in engines.values():
+    for name, engine in list(engines.items()):
+        if not engine.runs_on(machine):
+            found.unverified[name] = f"it does not run on {machine.device}, which is all there is"
+            del engines[name]
+            continue
         found.parity.append(measure_parity(engine, reference, ids, machine, progress=progress))
+        found.placement.extend(measure_placement(engine, machine, progress=progress))
+    for export in _exports(directory):
+        found.sparsity.extend(measure_sparsity(_record(export), directory / export.directory))
     found.generation.append(
         measure_generation("result", reference, directory, machine, progress=progress)
     )
@@ -112,6 +127,8 @@ def compared(
     *,
     workload: tuple[int, int, int],
     minutes: float,
+    trust: bool,
+    store: Path,
     machine: Machine,
     progress: Progress,
 ) -> Verification:
@@ -126,7 +143,7 @@ def compared(
         if engine == "pytorch":
             pair.append(Engine.pytorch(directory, weight_bytes=checkpoint.nbytes))
             continue
-        held = _engines(directory)
+        held = _engines(directory, trust, store)
         if engine not in held:
             raise PlanError(
                 f"--engine {engine}",
@@ -155,6 +172,8 @@ def show_verification(found: Verification) -> None:
     state += "" if found.reload.ok else str(found.reload.unexpected)
     console.output.print(f"reload  {state} ({found.reload.model_type})")
     rows: list[tuple[str, ...]]
+    for name, why in found.unverified.items():
+        console.output.print(f"engine  {name} was not verified: {why}")
     if found.parity:
         rows = [
             (one.engine, "agrees" if one.ok else "DIFFERS", f"{one.max_logit_error:.2e}",
@@ -170,6 +189,14 @@ def show_verification(found: Verification) -> None:
         rows = [(g.name, str(g.prompts), str(g.empty), str(g.repetitive), str(g.broken))
                 for g in found.generation]  # fmt: skip
         console.table("", ["generation of", "prompts", "empty", "repetitive", "broken"], rows)
+    for placed in found.placement:
+        nodes = ", ".join(f"{name} {count}" for name, count in placed.providers.items())
+        console.output.print(f"nodes   {placed.engine}: {nodes}")
+        if not placed.ok:
+            console.output.print(f"        FAILED: {stray_text(placed)}")
+    if found.sparsity:
+        rows = [(one.engine, weights_text(one), kernels_text(one)) for one in found.sparsity]
+        console.table("", ["sparsity of", "weights", "kernels"], rows)
     if found.speed:
         rows = [
             (f"{one.engine} {one.phase}", f"{one.ratio:.2f}x", f"{one.low:.2f} to {one.high:.2f}",
@@ -179,19 +206,32 @@ def show_verification(found: Verification) -> None:
         console.table("", ["speed of", "ratio", "95 % interval", "noise floor", "verdict"], rows)
 
 
-def _engines(directory: Path) -> dict[str, Engine]:
-    file = directory / "report.json"
-    if not file.is_file():
-        return {}
+def _engines(directory: Path, trust: bool, store: Path) -> dict[str, Engine]:
+    """The engines of a result directory; `trust` vouches for those that `store` did not make."""
     found = {}
-    for export in Report.load(file).exports:
+    for export in _exports(directory):
         path = directory / export.directory
         if not path.is_dir():
             raise CheckpointError(str(path), "is missing, but report.json names it", "export again")
-        found[export.exporter] = Engine(
-            export.exporter, path, export.parameters, export.weight_bytes or 0
-        )
+        engine = Engine(export.exporter, path, export.parameters, export.weight_bytes or 0)
+        if engine.runs_code and (trust or Store(store).made("export", path)):
+            engine = replace(engine, trusted=True)
+        found[export.exporter] = engine
     return found
+
+
+def _exports(directory: Path) -> list[ExportReading]:
+    """What the report of a result directory says of its engines; nothing where it has none."""
+    file = directory / "report.json"
+    return Report.load(file).exports if file.is_file() else []
+
+
+def _record(export: ExportReading) -> BuildRecord:
+    return BuildRecord(
+        export.exporter, export.version, export.parameters, export.graph,
+        export.weight_bytes or 0, export.seconds or 0.0, export.toolchain, tuple(export.notes),
+        export.sparsity,
+    )  # fmt: skip
 
 
 def _text(

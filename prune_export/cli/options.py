@@ -41,6 +41,14 @@ Ram = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Compute threads; every core unless given.")
 ]
+TrustEngine = Annotated[
+    bool,
+    typer.Option(
+        "--trust-engine",
+        help="Open engines that hold machine code (TensorRT's) although the store did not make "
+        "them: opening one runs it.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="`cpu` or `cuda`; CUDA where there is one.")]
 IgnoreKeys = Annotated[
     list[str] | None,

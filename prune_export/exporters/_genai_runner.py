@@ -14,13 +14,14 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from prune_export.contracts import Runner
+from prune_export.contracts import Placement, Runner
 from prune_export.exporters._ort import OrtRunner, session_for
+from prune_export.exporters._ort_providers import NAMES, Provider, placement
 from prune_export.machine import Machine
 
 GRAPH: Final = "model.onnx"
 CONFIG: Final = "genai_config.json"
-PROVIDER: Final = "CPUExecutionProvider"
+PROVIDER: Final = Provider("cpu")
 _ROOM: Final = 256  # positions by which a full cache grows
 
 
@@ -64,6 +65,10 @@ class GenaiRunner:
     ) -> None:
         self.reset()
         self._session = None
+
+    def placement(self) -> Placement:
+        """Who runs the graph's nodes."""
+        return placement(self._session, NAMES["cpu"])
 
     def reset(self) -> None:
         """Forgets the cache."""

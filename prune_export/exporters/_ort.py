@@ -16,7 +16,9 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from prune_export.errors import MissingExtra, StageError
+from prune_export.contracts import Placement
+from prune_export.errors import MissingExtra
+from prune_export.exporters._ort_providers import NAMES, Provider, open_session, placement
 from prune_export.machine import Machine
 
 _PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
@@ -29,16 +31,11 @@ _DTYPES: Final[Mapping[str, Any]] = {
 _BFLOAT16: Final = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type
 
 
-def provider_for(machine: Machine) -> str:
-    """The execution provider that a machine's device asks for."""
-    return "CUDAExecutionProvider" if machine.device == "cuda" else "CPUExecutionProvider"
-
-
 def session_for(
     graph: Path,
     machine: Machine,
     *,
-    provider: str | None = None,
+    provider: Provider | None = None,
     prepack: bool = True,
     fuse: bool = True,
 ) -> Any:
@@ -56,13 +53,6 @@ def session_for(
         import onnxruntime
     except ImportError as error:
         raise MissingExtra.of("ONNX Runtime", "onnxruntime", "onnx") from error
-    wanted = provider or provider_for(machine)
-    if wanted not in onnxruntime.get_available_providers():
-        raise StageError(
-            f"{graph}  {wanted}",
-            f"this onnxruntime offers {', '.join(onnxruntime.get_available_providers())}",
-            "install onnxruntime-gpu, or choose the device `cpu`",
-        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = machine.threads
     options.inter_op_num_threads = 1
@@ -72,23 +62,7 @@ def session_for(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    chain = [wanted] if wanted == "CPUExecutionProvider" else [wanted, "CPUExecutionProvider"]
-    try:
-        session = onnxruntime.InferenceSession(str(graph), options, providers=chain)
-    except Exception as error:  # onnxruntime's own classes share no public base
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise StageError(
-            str(graph),
-            f"onnxruntime {onnxruntime.__version__} does not load it: {reason}",
-            "report this with the recipe: the exporter wrote a graph that the runtime refuses",
-        ) from error
-    if wanted not in session.get_providers():
-        raise StageError(
-            f"{graph}  {wanted}",
-            f"could not be used; the session fell back to {session.get_providers()}",
-            "install the provider's libraries (CUDA, cuDNN), or choose the device `cpu`",
-        )
-    return session
+    return open_session(graph, provider or Provider(), machine, options)
 
 
 class OrtRunner:
@@ -102,14 +76,15 @@ class OrtRunner:
         graph: Path,
         machine: Machine,
         *,
-        provider: str | None = None,
+        provider: Provider | None = None,
         prepack: bool = True,
         fuse: bool = True,
         head_size: int | None = None,
     ) -> None:
         self._session = session_for(graph, machine, provider=provider, prepack=prepack, fuse=fuse)
-        wanted = provider or provider_for(machine)
-        self._device = "cuda" if wanted == "CUDAExecutionProvider" else "cpu"
+        wanted = (provider or Provider()).resolved(machine)
+        self._provider = NAMES[wanted]
+        self._device = "cpu" if wanted == "cpu" else "cuda"
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
         self._past = [name for name in self._inputs if _PAST.fullmatch(name)]
@@ -127,6 +102,10 @@ class OrtRunner:
         trace: TracebackType | None,
     ) -> None:
         self._cache, self._session = {}, None
+
+    def placement(self) -> Placement:
+        """Who runs the graph's nodes."""
+        return placement(self._session, self._provider)
 
     def reset(self) -> None:
         """Forgets the cache."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
@@ -24,9 +24,13 @@ from prune_export.arch import Arch
 from prune_export.arch.table import table_for
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
-from prune_export.errors import MissingExtra
+from prune_export.errors import MissingExtra, PlanError
+from prune_export.exporters._ort_providers import Profile, Provider, ProviderName
 from prune_export.machine import Machine
 from prune_export.units import GIB
+
+if TYPE_CHECKING:
+    from prune_export.exporters._onnx_slide import Slid
 
 _BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}  # int8: the embedding stays fp32
 _TORCH: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"}
@@ -48,9 +52,41 @@ class Onnx:
         Literal["all", "last"],
         Field(description="`last` computes the head for the last position only: faster prompts"),
     ] = "all"
+    sliding: Annotated[
+        bool,
+        Field(
+            description="rewrite weights that keep 2N-2 of every 2N (6 of 8, and so 4 of 8) as "
+            "2 of 4, exactly, for hardware that knows no other pattern"
+        ),
+    ] = False
+
+    provider: Annotated[
+        ProviderName,
+        Field(description="who runs it here: `auto` is `cuda` on a machine with a GPU, else `cpu`"),
+    ] = "auto"
+    sparse: Annotated[
+        bool,
+        Field(description="let `provider: tensorrt` use kernels for weights that hold 2 of 4"),
+    ] = False
+    profile: Annotated[
+        Profile, Field(description="shapes that `tensorrt` and `tensorrt_rtx` build for")
+    ] = field(default_factory=Profile)
+    provider_options: Annotated[
+        dict[str, str | int | float | bool],
+        Field(description="further options of the provider, by ONNX Runtime's own names"),
+    ] = field(default_factory=dict)
 
     VERSION: ClassVar[str] = "3"
     DIRECTORY: ClassVar[str] = "onnx"
+
+    def __post_init__(self) -> None:
+        self._provider()  # which refuses what cannot be
+        if self.sliding and self.precision == "int8":
+            raise PlanError(
+                "onnx.sliding",
+                "is of no use with `precision: int8`, which rounds weights but multiplies in fp32",
+                "write `precision: fp16`, or leave `sliding` out",
+            )
 
     def check(self, arch: Arch, machine: Machine) -> None:
         """Refuses in the plan what cannot work.
@@ -58,10 +94,11 @@ class Onnx:
         Raises:
             MissingExtra: onnx, onnxscript or onnxruntime is not installed.
         """
-        del arch, machine
+        del arch
         for package in _PACKAGES:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: onnx", package, "onnx")
+        self._provider().check(machine)
 
     def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
         """What the export takes: the largest tensor twice, and the check of the whole graph."""
@@ -69,10 +106,10 @@ class Onnx:
         written = arch.parameters() * size
         largest = max(prod(arch.shape(tensor)) for tensor in arch.stored())
         return Cost(
-            ram_bytes=int(1.2 * GIB + largest * (size + 8)),
-            disk_bytes=written,
+            ram_bytes=int(1.2 * GIB + largest * (size * (2 if self.sliding else 1) + 8)),
+            disk_bytes=written * (3 if self.sliding else 1),
             flops=2.0 * 6 * 2 * arch.parameters(),
-            moved_bytes=2 * checkpoint_bytes + 2 * written,
+            moved_bytes=2 * checkpoint_bytes + written * (6 if self.sliding else 2),
             seconds=12.0,
         )
 
@@ -107,6 +144,7 @@ class Onnx:
         narrow = replace(source, trim=trim)
         _onnx_weights.write(stamped, narrow, dtype, out, work.progress)
         _carry(opened, out)
+        slid = self._slid(out, work)
         with work.progress.task("compare with PyTorch", 1) as task:
             note = self._compared(out, config, narrow, stamped.weights, work.machine)
             task.advance()
@@ -115,19 +153,17 @@ class Onnx:
             version=self.VERSION,
             parameters=asdict(self) | {"opset": _onnx_trace.OPSET},
             graph="model.onnx",
-            weight_bytes=_onnx_weights.decode_bytes(stamped, dtype, trace.experts_visited),
+            weight_bytes=_onnx_weights.decode_bytes(stamped, dtype, trace.experts_visited)
+            + (slid.added_bytes if slid else 0),
             seconds=perf_counter() - start,
             toolchain=_toolchain(),
-            notes=tuple(
-                filter(
-                    None,
-                    (
-                        f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
-                        trim.note(),
-                        note,
-                    ),
-                )
+            notes=(
+                f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
+                *([trim.note()] if trim else ()),
+                note,
+                *(slid.notes() if slid else ()),
             ),
+            sparsity={"asked": True, "proven": None} if self.sparse else {},
         )
 
     def open(self, path: Path, machine: Machine) -> Runner:
@@ -138,7 +174,27 @@ class Onnx:
         """
         from prune_export.exporters._ort import OrtRunner
 
-        return OrtRunner(path / "model.onnx", machine)
+        return OrtRunner(path / "model.onnx", machine, provider=self._provider())
+
+    def without_sparsity(self) -> Onnx | None:
+        """The same without windows and sparse kernels; None where there are none."""
+        off = replace(self, sliding=False, sparse=False)
+        return off if off != self else None
+
+    def _provider(self) -> Provider:
+        return Provider(
+            self.provider, self.precision, self.sparse, self.profile, self.provider_options
+        )
+
+    def _slid(self, out: Path, work: Work) -> Slid | None:
+        if not self.sliding:
+            return None
+        from prune_export.exporters._onnx_slide import slide
+
+        with work.progress.task("rewrite sparse weights", 1) as task:
+            slid = slide(out / "model.onnx")
+            task.advance()
+        return slid
 
     def _compared(self, out: Path, config: Any, source: Any, weights: Any, machine: Machine) -> str:
         import onnx

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,12 +21,13 @@ from prune_export.contracts import HealRecord, Work
 from prune_export.errors import StageError
 from prune_export.heal._memory import fit
 from prune_export.heal._merge import merged
-from prune_export.heal._model import Trainee, compute_dtype, plain, quiet, trainee
+from prune_export.heal._model import compute_dtype, plain, quiet, trainee
 from prune_export.heal._settings import Quantization, Settings
 from prune_export.heal._state import State, write_whole
-from prune_export.heal._targets import targets
+from prune_export.heal._targets import linear_weights, targets
 from prune_export.heal._train import Run, held_out_loss, own_randomness, train
-from prune_export.surgery import rewrite
+from prune_export.heal._zeros import kept_zeros, refuse_filled
+from prune_export.surgery import Edit, rewrite
 
 _RUN: Final = "run.json"
 _MOST_HELD_OUT: Final = 8
@@ -58,6 +59,9 @@ def heal(
     # The plan has answered for keys that the table does not know.
     arch = source.arch(ignore_keys=source.full_config())
     names = [tensor.name for tensor in targets(settings.targets, arch)]
+    whole = quantization is not None and quantization.into == "quantized_base"
+    written = [tensor.name for tensor in linear_weights(arch)] if whole else names
+    zeros = kept_zeros(source, written, settings.keep_zeros)
     run, key = _decided(settings, quantization, source, arch, tokens, work)
     windows = tokens.ids[: len(tokens.ids) - run.held_out]
     held_out = tokens.ids[len(windows) :]
@@ -71,6 +75,7 @@ def heal(
             device=run.device,
             dtype=run.dtype,
             gradient_checkpointing=run.gradient_checkpointing,
+            keep_zeros=zeros,
         )
         state = State.load(work.scratch, key)
         if "before" not in state.held_out:
@@ -80,8 +85,17 @@ def heal(
         losses = dict(state.held_out)
         losses["trained"] = held_out_loss(student.model, held_out, 1, run.device)
         began = time.monotonic()
-        _write(student, source, arch, settings, quantization, out, work)
-        del student
+        edits = merged(
+            source,
+            student.factors(),
+            scaling=settings.scaling,
+            transposed=student.transposed,
+            base=student.dequantized() if whole else {},
+            keep_zeros=zeros,
+        )
+        written_to = _written(source, arch, edits, out, work)
+        patterns = refuse_filled(source, written_to, arch, zeros)
+        del student, edits
         gc.collect()
         result = plain(out, source.nbytes, work.machine, work.scratch)
         losses["merged"] = held_out_loss(result, held_out, 1, run.device)
@@ -94,6 +108,11 @@ def heal(
             "loss": [list(row) for row in state.losses],
             "held_out": {"windows": run.held_out, "loss": losses},
             "training": _arguments(settings, quantization, run, names, arch),
+            "kept_zeros": {
+                "weights": len(zeros),
+                "zeros": sum(zeros.values()),
+                "patterns": patterns,
+            },
         },
     )
 
@@ -145,27 +164,13 @@ def _decided(
     return run, key
 
 
-def _write(
-    student: Trainee,
-    source: Checkpoint,
-    arch: Arch,
-    settings: Settings,
-    quantization: Quantization | None,
-    out: Path,
-    work: Work,
-) -> None:
-    whole = quantization is not None and quantization.into == "quantized_base"
+def _written(
+    source: Checkpoint, arch: Arch, edits: Iterable[Edit], out: Path, work: Work
+) -> Checkpoint:
     by_file: Counter[Path] = Counter()
     for entry in source.entries.values():
         by_file[entry.file] += entry.nbytes
-    edits = merged(
-        source,
-        student.factors(),
-        scaling=settings.scaling,
-        transposed=student.transposed,
-        base=student.dequantized() if whole else {},
-    )
-    rewrite(
+    return rewrite(
         source,
         arch,
         edits,

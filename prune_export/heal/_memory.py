@@ -28,6 +28,9 @@ _NF4_BYTES: Final = 0.53
 _NF4_SINGLE_BYTES: Final = 0.5625
 """The same with float32 scales."""
 
+_SUM_BYTES: Final = 12
+"""A weight of the layer whose masked sum, or its gradient, is being formed."""
+
 _STEP_TOKENS: Final = 1024
 """Tokens at once beyond which a CPU gets no faster."""
 
@@ -42,6 +45,8 @@ class Size:
     linear: int
     head: int
     adapters: int
+    adapted: int
+    widest: int
     largest: int
 
     @staticmethod
@@ -54,6 +59,8 @@ class Size:
             linear=sum(prod(arch.shape(tensor)) for tensor in linear_weights(arch)),
             head=prod(arch.shape(head)) if head else 0,
             adapters=sum(settings.rank * sum(arch.shape(tensor)) for tensor in chosen),
+            adapted=sum(prod(arch.shape(tensor)) for tensor in chosen),
+            widest=max(prod(arch.shape(tensor)) for tensor in chosen),
             largest=max(prod(arch.shape(tensor)) for tensor in arch.stored()),
         )
 
@@ -64,6 +71,14 @@ def base_bytes(size: Size, quantization: Quantization | None, item: int) -> int:
         return size.stored * item
     each = _NF4_BYTES if quantization.double else _NF4_SINGLE_BYTES
     return int(size.linear * each) + (size.stored - size.linear) * item
+
+
+def zeros_bytes(size: Size, settings: Settings, quantization: Quantization | None) -> int:
+    """What keeping zeros takes: the float32 sums of one layer at a time, and packed masks."""
+    if settings.keep_zeros is False:
+        return 0
+    packed = size.adapted // 8 if quantization else 0
+    return _SUM_BYTES * size.widest + packed
 
 
 def token_bytes(
@@ -134,6 +149,7 @@ def fit(
     size = Size.of(arch, settings)
     room = machine.gpu_bytes if machine.device == "cuda" else machine.ram_bytes - PROCESS_BYTES
     room = int(0.85 * room) - base_bytes(size, quantization, item) - 16 * size.adapters
+    room -= zeros_bytes(size, settings, quantization)
     asked = settings.gradient_checkpointing
     least = (settings.micro_batch or 1) * length
 
@@ -180,6 +196,7 @@ def cost(
     working = (
         base_bytes(size, quantization, item)
         + 16 * size.adapters
+        + zeros_bytes(size, settings, quantization)
         + activation_bytes(
             arch,
             settings,
@@ -201,15 +218,21 @@ def cost(
         ram_bytes=PROCESS_BYTES + host,
         gpu_bytes=max(working, measured) if on_gpu or machine is None else 0,
         disk_bytes=stored + 2 * 12 * size.adapters,
-        flops=trained * _token_flops(arch, size, length, found.gradient_checkpointing),
+        flops=trained * _token_flops(arch, settings, size, length, found.gradient_checkpointing),
         moved_bytes=3 * stored,
         seconds=15,
     )
 
 
-def _token_flops(arch: Arch, size: Size, length: int, recomputed: bool) -> float:
+def _token_flops(
+    arch: Arch, settings: Settings, size: Size, length: int, recomputed: bool
+) -> float:
     """Operations a trained token takes: forward, and backward without the frozen weights' part."""
     frozen = size.linear + size.head
     attention = 2.0 * arch.layers * length * arch.sizes["residual"]
     forwards = 2 if recomputed else 1
-    return (1 + forwards) * 2.0 * frozen + (2.5 + forwards) * attention + 6.0 * size.adapters
+    # With zeros to keep, the gradient of each adapted matrix itself is formed. Whether `auto` finds
+    # any is not known without the weights.
+    masked = 2.0 * size.adapted if settings.keep_zeros is True else 0.0
+    low_rank = masked or 6.0 * size.adapters
+    return (1 + forwards) * 2.0 * frozen + (2.5 + forwards) * attention + low_rank

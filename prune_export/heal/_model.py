@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,9 @@ import torch
 
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import MissingExtra, StageError
+from prune_export.heal._masked import Base, mask
 from prune_export.heal._settings import Quantization, Settings
+from prune_export.heal._zeros import Packed
 from prune_export.machine import Machine
 
 _ADAPTER: Final = "default"
@@ -77,8 +79,11 @@ def trainee(
     device: str,
     dtype: torch.dtype,
     gradient_checkpointing: bool,
+    keep_zeros: Collection[str] = (),
 ) -> Trainee:
     """The model of `source` with fresh adapters on the stored weights `targets`.
+
+    Where one of `keep_zeros` is zero, its adapter changes nothing.
 
     Raises:
         StageError: transformers' model has no linear layer for a target.
@@ -107,6 +112,17 @@ def trainee(
             f"got no adapter from peft ({len(missed)} of {len(modules)} targets did not)",
             "report this with the model's config.json",
         )
+    for name in keep_zeros:
+        if name in carriers:
+            layer = carriers[name].get_base_layer()
+            turned = name in transposed
+            packed = None
+            if quantization is not None:
+                # NF4 makes zeros of small weights too, and those are to be trained.
+                zero = source.read(name) == 0
+                packed = Packed.of(zero.T if turned else zero, device)
+            # A 4-bit layer is [out, in] whatever it stands for.
+            mask(carriers[name], _ADAPTER, Base(layer, turned and packed is None, packed))
     return Trainee(adapted, carriers, frozenset(transposed))
 
 

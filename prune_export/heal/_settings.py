@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from prune_export.errors import PlanError
+from prune_export.heal._zeros import KeepZeros
 
 _WARMUP_SHARE: Final = 0.1
 """The most of a run that warm-up may take: 100 steps of warm-up in 120 would train nothing."""
@@ -80,6 +81,14 @@ class Settings:
         Field(
             description="What the frozen model computes in; adapters are float32 always. `auto` is "
             "bfloat16 where the hardware has it (CUDA, or a CPU with AMX), else float32."
+        ),
+    ] = "auto"
+    keep_zeros: Annotated[
+        KeepZeros,
+        Field(
+            description="Leave weights alone that are zero, in the training and in the merge. "
+            "`auto` does it in each matrix that is pruned: 5 % or more of it is zero. Dropout then "
+            "removes the same inputs of an adapter for all tokens of a micro-batch."
         ),
     ] = "auto"
     save_every: Annotated[

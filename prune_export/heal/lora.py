@@ -25,9 +25,11 @@ class Lora(Settings):
     """Heals with low-rank adapters (LoRA), then merges them into the weights.
 
     The frozen model is held in the compute dtype. Needs the extra `heal`.
+
+    Source: Hu et al., "LoRA", arXiv:2106.09685, section 4.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     def check(self, arch: Arch, machine: Machine) -> None:
         """Refuses in the plan what cannot work (PlanError, MissingExtra)."""

@@ -29,9 +29,11 @@ class Qlora(Settings):
 
     While it trains, every linear weight of the blocks is held in 4-bit NormalFloat by bitsandbytes,
     on a CPU or a GPU. Needs the extra `heal`.
+
+    Source: Dettmers et al., "QLoRA", arXiv:2305.14314, sections 2 and 3.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     bits: Annotated[
         int, Field(ge=4, le=4, description="Bits of a frozen weight; 4 (NF4) is what there is.")

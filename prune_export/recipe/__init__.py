@@ -23,7 +23,7 @@ from prune_export.recipe.document import Document
 from prune_export.recipe.schema import Export, Publish, Quality, Speed, Verify
 from prune_export.recipe.search import Candidate, Search, Template, heal_of, templates
 from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
-from prune_export.recipe.stages import Stage, Workload
+from prune_export.recipe.stages import Stage, Sweep, Workload
 
 __all__ = [
     "Candidate",
@@ -37,6 +37,7 @@ __all__ = [
     "Source",
     "Speed",
     "Stage",
+    "Sweep",
     "Template",
     "TokenFile",
     "Verify",

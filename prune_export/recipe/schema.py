@@ -18,7 +18,7 @@ from prune_export.errors import PlanError, RecipeError, did_you_mean
 from prune_export.recipe.document import Document, Path_, dotted
 from prune_export.recipe.search import TO_TARGET, Search, marks
 from prune_export.recipe.sources import SOURCES, Frozen, Source
-from prune_export.recipe.stages import Stage, Workload, plain
+from prune_export.recipe.stages import Stage, Sweep, Workload, plain
 
 VERSION = 1
 
@@ -56,6 +56,7 @@ class Speed(Frozen):
     minutes: Annotated[
         float, Field(gt=0, description="Time limit for each engine and workload, in minutes.")
     ] = 3.0
+    sweep: Annotated[Sweep | None, Field(description="A grid to see where it pays.")] = None
 
 
 class Verify(Frozen):

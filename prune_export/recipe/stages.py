@@ -20,6 +20,31 @@ class Workload(Frozen):
     new: Annotated[int, Field(ge=1, description="New tokens.")] = 128
 
 
+class Sweep(Frozen):
+    """A grid of requests that speed is measured over, to see where it pays."""
+
+    batch: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="Batch sizes.")
+    ] = (1,)
+    prompt: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...],
+        Field(min_length=1, description="Prompt lengths, in tokens."),
+    ] = (1, 16, 64, 256, 1024)
+    new: Annotated[int, Field(ge=1, description="New tokens after each prompt.")] = 4
+    minutes: Annotated[
+        float, Field(gt=0, description="Time limit for each engine's grid, in minutes.")
+    ] = 10.0
+
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """Every batch with every prompt."""
+        return tuple(
+            Workload(batch=batch, prompt=prompt, new=self.new)
+            for batch in self.batch
+            for prompt in self.prompt
+        )
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage: a registered entry with its parameters, and the name of its data."""

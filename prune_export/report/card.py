@@ -20,6 +20,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
+from prune_export import registry
 from prune_export.errors import RecipeError
 from prune_export.recipe import document
 from prune_export.report import table
@@ -31,11 +32,12 @@ from prune_export.units import text_from_bytes, text_from_count, text_from_secon
 
 _LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 _HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+_ARXIV: Final = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
 
 @dataclass(frozen=True)
 class Paper:
-    """What to cite for a method."""
+    """What to cite for a method; without `authors`, its link is all that is known."""
 
     title: str
     authors: str
@@ -104,9 +106,19 @@ def card_data(report: Report, *, repo_id: str | None = None) -> ModelCardData:
 
 @cache
 def papers() -> dict[str, Paper]:
-    """The paper of each method and healer, by its name in a recipe."""
+    """What is known of papers, by arXiv number."""
     text = files("prune_export.report").joinpath("papers.yaml").read_text(encoding="utf-8")
-    return {name: Paper(**entry) for name, entry in yaml.safe_load(text).items()}
+    return {arxiv: Paper(arxiv=arxiv, **entry) for arxiv, entry in yaml.safe_load(text).items()}
+
+
+def sources(name: str) -> tuple[str, ...]:
+    """The arXiv numbers that a method's or healer's docstring names after `Source:`."""
+    found: list[str] = []
+    for kind in registry.KINDS:
+        if name in registry.names(kind):
+            _, _, source = (registry.find(kind, name).__doc__ or "").partition("Source:")
+            found += _ARXIV.findall(source.partition("Differs:")[0])
+    return tuple(dict.fromkeys(found))
 
 
 def fenced(text: str, language: str = "") -> Markup:
@@ -193,9 +205,12 @@ def _eval_results(report: Report) -> list[EvalResult]:
 
 
 def _cited(report: Report) -> list[tuple[str, Paper]]:
-    known = papers()
     names = dict.fromkeys(stage.name for stage in report.stages)
-    return [(name, known[name]) for name in names if name in known]
+    return [
+        (name, papers().get(arxiv, Paper(f"arXiv:{arxiv}", "", 0, arxiv)))
+        for name in names
+        for arxiv in sources(name)
+    ]
 
 
 def _flat(text: str) -> str:

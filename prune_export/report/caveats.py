@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from prune_export.report.reading import Report, perplexity_change
+from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.report.table import interval, number, speed_text, times, workload_text
 from prune_export.verify.results import Generation, Verification
 
@@ -37,7 +38,11 @@ def caveats(report: Report | Mapping[str, Any]) -> list[Caveat]:
         found = [Caveat("failure", "Nothing was verified: the run had no verification.")]
     else:
         found = [*_reload(checks), *_gates(checks), *_parity(checks), *_quality(report, checks)]
-        found += [*_generation(report, checks), *_speed(checks)]
+        found += [
+            Caveat("failure", f"The engine of {engine} was not verified: {why}.")
+            for engine, why in checks.unverified.items()
+        ]
+        found += [*_generation(report, checks), *_speed(checks), *_sparsity(checks)]
     found += _scope(report)
     return sorted(found, key=lambda caveat: caveat.kind != "failure")
 
@@ -162,7 +167,18 @@ def _speed(checks: Verification) -> Iterator[Caveat]:
     )
 
 
+def _sparsity(checks: Verification) -> Iterator[Caveat]:
+    for placed in checks.placement:
+        if not placed.ok:
+            yield Caveat("failure", f"{placed.engine}: {stray_text(placed)}.")
+    for one in checks.sparsity:
+        if not one.proven:
+            yield Caveat("limit", f"{one.engine}: {weights_text(one)}; {kernels_text(one)}.")
+
+
 def _scope(report: Report) -> Iterator[Caveat]:
+    for note in dict.fromkeys(note for one in report.prunes for note in one.log.get("notes") or ()):
+        yield Caveat("limit", f"{note[:1].upper()}{note[1:]}.")
     if report.prunes and not report.heals:
         yield Caveat("limit", "The model was not healed (trained) after pruning.")
     if not report.exports:

@@ -5,6 +5,8 @@
     loss_curve.png     healing loss
     quality.png        perplexity of dense, pruned, healed and each engine
     speed.png          speed against the dense engine, with intervals and the A/A noise band
+    sweep.png          speed against the dense engine over prompt lengths and batches
+    sparse_gain.png    the same against the engine itself with sparsity off
     summary.png        the three that matter most, side by side, for a README
 
 A second prune or heal stage adds `distance_map-2.png` and so on.
@@ -21,8 +23,9 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from prune_export.report import panels, style
+from prune_export.report import panels, style, sweeps
 from prune_export.report.reading import Report, StageReading
+from prune_export.report.sparse import grids
 
 Draw = Callable[[Axes], None]
 
@@ -49,6 +52,8 @@ _TITLES: Final = {
     "loss_curve": "Loss while healing",
     "quality": "Perplexity of each model",
     "speed": "Speed of each engine against its dense twin",
+    "sweep": "Speed against the dense engine, over prompt lengths",
+    "sparse_gain": "Speed against the same engine with sparsity off, over prompt lengths",
     "summary": "What was removed, what it cost, what it gained",
 }
 
@@ -118,6 +123,8 @@ def _plan(report: Report) -> list[_Planned]:
         many = len({one.workload for one in checks.speed}) > 1
         height = 1.45 + (0.52 if many else 0.42) * len(checks.speed)
         add("speed", partial(panels.speed, report=report), (7.2, height))
+    for stem, title, speeds in grids(report):
+        add(stem, partial(sweeps.sweep, title=title, speeds=speeds), (7.2, 3.6))
     return found
 
 

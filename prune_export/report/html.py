@@ -21,6 +21,7 @@ from prune_export.report import table
 from prune_export.report.caveats import caveats, failed
 from prune_export.report.figures import figure_title, names_by_stage
 from prune_export.report.reading import Change, Report, perplexity_change, text_from_blocks
+from prune_export.report.sparse import kernels_text, pays_text, stray_text, weights_text
 from prune_export.report.style import DPI
 from prune_export.units import text_from_bytes, text_from_count, text_from_seconds
 from prune_export.verify.results import Parity, Perplexity, Speed
@@ -223,15 +224,19 @@ def _environment() -> jinja2.Environment:
         "blocks": text_from_blocks,
         "bytes": text_from_bytes,
         "count": text_from_count,
+        "kernels": kernels_text,
         "number": table.number,
         "parity": _parity_words,
+        "pays": pays_text,
         "rounds": _rounds,
         "scalars": scalars,
         "seconds": text_from_seconds,
         "share": _share_of_bound,
         "speed": table.speed_text,
+        "stray": stray_text,
         "times": table.times,
         "value": value_text,
+        "weights": weights_text,
         "workload": table.workload_text,
     }
     environment.globals["interval"] = table.interval

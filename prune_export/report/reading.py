@@ -127,6 +127,7 @@ class ExportReading:
     seconds: float | None = None
     toolchain: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sparsity: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _with_nan(report: Any) -> Any:
     if not isinstance(checks, Mapping):
         return report
     found = dict(checks)
-    for part in ("perplexity", "parity", "speed", "gates"):
+    for part in ("perplexity", "parity", "speed", "sweep", "gates"):
         found[part] = [
             {key: _nan_for_null(value) for key, value in entry.items()}
             if isinstance(entry, Mapping)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prune_export.report.reading import Report, perplexity_change, text_from_blocks
+from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.units import text_from_bytes, text_from_count
 from prune_export.verify.results import Perplexity, Speed
 
@@ -27,10 +28,11 @@ COLUMNS = ("", "dense", "result", "change")
 class Row:
     """One line; `tone` is what a renderer may colour the change by.
 
-    `group` is size, quality, speed or check, so that a renderer can draw a rule between groups.
+    `group` is size, quality, speed, sparsity or check, so that a renderer can draw a rule between
+    groups.
     """
 
-    group: Literal["size", "quality", "speed", "check"]
+    group: Literal["size", "quality", "speed", "sparsity", "check"]
     label: str
     dense: str
     result: str
@@ -45,7 +47,10 @@ class Row:
 def summary_rows(report: Report | Mapping[str, Any]) -> list[Row]:
     """The final table's rows, in the order that they are shown; columns as in `COLUMNS`."""
     report = Report.of(report)
-    return [*_size_rows(report), *_quality_rows(report), *_speed_rows(report), *_check_rows(report)]
+    return [
+        *_size_rows(report), *_quality_rows(report), *_speed_rows(report),
+        *_sparsity_rows(report), *_check_rows(report),
+    ]  # fmt: skip
 
 
 def where_to_look(report: Report | Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -196,6 +201,31 @@ def _speed_rows(report: Report) -> list[Row]:
     ]
 
 
+def _sparsity_rows(report: Report) -> list[Row]:
+    """What each engine's weights hold and its kernels do; then what these gain."""
+    tones: dict[str, Tone] = {"faster": "better", "slower": "worse", "no speedup": "same"}
+    rows = []
+    checks = report.verification
+    for one in checks.sparsity if checks else ():
+        tone: Tone = "better" if one.proven else "worse" if one.asked else "same"
+        label = f"sparse weights, {one.engine}"
+        rows.append(Row("sparsity", label, "", weights_text(one), kernels_text(one), tone))
+        many = len({gain.workload for gain in one.gain}) > 1
+        rows += [
+            Row(
+                "sparsity",
+                f"sparsity off → on, {gain.phase}, {gain.engine}"
+                + (f" ({workload_text(gain)})" if many else ""),
+                f"{number(gain.dense_tokens_per_second, 1)} tok/s",
+                f"{number(gain.pruned_tokens_per_second, 1)} tok/s",
+                speed_text(gain),
+                tones[gain.verdict],
+            )
+            for gain in one.gain
+        ]
+    return rows
+
+
 def _check_rows(report: Report) -> list[Row]:
     checks = report.verification
     if checks is None:
@@ -214,6 +244,11 @@ def _check_rows(report: Report) -> list[Row]:
         )
         for parity in checks.parity
         if not parity.ok
+    ]
+    rows += [
+        Row("check", f"provider, {one.engine}", "", "FAILED", stray_text(one), "worse")
+        for one in checks.placement
+        if not one.ok
     ]
     rows += [
         Row(

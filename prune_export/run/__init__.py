@@ -10,15 +10,16 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
+from prune_export.contracts import Sparse
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.plan import Plan, make_plan
 from prune_export.progress import Progress, Silent
-from prune_export.recipe import PUBLISHED_NAME, Recipe, Stage
+from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage
 from prune_export.report import write_report
 from prune_export.run import artifacts
 from prune_export.run.artifacts import Base, Bench
@@ -27,10 +28,14 @@ from prune_export.run.record import report_of
 from prune_export.run.result import LOCK, Result, lock_of, refuse_foreign
 from prune_export.run.search import searched
 from prune_export.store import Artifact, Store
-from prune_export.verify import check_tasks
+from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
 
 __all__ = ["Plan", "RunResult", "make_plan", "plan", "run"]
+
+
+CALIBRATION: Final = "calibration"
+"""The data that exporters calibrate with, where a recipe names a source so."""
 
 
 @dataclass(frozen=True)
@@ -119,17 +124,36 @@ def run(
     asked = recipe.to_yaml()
     recipe, stages, searches = _stages(bench, recipe, base, data, options.ignore_keys)
     last = stages[-1] if stages else base
-    exports = [artifacts.exported(bench, export, last.path, last.id) for export in recipe.export]
+    tokens = data[CALIBRATION][1] if CALIBRATION in data else None
+    exports = [
+        artifacts.exported(bench, export, last.path, last.id, tokens=tokens)
+        for export in recipe.export
+    ]
     dense = []
     if recipe.verify.speed:
         dense = [
-            artifacts.exported(bench, export, base.path, base.id, of=", dense to compare with")
+            artifacts.exported(
+                bench, export, base.path, base.id, of=", dense to compare with", tokens=tokens
+            )
             for export in recipe.export
         ]
+    off = [_without_sparsity(bench, recipe, export, last) for export in recipe.export]
     sets = {name: tokens for name, (_, tokens) in data.items()}
-    found = measured(bench, recipe, base, stages, exports, dense, sets)
+    found = measured(bench, recipe, base, stages, exports, dense, sets, off)
     made = _Made(asked, base, data, stages, searches, exports, found)
     return _finished(bench, recipe, options.out, made)
+
+
+def _without_sparsity(
+    bench: Bench, recipe: Recipe, export: Export, last: Artifact | Base
+) -> Artifact | None:
+    """The same engine with sparsity off, to tell its gain; None where there's nothing to tell."""
+    entry = export.entry.without_sparsity() if isinstance(export.entry, Sparse) else None
+    runs = Engine(export.name, last.path).runs_on(bench.machine)
+    if entry is None or recipe.verify.speed is None or not runs:
+        return None
+    twin = replace(export, entry=entry)
+    return artifacts.exported(bench, twin, last.path, last.id, of=", sparsity off")
 
 
 def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
@@ -149,6 +173,8 @@ def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
 def _data(bench: Bench, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
     """The token sets that the recipe uses; none shares a document with what it is judged by."""
     used = {name for stage in recipe.stages for name in stage.uses if name in recipe.data}
+    if any(map(artifacts.calibrates, recipe.export)):
+        used |= {CALIBRATION} & recipe.data.keys()
     ranking = {stage.data for stage in recipe.stages if stage.kind == "search"}
     quality = recipe.verify.quality
     evaluation = quality.perplexity if quality else None

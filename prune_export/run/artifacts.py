@@ -191,7 +191,12 @@ def pruned(
         asked = stage.entry.statistics(arch)
         view = ModelView(arch, checkpoint, {})
         if asked and data:
-            view = replace(view, means=Means(data[1], work.machine, work.scratch, work.progress))
+            # Here, as engines are artifacts themselves.
+            from prune_export.run.timing import TimedEngines
+
+            engines = TimedEngines(bench, arch, source, source_id)
+            means = Means(data[1], work.machine, work.scratch, work.progress, engines)
+            view = replace(view, means=means)
             first = [statistic for statistic in asked if not isinstance(statistic, Further)]
             view = replace(view, results=view.gather(first))
         decision = stage.entry.decide(view)
@@ -240,20 +245,44 @@ def healed(
 
 
 def exported(
-    bench: Bench, export: Export, source: Path, source_id: str, *, of: str = ""
+    bench: Bench,
+    export: Export,
+    source: Path,
+    source_id: str,
+    *,
+    of: str = "",
+    tokens: TokenSet | None = None,
 ) -> Artifact:
-    """The engine of a checkpoint; the record is its BuildRecord."""
-    key = Key("export", export.name, export.entry.VERSION, export.parameters(), (source_id,))
+    """The engine of a checkpoint; the record is its BuildRecord.
+
+    `tokens` reach exporters that calibrate, and are part of what their engines depend on.
+    """
+    read = tokens if calibrates(export) else None
+    key = Key(
+        "export",
+        export.name,
+        export.entry.VERSION,
+        export.parameters(),
+        (source_id,),
+        read.fingerprint if read else None,
+    )
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
+        work = replace(work, tokens=read)
         record = dataclasses.asdict(export.entry.export(source, files, work))
         return record | {
             "parameters": dict(record["parameters"]),
             "notes": list(record["notes"]),
             "toolchain": dict(record["toolchain"]),
+            "sparsity": dict(record["sparsity"]),
         }
 
     return bench.make(key, f"export: {export.name}{of}", build)
+
+
+def calibrates(export: Export) -> bool:
+    """Whether an export reads calibration data."""
+    return bool(getattr(export.entry, "calibrates", False))
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -26,7 +26,9 @@ from prune_export.verify import (
     measure_generation,
     measure_parity,
     measure_perplexity,
+    measure_placement,
     measure_reload,
+    measure_sparsity,
     measure_speed,
     measure_tasks,
     perplexity_gates,
@@ -37,7 +39,9 @@ from prune_export.verify.results import (
     Generation,
     Parity,
     Perplexity,
+    Placed,
     Reload,
+    Sparsity,
     Speed,
     Task,
     Verification,
@@ -67,24 +71,32 @@ def measured(
     exports: Sequence[Artifact],
     dense: Sequence[Artifact],
     data: Mapping[str, TokenSet],
+    off: Sequence[Artifact | None] = (),
 ) -> Verification:
     """Everything that the recipe's `verify` asks for.
 
+    `off` has for each export the same engine with sparsity off, where that makes a difference.
     Parity and speed feed evaluation tokens, or those of another source where there are none.
     """
     asked = recipe.verify
     points = _points(recipe, base, stages)
-    engines = [_engine(artifact) for artifact in exports]
+    engines = [(artifact, _engine(artifact)) for artifact in exports]
+    runnable = [(artifact, one) for artifact, one in engines if one.runs_on(bench.machine)]
     quality = asked.quality
     text = data.get(quality.perplexity) if quality and quality.perplexity else None
     ids = _any_ids(text, data)
     found = Verification(reload=_reload(bench, points[-1]), machine=describe())
+    if asked.parity or asked.speed or (quality and quality.engines):
+        found.unverified.update(
+            {one.exporter: f"it does not run on {bench.machine.device}, which is all there was"
+             for _, one in engines if not one.runs_on(bench.machine)}
+        )  # fmt: skip
     if text is not None and quality is not None:
         for point in points:
             found.perplexity.append(
                 _perplexity(bench, point.name, Engine.pytorch(point.path), point.id, text)
             )
-        for artifact, engine in zip(exports, engines, strict=True):
+        for artifact, engine in runnable:
             if quality.engines:
                 found.perplexity.append(
                     _perplexity(bench, engine.exporter, engine, artifact.id, text)
@@ -93,13 +105,20 @@ def measured(
         found.generation.extend(_generation(bench, point) for point in (points[0], points[-1]))
     if quality and quality.tasks:
         found.tasks.extend(_tasks(bench, quality, points))
-    for artifact, engine in zip(exports, engines, strict=True):
+    for artifact, engine in runnable:
         if asked.parity:
             found.parity.append(_parity(bench, artifact, engine, points[-1], ids))
+        found.placement.extend(_placement(bench, artifact, engine))
     if asked.speed:
         for one, other in zip(dense, exports, strict=True):
+            if not _engine(other).runs_on(bench.machine):
+                continue
             found.speed.extend(_speed(bench, asked.speed, one, other, ids))
+            found.sweep.extend(_sweep(bench, asked.speed, one, other, ids))
         found.gates.extend(speed_gates(found.speed, asked.speed.at_least, asked.speed.phase))
+    twins = off or [None] * len(exports)
+    for artifact, twin in zip(exports, twins, strict=True):
+        found.sparsity.extend(_sparsity(bench, asked.speed, artifact, twin, ids))
     if quality:
         found.gates.extend(perplexity_gates(found.perplexity, points[-1].name, quality.at_most))
     return found
@@ -119,10 +138,14 @@ def _points(recipe: Recipe, base: Base, stages: Sequence[Artifact]) -> list[Poin
     return points
 
 
-def _engine(artifact: Artifact) -> Engine:
+def _record(artifact: Artifact) -> BuildRecord:
     record = dict(artifact.record)
     record["notes"] = tuple(record["notes"])
-    return Engine.of(BuildRecord(**record), artifact.path)
+    return BuildRecord(**record)
+
+
+def _engine(artifact: Artifact) -> Engine:
+    return Engine.of(_record(artifact), artifact.path, trusted=True)  # this store made it
 
 
 def _any_ids(text: TokenSet | None, data: Mapping[str, TokenSet]) -> np.ndarray:
@@ -215,16 +238,81 @@ def _parity(
     )  # fmt: skip
 
 
-def _speed(
-    bench: Bench, asked: recipes.Speed, dense: Artifact, pruned: Artifact, ids: np.ndarray
-) -> list[Speed]:
-    workloads = [Workload(w.batch, w.prompt, w.new) for w in asked.workloads]
-    one, other = _engine(dense), _engine(pruned)
-    effort = Effort(seconds=asked.minutes * 60)
-    about = {"workloads": to_json(workloads), "minutes": asked.minutes, "machine": describe(),
-             "threads": bench.machine.threads, "device": bench.machine.device}  # fmt: skip
+def _placement(bench: Bench, artifact: Artifact, engine: Engine) -> list[Placed]:
+    about = {"machine": describe(), "device": bench.machine.device}
     return _kept(
-        bench, "speed", f"verify: speed of {other.exporter} against dense", list[Speed],
+        bench, "placement", f"verify: nodes of {engine.exporter}", list[Placed], (artifact.id,),
+        about, lambda: measure_placement(engine, bench.machine, progress=bench.progress),
+    )  # fmt: skip
+
+
+def _sparsity(
+    bench: Bench,
+    asked: recipes.Speed | None,
+    artifact: Artifact,
+    off: Artifact | None,
+    ids: np.ndarray,
+) -> list[Sparsity]:
+    """What the engine shows of sparsity; its gain over the same engine without, if asked for."""
+    record = _record(artifact)
+    name = record.exporter
+    found = _kept(
+        bench, "sparsity", f"verify: sparse weights of {name}", list[Sparsity], (artifact.id,), {},
+        lambda: measure_sparsity(record, artifact.path),
+    )  # fmt: skip
+    if not asked or off is None:
+        return found
+    gain = _speed(bench, asked, off, artifact, ids, than="itself with sparsity off")
+    sweep = _sweep(bench, asked, off, artifact, ids, than="itself with sparsity off")
+    return [replace(one, gain=gain, sweep=sweep) for one in found]
+
+
+def _speed(
+    bench: Bench,
+    asked: recipes.Speed,
+    dense: Artifact,
+    pruned: Artifact,
+    ids: np.ndarray,
+    *,
+    than: str = "dense",
+) -> list[Speed]:
+    effort = Effort(seconds=asked.minutes * 60)
+    return _timed(bench, asked.workloads, effort, dense, pruned, ids, than)
+
+
+def _sweep(
+    bench: Bench,
+    asked: recipes.Speed,
+    dense: Artifact,
+    pruned: Artifact,
+    ids: np.ndarray,
+    *,
+    than: str = "dense",
+) -> list[Speed]:
+    """Speed over the grid, where one is asked for, with less effort for each cell."""
+    if asked.sweep is None:
+        return []
+    effort = Effort(launches=3, rounds=2, most_launches=3, seconds=asked.sweep.minutes * 60)
+    grid = asked.sweep.workloads
+    return _timed(bench, grid, effort, dense, pruned, ids, f"{than} over a grid")
+
+
+def _timed(
+    bench: Bench,
+    asked: Sequence[recipes.Workload],
+    effort: Effort,
+    dense: Artifact,
+    pruned: Artifact,
+    ids: np.ndarray,
+    than: str,
+) -> list[Speed]:
+    workloads = [Workload(w.batch, w.prompt, w.new) for w in asked]
+    one, other = _engine(dense), _engine(pruned)
+    about = {"workloads": to_json(workloads), "minutes": effort.seconds / 60,
+             "machine": describe(), "threads": bench.machine.threads,
+             "device": bench.machine.device}  # fmt: skip
+    return _kept(
+        bench, "speed", f"verify: speed of {other.exporter} against {than}", list[Speed],
         (dense.id, pruned.id), about,
         lambda: measure_speed(
             one, other, workloads, ids, bench.machine, effort=effort, progress=bench.progress

@@ -9,8 +9,10 @@ from prune_export.verify.engine import Engine
 from prune_export.verify.gates import perplexity_gates, speed_gates
 from prune_export.verify.generation import measure_generation
 from prune_export.verify.parity import measure_parity
+from prune_export.verify.placement import measure_placement
 from prune_export.verify.quality import measure_perplexity
 from prune_export.verify.reload import measure_reload
+from prune_export.verify.sparsity import measure_sparsity
 from prune_export.verify.speed import Effort, measure_speed
 from prune_export.verify.tasks import check_tasks, measure_tasks
 
@@ -21,7 +23,9 @@ __all__ = [
     "measure_generation",
     "measure_parity",
     "measure_perplexity",
+    "measure_placement",
     "measure_reload",
+    "measure_sparsity",
     "measure_speed",
     "measure_tasks",
     "perplexity_gates",

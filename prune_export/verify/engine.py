@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from prune_export import registry
 from prune_export.contracts import BuildRecord, Runner
-from prune_export.errors import VerifyError
+from prune_export.errors import CheckpointError, VerifyError
 from prune_export.machine import Machine
 from prune_export.verify.pytorch import PyTorch
 
@@ -24,31 +24,56 @@ class Engine:
     """Something that can be opened as a Runner: an exporter's name, its keys, and what it wrote.
 
     `weight_bytes` is what one decode step must read of weights, 0 where that is not known.
+    `trusted` says that it was made here or that its user vouches for it: an engine that holds
+    machine code is not opened otherwise.
     """
 
     exporter: str
     path: Path
     parameters: Mapping[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0
+    trusted: bool = False
 
     @staticmethod
-    def of(record: BuildRecord, path: Path) -> Engine:
+    def of(record: BuildRecord, path: Path, *, trusted: bool = False) -> Engine:
         """The engine that `record` describes, lying in `path`."""
-        return Engine(record.exporter, path, dict(record.parameters), record.weight_bytes)
+        return Engine(record.exporter, path, dict(record.parameters), record.weight_bytes, trusted)
 
     @staticmethod
     def pytorch(checkpoint: Path, *, weight_bytes: int = 0, **parameters: Any) -> Engine:
         """A checkpoint in PyTorch eager; `parameters` are the fields of `PyTorch`."""
         return Engine(PYTORCH, checkpoint, parameters, weight_bytes)
 
+    @property
+    def runs_code(self) -> bool:
+        """Whether opening it runs machine code that its files hold."""
+        return bool(getattr(self._kind, "RUNS_CODE", False))
+
+    def runs_on(self, machine: Machine) -> bool:
+        """Whether this machine has the device that it needs."""
+        devices = getattr(self._kind, "RUNS_ON", None)
+        return devices is None or machine.device in devices
+
+    @property
+    def _kind(self) -> Any:
+        return PyTorch if self.exporter == PYTORCH else registry.find("exporters", self.exporter)
+
     def open(self, machine: Machine) -> Runner:
         """A runner for it, in this process.
 
         Raises:
+            CheckpointError: it holds machine code, and nobody vouches for it.
             VerifyError: the exporter does not know a parameter of the build record.
             PlanError: no such exporter.
         """
-        kind = PyTorch if self.exporter == PYTORCH else registry.find("exporters", self.exporter)
+        kind = self._kind
+        if self.runs_code and not self.trusted:
+            raise CheckpointError(
+                str(self.path),
+                f"an engine of `{self.exporter}` holds machine code, and this one was not made "
+                "with the store at hand",
+                "pass `--trust-engine` if you trust whoever made it, or export it again",
+            )
         try:
             exporter = TypeAdapter(kind).validate_python(dict(self.parameters))
         except ValidationError as error:
@@ -67,10 +92,15 @@ class Engine:
             "path": str(self.path),
             "parameters": dict(self.parameters),
             "weight_bytes": self.weight_bytes,
+            "trusted": self.trusted,
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Engine:
         return Engine(
-            data["exporter"], Path(data["path"]), data["parameters"], data["weight_bytes"]
+            data["exporter"],
+            Path(data["path"]),
+            data["parameters"],
+            data["weight_bytes"],
+            data["trusted"],
         )

@@ -143,6 +143,66 @@ class Task:
 
 
 @dataclass(frozen=True)
+class WeightPattern:
+    """A weight of an engine's graph: the fraction of zeros, and the pattern, '' for none."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    inputs: int
+    outputs: int
+    zeros: float
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What an engine shows of sparse weights and sparse kernels.
+
+    `asked` says that sparse kernels were allowed; `proven` is True where a witness names one that
+    runs, False where there is none, None where it cannot be known. `eligible` and `chosen` count
+    layers by the builder's own words, None where it said nothing; `tactics` are the names of sparse
+    kernels by layer. `gain` is speed against the same engine with sparsity off, `sweep` the same
+    over a grid: in these, `dense` means that engine.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    engine: str
+    weights: list[WeightPattern]
+    asked: bool
+    proven: bool | None
+    eligible: int | None = None
+    chosen: int | None = None
+    eligible_layers: list[str] = field(default_factory=list)
+    chosen_layers: list[str] = field(default_factory=list)
+    tactics: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+    gain: list[Speed] = field(default_factory=list)
+    sweep: list[Speed] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Who ran an engine's nodes: how many each provider did, and what ran elsewhere than asked.
+
+    `strayed` names nodes that multiply and ran on another provider than the one asked for.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    engine: str
+    asked: str
+    providers: dict[str, int]
+    strayed: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all that counts ran where it was asked to."""
+        return not self.strayed
+
+
+@dataclass(frozen=True)
 class Gate:
     """Something that the recipe claims, what was measured, and whether it holds."""
 
@@ -156,7 +216,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verification:
-    """All of the above for one run, and the machine that it was measured on."""
+    """All of the above for one run, and the machine that it was measured on.
+
+    `sweep` is speed over a grid of batches and prompts, each cell with less effort than `speed`.
+    `unverified` says of an engine why it was not run, though the recipe asks for checks of it.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -166,15 +230,20 @@ class Verification:
     generation: list[Generation] = field(default_factory=list)
     tasks: list[Task] = field(default_factory=list)
     speed: list[Speed] = field(default_factory=list)
+    sweep: list[Speed] = field(default_factory=list)
+    sparsity: list[Sparsity] = field(default_factory=list)
+    placement: list[Placed] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=dict)
+    unverified: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        """Whether it reloads, every gated engine agrees with PyTorch, and every gate holds."""
+        """Whether it reloads, engines agree with PyTorch and run where asked, and gates hold."""
         return (
             self.reload.ok
             and all(parity.ok for parity in self.parity)
+            and all(placed.ok for placed in self.placement)
             and all(gate.ok for gate in self.gates)
         )
 

@@ -101,6 +101,11 @@ class Session:
         prefill, decode = self._ask("time", {"ids": ids.tolist(), "prompt": prompt})
         return float(prefill), float(decode)
 
+    def placement(self) -> Mapping[str, Any] | None:
+        """The runner's `Placement` as a mapping; None where its runtime has no providers."""
+        found: Mapping[str, Any] | None = self._ask("placement", {})
+        return found
+
     def losses(self, ids: np.ndarray, task: Task | None = None) -> list[float]:
         """`drive.window_losses`; advances `task` by one a window."""
         return [float(loss) for loss in self._ask("losses", {"ids_file": self._save(ids)}, task)]

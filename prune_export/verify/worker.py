@@ -15,11 +15,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import IO, Any
 
 import numpy as np
 
-from prune_export.contracts import Runner
+from prune_export.contracts import Placed, Runner
 from prune_export.errors import PruneExportError
 from prune_export.machine import Machine
 from prune_export.verify import drive
@@ -59,6 +60,10 @@ class Worker:
 
     def do_time(self, ids: list[list[int]], prompt: int) -> tuple[float, float]:
         return drive.time_once(self._opened, np.array(ids, dtype=np.int64), prompt)
+
+    def do_placement(self) -> dict[str, Any] | None:
+        runner = self._opened
+        return asdict(runner.placement()) if isinstance(runner, Placed) else None
 
     def do_losses(self, ids_file: str) -> list[float]:
         return drive.window_losses(self._opened, _load(ids_file), self._advance)

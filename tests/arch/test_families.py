@@ -87,6 +87,10 @@ def test_module_paths_exist(
         table.final_norm.rpartition(".")[2],
     )
     assert (norm is None) is (made.arch.final_norm is None)
+    if norm is not None:
+        states = torch.randn(3, made.arch.sizes["residual"])
+        moved = (norm(states + 5) - norm(states)).abs().max() > 1e-3
+        assert bool(moved) is (table.norm == "rms"), "only a layer norm subtracts the mean"
     for path in table.embeddings:
         parent, _, name = path.rpartition(".")
         assert hasattr(made.model.get_submodule(parent), name)

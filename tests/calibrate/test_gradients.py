@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import Sums, TokenSet, gradients
+from prune_export.calibrate import Sums, TokenSet, as_matrix, gradients, linears
+from prune_export.calibrate.sites import part_of
 from prune_export.machine import Machine
 
 KINDS = ("sum", "abs", "square")
@@ -102,3 +103,41 @@ def test_a_killed_pass_goes_on_and_ends_in_the_same_bytes(
         for key, tensor in found.block(layer).items():
             assert torch.equal(tensor, own[key])
     assert not list(tmp_path.rglob("*.spool")), "the spools are left behind"
+
+
+@dataclass
+class Summed:
+    """Keeps the sums under the parameters' own names."""
+
+    kinds: tuple[Any, ...] = ("sum",)
+    key: str = "summed"
+
+    def wants(self, layer: int, name: str) -> bool:
+        return True
+
+    def keep(
+        self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        return {name: own["sum"] for name, own in sums.items()}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "mixtral", "qwen3_moe"])
+def test_a_stored_matrix_finds_its_own_gradient(
+    twin: Callable[..., Any], tokens: TokenSet, machine: Machine, model_type: str
+) -> None:
+    made = twin(model_type)
+    found = gradients(made.checkpoint, Summed(), tokens, machine)
+    made.model.zero_grad()
+    for window in tokens.ids:
+        logits = made.model(window[None], use_cache=False).logits[0, :-1].float()
+        torch.nn.functional.cross_entropy(logits, window[1:]).backward()
+    for tensor in linears(made.arch):
+        name = found.names[tensor.name]
+        whole = made.model.get_parameter(f"{made.arch.table.blocks}.{tensor.layer}.{name}")
+        stored = as_matrix(tensor, made.checkpoint.read(tensor.name))
+        inside = as_matrix(tensor, part_of(tensor, whole.data))
+        assert torch.equal(inside, stored), f"{tensor.name} is another part"
+        assert whole.grad is not None
+        expected = as_matrix(tensor, part_of(tensor, whole.grad))
+        limit = 2e-4 * float(whole.grad.abs().max()) + 1e-7
+        torch.testing.assert_close(found.matrix(tensor), expected, atol=limit, rtol=2e-3)

@@ -25,9 +25,13 @@ from prune_export.exporters import onnx as exporter
 from prune_export.exporters._onnx_check import compare
 from prune_export.exporters._onnx_weights import Source, dequantize, quantize
 from prune_export.exporters._ort import OrtRunner
+from prune_export.exporters._ort_providers import Provider
 from prune_export.exporters.onnx import Onnx
 from prune_export.machine import Machine
+from prune_export.matrices import load, matrices
+from prune_export.nm import Nm
 from prune_export.progress import Silent
+from prune_export.sliding import holds
 
 MACHINE = Machine(device="cpu", ram_bytes=4 * 1024**3, gpu_bytes=0, threads=1)
 QUICK = ("llama",)
@@ -334,7 +338,7 @@ def test_a_provider_that_is_not_there_is_refused(llama: Any) -> None:
     _, path, _ = llama
     graph = path / "onnx" / "model.onnx"
     with pytest.raises(StageError, match=r"offers .*CPUExecutionProvider"):
-        OrtRunner(graph, MACHINE, provider="NoSuchExecutionProvider")
+        OrtRunner(graph, MACHINE, provider=Provider("tensorrt"))
 
 
 def test_a_missing_package_names_its_extra(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,3 +358,31 @@ def test_the_cost_bounds_what_is_written(llama: Any) -> None:
     assert cost.disk_bytes >= 4 * arch.parameters()
     assert Onnx(precision="fp16").cost(arch, size).disk_bytes < cost.disk_bytes
     assert cost.seconds > 0
+
+
+def test_sliding_windows_compute_the_same(tmp_path: Path) -> None:
+    """Every weight of a block is 6 of 8, and another matrix is not touched."""
+    source, out = tmp_path / "dense", tmp_path / "onnx"
+    model = saved("llama", source)
+    with torch.no_grad():
+        for name, matrix in model.named_parameters():
+            if "proj" in name:
+                outputs, inputs = matrix.shape
+                groups = matrix.new_ones(outputs, inputs // 8, 8).cumsum(-1)
+                matrix.mul_((groups <= 6).reshape(matrix.shape))
+    model.save_pretrained(source)
+    plain = exported(Onnx(), source, tmp_path / "plain")
+    record = exported(Onnx(sliding=True), source, out)
+    blocks = model.config.num_hidden_layers
+    assert f"{4 * blocks} weights hold 6 of 8" in record.notes[2]
+    assert f"{4 * blocks} gathers" in record.notes[2]
+    grown = (out / "model.onnx_data").stat().st_size
+    assert grown > (tmp_path / "plain" / "model.onnx_data").stat().st_size
+    assert record.weight_bytes > plain.weight_bytes
+    held = {m.name: holds(m.nonzero(), Nm(2, 4)) for m in matrices(load(out / "model.onnx"), out)}
+    assert [name for name, sparse_ in held.items() if not sparse_] == ["lm_head.weight"]
+    onnx.checker.check_model(str(out / "model.onnx"), full_check=True)
+    ids, mask = padded(model.config.vocab_size)
+    with Onnx().open(out, MACHINE) as runner:
+        got = stepped(runner, ids, mask)
+    assert error(got, expected_logits(model, ids, mask), mask) < 1e-5

@@ -112,6 +112,12 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert "Nothing" in what_was_done(Report.of(made("least")))
 
 
+def test_zeros_are_told_and_what_they_are_not_good_for(tmp_path: Path) -> None:
+    shown = words("sparse", tmp_path)
+    assert "Set 53.0M of 106.0M weights to zero (0.5 unstructured)." in shown
+    assert "Zeros without a pattern are no faster." in shown
+
+
 def test_speed_rows_hold_interval_floor_bound_and_samples(tmp_path: Path) -> None:
     shown = words("full", tmp_path)
     assert (

@@ -179,6 +179,70 @@ def two_of_each(report: Report) -> None:
     report["result"]["layers"] = 22
 
 
+def sparse(report: Report) -> None:
+    """Half of the weights zero, without a pattern."""
+    stage = report["stages"][0]
+    stage |= {"name": "wanda", "parameters": {"sparsity": 0.5}}
+    log = {"pattern": "0.5 unstructured", "zeros": 53_000_000, "weights": 106_000_000}
+    stage["log"] = log | {"sparsity": 0.5, "notes": ["zeros without a pattern are no faster"]}
+    report["result"]["layers"] = report["base"]["layers"]
+
+
+def sparse_engines(report: Report) -> None:
+    """Three engines: proven, eligible but not picked, dense; a grid; a node that strayed."""
+    checks = report["verification"]
+    checks["sweep"] = grid("onnx", {1: 0.98, 64: 1.0, 1024: 1.01})
+    names = [f"layers.{layer}.{part}" for layer in range(3) for part in ("qkv", "down")]
+    weights = [
+        {"name": name, "inputs": 96, "outputs": 64, "zeros": 0.5, "pattern": "2 of 4"}
+        for name in names
+    ]
+    weights.append({"name": "head", "inputs": 64, "outputs": 999, "zeros": 0.0, "pattern": ""})
+    proven = {
+        "engine": "tensorrt", "weights": weights, "asked": True, "proven": True, "eligible": 6,
+        "chosen": 4, "eligible_layers": names, "chosen_layers": names[:4],
+        "tactics": dict.fromkeys(names[:4], "sm80_xmma_sparse_gemm"), "note": "",
+        "sweep": grid("tensorrt", {1: 0.9, 64: 1.0, 256: 1.1, 1024: 1.3}),
+        "gain": [one | {"engine": "tensorrt"} for one in copy.deepcopy(checks["speed"][:2])],
+    }  # fmt: skip
+    refused = copy.deepcopy(proven) | {
+        "engine": "other", "proven": False, "chosen": 0, "chosen_layers": [], "tactics": {},
+        "gain": [], "sweep": [],
+    }  # fmt: skip
+    unasked = copy.deepcopy(refused) | {
+        "engine": "onnx", "asked": False, "eligible": None, "chosen": None, "eligible_layers": [],
+        "note": "ONNX Runtime multiplies dense",
+    }  # fmt: skip
+    for weight in unasked["weights"][:3]:
+        weight |= {"pattern": ""}
+    checks["sparsity"] = [proven, refused, unasked]
+    checks["placement"] = [
+        {"engine": "onnx", "asked": "CPUExecutionProvider",
+         "providers": {"CPUExecutionProvider": 300}, "strayed": []},
+        {"engine": "gpu", "asked": "TensorrtExecutionProvider",
+         "providers": {"TensorrtExecutionProvider": 100, "CPUExecutionProvider": 4},
+         "strayed": ["a", "b", "c", "d"]},
+    ]  # fmt: skip
+
+
+def grid(engine: str, ratios: dict[int, float]) -> list[dict[str, Any]]:
+    """Prefill as fast as said at each prompt length, decode with no speedup anywhere."""
+    found = []
+    for prompt, ratio in ratios.items():
+        for phase, value in (("prefill", ratio), ("decode", 1.0)):
+            low, high = value - 0.01, value + 0.01
+            verdict = "faster" if low > 1.02 else "slower" if high < 0.98 else "no speedup"
+            found.append({
+                "engine": engine, "workload": {"batch": 1, "prompt": prompt, "new": 4},
+                "phase": phase, "dense_seconds": [value] * 6, "pruned_seconds": [1.0] * 6,
+                "again_seconds": [value] * 6, "rounds": [2, 2, 2], "ratio": value, "low": low,
+                "high": high, "floor_low": 0.98, "floor_high": 1.02, "bound": 0.0,
+                "verdict": verdict, "dense_tokens_per_second": prompt / value,
+                "pruned_tokens_per_second": float(prompt),
+            })  # fmt: skip
+    return found
+
+
 def least(report: Report) -> None:
     kept = ("version", "recipe", "base", "result")
     for key in [key for key in report if key not in kept]:
@@ -197,7 +261,7 @@ VARIANTS: dict[str, Callable[[Report], None]] = {
     for change in (
         full, no_heal, no_export, no_verification, nothing_measured, failures, no_speedup, slower,
         not_numbers, exploded, one_block, one_sample, long_names, hostile, large, two_of_each,
-        least,
+        sparse, sparse_engines, least,
     )
 }  # fmt: skip
 

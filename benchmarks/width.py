@@ -1,0 +1,154 @@
+"""What width methods take: seconds beside a plain forward (and backward) pass, and memory.
+
+    python benchmarks/width.py MODEL calibration.jsonl --save
+
+The floor is the sweep itself with nothing to edit: the same windows through the same blocks. Each
+method has a process of its own; within it, floor and method alternate, and medians are compared.
+`scores` gathers scores alone; `cut` scores, cuts and refits in one sweep; of the latter, the time
+of the small solves is said apart. For gradients the floor is the gradient pass that keeps nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _result import save
+from heal import _windows
+
+from prune_export.calibrate import Means, ModelView, TokenSet
+from prune_export.checkpoint import Checkpoint
+from prune_export.machine import Machine
+from prune_export.methods import _width_sweep
+from prune_export.methods.llm_pruner import LlmPruner
+from prune_export.methods.minitron import Minitron
+from prune_export.methods.structured_wanda import StructuredWanda
+
+CASES = ("minitron scores", "minitron cut", "structured_wanda scores", "llm_pruner gradients")
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked.add_argument("model", type=Path)
+    asked.add_argument("calibration", type=Path)
+    asked.add_argument("--samples", type=int, default=32)
+    asked.add_argument("--length", type=int, default=512)
+    asked.add_argument("--rounds", type=int, default=3)
+    asked.add_argument("--threads", type=int, default=2)
+    asked.add_argument("--cases", nargs="*", default=list(CASES))
+    asked.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
+    asked.add_argument("--one", help=argparse.SUPPRESS)
+    given = asked.parse_args()
+    if given.one:
+        print(json.dumps(measured(given, given.one)))
+        return
+    rows = []
+    for case in given.cases:
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", case]
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        rows.append(json.loads(found.stdout))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    payload = {
+        "model": given.model.name,
+        "tokens": given.samples * given.length,
+        "length": given.length,
+        "rounds": given.rounds,
+        "rows": rows,
+    }
+    if given.save:
+        print(save("width", payload))
+
+
+class _Nothing:
+    """An editor that watches nothing: the sweep is a plain forward pass."""
+
+    key = "nothing"
+
+    def watch(self, *args: Any) -> None:
+        return None
+
+
+class _NoGradients:
+    """Reads the gradients of every matrix and keeps nothing of them."""
+
+    key = "nothing"
+    kinds = ("sum",)
+
+    def wants(self, layer: int, name: str) -> bool:
+        del layer
+        return name.endswith("weight")
+
+    def keep(self, *args: Any) -> dict[str, torch.Tensor]:
+        return {"none": torch.zeros(1)}
+
+
+def measured(given: argparse.Namespace, case: str) -> dict[str, Any]:
+    checkpoint = Checkpoint.open(given.model)
+    arch = checkpoint.arch()
+    ids = _windows(given.calibration, given.model, given.length)[: given.samples]
+    machine = Machine.detect(device="cpu", threads=given.threads)
+    solves: list[float] = []
+    plain_refit = _width_sweep.refit
+
+    def timed_refit(*args: Any, **keys: Any) -> Any:
+        began = time.perf_counter()
+        found = plain_refit(*args, **keys)
+        solves.append(time.perf_counter() - began)
+        return found
+
+    _width_sweep.refit = timed_refit
+    seconds: dict[str, list[float]] = {"floor": [], "own": [], "solves": []}
+    for number in range(-1, given.rounds):  # round -1 warms up and is not kept
+        for kind in ("floor", "own") if number % 2 else ("own", "floor"):
+            with tempfile.TemporaryDirectory() as scratch:
+                view = ModelView(
+                    arch, checkpoint, {}, Means(TokenSet.of(ids), machine, Path(scratch))
+                )
+                solves.clear()
+                began = time.perf_counter()
+                work(view, case, kind)
+                spent = time.perf_counter() - began
+            if number >= 0:
+                seconds[kind].append(spent - sum(solves))
+                if kind == "own":
+                    seconds["solves"].append(sum(solves))
+    own, floor = (statistics.median(seconds[kind]) for kind in ("own", "floor"))
+    return {
+        "case": case,
+        "ratio": own / floor,
+        "floor_seconds": floor,
+        "own_seconds": own,
+        "solve_seconds": statistics.median(seconds["solves"]),
+        "samples": seconds,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def work(view: ModelView, case: str, kind: str) -> None:
+    if "gradients" in case:
+        if kind == "floor":
+            view.gradients(_NoGradients())
+        else:
+            LlmPruner(ffn=0.25, heads=0.333).known(view)
+    elif kind == "floor":
+        view.sweep(_Nothing())
+    else:
+        cls = Minitron if case.startswith("minitron") else StructuredWanda
+        method = cls(ffn=0.25, heads=0.333)
+        if "scores" in case:
+            view.sweep(_width_sweep.Measure(method, view.arch))
+        else:
+            method.decide(view)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Puts Q/DQ around the linears of a graph's blocks: int8 or fp8, both inputs, scales explicit.
+
+1. A weight is stored in 8 bits with a scale for each output, and dequantized where it is read. Zero
+   is exact in both types, so a pattern of zeros stays what it was.
+2. An activation is quantized and dequantized with one scale, once for all products that read it:
+   its largest magnitude over the calibration text, so that nothing seen there is clipped.
+3. Head and embedding stay as they are, and so does attention: their error is felt the most.
+
+With both inputs in 8 bits TensorRT multiplies in 8 bits, sparse kernels among them. Sources:
+TensorRT, "Working with Quantized Types" (placement); Micikevicius et al., "FP8 Formats for Deep
+Learning", arXiv:2209.05433 (E4M3 and its largest value).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from prune_export.errors import StageError
+from prune_export.matrices import Matrix, array_of, load, matrices
+
+Kind = Literal["int8", "fp8"]
+
+_TYPES: Final[Mapping[Kind, tuple[int, Any, float]]] = {
+    "int8": (onnx.TensorProto.INT8, np.int8, 127.0),
+    "fp8": (onnx.TensorProto.FLOAT8E4M3FN, ml_dtypes.float8_e4m3fn, 448.0),
+}
+"""For each kind: the ONNX type, numpy's, and the largest value."""
+
+_IN_BLOCK: Final = re.compile(r"\blayers\.|\.h\.|\.blocks\.")
+_ALIGNMENT: Final = 4096
+_LARGEST: Final = "largest/"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How much was quantized: products, distinct activations, and bytes saved."""
+
+    products: int
+    activations: int
+    saved_bytes: int
+
+
+def observed(graph: Path, out: Path) -> tuple[str, ...]:
+    """Writes to `out`, in the same directory, the graph with each activation's largest magnitude.
+
+    They are further outputs named `largest/<activation>`; returns the activations.
+    """
+    model = load(graph)
+    names = tuple(dict.fromkeys(matrix.node.input[0] for matrix in _linears(model, graph.parent)))
+    for name in names:
+        wide, size, top = f"{name}/float", f"{name}/magnitude", f"{_LARGEST}{name}"
+        model.graph.node.extend(
+            [
+                onnx.helper.make_node("Cast", [name], [wide], to=onnx.TensorProto.FLOAT),
+                onnx.helper.make_node("Abs", [wide], [size]),
+                onnx.helper.make_node("ReduceMax", [size], [top], keepdims=0),
+            ]
+        )
+        model.graph.output.append(
+            onnx.helper.make_tensor_value_info(top, onnx.TensorProto.FLOAT, [])
+        )
+    out.write_bytes(model.SerializeToString(deterministic=True))
+    return names
+
+
+def largest(graph: Path, ids: np.ndarray, threads: int) -> dict[str, float]:
+    """Each activation's largest magnitude over `ids` int64 `[windows, length]`.
+
+    `graph` is what `observed` wrote.
+
+    Raises:
+        StageError: the graph does not load, or an activation is not finite.
+    """
+    from prune_export.exporters._ort import session_for
+    from prune_export.machine import Machine
+
+    session = session_for(graph, Machine("cpu", 0, 0, threads))
+    wanted = [one.name for one in session.get_outputs() if one.name.startswith(_LARGEST)]
+    found = np.zeros(len(wanted))
+    for window in ids:
+        length = len(window)
+        fed = {
+            "input_ids": window[None],
+            "attention_mask": np.ones((1, length), np.int64),
+            "position_ids": np.arange(length)[None],
+        }
+        names = {one.name for one in session.get_inputs()}
+        fed = {name: value for name, value in fed.items() if name in names}
+        fed |= dict(_empty_caches(session))
+        found = np.maximum(found, np.array(session.run(wanted, fed)))
+    if not np.isfinite(found).all():
+        bad = wanted[int(np.argmin(np.isfinite(found)))].removeprefix(_LARGEST)
+        raise StageError(
+            f"{graph}  {bad}",
+            "overflows on the calibration text",
+            "write `precision: bf16`, which has float32's range",
+        )
+    return {
+        name.removeprefix(_LARGEST): float(top) for name, top in zip(wanted, found, strict=True)
+    }
+
+
+def quantize(graph: Path, kind: Kind, tops: Mapping[str, float]) -> Quantized:
+    """Rewrites the graph and its external data in place; `tops` are the activations' magnitudes."""
+    model = load(graph)
+    found = list(_linears(model, graph.parent))
+    weights = {matrix.name: matrix for matrix in found}
+    products = {matrix.node.output[0] for matrix in found}
+    nodes: list[Any] = []
+    done: set[str] = set()
+    for node in model.graph.node:
+        if node.output and node.output[0] in products:
+            activation, weight = node.input[0], node.input[1]
+            for name in (activation, weight):
+                if name not in done:
+                    done.add(name)
+                    nodes += _weight_nodes(name) if name in weights else _activation_nodes(name)
+            node.input[0], node.input[1] = f"{activation}/dequantized", f"{weight}/dequantized"
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    activations = sorted(done - weights.keys())
+    scalar = _float_of(next(iter(weights.values()))) if weights else np.dtype(np.float32)
+    for name in activations:
+        scale = np.array(max(tops[name], 1e-6) / _TYPES[kind][2]).astype(scalar)
+        _add(model.graph, f"{name}/scale", scale)
+        _add(model.graph, f"{name}/zero", np.zeros((), _TYPES[kind][1]))
+    saved = _write(model.graph, graph, weights, kind)
+    graph.write_bytes(model.SerializeToString(deterministic=True))
+    return Quantized(len(products), len(activations), saved)
+
+
+def _linears(model: Any, folder: Path) -> Iterator[Matrix]:
+    """The products with weights inside of blocks, stored `[in, out]`."""
+    for matrix in matrices(model, folder):
+        plain = matrix.node.op_type == "MatMul" and not matrix.turned and not matrix.through
+        if plain and _IN_BLOCK.search(matrix.name):
+            yield matrix
+
+
+def _empty_caches(session: Any) -> Iterator[tuple[str, np.ndarray]]:
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    for one in session.get_inputs():
+        if one.name.startswith("past_key_values."):
+            yield one.name, np.zeros((1, one.shape[1], 0, one.shape[3]), kinds[one.type])
+
+
+def _activation_nodes(name: str) -> list[Any]:
+    scale, zero, small = f"{name}/scale", f"{name}/zero", f"{name}/quantized"
+    return [
+        onnx.helper.make_node(
+            "QuantizeLinear", [name, scale, zero], [small], name=f"{name}/Quantize"
+        ),
+        _dequantize(name, small, scale, zero),
+    ]
+
+
+def _weight_nodes(name: str) -> list[Any]:
+    return [_dequantize(name, name, f"{name}/scale", f"{name}/zero", axis=1)]
+
+
+def _dequantize(name: str, small: str, scale: str, zero: str, **given: Any) -> Any:
+    wrote = [f"{name}/dequantized"]
+    return onnx.helper.make_node(
+        "DequantizeLinear", [small, scale, zero], wrote, name=f"{name}/Dequantize", **given
+    )
+
+
+def _float_of(matrix: Matrix) -> Any:
+    return matrix.stored().dtype
+
+
+def _small(values: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
+    """`[in, out]` in 8 bits, and the scales `[out]` in the type of the values."""
+    _, small, top = _TYPES[kind]
+    wide = values.astype(np.float32)
+    scale = np.maximum(np.abs(wide).max(axis=0), 1e-6) / top
+    scale = scale.astype(values.dtype).astype(np.float32)  # as it is stored
+    scale = np.maximum(scale, float(ml_dtypes.finfo(values.dtype).smallest_subnormal))
+    steps = np.clip(wide / scale, -top, top)
+    if kind == "int8":
+        steps = np.rint(steps)
+    return steps.astype(small), scale.astype(values.dtype)
+
+
+def _write(graph: Any, file: Path, weights: Mapping[str, Matrix], kind: Kind) -> int:
+    """Writes all external data anew, the weights in 8 bits; returns the bytes saved."""
+    folder = file.parent
+    data = folder / f"{file.name}_data"
+    partial = data.with_name(f"{data.name}.partial")
+    saved = 0
+    more: list[tuple[str, np.ndarray]] = []
+    with partial.open("wb") as stream:
+        for tensor in graph.initializer:
+            if tensor.name in weights:
+                values = weights[tensor.name].stored()
+                small, scale = _small(np.asarray(values), kind)
+                more += [
+                    (f"{tensor.name}/scale", scale),
+                    (f"{tensor.name}/zero", np.zeros(scale.shape, small.dtype)),
+                ]
+                saved += values.nbytes - small.nbytes - scale.nbytes
+                tensor.data_type = _TYPES[kind][0]
+                _place(tensor, small, data.name, stream)
+            elif tensor.data_location == onnx.TensorProto.EXTERNAL:
+                _place(tensor, array_of(tensor, folder), data.name, stream)
+    for name, value in more:
+        _add(graph, name, value)
+    partial.replace(data)
+    return saved
+
+
+def _place(tensor: Any, values: np.ndarray, location: str, stream: Any) -> None:
+    stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+    place = {"location": location, "offset": stream.tell(), "length": values.nbytes}
+    stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    del tensor.dims[:], tensor.external_data[:]
+    tensor.dims.extend(values.shape)
+    for key, value in place.items():
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _add(graph: Any, name: str, value: np.ndarray) -> None:
+    graph.initializer.append(onnx.numpy_helper.from_array(value, name))

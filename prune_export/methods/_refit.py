@@ -1,0 +1,146 @@
+"""Lets the inputs that a matrix keeps do the work of those it loses, by least squares.
+
+What a projection W makes of its inputs X is to be made of the kept inputs S alone: the change D of
+the kept columns minimizes |D X_S - W_R X_R|² + ridge |D|², where R are the removed ones. So with
+much ridge nothing changes, and with little the removed inputs are predicted from the kept. Windows
+that the fit has not seen say how much ridge is best, and whether it helps at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Tried, as fractions of the kept inputs' mean square; the best on held-out tokens is taken."""
+
+_ROWS_PER_INPUT: Final = 8
+_LEAST_ROWS: Final = 16384
+"""Tokens that products are summed over: more hardly change a fit, and cost as much as a block."""
+
+_HELD_OUT: Final = 8
+"""Every eighth window, or where there are few the last eighth of each, is not fitted."""
+
+_HELD_OUT_ROWS: Final = 512
+_SLICES: Final = 6
+
+
+class Products:
+    """Sums of products of a site's inputs, and some rows of inputs that stand in none of them.
+
+    `tokens` and `samples` are those that will come, `whole` says that a call brings windows (the
+    tokens of an expert come as they are routed).
+    """
+
+    def __init__(self, width: int, device: str, *, tokens: int, samples: int, whole: bool) -> None:
+        self.sums = torch.zeros(width, width, device=device)
+        self.rows = 0
+        self._held: list[torch.Tensor] = []
+        self._windows = whole and samples >= 2 * _HELD_OUT
+        self._seen = 0
+        wanted = max(_LEAST_ROWS, _ROWS_PER_INPUT * width)
+        self._every = max(1, tokens // wanted) if whole else 1
+        self._held_every = max(1, tokens // _HELD_OUT // _HELD_OUT_ROWS)
+
+    def see(self, states: torch.Tensor) -> None:
+        """Sees inputs `[samples, length, in]`."""
+        if self._windows:
+            at = torch.arange(self._seen, self._seen + len(states)) % _HELD_OUT
+            out = (at == _HELD_OUT - 1).to(states.device)
+            fitted, held = states[~out], states[out]
+        else:
+            last = states.shape[1] - states.shape[1] // _HELD_OUT
+            fitted, held = states[:, :last], states[:, last:]
+        self._seen += len(states)
+        rows = fitted.flatten(0, 1)[:: self._every].float()
+        self._held.append(held.flatten(0, 1)[:: self._held_every].float().clone())
+        self.rows += len(rows)
+        _add_products(self.sums, rows)
+
+    def held_out(self) -> torch.Tensor:
+        """`[rows, in]`: inputs that are in no sum."""
+        return torch.cat(self._held)
+
+    def matrix(self) -> torch.Tensor:
+        """`[in, in]`: the sums, both halves filled in."""
+        return self.sums.tril() + self.sums.tril(-1).T
+
+
+def _add_products(sums: torch.Tensor, rows: torch.Tensor) -> None:
+    """Adds what is on and below the diagonal, in slices: 7/12 of the work of all of it."""
+    width = len(sums)
+    step = -(-width // _SLICES) if width >= 64 * _SLICES else width
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        sums[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A projection without some of its inputs.
+
+    `weight` `[out, in]` has zeros in the removed columns. Errors are shares of the output's square
+    on held-out tokens (None where there are none): `cut` as it was cut, `error` as it is now.
+    `ridge` is None where nothing was refitted.
+    """
+
+    weight: torch.Tensor
+    error: float | None
+    cut: float | None
+    ridge: float | None
+
+
+def refit(
+    weight: torch.Tensor,
+    kept: torch.Tensor,
+    products: Products,
+    *,
+    always: bool = False,
+    ridges: Sequence[float] = RIDGES,
+) -> Refit:
+    """The projection `[out, in]` with its kept columns refitted, if that is better held out.
+
+    `kept` is bool `[in]`. With `always`, the best ridge is taken even if the plain cut is better.
+    """
+    weight = weight.float()
+    plain = weight * kept
+    held = products.held_out()
+    whole = float((held @ weight.T).square().sum(dtype=torch.float64))
+    if bool(kept.all()) or products.rows == 0 or len(held) == 0 or whole == 0.0:
+        return Refit(plain, None, None, None)
+
+    def error(change: torch.Tensor) -> float:
+        off = float((held @ (change - lost).T).square().sum(dtype=torch.float64))
+        return off / whole
+
+    lost = weight * ~kept
+    cut = error(torch.zeros_like(weight))
+    best: tuple[float, float | None, torch.Tensor] = (cut, None, plain)
+    if always:
+        best = (float("inf"), None, plain)
+    sums = products.matrix()
+    own = sums[kept][:, kept].double()
+    wanted = (weight[:, ~kept] @ sums[~kept][:, kept]).double()
+    mean = float(own.diagonal().mean())
+    for ridge in ridges:
+        change = _solved(own, wanted, ridge * mean)
+        if change is None:
+            continue
+        full = torch.zeros_like(weight)
+        full[:, kept] = change.float()
+        off = error(full)
+        if off < best[0]:
+            best = (off, ridge, plain + full)
+    return Refit(best[2], best[0] if best[1] is not None else cut, cut, best[1])
+
+
+def _solved(own: torch.Tensor, wanted: torch.Tensor, ridge: float) -> torch.Tensor | None:
+    """`wanted (own + ridge)^-1`; None where that is singular in float64."""
+    damped = own + ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if int(info) != 0:
+        return None
+    return torch.cholesky_solve(wanted.T, factor).T

@@ -1,0 +1,120 @@
+"""Optimal brain surgery on whole inputs of a matrix, with scores kept up to date.
+
+With `G` the damped Gram matrix of the inputs and `R` its inverse, removing the inputs `S` of a
+matrix `W` `[out, in]` raises the squared error by `tr(W_S (R_SS)^-1 W_S^T)`; the best that the
+others can do is `W - W_S (R_SS)^-1 R_S`, and `R` becomes `R - R_S^T (R_SS)^-1 R_S`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Final
+
+import torch
+
+_DAMPING: Final = 1e-4
+"""Of the mean of the Gram matrix's diagonal."""
+
+_STEPS: Final = 256
+"""At most about this many times, scores are computed again while a matrix is emptied."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What is left of a matrix when it has been narrowed, and how it came to that.
+
+    `weight` `[out, in]` is zero at the inputs that are gone; `kept` are the groups left, ascending.
+    `errors` has, for each count of groups asked for, the norm of what the outputs change by over
+    the norm of the outputs. `order` are the groups removed, the first one first.
+    """
+
+    weight: torch.Tensor
+    kept: tuple[int, ...]
+    order: tuple[int, ...]
+    errors: Mapping[int, float] = field(default_factory=dict)
+
+
+def removed(
+    weight: torch.Tensor, gram: torch.Tensor, groups: Sequence[Sequence[int]], left: Iterable[int]
+) -> Removal:
+    """Removes groups of inputs until the least of `left` are left, noting the error at each of it.
+
+    `groups` share out the inputs of `weight` `[out, in]`; `gram` `[in, in]` are sums of products of
+    the inputs. Where a group is one input, those with the least scores go several at a time.
+    """
+    wanted = sorted({*left}, reverse=True)
+    state = _State(weight.double(), gram.double(), torch.tensor(groups, device=weight.device))
+    whole = float((state.weight @ gram.double() * state.weight).sum())
+    errors: dict[int, float] = {}
+    order: list[int] = []
+    lost = 0.0
+    alone = state.members.shape[1] == 1
+    most = max(1, len(groups) // _STEPS) if alone else 1
+    for count in wanted:
+        while len(groups) - len(order) > count:
+            step = min(most, len(groups) - len(order) - count)
+            chosen = state.least(step)
+            lost += state.remove(chosen)
+            order += chosen
+        errors[count] = sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
+    kept = tuple(sorted(set(range(len(groups))) - set(order)))
+    return Removal(state.weight.to(weight.dtype), kept, tuple(order), errors)
+
+
+class _State:
+    """A matrix, the inverse Gram matrix of the inputs that are left, and which are."""
+
+    def __init__(self, weight: torch.Tensor, gram: torch.Tensor, members: torch.Tensor) -> None:
+        # What is always zero is worth nothing, whatever the damping says.
+        self.weight = weight * (gram.diagonal() > 0)
+        self.members = members
+        """`[groups, inputs of each]`."""
+        damping = _DAMPING * gram.diagonal().mean()
+        gram = gram + (damping if damping > 0 else 1.0) * torch.eye(
+            len(gram), dtype=gram.dtype, device=gram.device
+        )
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        self.gone = torch.zeros(len(members), dtype=torch.bool, device=weight.device)
+
+    def least(self, count: int) -> list[int]:
+        """The groups that cost least to remove one by one; of equal ones the first."""
+        scores = self._scores()
+        scores[self.gone] = torch.inf
+        return [int(group) for group in scores.argsort(stable=True)[:count]]
+
+    def _scores(self) -> torch.Tensor:
+        if self.members.shape[1] == 1:
+            inputs = self.members[:, 0]
+            squares = self.weight[:, inputs].square().sum(0)
+            return squares / self.inverse.diagonal()[inputs].clamp_min(1e-300)
+        found = torch.full(self.gone.shape, torch.inf).to(self.weight)
+        for group in (~self.gone).nonzero()[:, 0].tolist():
+            found[group] = self._cost(self.members[group])
+        return found
+
+    def _cost(self, inputs: torch.Tensor) -> torch.Tensor:
+        part = self.weight[:, inputs]
+        return (part @ self._own(inputs) * part).sum()
+
+    def _own(self, inputs: torch.Tensor) -> torch.Tensor:
+        own = self.inverse[inputs][:, inputs]
+        found: torch.Tensor = torch.linalg.inv((own + own.T) / 2)
+        return found
+
+    def remove(self, groups: list[int]) -> float:
+        """Removes groups together, and returns by how much the squared error rises."""
+        inputs = self.members[groups].flatten()
+        own = self._own(inputs)
+        part = self.weight[:, inputs]
+        moved = part @ own
+        rise = float((moved * part).sum())
+        rows = self.inverse[inputs]
+        self.weight -= moved @ rows
+        self.inverse -= rows.T @ (own @ rows)
+        self.weight[:, inputs] = 0
+        self.inverse[inputs] = 0
+        self.inverse[:, inputs] = 0
+        self.gone[groups] = True
+        return rise

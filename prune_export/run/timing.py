@@ -1,0 +1,111 @@
+"""Times engines of a model that is narrower, before anything is decided about its weights.
+
+Speed depends on shapes alone, so positions are cut without looking at them. Engines and times are
+artifacts of the store: what a killed run, or another recipe, has measured is not measured again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from prune_export import registry
+from prune_export.arch import Arch
+from prune_export.checkpoint import Checkpoint
+from prune_export.contracts import Work
+from prune_export.errors import PlanError
+from prune_export.recipe import Export, Workload
+from prune_export.run import artifacts
+from prune_export.run.artifacts import Bench
+from prune_export.run.measure import engine_speed
+from prune_export.store import Artifact, Key
+from prune_export.surgery import Edit, Keep, Overwrite, rewrite
+
+_VERSION: Final = "1"
+
+
+@dataclass(frozen=True)
+class TimedEngines:
+    """Engines of the model at `path`, each cut in its own way, against the dense one."""
+
+    bench: Bench
+    arch: Arch
+    path: Path
+    id: str
+
+    def speedup(
+        self, sizes: Mapping[str, int], engine: str, request: tuple[int, int, int]
+    ) -> float:
+        """How many times as fast as the dense one an engine decodes, as measured.
+
+        Where the sizes differ between blocks, what is cut is zeros that the exporter trims.
+        """
+        export = Export(engine, registry.find("exporters", engine)())
+        dense = artifacts.exported(
+            self.bench, export, self.path, self.id, of=", dense to compare with"
+        )
+        shaped = self._shaped(sizes)
+        made = artifacts.exported(
+            self.bench, export, shaped.path, shaped.id, of=", of these widths"
+        )
+        batch, prompt, new = request
+        workload = Workload(batch=batch, prompt=prompt, new=new)
+        found = engine_speed(self.bench, dense, made, workload)
+        self.bench.progress.say(f"an engine with {_told(sizes)}: {found:.2f}x")
+        return found
+
+    def _shaped(self, sizes: Mapping[str, int]) -> Artifact:
+        key = Key("shapes", "widths", _VERSION, {"sizes": dict(sizes)}, (self.id,))
+
+        def build(files: Path, work: Work) -> Mapping[str, Any]:
+            rewrite(
+                Checkpoint.open(self.path),
+                self.arch,
+                self._edits(sizes),
+                files,
+                ram_bytes=work.machine.ram_bytes,
+                progress=work.progress,
+            )
+            return {}
+
+        return self.bench.make(key, "a model of these widths", build)
+
+    def _edits(self, sizes: Mapping[str, int]) -> list[Edit]:
+        arch = self.arch
+        try:
+            for axis, size in sizes.items():
+                arch = arch.resized(axis, size)
+            arch.to_config(self.arch.config)
+        except PlanError:
+            return list(self._zeros(sizes))
+        return [Keep(axis, tuple(range(size))) for axis, size in sizes.items()]
+
+    def _zeros(self, sizes: Mapping[str, int]) -> Iterator[Edit]:
+        """Zeros in the inputs of output projections: nothing reads what leads there."""
+        for axis, size in sizes.items():
+            gone = range(size, self.arch.sizes[axis])
+            for tensor in self.arch.using(axis):
+                if tensor.role in ("o", "down"):
+                    ((dim, positions),) = tensor.dims.kept(axis, gone, self.arch.sizes)
+                    yield Overwrite(tensor.name, partial(self._zeroed, tensor.name, dim, positions))
+
+    def _zeroed(self, name: str, dim: int, positions: list[int]) -> Any:
+        import torch
+
+        value = Checkpoint.open(self.path).read(name).clone()
+        return value.index_fill_(dim, torch.tensor(positions), 0)
+
+
+def _told(sizes: Mapping[str, int]) -> str:
+    """The sizes of each axis: one, or the least and the most."""
+    kinds: dict[str, set[int]] = {}
+    for axis, size in sizes.items():
+        kinds.setdefault(axis.split(".")[0], set()).add(size)
+    parts = []
+    for name, found in kinds.items():
+        span = str(*found) if len(found) == 1 else f"{min(found)} to {max(found)}"
+        parts.append(f"{name} {span}")
+    return ", ".join(parts) or "nothing cut"

@@ -1,0 +1,63 @@
+"""Whether an engine's weights are sparse, and whether sparse kernels run them.
+
+Three questions, each with its own witness, as the one doesn't follow from the other:
+
+- Which pattern do the weights hold? Counted in the engine's own graph; where the engine keeps none
+  (a serialized one), the count from its build.
+- Do sparse kernels run? What the builder said of eligible and chosen layers, and the names of the
+  kernels. A flag that was set is no proof, and weights that hold a pattern aren't either.
+- What do they gain? The same engine with and without them (`measure_speed`), not against dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from prune_export.contracts import BuildRecord
+from prune_export.patterns import patterns
+from prune_export.verify.results import Sparsity, WeightPattern
+
+_FEW: Final = 0.05
+"""Weights with a smaller fraction of zeros were not pruned."""
+
+_NO_KERNELS: Final = {
+    "onnx": "ONNX Runtime has no kernels for sparse weights on this provider: it multiplies dense",
+    "ort_genai": "ONNX Runtime has no kernels for sparse weights: it multiplies dense",
+}
+
+
+def measure_sparsity(record: BuildRecord, path: Path) -> list[Sparsity]:
+    """What the engine at `path` shows; empty where nothing is sparse and nothing was asked for.
+
+    Raises:
+        CheckpointError: its graph cannot be read.
+    """
+    said = record.sparsity
+    weights = _weights(record, path)
+    asked = bool(said.get("asked"))
+    if not asked and not any(weight.zeros > _FEW for weight in weights):
+        return []
+    found = Sparsity(
+        engine=record.exporter,
+        weights=weights,
+        asked=asked,
+        proven=said.get("proven") if asked else False,
+        eligible=said.get("eligible"),
+        chosen=said.get("chosen"),
+        eligible_layers=list(said.get("eligible_layers", ())),
+        chosen_layers=list(said.get("chosen_layers", ())),
+        tactics=dict(said.get("tactics", {})),
+        note="" if asked else _NO_KERNELS.get(record.exporter, "sparse kernels were not asked for"),
+    )
+    return [found]
+
+
+def _weights(record: BuildRecord, path: Path) -> list[WeightPattern]:
+    graph = path / record.graph
+    if graph.suffix == ".onnx":
+        return [WeightPattern(**asdict(one)) for one in patterns(graph)]
+    counted: list[Mapping[str, Any]] = record.sparsity.get("weights", {}).get("held", [])
+    return [WeightPattern(**one) for one in counted]

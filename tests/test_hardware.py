@@ -1,0 +1,198 @@
+"""A plan refuses what hardware cannot do with sparse weights, and says what would work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prune_export.arch import Arch
+from prune_export.arch.table import table_for
+from prune_export.errors import PlanError
+from prune_export.hardware import Planned, refuse_impossible, windows_note
+from prune_export.machine import Machine
+from prune_export.recipe import Recipe
+from prune_export.run import Options, plan
+
+CPU = Machine("cpu", 8 << 30, 0, 1)
+AMPERE = Machine("cuda", 8 << 30, 8 << 30, 1, 86)
+TURING = Machine("cuda", 8 << 30, 8 << 30, 1, 75)
+HOPPER = Machine("cuda", 8 << 30, 8 << 30, 1, 90)
+
+SPARSE = {"tensorrt": {"sparse": True}}
+WINDOWS = {"tensorrt": {"sparse": True, "sliding": True}}
+
+
+def recipe(
+    *stages: Any, export: Sequence[Any] = (SPARSE,), at_least: float | None = None, **more: Any
+) -> Recipe:
+    body: dict[str, Any] = {
+        "recipe": 1,
+        "data": {name: {"files": [f"{name}.txt"], "samples": 2, "length": 16}
+                 for name in ("calibration", "healing")},
+        "stages": list(stages), "export": list(export),
+    }  # fmt: skip
+    if at_least is not None:
+        body["verify"] = {"speed": {"at_least": at_least}}
+    return Recipe.parse(yaml.safe_dump(body | more))
+
+
+def prune(keep: int = 0, of: int = 0, **keys: Any) -> Any:
+    pattern = {"nm": {"keep": keep, "of": of}} if keep else {}
+    return {"prune": {"method": "magnitude", **pattern, **keys}}
+
+
+def arch(**changes: Any) -> Arch:
+    return Arch.from_config({"model_type": "llama", **table_for("llama").tiny.config, **changes})
+
+
+def check(asked: Recipe, machine: Machine = AMPERE, *, cut: tuple[Arch, ...] = ()) -> None:
+    """`cut` is the model after each stage, where it is not the same throughout."""
+    archs = cut or (arch(),) * (len(asked.stages) + 1)
+    refuse_impossible(Planned(asked, archs, machine))
+
+
+def refused(*given: Any, **more: Any) -> str:
+    with pytest.raises(PlanError) as error:
+        check(*given, **more)
+    return str(error.value)
+
+
+def test_what_the_hardware_knows_passes() -> None:
+    for stages, export in (
+        ((prune(2, 4),), SPARSE), ((prune(1, 2),), SPARSE), ((prune(1, 8),), SPARSE),
+        ((prune(6, 8),), WINDOWS), ((prune(4, 8),), WINDOWS), ((prune(8, 16),), WINDOWS),
+        ((prune(4, 8), prune(2, 4)), SPARSE), ((), SPARSE),
+        ((prune(4, 8),), {"tensorrt": {}}), ((prune(sparsity=0.5),), {"onnx": {}}),
+    ):  # fmt: skip
+        check(recipe(*stages, export=[export]))
+
+
+def test_four_of_eight_without_windows_is_refused_and_six_of_eight_offered() -> None:
+    said = refused(recipe(prune(4, 8)))
+    assert said.startswith("export.tensorrt.sparse\n  the weights keep 4 of 8")
+    assert "`sliding: true` (exact, at most 1.33x of dense)" in said
+    assert "prune with `nm: {keep: 6, of: 8}`, which is as fast and keeps more" in said
+    assert "or prune with `nm: {keep: 2, of: 4}` (at most 2.00x)" in said
+    assert "as fast and keeps more" not in refused(recipe(prune(6, 8)))
+
+
+def test_a_pattern_that_no_windows_take() -> None:
+    for export in (SPARSE, WINDOWS):
+        said = refused(recipe(prune(15, 16), export=[export]))
+        assert "the weights keep 15 of 16, which neither" in said
+        assert "`nm: {keep: 6, of: 8}` and write `sliding: true`" in said
+
+
+def test_zeros_without_a_pattern() -> None:
+    ticket = {"prune": {"method": "iterative_magnitude", "sparsity": 0.5}}
+    assert "iterative_magnitude leaves zeros" in refused(recipe(ticket))
+    said = refused(recipe(prune(sparsity=0.5)))
+    assert "magnitude leaves zeros without a pattern" in said
+    assert "write `nm: {keep: 2, of: 4}` instead of `sparsity:`" in said
+
+
+def test_healing_that_fills_zeros() -> None:
+    heal = {"heal": {"method": "lora", "steps": 1, "keep_zeros": False}}
+    said = refused(recipe(prune(2, 4), heal))
+    assert said.startswith("stages.1.heal.keep_zeros\n  is false, so that healing fills the zeros")
+    check(recipe(prune(2, 4), {"heal": {"method": "lora", "steps": 1}}))
+    check(recipe(heal, prune(2, 4)))
+
+
+def test_inputs_that_are_no_whole_groups() -> None:
+    odd = arch(intermediate_size=50)
+    said = refused(recipe(prune(2, 4)), cut=(odd, odd))
+    assert "model.layers.0.mlp.down_proj.weight has 50 inputs, not a multiple of 4" in said
+    assert "cut that width to 32 (a multiple of 32)" in said
+    check(recipe(prune(6, 8), export=[WINDOWS]), cut=(odd, odd))
+
+
+def test_the_note_says_what_windows_gain() -> None:
+    def note(keep: int, of: int) -> str:
+        asked = recipe(prune(keep, of), export=[WINDOWS])
+        return windows_note(Planned(asked, (arch(), arch()), AMPERE), asked.export[0])
+
+    assert note(6, 8) == "6 of 8 in windows: at most 1.33x of dense"
+    assert note(4, 6) == "4 of 6 in windows: at most 1.50x of dense"
+    assert note(2, 4) == ""
+
+
+@pytest.mark.parametrize("machine", [TURING, CPU])
+def test_a_gpu_older_than_ampere(machine: Machine) -> None:
+    if machine.capability:
+        said = refused(recipe(prune(2, 4)), machine)
+        assert "compute capability 7.5, and tensor cores skip zeros from 8.0 (Ampere) on" in said
+    else:  # what no GPU is there for is the exporter's to say
+        check(recipe(prune(2, 4)), machine)
+    check(recipe(prune(2, 4), export=[{"tensorrt": {}}]), TURING)
+
+
+def test_tensorrt_rtx_on_hopper() -> None:
+    for export in ({"tensorrt": {"flavor": "rtx"}}, {"onnx": {"provider": "tensorrt_rtx"}}):
+        said = refused(recipe(export=[export]), HOPPER)
+        assert "compute capability 9, and TensorRT-RTX has no kernels for data-centre GPUs" in said
+        check(recipe(export=[export]), AMPERE)
+    ahead = {"tensorrt": {"flavor": "rtx", "compute_capability": "sm89"}}
+    check(recipe(export=[ahead]), HOPPER)
+
+
+def test_a_speedup_of_zeros_on_a_cpu() -> None:
+    asked = recipe(prune(sparsity=0.5), export=["onnx"], at_least=1.2)
+    said = refused(asked, CPU)
+    assert said.startswith("verify.speed.at_least: 1.2\n  magnitude only puts zeros into weights")
+    assert "0.26 to 0.94 times dense" in said
+    assert "remove blocks or widths as well" in said
+    drop = {"prune": {"method": "deepest", "remove": 1}}
+    both = recipe(drop, prune(sparsity=0.5), export=["onnx"], at_least=1.2)
+    less = arch().without((1,))
+    check(both, CPU, cut=(arch(), less, less))
+    check(recipe(prune(sparsity=0.5), export=["onnx"], at_least=0.9), CPU)
+    check(recipe(prune(sparsity=0.5), export=["onnx"]), CPU)
+
+
+def test_a_speedup_of_zeros_that_the_engine_multiplies_with() -> None:
+    said = refused(recipe(prune(2, 4), export=["onnx"], at_least=1.2))
+    assert "onnx as written here multiplies with them" in said
+
+
+def test_a_speedup_above_what_the_pattern_allows() -> None:
+    said = refused(recipe(prune(6, 8), export=[WINDOWS], at_least=1.5))
+    assert "is more than 6 of 8 can gain: sparse tensor cores allow 1.33x" in said
+    check(recipe(prune(6, 8), export=[WINDOWS], at_least=1.2))
+    check(recipe(prune(2, 4), at_least=1.5))
+    assert "allow 2.00x" in refused(recipe(prune(2, 4), at_least=2.5))
+
+
+def test_the_plan_applies_the_rules(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    text = yaml.safe_dump({
+        "recipe": 1, "stages": [prune(sparsity=0.5)], "export": ["onnx"],
+        "verify": {"speed": {"at_least": 1.3}},
+    })  # fmt: skip
+    options = Options(tmp_path / "out", tmp_path / "store", CPU)
+    with pytest.raises(PlanError, match="no runtime is faster for them on a CPU"):
+        plan(Recipe.parse(text, root=corpus), str(tiny_llama), options)
+
+
+def test_the_plan_has_the_twin_and_the_grid(tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    body: dict[str, Any] = {
+        "recipe": 1, "stages": [prune(4, 8)], "export": [{"onnx": {"sliding": True}}],
+        "verify": {"speed": {"sweep": {"prompt": [1, 16], "minutes": 60}}},
+    }  # fmt: skip
+    options = Options(tmp_path / "out", tmp_path / "store", CPU)
+    found = plan(Recipe.parse(yaml.safe_dump(body), root=corpus), str(tiny_llama), options)
+    exports = [stage for stage in found.stages if stage.kind == "export"]
+    assert exports[0].note == "the dense model, to compare with"
+    assert (
+        exports[1].note == "4 of 8 in windows: at most 1.33x of dense, and 6 of 8 would be as fast"
+    )
+    assert exports[2].note == "sparsity off, to compare with"
+    assert exports[-1].parameters["sliding"] is False
+    (speed,) = [stage for stage in found.stages if stage.name == "speed"]
+    assert speed.seconds >= 3600
+    body["verify"]["speed"]["sweep"]["prompt"] = [100_000]
+    with pytest.raises(PlanError, match=r"sweep.prompt\n  is 100004, but the model has"):
+        plan(Recipe.parse(yaml.safe_dump(body), root=corpus), str(tiny_llama), options)
