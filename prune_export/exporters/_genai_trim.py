@@ -30,6 +30,8 @@ def cut(model: Any, trim: Trim) -> None:
             module = model.get_submodule(path)
             left = trim.cut(tensor.name, getattr(module, name).detach())
             setattr(module, name, nn.Parameter(left, requires_grad=False))
+            if isinstance(module, nn.Linear):  # the builder reads widths here, too
+                module.out_features, module.in_features = module.weight.shape
 
 
 def narrow(builder: Any, trim: Trim) -> int:

@@ -80,6 +80,7 @@ def test_other_precisions_are_narrow_too(precision: Any, tmp_path: Path) -> None
     assert record.notes[0].startswith("trimmed: 2 attention, 2 mlp")
 
 
+@pytest.mark.slow
 def test_a_model_without_attention_keeps_one_cache_for_the_runtime(tmp_path: Path) -> None:
     model_in(tmp_path / "wide", "Llama", {"num_hidden_layers": 2})
     model = Zeroed(tmp_path / "wide")
