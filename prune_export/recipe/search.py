@@ -94,9 +94,10 @@ class Search:
     Candidates are healed in rungs, each as long as all before it; after each the better half goes
     on, and of the others those that are too close to tell. The short heal is only for ranking.
 
-    Source: Minitron, arXiv:2407.14679, section 3 ("light NAS"): candidates near one size, lightly
-    retrained before they are ranked, as zero-shot ranks mislead across axes. Jamieson and
-    Talwalkar, arXiv:1502.07943: successive halving.
+    Source: Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation",
+    arXiv:2407.14679, section 3: candidates near one size, lightly retrained before they are ranked,
+    as zero-shot ranks mislead across axes. Jamieson and Talwalkar, "Non-stochastic Best Arm
+    Identification and Hyperparameter Optimization", arXiv:1502.07943: successive halving.
     Differs: any registered methods may compete; sizes are solved for, or a grid of them is kept
     where it is near the target; losers that are clear are not healed on.
     """
