@@ -206,6 +206,14 @@ def engine_speed(
     return next(one.ratio for one in found if one.phase == "decode")
 
 
+def dense_latency_ms(bench: Bench, dense: Artifact, workload: recipes.Workload) -> float:
+    """Milliseconds of a decoding step of an engine: the middle of what was measured."""
+    asked = recipes.Speed(workloads=(workload,), minutes=0.75)
+    found = _speed(bench, asked, dense, dense, tokens_without_text())
+    steps = next(one.dense_seconds for one in found if one.phase == "decode")
+    return 1000 * float(np.median(steps))
+
+
 def _generation(bench: Bench, point: Point) -> Generation:
     return _kept(
         bench, "generation", f"verify: generation of {point.name}", Generation,
