@@ -14,6 +14,7 @@ from prune_export.calibrate.gradients import (
     spooled_bytes,
 )
 from prune_export.calibrate.junctions import Grams, JunctionGrams
+from prune_export.calibrate.norm_shares import NormShares, Shares
 from prune_export.calibrate.removals import Part, Removals, Unit
 from prune_export.calibrate.sites import (
     SITES,
@@ -49,11 +50,13 @@ __all__ = [
     "JunctionGrams",
     "Means",
     "ModelView",
+    "NormShares",
     "Order",
     "Part",
     "PassCost",
     "Removals",
     "Scope",
+    "Shares",
     "Site",
     "Squares",
     "Statistic",

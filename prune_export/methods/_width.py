@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, Site, Swept
+from prune_export.calibrate import Further, ModelView, NormShares, Site, Statistic, Swept
 from prune_export.calibrate.sites import Accumulator
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
@@ -82,6 +82,12 @@ class Width:
                           "refit only where it is better on held-out tokens."),
     ] = "auto"  # fmt: skip
 
+    rescale_norms: Annotated[
+        bool,
+        Field(description="After a cut of the hidden size, scale each norm's gain so that what "
+                          "stays comes out as large as before."),
+    ] = True  # fmt: skip
+
     def __post_init__(self) -> None:
         own = [part for part in PARTS if getattr(self, part) is not None]
         twice = [part for part in own if self.sparsity is not None and part in self.axes]
@@ -129,9 +135,10 @@ class Width:
             return arch
         return check_sayable(arch, sizes, self.multiple_of)
 
-    def statistics(self, arch: Arch) -> tuple[Further, ...]:
-        """The passes that `decide` runs, in order."""
-        passes = list(self.passes_before(arch))
+    def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
+        """What `decide` reads, and the passes that it runs, in order."""
+        passes: list[Statistic | Further] = [NormShares()] if self._rescales() else []
+        passes += self.passes_before(arch)
         if self._measures():
             passes.append(Further(forwards=1.1, parks=True))
         if self.refits():
@@ -163,7 +170,8 @@ class Width:
             cut = _width_sweep.Cut(self, arch, sizes, known, kept, samples, length)
             swept = model.sweep(cut)
             kept |= _width_sweep.kept_in(arch, swept)
-        edits = _width_edits.edits(model, kept, swept, wide=self.per_layer)
+        shares = model.stat(NormShares()) if self._rescales() else None
+        edits = _width_edits.edits(model, kept, swept, shares, wide=self.per_layer)
         return Decision(edits, _width_edits.log(arch, kept, known, swept))
 
     def refits(self) -> bool:
@@ -171,6 +179,10 @@ class Width:
         return self.compensate is not False and bool(
             self.fractions.keys() & {"ffn", "heads", "kv_groups"}
         )
+
+    def _rescales(self) -> bool:
+        """Whether norms are rescaled: the hidden size is cut, and it is not switched off."""
+        return self.rescale_norms and "hidden" in self.fractions
 
     def _measures(self) -> bool:
         """Whether states must have been seen before anything is chosen."""

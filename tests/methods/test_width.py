@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny_models import Tiny, logits, random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Means, ModelView, TokenSet
+from prune_export.calibrate import Means, ModelView, NormShares, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
@@ -23,7 +24,7 @@ from prune_export.methods.llm_pruner import LlmPruner
 from prune_export.methods.minitron import Minitron
 from prune_export.methods.structured_magnitude import StructuredMagnitude
 from prune_export.methods.structured_wanda import StructuredWanda
-from prune_export.surgery import rewrite
+from prune_export.surgery import Overwrite, rewrite
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 IDS = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))
@@ -202,7 +203,7 @@ def test_fewer_hidden_dimensions_are_the_whole_model_with_the_others_at_zero(
     model_type: str, tied: bool, cut: Cutter, tmp_path: Path
 ) -> None:
     """A root mean square over fewer dimensions is larger, which the twin's gains make up for."""
-    method = Minitron(hidden=0.5, compensate=False)
+    method = Minitron(hidden=0.5, rescale_norms=False)
     tiny, smaller, log = cut(model_type, method, tie_word_embeddings=tied)
     size = tiny.arch.sizes["residual"]
     gone = log["removed"]["residual"]
@@ -224,6 +225,36 @@ def test_fewer_hidden_dimensions_are_the_whole_model_with_the_others_at_zero(
     expected = logits(AutoModelForCausalLM.from_pretrained(twin).eval())
     assert (expected - tiny.logits()).abs().max() > 1e-2
     torch.testing.assert_close(logits(smaller), expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_rescaled_norms_give_what_stays_as_before(model_type: str, tmp_path: Path) -> None:
+    """Where a norm is given the same states, and loses channels that are as large as the rest."""
+    tiny = random_model(model_type, {}, tmp_path / "model")
+    checkpoint = Checkpoint.open(tiny.path)
+    means = Means(TokenSet.of(IDS), MACHINE, tmp_path / "scratch")
+    view = ModelView(tiny.arch, checkpoint, {}, means)
+    method = StructuredMagnitude(hidden=0.5)
+    asked = method.statistics(tiny.arch)
+    assert asked == (NormShares(),)
+    shares = view.gather(asked)
+    view = replace(view, results=shares)
+    edits = {e.tensor: e for e in method.decide(view).edits if isinstance(e, Overwrite)}
+    caught: list[torch.Tensor] = []
+    norm = next(t for t in tiny.arch.block(2) if t.role == "norm.mlp")
+    module = tiny.model.get_submodule(norm.name.removesuffix(".weight"))
+    module.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        tiny.model(IDS, use_cache=False)
+    x = caught[0].flatten(0, 1).double()
+    own = x.square() / x.square().sum(-1, keepdim=True)
+    share = shares[NormShares()][2, "norm.mlp"]
+    torch.testing.assert_close(share, own.mean(0), rtol=1e-4, atol=1e-7)
+    kept = set(range(32)) - set(method.decide(view).log["removed"]["residual"])
+    factor = (float(own.mean(0)[sorted(kept)].sum()) * 2) ** 0.5
+    offset = tiny.arch.table.norm_offset
+    gain = checkpoint.read(norm.name) + offset
+    torch.testing.assert_close(edits[norm.name].value() + offset, gain * factor, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("method", [Minitron, StructuredMagnitude, StructuredWanda, LlmPruner])
@@ -265,7 +296,7 @@ def _never(gate: Any, gone: list[int]) -> Callable[[], None]:
 
 
 def test_everything_at_once(cut: Cutter) -> None:
-    method = Minitron(ffn=0.25, heads=0.5, hidden=0.25, compensate=True)
+    method = Minitron(ffn=0.25, heads=0.5, hidden=0.25, compensate=True, rescale_norms=False)
     _, smaller, log = cut("llama", method)
     assert log["width"] == {
         "residual": {"units": 32, "kept": 24},
