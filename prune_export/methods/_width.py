@@ -10,7 +10,7 @@ by block) is scored in a pass before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -171,7 +171,8 @@ class Width:
             swept = model.sweep(cut)
             kept |= _width_sweep.kept_in(arch, swept)
         shares = model.stat(NormShares()) if self._rescales() else None
-        edits = _width_edits.edits(model, kept, swept, shares, wide=self.per_layer)
+        own = self.reworked(model, kept, known)
+        edits = _width_edits.edits(model, kept, swept, own, shares, wide=self.per_layer)
         return Decision(edits, _width_edits.log(arch, kept, known, swept))
 
     def refits(self) -> bool:
@@ -210,6 +211,13 @@ class Width:
         """The score of a whole expert, at its projection back; `scores` are its channels'."""
         del site, weights, seen
         return float(scores.sum())
+
+    def reworked(
+        self, model: ModelView, kept: Scores, scores: Scores
+    ) -> dict[str, Callable[[], torch.Tensor]]:
+        """New values, by name, for tensors that the method itself changes before they are cut."""
+        del model, kept, scores
+        return {}
 
     def watch(self, site: Site, units: int, width: int, device: str) -> Accumulator:
         """Gathers what `score` reads of inputs `[…, width]`, which are `units` equal runs."""

@@ -21,23 +21,35 @@ Kept = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class _Values:
-    """The values of stored tensors: those that a sweep made, else those of the checkpoint."""
+    """The values of stored tensors: those that were made, by a sweep too, else the checkpoint's."""
 
     model: ModelView
     swept: Swept | None
+    own: Mapping[str, Callable[[], torch.Tensor]]
 
     def __call__(self, name: str) -> torch.Tensor:
+        if name in self.own:
+            return self.own[name]()
         if self.swept is not None and name in self.swept.names:
             return self.swept.read(name)
         return self.model.checkpoint.read(name)
 
 
 def edits(
-    model: ModelView, kept: Kept, swept: Swept | None, shares: Shares | None, *, wide: bool
+    model: ModelView,
+    kept: Kept,
+    swept: Swept | None,
+    own: Mapping[str, Callable[[], torch.Tensor]],
+    shares: Shares | None,
+    *,
+    wide: bool,
 ) -> Iterator[Edit]:
-    """What removes all units that are not kept; `shares` of the norms where they are rescaled."""
-    values = _Values(model, swept)
-    made: dict[str, Callable[[], torch.Tensor]] = dict(swept.values()) if swept else {}
+    """What removes all units that are not kept.
+
+    `own` are values that the method made itself; `shares` are of norms that are to be rescaled.
+    """
+    values = _Values(model, swept, own)
+    made = (dict(swept.values()) if swept else {}) | dict(own)
     if "residual" in kept:
         made |= _rescaled(model.arch, kept["residual"], shares or {}, values)
     for axis, flags in kept.items():

@@ -20,6 +20,7 @@ from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.methods._width_choice import chosen, chosen_everywhere
 from prune_export.methods._width_sizes import usual_multiple
+from prune_export.methods._width_sweep import Measure, added
 from prune_export.methods.llm_pruner import LlmPruner
 from prune_export.methods.minitron import Minitron
 from prune_export.methods.structured_magnitude import StructuredMagnitude
@@ -225,6 +226,47 @@ def test_fewer_hidden_dimensions_are_the_whole_model_with_the_others_at_zero(
     expected = logits(AutoModelForCausalLM.from_pretrained(twin).eval())
     assert (expected - tiny.logits()).abs().max() > 1e-2
     torch.testing.assert_close(logits(smaller), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_kept_heads_move_away_from_removed_ones(cut: Cutter, tmp_path: Path) -> None:
+    """Of 4 heads ranked a, b, c, d, with 3 left: 2 * 3 - 4 + 1 = 3, so c moves away from d."""
+    method = Minitron(heads=0.25, head_residual=True, compensate=False)
+    tiny, smaller, log = cut("llama", method, num_key_value_heads=4, head_dim=6, hidden_size=24)
+    checkpoint = Checkpoint.open(tiny.path)
+    means = Means(TokenSet.of(IDS), MACHINE, tmp_path / "again")
+    view = ModelView(tiny.arch, checkpoint, {}, means)
+    scores = added(tiny.arch, {}, view.sweep(Measure(Minitron(heads=0.25), tiny.arch)))
+    for layer, block in enumerate(smaller.model.layers):
+        a, b, c, d = scores[f"kv.{layer}"].flatten().argsort(descending=True).tolist()
+        assert log["removed"][f"kv.{layer}"] == [d]
+        prefix = f"model.layers.{layer}.self_attn"
+        q = checkpoint.read(f"{prefix}.q_proj.weight").view(4, 6, 24)
+        o = checkpoint.read(f"{prefix}.o_proj.weight").view(24, 4, 6)
+        at = sorted((a, b, c))
+        expected = {a: q[a], b: q[b], c: 2 * q[c] - q[d]}
+        found = block.self_attn.q_proj.weight.view(3, 6, 24)
+        torch.testing.assert_close(found, torch.stack([expected[head] for head in at]))
+        expected = {a: o[:, a], b: o[:, b], c: 2 * o[:, c] - o[:, d]}
+        found = block.self_attn.o_proj.weight.view(24, 3, 6)
+        torch.testing.assert_close(found, torch.stack([expected[head] for head in at], 1))
+
+
+@pytest.mark.parametrize(
+    ("keys", "groups", "problem"),
+    [
+        ({"heads": 0.3, "compensate": False}, 3, "of their own, which these share"),
+        ({"heads": 0.66, "compensate": False}, 9, "keeps 3 of 9 heads"),
+        ({"heads": 0.3}, 9, "which refits what it would change"),
+        ({"ffn": 0.3, "compensate": False}, 9, "no heads are cut"),
+        ({"heads": 0.3, "compensate": False, "per_layer": True}, 9, "too few heads to move"),
+    ],
+)
+def test_a_head_residual_that_means_nothing_is_refused(
+    keys: Any, groups: int, problem: str
+) -> None:
+    arch = arch_of("llama", **{**LLAMA, "num_key_value_heads": groups})
+    with pytest.raises(PlanError, match=problem):
+        Minitron(head_residual=True, **keys).predict(arch)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
