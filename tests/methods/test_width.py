@@ -78,7 +78,11 @@ LLAMA = {
         ({"sparsity": 0.3, "multiple_of": 1}, {"mlp": 1075}),
         ({"sparsity": 1 / 3, "axes": ("ffn", "heads")}, {"mlp": 1024, "group": 2}),
         ({"kv_groups": 0.6}, {"kv": 1}),
-        ({"hidden": 0.5}, {"residual": 320}),
+        ({"hidden": 0.5}, {"residual": 288}),
+        ({"hidden": 0.25}, {"residual": 432}),
+        ({"hidden": 0.1}, {"residual": 504}),
+        ({"hidden": 0.5, "multiple_of": 64}, {"residual": 320}),
+        ({"hidden": 0.3, "kv_groups": 0.6}, {"residual": 384, "kv": 1}),
         ({"sparsity": 0.5, "heads": 0.6}, {"mlp": 768, "group": 1}),
     ],
 )
