@@ -49,6 +49,7 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--threads", type=int, default=2)
     asked.add_argument("--cases", nargs="*", default=list(CASES))
+    asked.add_argument("--name", default="width")
     asked.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
     asked.add_argument("--one", help=argparse.SUPPRESS)
     given = asked.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
         "rows": rows,
     }
     if given.save:
-        print(save("width", payload))
+        print(save(given.name, payload))
 
 
 class _Nothing:
