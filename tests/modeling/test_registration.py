@@ -27,6 +27,12 @@ assert type(model).__name__ == "SlicedLlamaForCausalLM"
         # Imports the automatic classes in the middle of importing itself.
         "import prune_export\nfrom transformers import LlamaForCausalLM\n"
         "from transformers import AutoConfig, AutoModelForCausalLM",
+        "import prune_export\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM",
+        # Looks for it without importing it.
+        "import prune_export\nfrom importlib.util import find_spec\n"
+        "find_spec('transformers.models.auto.configuration_auto')\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM",
         "from transformers import AutoConfig\nimport prune_export\n"
         "from transformers import AutoModelForCausalLM",
     ],
