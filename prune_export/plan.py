@@ -21,7 +21,7 @@ from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.calibrate import pass_cost
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Cost, Sparse
+from prune_export.contracts import Cost, Noted, Sparse
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
@@ -280,6 +280,8 @@ class _Planner:
                 seconds=found.seconds,
             )
             note = f"{samples} x {length} tokens"
+        if isinstance(stage.entry, Noted):
+            note = "; ".join(part for part in (note, stage.entry.note(arch)) if part)
         written = self.size(after).bytes
         cost = dataclasses.replace(
             cost,
@@ -381,14 +383,16 @@ class _Planner:
         cost = Cost(ram_bytes=heaviest, flops=flops, seconds=20)
         yield self.planned("verify", "quality", {}, dense, arch, cost)
         if verify.speed:
-            seconds = (
-                40 * verify.speed.minutes * len(verify.speed.workloads) * len(self.recipe.export)
+            pairs = len(self.recipe.export) + sum(
+                isinstance(export.entry, Sparse) and export.entry.without_sparsity() is not None
+                for export in self.recipe.export
             )
+            seconds = 40 * verify.speed.minutes * len(verify.speed.workloads) * pairs
             if verify.speed.sweep:
                 sweep = verify.speed.sweep
                 longest = max(sweep.prompt) + sweep.new
                 self._refuse_too_long("verify.speed.sweep.prompt", longest, arch)
-                seconds += 60 * sweep.minutes * len(self.recipe.export)
+                seconds += 60 * sweep.minutes * pairs
             together = 2 * (self.size(dense).parameters * 4 + _PROCESS_BYTES)
             cost = Cost(ram_bytes=together, seconds=seconds)
             yield self.planned("verify", "speed", verify.speed.model_dump(), dense, arch, cost)

@@ -18,7 +18,13 @@ import numpy as np
 
 from prune_export.contracts import Placement
 from prune_export.errors import MissingExtra
-from prune_export.exporters._ort_providers import NAMES, Provider, open_session, placement
+from prune_export.exporters._ort_providers import (
+    NAMES,
+    Provider,
+    cache_device,
+    open_session,
+    placement,
+)
 from prune_export.machine import Machine
 
 _PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
@@ -84,7 +90,7 @@ class OrtRunner:
         self._session = session_for(graph, machine, provider=provider, prepack=prepack, fuse=fuse)
         wanted = (provider or Provider()).resolved(machine)
         self._provider = NAMES[wanted]
-        self._device = "cpu" if wanted == "cpu" else "cuda"
+        self._device = cache_device(wanted)
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
         self._past = [name for name in self._inputs if _PAST.fullmatch(name)]

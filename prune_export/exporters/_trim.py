@@ -7,7 +7,9 @@ whole sub-block whose projection is. They are found in the weights, whoever wrot
 
 Heads that share a key/value group can only go in equal numbers from every group that stays; where
 one group lost more than another, some of its dead heads are kept. Heads stay, too, where a norm
-runs over all of them (OLMo 2).
+runs over all of them (OLMo 2). Nothing but whole sub-blocks goes where a projection is sparse
+throughout: its zeros may stand in groups, which a cut would shift, and a few dead channels among
+them gain nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ _WRITES: Final[Mapping[str, str]] = {
     "o": "attention", "down": "mlp", "expert.down": "expert"
 }  # fmt: skip
 """Roles of the projections that write to the residual state, and the sub-block that each ends."""
+
+_DENSE: Final = 0.95
+"""The least share of weights that are not zero in a matrix that nobody made sparse."""
 
 _CHANNELS: Final = 32  # what weight quantization takes together
 
@@ -59,10 +64,10 @@ class Trim:
         for tensor in arch.stored():
             if tensor.role not in _WRITES or tensor.name not in checkpoint.entries:
                 continue
-            alive, axes = _alive(checkpoint, arch, tensor)
+            alive, axes, sparse = _alive(checkpoint, arch, tensor)
             if not alive.any():
                 dead |= {tensor.name, *_zero_bias(checkpoint, arch, tensor)}
-            elif not alive.all() and not _normed(arch, axes[0]):
+            elif not (sparse or alive.all() or _normed(arch, axes[0])):
                 live = np.flatnonzero(alive.any(axis=tuple(range(1, alive.ndim))))
                 if len(live) < len(alive):
                     keep[axes[0]] = tuple(map(int, live))
@@ -182,16 +187,23 @@ class Trim:
         return left.reshape(-1)
 
 
-def _alive(checkpoint: Checkpoint, arch: Arch, tensor: Tensor) -> tuple[np.ndarray, list[str]]:
-    """Which positions of its inputs a projection reads at all, `[axis, …]`, and these axes."""
+def _alive(
+    checkpoint: Checkpoint, arch: Arch, tensor: Tensor
+) -> tuple[np.ndarray, list[str], bool]:
+    """Which positions of its inputs a projection reads at all, `[axis, …]`, and these axes.
+
+    The last says whether what it reads is sparse itself.
+    """
     (number,) = (at for at, dim in enumerate(tensor.dims.of) if ("residual",) not in dim)
     (part,) = tensor.dims.of[number]
     read = checkpoint.read(tensor.name) != 0
     over = [at for at in range(read.dim()) if at != number]
-    positions = read.any(dim=over[0]).numpy()
+    alive = read.any(dim=over[0])
+    sparse = bool(read.index_select(number, alive.nonzero()[:, 0]).float().mean() < _DENSE)
+    positions = alive.numpy()
     by_axis = positions.reshape([arch.sizes[axis] for axis in part])
     inner = tuple(at for at, axis in enumerate(part) if "." not in axis)  # inside a head
-    return np.asarray(by_axis.any(axis=inner)), [axis for axis in part if "." in axis]
+    return np.asarray(by_axis.any(axis=inner)), [axis for axis in part if "." in axis], sparse
 
 
 def _zero_bias(checkpoint: Checkpoint, arch: Arch, projection: Tensor) -> list[str]:

@@ -32,6 +32,7 @@ from prune_export.verify import (
     measure_speed,
     measure_tasks,
     perplexity_gates,
+    placement_gates,
     speed_gates,
     tokens_without_text,
 )
@@ -116,6 +117,7 @@ def measured(
             found.speed.extend(_speed(bench, asked.speed, one, other, ids))
             found.sweep.extend(_sweep(bench, asked.speed, one, other, ids))
         found.gates.extend(speed_gates(found.speed, asked.speed.at_least, asked.speed.phase))
+    found.gates.extend(placement_gates(found.placement))
     twins = off or [None] * len(exports)
     for artifact, twin in zip(exports, twins, strict=True):
         found.sparsity.extend(_sparsity(bench, asked.speed, artifact, twin, ids))

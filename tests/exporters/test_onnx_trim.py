@@ -203,3 +203,23 @@ def test_a_norm_over_all_heads_keeps_them(tmp_path: Path) -> None:
     found = Trim.of(Checkpoint.open(tmp_path / "wide"))
     assert not found
     assert not found.note()
+
+
+def test_a_sparse_projection_keeps_its_dead_channels(tmp_path: Path) -> None:
+    """A cut would shift the groups of 2 of 4; whole sub-blocks go all the same."""
+    from safetensors.torch import load_file, save_file
+
+    saved("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("down_proj.weight"):
+            for first in range(4):
+                tensor[0::2, first::4] *= first in (0, 3)
+                tensor[1::2, first::4] *= first in (1, 2)
+            tensor[:, 4] = 0
+    tensors["model.layers.3.mlp.down_proj.weight"].zero_()
+    save_file(tensors, file, metadata={"format": "pt"})
+    trim = Trim.of(Checkpoint.open(tmp_path))
+    assert not trim.keep
+    assert trim.dead == {"model.layers.3.mlp.down_proj.weight"}

@@ -289,15 +289,12 @@ def test_the_plan_refuses_a_machine_without_the_gpu(monkeypatch: pytest.MonkeyPa
     with pytest.raises(PlanError, match="builds for the GPU of this machine, and there is none"):
         Tensorrt().check(arch, MACHINE)
     AHEAD.check(arch, MACHINE)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H200")
-    gpu = replace(MACHINE, device="cuda")
-    with pytest.raises(PlanError, match="NVIDIA H200 is a data-centre GPU"):
-        Tensorrt(flavor="rtx").check(arch, gpu)
-    Tensorrt(sparse=True).check(arch, gpu)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    hopper = replace(MACHINE, device="cuda", capability=90)
+    with pytest.raises(PlanError, match=r"compute capability 9\) is a data-centre GPU"):
+        Tensorrt(flavor="rtx").check(arch, hopper)
+    Tensorrt(sparse=True).check(arch, hopper)
     with pytest.raises(PlanError, match="older than Ampere"):
-        Tensorrt(sparse=True).check(arch, gpu)
+        Tensorrt(sparse=True).check(arch, replace(hopper, capability=75))
     monkeypatch.setattr("prune_export.exporters.tensorrt.installed", lambda flavor: False)
     with pytest.raises(MissingExtra, match=r"prune-export\[tensorrt-rtx\]"):
         AHEAD.check(arch, MACHINE)
