@@ -72,7 +72,7 @@ class Grid(Frozen):
 
 
 def labelled(method: str, body: Mapping[str, Any]) -> str:
-    """A method with its amounts: `minitron ffn 0.25 hidden 0.1`; without one that is to be found."""
+    """A method with its amounts: `minitron ffn 0.25 hidden 0.1`, less one to be found."""
     named = ("remove", "sparsity", *_WIDTHS)
     amounts = (
         f"{name} {body[name]}"
