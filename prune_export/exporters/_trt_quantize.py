@@ -79,23 +79,11 @@ def largest(graph: Path, ids: np.ndarray, threads: int) -> dict[str, float]:
     Raises:
         StageError: the graph does not load, or an activation is not finite.
     """
-    from prune_export.exporters._ort import session_for
-    from prune_export.machine import Machine
-
-    session = session_for(graph, Machine("cpu", 0, 0, threads))
+    session = _session(graph, threads)
     wanted = [one.name for one in session.get_outputs() if one.name.startswith(_LARGEST)]
     found = np.zeros(len(wanted))
     for window in ids:
-        length = len(window)
-        fed = {
-            "input_ids": window[None],
-            "attention_mask": np.ones((1, length), np.int64),
-            "position_ids": np.arange(length)[None],
-        }
-        names = {one.name for one in session.get_inputs()}
-        fed = {name: value for name, value in fed.items() if name in names}
-        fed |= dict(_empty_caches(session))
-        found = np.maximum(found, np.array(session.run(wanted, fed)))
+        found = np.maximum(found, np.array(session.run(wanted, dict(_fed(session, window)))))
     if not np.isfinite(found).all():
         bad = wanted[int(np.argmin(np.isfinite(found)))].removeprefix(_LARGEST)
         raise StageError(
@@ -106,6 +94,19 @@ def largest(graph: Path, ids: np.ndarray, threads: int) -> dict[str, float]:
     return {
         name.removeprefix(_LARGEST): float(top) for name, top in zip(wanted, found, strict=True)
     }
+
+
+def last_logits(graph: Path, ids: np.ndarray, threads: int) -> np.ndarray:
+    """float64 `[windows, vocabulary]` after each of the windows `ids`, as the graph is written."""
+    session = _session(graph, threads)
+    rows = [session.run(["logits"], dict(_fed(session, window)))[0][0, -1] for window in ids]
+    return np.stack(rows).astype(np.float64)
+
+
+def kl(teacher: np.ndarray, student: np.ndarray) -> float:
+    """Mean KL(teacher ‖ student) in nats, of logits `[windows, vocabulary]`."""
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (teacher, student))
+    return float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean())
 
 
 def quantize(graph: Path, kind: Kind, tops: Mapping[str, float]) -> Quantized:
@@ -146,10 +147,27 @@ def _linears(model: Any, folder: Path) -> Iterator[Matrix]:
             yield matrix
 
 
-def _empty_caches(session: Any) -> Iterator[tuple[str, np.ndarray]]:
+def _session(graph: Path, threads: int) -> Any:
+    """On the CPU and unfused: the runtime's own 8-bit products round in other places."""
+    from prune_export.exporters._ort import session_for
+    from prune_export.machine import Machine
+
+    return session_for(graph, Machine("cpu", 0, 0, threads), fuse=False)
+
+
+def _fed(session: Any, window: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """A window of ids as the graph's inputs, after nothing."""
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    length = len(window)
+    plain = {
+        "input_ids": window[None],
+        "attention_mask": np.ones((1, length), np.int64),
+        "position_ids": np.arange(length)[None],
+    }
     for one in session.get_inputs():
-        if one.name.startswith("past_key_values."):
+        if one.name in plain:
+            yield one.name, plain[one.name]
+        else:
             yield one.name, np.zeros((1, one.shape[1], 0, one.shape[3]), kinds[one.type])
 
 

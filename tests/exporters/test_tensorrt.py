@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import json
+import shutil
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -32,7 +33,7 @@ from prune_export.exporters._trt_layers import layers_of, sparse_tactics
 from prune_export.exporters._trt_log import Layers, Log, sparsity_said
 from prune_export.exporters._trt_profiles import Sizes, Span
 from prune_export.exporters._trt_proof import record
-from prune_export.exporters._trt_quantize import largest, observed, quantize
+from prune_export.exporters._trt_quantize import kl, largest, last_logits, observed, quantize
 from prune_export.exporters._trt_runner import TrtRunner
 from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.tensorrt import ENGINE, Tensorrt
@@ -379,6 +380,21 @@ def test_a_product_in_8_bits_is_close_and_keeps_its_zeros(
     (got,) = session.run(None, {"x": x})
     wanted = x @ weight
     assert 0 < np.abs(got - wanted).max() / np.abs(wanted).max() < bound
+
+
+def test_the_loss_to_8_bits_is_measured(graph: Path, tmp_path: Path) -> None:
+    for file in graph.parent.glob("model.onnx*"):
+        shutil.copyfile(file, tmp_path / file.name)
+    ids = np.random.default_rng(0).integers(0, 250, (4, 12))
+    before = last_logits(graph, ids, 1)
+    observed(graph, graph.with_name("observed.onnx"))
+    tops = largest(graph.with_name("observed.onnx"), ids, 1)
+    quantize(tmp_path / "model.onnx", "fp8", tops)
+    lost = kl(before, last_logits(tmp_path / "model.onnx", ids, 1))
+    assert 0 < lost < 0.1
+    assert kl(before, before) == 0
+    a, b = np.log([[0.75, 0.25]]), np.log([[0.5, 0.5]])
+    assert kl(a + 3, b) == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5))
 
 
 def test_activations_are_measured_where_products_read_them(graph: Path) -> None:
