@@ -233,25 +233,25 @@ class Tensorrt:
         from prune_export.exporters._trt_calibration import calibration
         from prune_export.exporters._trt_quantize import (
             kl,
-            largest,
             last_logits,
             observed,
             quantize,
+            ranges,
         )
 
         vocabulary = int(Checkpoint.open(checkpoint).config["vocab_size"])
         ids, source = calibration(checkpoint, work.tokens, vocabulary)
         with work.progress.task("measure activations", 1) as task:
             observed(folder / "model.onnx", folder / "observed.onnx")
-            tops = largest(folder / "observed.onnx", ids, work.machine.threads)
+            reached = ranges(folder / "observed.onnx", ids, work.machine.threads)
             (folder / "observed.onnx").unlink()
             task.advance()
         some = _short(ids)
         before = last_logits(folder / "model.onnx", some, work.machine.threads)
-        done = quantize(folder / "model.onnx", self.precision, tops)
+        done = quantize(folder / "model.onnx", self.precision, reached)
         after = last_logits(folder / "model.onnx", some, work.machine.threads)
         return done.saved_bytes, (
-            f"{done.products} products in {self.precision}, "
+            f"{done.products} products in {self.precision}, {done.left} with outliers in fp16; "
             f"{done.activations} activations measured on {source}",
             f"KL from fp16 {kl(before, after):.2g} nats after {len(some)} texts of "
             f"{some.shape[1]} tokens, computed by ONNX Runtime",

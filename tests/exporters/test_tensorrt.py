@@ -33,7 +33,14 @@ from prune_export.exporters._trt_layers import layers_of, sparse_tactics
 from prune_export.exporters._trt_log import Layers, Log, sparsity_said
 from prune_export.exporters._trt_profiles import Sizes, Span
 from prune_export.exporters._trt_proof import record
-from prune_export.exporters._trt_quantize import kl, largest, last_logits, observed, quantize
+from prune_export.exporters._trt_quantize import (
+    Range,
+    kl,
+    last_logits,
+    observed,
+    quantize,
+    ranges,
+)
 from prune_export.exporters._trt_runner import TrtRunner
 from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.tensorrt import ENGINE, Tensorrt
@@ -368,8 +375,8 @@ def test_a_product_in_8_bits_is_close_and_keeps_its_zeros(
     weight[::2] = 0
     x = rng.standard_normal((7, 64)).astype(np.float32)
     graph = one_product(tmp_path / "model.onnx", weight)
-    done = quantize(graph, kind, {"x": float(np.abs(x).max())})
-    assert (done.products, done.activations) == (1, 1)
+    done = quantize(graph, kind, {"x": Range(float(np.abs(x).max()), 1.0)})
+    assert (done.products, done.activations, done.left) == (1, 1, 0)
     assert done.saved_bytes == 64 * 48 * 3 - 48 * 4
     onnx.checker.check_model(str(graph), full_check=True)
     (matrix,) = matrices(load(graph), tmp_path)
@@ -388,8 +395,8 @@ def test_the_loss_to_8_bits_is_measured(graph: Path, tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 250, (4, 12))
     before = last_logits(graph, ids, 1)
     observed(graph, graph.with_name("observed.onnx"))
-    tops = largest(graph.with_name("observed.onnx"), ids, 1)
-    quantize(tmp_path / "model.onnx", "fp8", tops)
+    reached = ranges(graph.with_name("observed.onnx"), ids, 1)
+    quantize(tmp_path / "model.onnx", "fp8", reached)
     lost = kl(before, last_logits(tmp_path / "model.onnx", ids, 1))
     assert 0 < lost < 0.1
     assert kl(before, before) == 0
@@ -401,11 +408,24 @@ def test_activations_are_measured_where_products_read_them(graph: Path) -> None:
     names = observed(graph, graph.with_name("observed.onnx"))
     assert len(names) == 4 * 6
     ids = np.random.default_rng(0).integers(0, 250, (3, 8))
-    each = [largest(graph.with_name("observed.onnx"), ids[at : at + 1], 1) for at in range(3)]
-    whole = largest(graph.with_name("observed.onnx"), ids, 1)
+    each = [ranges(graph.with_name("observed.onnx"), ids[at : at + 1], 1) for at in range(3)]
+    whole = ranges(graph.with_name("observed.onnx"), ids, 1)
     assert whole.keys() == set(names)
-    for name, top in whole.items():
-        assert top == max(one[name] for one in each) > 0
+    for name, one in whole.items():
+        assert one.top == max(window[name].top for window in each) > 0
+        squares = [window[name].rms ** 2 for window in each]
+        assert one.rms == pytest.approx(np.sqrt(np.mean(squares)))
+        assert one.rms < one.top
+
+
+def test_a_product_with_outliers_is_left_as_it_is(tmp_path: Path) -> None:
+    graph = one_product(tmp_path / "model.onnx", np.ones((64, 48), np.float32))
+    before = graph.read_bytes()
+    done = quantize(graph, "int8", {"x": Range(top=31.0, rms=1.0)})
+    assert (done.products, done.left, done.saved_bytes) == (0, 1, 0)
+    assert [node.op_type for node in onnx.load(graph).graph.node] == ["MatMul"]
+    assert quantize(graph, "fp8", {"x": Range(top=31.0, rms=1.0)}).products == 1
+    assert graph.read_bytes() != before
 
 
 def test_calibration_data_come_before_built_in_text(tiny_llama: Path, tmp_path: Path) -> None:
