@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from prune_export.arch import Arch
 from prune_export.calibrate.edit_stream import Editor, Order, Swept, sweep
 from prune_export.calibrate.gradients import GradientReader, Gradients, gradients
@@ -124,8 +126,15 @@ class ModelView:
             arch=self.arch,
         )
 
-    def removals(self, samples: int | None = None, length: int | None = None) -> Removals:
+    def removals(
+        self,
+        samples: int | None = None,
+        length: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Removals:
         """Losses without this or that, on the first `samples` windows cut to `length` tokens.
+
+        In `dtype`, by default that of a calibration pass.
 
         Raises:
             ValueError: the view was made without calibration data.
@@ -139,6 +148,7 @@ class ModelView:
             means.told,
             means.scratch,
             arch=self.arch,
+            dtype=dtype,
         )
 
     def calibration(self) -> Means:

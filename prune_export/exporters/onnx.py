@@ -157,16 +157,11 @@ class Onnx:
             + (slid.added_bytes if slid else 0),
             seconds=perf_counter() - start,
             toolchain=_toolchain(),
-            notes=tuple(
-                filter(
-                    None,
-                    (
-                        f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
-                        trim.note(),
-                        note,
-                        *(slid.notes() if slid else ()),
-                    ),
-                )
+            notes=(
+                f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
+                *([trim.note()] if trim else ()),
+                note,
+                *(slid.notes() if slid else ()),
             ),
             sparsity={"asked": True, "proven": None} if self.sparse else {},
         )

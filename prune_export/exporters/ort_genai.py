@@ -34,6 +34,7 @@ from prune_export.errors import CheckpointError, MissingExtra, PlanError, StageE
 from prune_export.exporters._genai_graph import decode_bytes
 from prune_export.exporters._genai_runner import GRAPH, open_runner
 from prune_export.exporters._genai_support import corrections, refuse
+from prune_export.exporters._trim import Trim
 from prune_export.machine import Machine
 from prune_export.units import MIB
 
@@ -50,7 +51,7 @@ _BITS: Final = {"fp32": 32.0, "fp16": 16.0, "int8": 9.0, "int4": 5.0}
 class OrtGenai:
     """onnxruntime-genai's graph: fused operators, int8 by default; the fastest on CPUs."""
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
     DIRECTORY: ClassVar[str] = "genai"
 
     precision: Annotated[
@@ -131,7 +132,7 @@ class OrtGenai:
             weight_bytes=decode_bytes(out / GRAPH),
             seconds=perf_counter() - start,
             toolchain={package: metadata.version(package) for package in _PACKAGES},
-            notes=(note,),
+            notes=tuple(filter(None, (Trim.of(source).note(), note))),
         )
 
     def open(self, path: Path, machine: Machine) -> Runner:

@@ -28,6 +28,10 @@ _NO_KERNELS: Final = {
     "ort_genai": "ONNX Runtime has no kernels for sparse weights: it multiplies dense",
 }
 
+_UNTOLD: Final = {
+    "onnx": "ONNX Runtime does not pass on what TensorRT chose; the exporter `tensorrt` tells",
+}
+
 
 def measure_sparsity(record: BuildRecord, path: Path) -> list[Sparsity]:
     """What the engine at `path` shows; empty where nothing is sparse and nothing was asked for.
@@ -50,9 +54,15 @@ def measure_sparsity(record: BuildRecord, path: Path) -> list[Sparsity]:
         eligible_layers=list(said.get("eligible_layers", ())),
         chosen_layers=list(said.get("chosen_layers", ())),
         tactics=dict(said.get("tactics", {})),
-        note="" if asked else _NO_KERNELS.get(record.exporter, "sparse kernels were not asked for"),
+        note=_note(record.exporter, asked=asked),
     )
     return [found]
+
+
+def _note(exporter: str, *, asked: bool) -> str:
+    if asked:
+        return _UNTOLD.get(exporter, "")
+    return _NO_KERNELS.get(exporter, "sparse kernels were not asked for")
 
 
 def _weights(record: BuildRecord, path: Path) -> list[WeightPattern]:

@@ -180,6 +180,19 @@ def test_blocks_ranked_together_lose_where_shares_are_least() -> None:
     assert kept["mlp.1"].tolist() == [False, True] * 4
 
 
+def test_of_heads_ranked_together_every_group_of_a_block_loses_as_many() -> None:
+    arch = arch_of("llama", **LLAMA)
+    scores = {
+        "kv.0": torch.tensor([[9.0, 8, 7], [7, 9, 8], [8, 7, 9]]),
+        "kv.1": torch.tensor([[0.1, 9, 8], [9, 8, 0.1], [9, 0.1, 0.2]]),
+    }
+    kept = chosen_everywhere(arch, scores, {"group.0": 2, "group.1": 2}, (), None)
+    assert kept["kv.0"].tolist() == [[True, True, False], [False, True, True], [True, False, True]]
+    assert kept["kv.1"].tolist() == [[False, True, True], [True, True, False], [True, False, True]]
+    kept = chosen_everywhere(arch, scores, {"kv.0": 2, "kv.1": 3, "group.1": 2}, (), None)
+    assert kept["kv.1"].tolist() == [[False, True, True], [True, True, False], [False] * 3]
+
+
 HIDDEN = ["llama", "gemma2", "gemma3_text", "granite", "phi3", "qwen3", "smollm3", "mixtral"]
 
 
