@@ -2,4 +2,8 @@
 
 from __future__ import annotations
 
+from prune_export.modeling import register
+
 __version__ = "0.1.0"
+
+register()

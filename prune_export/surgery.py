@@ -9,9 +9,8 @@ what is cut passes through in windows of rows. A cut is made on the bits, so eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,48 +19,17 @@ from prune_export.checkpoint.config import full_config
 from prune_export.checkpoint.header import TORCH, Entry
 from prune_export.checkpoint.reader import Checkpoint
 from prune_export.checkpoint.writer import SHARD_BYTES, Planned, write_checkpoint
-from prune_export.errors import CheckpointError, PlanError, did_you_mean
+from prune_export.edits import Become, Drop, Edit, Edits, Keep, Overwrite, Untie
+from prune_export.errors import CheckpointError, PlanError
+from prune_export.modeling import FOLDER
 from prune_export.progress import Progress
 from prune_export.units import MIB
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = ["Become", "Drop", "Edit", "Edits", "Keep", "Overwrite", "Untie", "rewrite"]
 
-@dataclass(frozen=True)
-class Keep:
-    """Keep only `index` (ascending) of an axis such as `mlp.3`, in every tensor that uses it."""
-
-    axis: str
-    index: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Remove whole blocks; those left are renumbered."""
-
-    layers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Overwrite:
-    """Replace a tensor's values; `value` is called when the tensor is written, and then freed.
-
-    The value has the tensor's old shape and dtype; a `Keep` cuts it as it would the old values.
-    """
-
-    tensor: str
-    value: Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Untie:
-    """Store a tied tensor on its own: a copy of what it was tied to, or what `Overwrite` brings."""
-
-    tensor: str
-
-
-Edit = Keep | Drop | Overwrite | Untie
 
 Cuts = tuple[tuple[int, list[int]], ...]
 """(dimension, ascending positions to keep in it), each dimension once."""
@@ -71,70 +39,6 @@ _DEAD_KEYS: Final = ("auto_map", "_name_or_path", "_model_name_or_path")
 
 _WINDOW_BYTES: Final = 64 * MIB
 """Rows read at a time; more is no faster."""
-
-
-@dataclass(frozen=True)
-class Edits:
-    """Edits sorted by kind and checked against the model that they speak of."""
-
-    drop: frozenset[int] = frozenset()
-    keep: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    overwrite: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
-    untie: tuple[str, ...] = ()
-
-    @staticmethod
-    def of(edits: Iterable[Edit], arch: Arch) -> Edits:
-        """Sorts and checks; an iterator is exhausted, the values of `Overwrite` stay uncalled.
-
-        Raises:
-            PlanError: an edit names what is not there, what another edit removes, or comes twice.
-        """
-        drop: set[int] = set()
-        keep: dict[str, tuple[int, ...]] = {}
-        overwrite: dict[str, Callable[[], torch.Tensor]] = {}
-        given = list(edits)
-        untie = tuple(dict.fromkeys(edit.tensor for edit in given if isinstance(edit, Untie)))
-        for edit in given:
-            match edit:
-                case Drop(layers):
-                    drop |= set(layers)
-                case Keep(axis, index):
-                    _check_keep(axis, index, arch, keep)
-                    keep[axis] = index
-                case Overwrite(name, value):
-                    _check_overwrite(name, arch, overwrite, untie)
-                    overwrite[name] = value
-                case Untie(name):
-                    arch.with_own(name)
-        gone = sorted(axis for axis in keep if _layer(axis) in drop)
-        gone += [name for name in overwrite if arch.by_name[name].layer in drop]
-        if gone:
-            raise PlanError(gone[0], "is edited, but its block is dropped", "do one or the other")
-        return Edits(frozenset(drop), keep, overwrite, untie)
-
-    def after(self, arch: Arch) -> Arch:
-        """The architecture that these edits leave of `arch`.
-
-        Raises:
-            PlanError: the family cannot be cut in this way.
-        """
-        kept = arch.kept(self.drop)
-        cut = arch.without(self.drop) if self.drop else arch
-        for name in self.untie:
-            cut = cut.with_own(name)
-        sizes = {}
-        for axis, index in self.keep.items():
-            name, *numbers = axis.split(".")
-            if len(numbers) > 1 and (experts := self.keep.get(f"expert.{numbers[0]}")):
-                if int(numbers[1]) not in experts:
-                    continue
-                numbers[1] = str(experts.index(int(numbers[1])))
-            if numbers:
-                numbers[0] = str(kept.index(int(numbers[0])))
-            sizes[".".join((name, *numbers))] = len(index)
-        if sizes:
-            cut = cut.with_sizes(sizes)
-        return cut
 
 
 def rewrite(
@@ -164,6 +68,10 @@ def rewrite(
     config = after.to_config(source.config)
     for key in _DEAD_KEYS:
         config.pop(key, None)
+    side_files = source.side_files()
+    if after.table.bundled:
+        config["auto_map"] = after.table.bundled.auto_map()
+        side_files = (*side_files, *(FOLDER / name for name in after.table.bundled.files))
     source.check(arch)
     _refuse_unsayable(config, after, out)
     _refuse_untied(source, arch)
@@ -173,7 +81,7 @@ def rewrite(
         out,
         config,
         planned,
-        side_files=source.side_files(),
+        side_files=side_files,
         max_shard_bytes=max_shard_bytes,
         fsync=fsync,
         progress=progress,
@@ -192,6 +100,15 @@ def _planned(
             continue
         content = _content(source, old, arch.by_name[old], arch, edits, window)
         yield Planned(names[old], entry.dtype, after.shape(after.by_name[names[old]]), content)
+    whole = edits.whole(arch)
+    fresh = whole.origin(whole.kept(edits.drop))
+    for new, old in fresh.items():
+        if old not in arch.by_name:
+            cuts = _cuts(whole.by_name[old], whole, edits.keep)
+            shape = whole.shape(whole.by_name[old])
+            dtype = next(iter(source.entries.values())).dtype
+            value = _Overwritten(old, dtype, shape, edits.overwrite[old], cuts)
+            yield Planned(new, dtype, after.shape(after.by_name[new]), value)
     for name in edits.untie:
         tensor = arch.by_name[name]
         stored = str(tensor.tied_to)
@@ -205,7 +122,8 @@ def _content(
     """What becomes of a tensor that is stored under the name `stored`."""
     entry, cuts = source.entries[stored], _cuts(tensor, arch, edits.keep)
     if tensor.name in edits.overwrite:
-        return _Overwritten(tensor.name, entry, edits.overwrite[tensor.name], cuts)
+        value = edits.overwrite[tensor.name]
+        return _Overwritten(tensor.name, entry.dtype, entry.shape, value, cuts)
     return _Cut(source, stored, cuts, window) if cuts else entry
 
 
@@ -265,7 +183,8 @@ class _Overwritten:
     """A new value, checked to be like the old and then cut."""
 
     name: str
-    entry: Entry
+    dtype: str
+    shape: tuple[int, ...]
     value: Callable[[], torch.Tensor]
     cuts: Cuts
 
@@ -273,12 +192,12 @@ class _Overwritten:
         import torch
 
         found = self.value()
-        dtype = getattr(torch, TORCH[self.entry.dtype])
-        if tuple(found.shape) != self.entry.shape or found.dtype != dtype:
+        dtype = getattr(torch, TORCH[self.dtype])
+        if tuple(found.shape) != self.shape or found.dtype != dtype:
             raise CheckpointError(
                 self.name,
                 f"is overwritten with {_text(found.dtype)} {list(found.shape)}, "
-                f"expected {_text(dtype)} {list(self.entry.shape)}",
+                f"expected {_text(dtype)} {list(self.shape)}",
                 "an Overwrite keeps the dtype and the shape that the tensor had before any cut",
             )
         if found.element_size() > 1 and not bool(torch.isfinite(found).all()):
@@ -315,42 +234,6 @@ def _windows(rows: Iterable[int], span: int) -> Iterator[list[int]]:
         group.append(row)
     if group:
         yield group
-
-
-def _check_keep(
-    axis: str, index: tuple[int, ...], arch: Arch, keep: Mapping[str, tuple[int, ...]]
-) -> None:
-    if axis not in arch.sizes:
-        raise PlanError(
-            f"axis {axis}", "is not an axis of this model", did_you_mean(axis, arch.sizes)
-        )
-    if axis in keep:
-        raise PlanError(f"axis {axis}", "is cut by two edits", "keep one index of each axis")
-    size = arch.sizes[axis]
-    ascending = all(a < b for a, b in pairwise(index))
-    if not index or not ascending or index[0] < 0 or index[-1] >= size:
-        raise PlanError(
-            f"axis {axis}",
-            f"got an index of {len(index)} positions {str(list(index[:8]))[:-1]}"
-            f"{', …' if len(index) > 8 else ''}], expected ascending positions below {size}",
-        )
-
-
-def _check_overwrite(
-    name: str, arch: Arch, overwrite: Mapping[str, Any], untie: Collection[str]
-) -> None:
-    if name not in arch.by_name:
-        raise PlanError(name, "is not a tensor of this model", did_you_mean(name, arch.by_name))
-    tied = arch.by_name[name].tied_to
-    if tied is not None and name not in untie:
-        raise PlanError(name, f"is tied to {tied} and not stored", f"overwrite {tied} instead")
-    if name in overwrite:
-        raise PlanError(name, "is overwritten twice", "yield one Overwrite a tensor")
-
-
-def _layer(axis: str) -> int | None:
-    _, *numbers = axis.split(".")
-    return int(numbers[0]) if numbers else None
 
 
 def _refuse_untied(source: Checkpoint, arch: Arch) -> None:

@@ -148,6 +148,22 @@ class Arch:
         untied = replace(self, untied=self.untied | {key})
         return untied._bound({**self.config, key: False}, self.layers, self.sizes)
 
+    def become(self, model_type: str) -> Arch:
+        """The same model as another type, which has all of its tensors and may have more.
+
+        Raises:
+            UnsupportedArch: there is no table of that type.
+            PlanError: it lacks some of the tensors.
+        """
+        table = table_for(model_type)
+        names = {"model_type": model_type, "architectures": list(table.architectures)}
+        other = replace(self, table=table, family=table.family)
+        found = other._bound({**self.config, **names}, self.layers, self.sizes)
+        lost = sorted(self.by_name.keys() - found.by_name.keys())
+        if lost:
+            raise PlanError(lost[0], f"is not a tensor of {model_type}", "keep the model's type")
+        return found
+
     def without(self, layers: Collection[int]) -> Arch:
         """The same model without some blocks; those left are renumbered from 0.
 
@@ -209,6 +225,9 @@ class Arch:
             PlanError: the sizes differ between layers, or the family's config cannot say them.
         """
         written = with_stored_names(self.table, base) | dict.fromkeys(self.untied, False)
+        for key in ("model_type", "architectures"):
+            if base.get("model_type") not in self.table.model_types:
+                written[key] = self.config[key]
         write_depth(self.table, self.config, written)
         if write_width(self.table, self.config, self.sizes, written):
             self._check_written(written)

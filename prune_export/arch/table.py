@@ -102,6 +102,25 @@ class ConfigRules(_Frozen):
     aliases: dict[str, str] = Field(default_factory=dict)
 
 
+class Bundled(_Frozen):
+    """Code of ours that a checkpoint brings along: `file.Class` in `prune_export.modeling`.
+
+    With `import prune_export` it is not needed, and without it `trust_remote_code=True` is.
+    """
+
+    configuration: str
+    modeling: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files."""
+        return tuple(f"{said.partition('.')[0]}.py" for said in (self.configuration, self.modeling))
+
+    def auto_map(self) -> dict[str, str]:
+        """What config.json says of it."""
+        return {"AutoConfig": self.configuration, "AutoModelForCausalLM": self.modeling}
+
+
 class Tiny(_Frozen):
     """The tiny random models that prove a table.
 
@@ -122,6 +141,8 @@ class Table(_Frozen):
     `norm` is what the norms on the residual states do before their gain: `rms` divides by the root
     mean square, which a rotation leaves alone; `layer` subtracts the mean first.
 
+    `bundled` is the code that a checkpoint of a model type of ours brings along.
+
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
     transformers stored and that carry nothing: they are accepted, and left behind.
 
@@ -133,6 +154,7 @@ class Table(_Frozen):
     model_types: list[str]
     architectures: list[str]
     source: str
+    bundled: Bundled | None = None
     layers: str
     blocks: str
     final_norm: str | None

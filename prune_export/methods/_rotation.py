@@ -32,6 +32,9 @@ READS_BEHIND: Final[Mapping[str, str]] = {
 """For each role that reads the residual states, the role of the norm before it."""
 
 WRITES: Final = frozenset({"embed", "o", "o.bias", "down", "down.bias", "expert.down"})
+TURNS: Final = frozenset({"shortcut.attn", "shortcut.mlp"})
+"""Matrices between two bases, which only models that were sliced before have."""
+
 NORMS: Final = frozenset(READS_BEHIND.values())
 
 _ROWS: Final = 8192
@@ -73,6 +76,25 @@ def _able(model_type: str) -> bool:
         return not _problem(Arch.from_config({"model_type": model_type, **table.tiny.config}))
     except UnsupportedArch:
         return False
+
+
+def sliced_type(arch: Arch) -> str:
+    """The model type of ours that a model is when its states change their basis at each norm.
+
+    Raises:
+        PlanError: there is none.
+    """
+    found = f"sliced_{arch.config['model_type']}"
+    if found not in tables():
+        able = sorted(
+            name.removeprefix("sliced_") for name in tables() if name.startswith("sliced_")
+        )
+        raise PlanError(
+            "rotation: per_junction",
+            f"needs a model type of our own, and there is none for {arch.family}",
+            f"write `rotation: shared`; there is one for {', '.join(able)}",
+        )
+    return found
 
 
 def sizes(arch: Arch, multiple_of: int) -> list[int]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from prune_export.arch import Arch, Tensor
-from prune_export.calibrate import Edited, Gram, Site, inputs_last, sites_of
+from prune_export.calibrate import Edited, Gram, Site, sites_of
+from prune_export.calibrate.sites import inputs_last
 from prune_export.errors import PlanError
 from prune_export.methods._removal import removed
 

@@ -7,21 +7,22 @@ hidden size shrinks everywhere at once. One rotation for all places leaves a sto
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import sqrt
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import Further, Grams, JunctionGrams, ModelView, Statistic
+from prune_export.checkpoint.header import TORCH
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.methods import _rotation
-from prune_export.surgery import Edit, Keep, Overwrite, Untie
+from prune_export.surgery import Become, Edit, Keep, Overwrite, Untie
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class SliceGPT:
 
     Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and
     Columns", arXiv:2401.15024, section 3.
-    Differs: one rotation for all places where the states are read, so no shortcut matrices are
-    needed and stock classes load the result; each state counts the same for the directions,
-    whatever its length; the matrices are refitted to the states that are left (`refit`). Tied
-    embeddings come apart, as the last norm's gain goes into the head. Only for models with RMS
-    norms before attention and MLP and none after.
+    Differs: by default one rotation for all places where the states are read, so no shortcut
+    matrices are needed and stock classes load the result; each state counts the same for the
+    directions, whatever its length; matrices are refitted to the states that are left (`refit`).
+    Tied embeddings come apart, as the last norm's gain goes into the head. Only for models with RMS
+    norms before attention and MLP and none after; `per_junction` for llama, mistral, qwen2, qwen3.
     """
 
     VERSION: ClassVar[str] = "1"
@@ -43,6 +44,13 @@ class SliceGPT:
         float,
         Field(ge=0, lt=1, description="Fraction of the hidden size to remove; 0 only rotates."),
     ]
+    rotation: Annotated[
+        Literal["shared", "per_junction"],
+        Field(
+            description="One for all places, for stock classes; or the paper's, one before each "
+            "norm: two more matrices a block, and a model type of ours, whose code comes along."
+        ),
+    ] = "shared"
     multiple_of: Annotated[
         int, Field(ge=1, description="The hidden size left is a multiple of this.")
     ] = 8
@@ -57,9 +65,12 @@ class SliceGPT:
 
     def predict(self, arch: Arch) -> Arch:
         _rotation.check(arch)
+        size = self.size(arch)
         for tied in _tied(arch):
             arch = arch.with_own(tied.name)
-        return arch.resized("residual", self.size(arch))
+        if self.rotation == "per_junction":
+            arch = arch.become(_rotation.sliced_type(arch))
+        return arch.resized("residual", size)
 
     def size(self, arch: Arch) -> int:
         """The hidden size that is left: the nearest that the model's config can say.
@@ -91,22 +102,28 @@ class SliceGPT:
         after = self.predict(arch)
         hidden, kept = arch.sizes["residual"], after.sizes["residual"]
         grams: Grams = model.stat(JunctionGrams())
-        basis = _rotation.principal(grams[i] for i in range(len(grams)))[:, :kept]
-        energy = [float((basis * (grams[i] @ basis)).sum()) for i in range(len(grams))]
-        edits = _Slicing(model, grams, basis, self.refit)
-        untied = [tensor.name for tensor in _tied(arch)]
+        numbers = range(len(grams))
+        if self.rotation == "shared":
+            shared = _rotation.principal(grams[i] for i in numbers)[:, :kept]
+            bases = [shared] * len(grams)
+        else:
+            bases = [_rotation.principal([grams[i]])[:, :kept] for i in numbers]
+        energy = [float((bases[i] * (grams[i] @ bases[i])).sum()) for i in numbers]
+        edits: list[Edit] = [Untie(tensor.name) for tensor in _tied(arch)]
+        if self.rotation == "per_junction":
+            edits.append(Become(str(after.config["model_type"])))
+        edits += _Slicing(model, after, grams, bases, self.refit)
         log = {
             "hidden": [hidden, kept],
             "kept_energy": energy,
-            "untied": untied,
+            "untied": [tensor.name for tensor in _tied(arch)],
             "parameters": [arch.parameters(), after.parameters()],
         }
         if after.parameters() >= arch.parameters():
             log["note"] = (
-                "the embeddings come apart, so the checkpoint is no smaller; "
-                "the work for each token is"
+                "what is added outweighs what is cut: only the work for a token may shrink"
             )
-        return Decision((*map(Untie, untied), *edits), log)
+        return Decision(tuple(edits), log)
 
 
 def _tied(arch: Arch) -> list[Tensor]:
@@ -115,10 +132,22 @@ def _tied(arch: Arch) -> list[Tensor]:
 
 
 class _Slicing:
-    """The edits: every tensor that touches the residual states in the new basis."""
+    """The edits: every tensor that touches the residual states in the bases of its junctions.
 
-    def __init__(self, model: ModelView, grams: Grams, basis: torch.Tensor, refit: bool) -> None:
-        self._model, self._grams, self._basis, self._refit = model, grams, basis, refit
+    Junctions are numbered as in `Grams`: states are read at them, and what writes does so in the
+    basis of the next one.
+    """
+
+    def __init__(
+        self,
+        model: ModelView,
+        after: Arch,
+        grams: Grams,
+        bases: Sequence[torch.Tensor],
+        refit: bool,
+    ) -> None:
+        self._model, self._after = model, after
+        self._grams, self._bases, self._refit = grams, bases, refit
         self._gains = {
             (tensor.layer, tensor.role): tensor
             for tensor in model.arch.using("residual")
@@ -128,39 +157,64 @@ class _Slicing:
         self._reading = lru_cache(maxsize=2)(self._reading_at)
 
     def __iter__(self) -> Iterator[Edit]:
-        arch = self._model.arch
-        hidden, kept = arch.sizes["residual"], self._basis.shape[1]
+        hidden, kept = self._bases[0].shape
         if kept < hidden:
             yield Keep("residual", tuple(range(kept)))
-        for tensor in arch.using("residual"):
+        for tensor in self._after.using("residual"):
             if tensor.role in _rotation.NORMS:
                 yield Overwrite(tensor.name, partial(self._norm, tensor, sqrt(hidden / kept)))
             elif tensor.role in _rotation.READS_BEHIND:
                 yield Overwrite(tensor.name, partial(self._reader, tensor))
+            elif tensor.role in _rotation.TURNS:
+                yield Overwrite(tensor.name, partial(self._shortcut, tensor))
             else:
                 yield Overwrite(tensor.name, partial(self._writer, tensor))
 
     def _norm(self, tensor: Tensor, gain: float) -> torch.Tensor:
         """The old gain is in the matrices; a constant undoes the mean over fewer squares."""
-        return torch.full_like(self._model.checkpoint.read(tensor.name), gain)
+        return torch.full_like(self._stored(tensor), gain)
 
     def _reader(self, tensor: Tensor) -> torch.Tensor:
         norm = _rotation.READS_BEHIND[tensor.role]
-        gain = self._model.checkpoint.read(self._gains[tensor.layer, norm].name)
+        gain = self._stored(self._gains[tensor.layer, norm])
         by = self._reading(self._junction(tensor.layer, norm))
-        stored = self._model.checkpoint.read(tensor.tied_to or tensor.name)
-        return _rotation.turned(stored, _rotation.along(tensor), by, gain)
+        return _rotation.turned(self._stored(tensor), _rotation.along(tensor), by, gain)
 
     def _writer(self, tensor: Tensor) -> torch.Tensor:
-        stored = self._model.checkpoint.read(tensor.name)
-        return _rotation.turned(stored, _rotation.along(tensor), self._basis)
+        basis = self._bases[self._next(tensor)]
+        return _rotation.turned(self._stored(tensor), _rotation.along(tensor), basis)
+
+    def _shortcut(self, tensor: Tensor) -> torch.Tensor:
+        """From the basis of one junction to that of the next, as a matrix `[out, in]`."""
+        number = self._next(tensor)
+        before, after = self._bases[number - 1], self._bases[number]
+        hidden, kept = before.shape
+        found = torch.zeros(hidden, hidden)
+        found[:kept, :kept] = (after.T @ before).float()
+        return found.to(self._dtype())
+
+    def _stored(self, tensor: Tensor) -> torch.Tensor:
+        known = self._model.arch.by_name[tensor.name]
+        return self._model.checkpoint.read(known.tied_to or known.name)
+
+    def _dtype(self) -> torch.dtype:
+        """What surgery stores a new tensor in: as the first one."""
+        first = next(iter(self._model.checkpoint.entries.values()))
+        found: torch.dtype = getattr(torch, TORCH[first.dtype])
+        return found
 
     def _junction(self, layer: int | None, norm: str) -> int:
         if layer is None:
-            return len(self._grams) - 1
+            return len(self._bases) - 1
         return 2 * layer + (norm == "norm.mlp")
 
+    def _next(self, tensor: Tensor) -> int:
+        """The junction that reads what a tensor writes."""
+        if tensor.layer is None:
+            return 0
+        inside = tensor.role in ("o", "o.bias", "shortcut.attn")
+        return 2 * tensor.layer + (1 if inside else 2)
+
     def _reading_at(self, junction: int) -> torch.Tensor:
-        if not self._refit:
-            return self._basis
-        return _rotation.fitted(self._grams[junction], self._basis)
+        basis = self._bases[junction]
+        return _rotation.fitted(self._grams[junction], basis) if self._refit else basis

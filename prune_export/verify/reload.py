@@ -1,4 +1,7 @@
-"""Loads a checkpoint as a stranger would: stock transformers, a fresh process, no remote code."""
+"""Loads a checkpoint as a stranger would: stock transformers in a fresh process.
+
+No code of the checkpoint's is run, unless it is, byte for byte, a file of `prune_export.modeling`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prune_export.arch.table import tables
 from prune_export.errors import VerifyError
 from prune_export.machine import Machine
+from prune_export.modeling import FOLDER
 from prune_export.progress import Progress, Silent
 from prune_export.verify import reload_child
 from prune_export.verify.results import Reload
@@ -61,7 +66,20 @@ def measure_reload(
         unexpected=found["unexpected"],
         parameters=found["parameters"],
         seconds=time.monotonic() - start,
+        own_code=_brings_our_code(checkpoint),
     )
+
+
+def _brings_our_code(checkpoint: Path) -> bool:
+    """Whether its model type is one of ours, and all code in it is our own file for that type."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    table = tables().get(config["model_type"])
+    bundled = table.bundled if table else None
+    if bundled is None:
+        return False
+    ours = {name: (FOLDER / name).read_bytes() for name in bundled.files}
+    found = {file.name: file.read_bytes() for file in checkpoint.glob("*.py")}
+    return found == ours and config.get("auto_map") == bundled.auto_map()
 
 
 def _run(checkpoint: Path, machine: Machine) -> dict[str, Any]:
@@ -73,8 +91,16 @@ def _run(checkpoint: Path, machine: Machine) -> dict[str, Any]:
         "CUDA_VISIBLE_DEVICES": "",
     }
     script = Path(reload_child.__file__)
+    code = ["own-code"] if _brings_our_code(checkpoint) else []
     done = subprocess.run(
-        [sys.executable, "-I", str(script), str(checkpoint.resolve()), str(machine.ram_bytes)],
+        [
+            sys.executable,
+            "-I",
+            str(script),
+            str(checkpoint.resolve()),
+            str(machine.ram_bytes),
+            *code,
+        ],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,10 +1,11 @@
 """Run as a script in an isolated interpreter: does stock transformers load this directory?
 
-    python -I reload_child.py DIRECTORY RAM_BYTES
+    python -I reload_child.py DIRECTORY RAM_BYTES [own-code]
 
 It must not import prune_export: a user who downloads the checkpoint has none. Prints one JSON line,
 what `check` returns. A model that does not fit into RAM_BYTES is loaded with its weights left on
-disk (accelerate), and generates 4 tokens instead of 16.
+disk (accelerate), and generates 4 tokens instead of 16. With `own-code` the code beside it is run:
+the caller has made sure that it is prune_export's own.
 """
 
 import json
@@ -14,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 
-def check(directory: Path, ram_bytes: int) -> dict[str, Any]:
+def check(directory: Path, ram_bytes: int, *, own_code: bool = False) -> dict[str, Any]:
     """What loading `directory` found, as JSON types."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=own_code
+    )
     stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     widened = stored if config.dtype == torch.float32 else 2 * stored
     whole = widened <= 0.8 * ram_bytes
@@ -40,7 +43,7 @@ def check(directory: Path, ram_bytes: int) -> dict[str, Any]:
             directory,
             output_loading_info=True,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=own_code,
             **placement,
         )
         model.eval()
@@ -83,6 +86,6 @@ def cache_difference(model: Any, new: int) -> int | None:
 
 
 if __name__ == "__main__":
-    found = check(Path(sys.argv[1]), int(sys.argv[2]))
+    found = check(Path(sys.argv[1]), int(sys.argv[2]), own_code="own-code" in sys.argv[3:])
     foreign = sorted(name for name in sys.modules if name.split(".")[0] == "prune_export")
     print(json.dumps({**found, "foreign": foreign}), flush=True)

@@ -117,7 +117,10 @@ class Parity:
 
 @dataclass(frozen=True)
 class Reload:
-    """Stock transformers in a fresh process: did it load every tensor and nothing else?"""
+    """Stock transformers in a fresh process: did it load every tensor and nothing else?
+
+    `own_code` says that it was allowed to run the code of ours that lies beside the checkpoint.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -127,6 +130,7 @@ class Reload:
     unexpected: list[str]
     parameters: int
     seconds: float
+    own_code: bool = False
 
 
 @dataclass(frozen=True)

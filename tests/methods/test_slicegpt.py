@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,7 @@ def sliced(tiny: Tiny, method: SliceGPT, out: Path) -> tuple[PreTrainedModel, Ma
 
 
 def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    return float(((found - wanted).abs().max() / wanted.abs().max()).detach())
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -58,6 +61,68 @@ def test_rotated_alone_a_model_computes_the_same(
     name = f"{tiny.arch.table.blocks}.0.self_attn.o_proj.weight"
     assert off(model.state_dict()[name], tiny.model.state_dict()[name]) > 0.1, "it is rotated"
     assert bool(log["untied"]) is tied
+
+
+OWN_TYPES = [param for param in VARIANTS if f"sliced_{param.values[0]}" in tables()]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("model_type", "changes"), OWN_TYPES)
+def test_rotated_at_each_norm_a_model_computes_the_same(
+    model_type: str, changes: Mapping[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    tiny = random_model(model_type, {**changes, "tie_word_embeddings": tied}, tmp_path / "model")
+    method = SliceGPT(sparsity=0, rotation="per_junction")
+    model, _ = sliced(tiny, method, tmp_path / "out")
+    assert model.config.model_type == f"sliced_{model_type}"
+    assert off(logits(model), tiny.logits()) < 1e-4
+    turn = model.get_submodule("model.layers.1.mlp_shortcut").weight
+    assert off(turn, torch.eye(32)) > 0.1, "the bases differ"
+
+
+def test_a_basis_for_each_junction_keeps_more_and_counts_its_matrices(tmp_path: Path) -> None:
+    tiny = random_model("qwen3", {"tie_word_embeddings": False}, tmp_path / "model")
+    own = SliceGPT(sparsity=0.5, rotation="per_junction")
+    model, log = sliced(tiny, own, tmp_path / "own")
+    _, shared = sliced(tiny, SliceGPT(sparsity=0.5), tmp_path / "shared")
+    pairs = zip(log["kept_energy"], shared["kept_energy"], strict=True)
+    assert all(one > other for one, other in pairs)
+    after = own.predict(tiny.arch)
+    extra = after.parameters() - SliceGPT(sparsity=0.5).predict(tiny.arch).parameters()
+    assert extra == 2 * tiny.arch.layers * 16**2
+    assert after.parameters() == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_its_code_comes_along_for_those_without_prune_export(tmp_path: Path) -> None:
+    """A fresh process that knows nothing of us, and allows the checkpoint's code."""
+    tiny = random_model("llama", {}, tmp_path / "model")
+    model, _ = sliced(tiny, SliceGPT(sparsity=0.5, rotation="per_junction"), tmp_path / "out")
+    code = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "out")!r}, trust_remote_code=True)
+assert "prune_export" not in sys.modules
+ids = torch.tensor([[5, 9, 40, 3]])
+found = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+slow = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False)
+assert found.tolist() == slow.tolist()
+print(found.tolist())
+"""
+    own = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, env=own, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    ids = torch.tensor([[5, 9, 40, 3]])
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert done.stdout.strip() == str(expected.tolist())
+
+
+def test_a_family_without_a_type_of_ours_is_refused(tmp_path: Path) -> None:
+    arch = random_model("granite", {}, tmp_path / "model").arch
+    with pytest.raises(PlanError, match="there is none for granite") as caught:
+        SliceGPT(sparsity=0.5, rotation="per_junction").predict(arch)
+    assert "llama, mistral, qwen2, qwen3" in str(caught.value)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "phi3"])

@@ -77,6 +77,15 @@ def test_widths_that_differ_are_zeros_in_a_stock_model(engines: TimedEngines) ->
     assert not made.read("model.layers.1.self_attn.o_proj.weight").any()
 
 
+def test_engines_are_narrow_also_where_widths_differ(
+    engines: TimedEngines, clock: list[tuple[Artifact, Artifact]]
+) -> None:
+    sizes = {f"mlp.{i}": 16 for i in range(6)}
+    alike = engines.speedup(sizes, "onnx", (1, 128, 32))
+    apart = engines.speedup({**sizes, "mlp.0": 8, "mlp.1": 24}, "onnx", (1, 128, 32))
+    assert apart == pytest.approx(alike, rel=0.02)
+
+
 @pytest.mark.slow
 def test_a_run_comes_out_as_fast_as_asked(
     tiny_llama: Path, corpus: Path, tmp_path: Path, clock: list[tuple[Artifact, Artifact]]

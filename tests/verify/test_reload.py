@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from prune_export.arch.table import table_for
 from prune_export.errors import VerifyError
 from prune_export.machine import Machine
+from prune_export.modeling import FOLDER
 from prune_export.verify.reload import measure_reload
 from prune_export.verify.reload_child import cache_difference
 
@@ -76,3 +78,32 @@ def test_wrong_cache_index_is_found(tiny: Path) -> None:
     assert cache_difference(model, 8) is None
     model.model.layers[2].self_attn.layer_idx = 1
     assert cache_difference(model, 8) is not None
+
+
+def test_code_of_ours_is_run_and_no_other(tmp_path: Path, machine: Machine) -> None:
+    config = AutoConfig.for_model(
+        "sliced_llama",
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    path = tmp_path / "sliced"
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    bundled = table_for("sliced_llama").bundled
+    assert bundled is not None
+    said = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**said, "auto_map": bundled.auto_map()}))
+    for name in bundled.files:
+        shutil.copy(FOLDER / name, path)
+    found = measure_reload(path, machine)
+    assert found.ok
+    assert found.own_code
+    with (path / bundled.files[1]).open("a") as file:
+        file.write("\nraise SystemExit('a stranger was here')\n")
+    with pytest.raises(VerifyError) as caught:
+        measure_reload(path, machine)
+    assert "trust_remote_code" in str(caught.value)
+    assert "a stranger was here" not in str(caught.value)
