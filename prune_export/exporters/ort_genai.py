@@ -2,7 +2,8 @@
 
 onnxruntime-genai's own model builder writes the graph (fused attention, weight-only quantized
 matrices) and `genai_config.json`, so onnxruntime-genai runs the directory as it is. Every build is
-loaded and compared with PyTorch before it counts.
+loaded and compared with PyTorch before it counts. A checkpoint that is wide with zeros becomes a
+narrow graph (`_genai_trim`); genai_config.json's `num_hidden_layers` then counts the caches.
 
 Source: onnxruntime-genai 0.18, `onnxruntime_genai.models.builder`.
 Differs: what it reads of the config is corrected where it would build a wrong graph or none

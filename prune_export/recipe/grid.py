@@ -72,6 +72,11 @@ class Grid(Frozen):
 
 
 def labelled(method: str, body: Mapping[str, Any]) -> str:
-    """A method with its amounts: `minitron ffn 0.25 hidden 0.1`."""
-    amounts = (f"{name} {body[name]}" for name in ("remove", *_WIDTHS) if name in body)
+    """A method with its amounts: `minitron ffn 0.25 hidden 0.1`, less one to be found."""
+    named = ("remove", "sparsity", *_WIDTHS)
+    amounts = (
+        f"{name} {body[name]}"
+        for name in named
+        if name in body and (name != "sparsity" or body[name] != TO_TARGET)
+    )
     return " ".join((method, *amounts)).replace(f" {TO_TARGET}", "")

@@ -184,9 +184,7 @@ class Template:
 
     @property
     def label(self) -> str:
-        """The methods, in order, of a grid with their amounts."""
-        if not self.of_grid:
-            return " + ".join(name for name, _, _ in self.items)
+        """The methods, in order, with the amounts that are given."""
         return " + ".join(labelled(name, body) for name, body, _ in self.items)
 
     @property

@@ -148,7 +148,7 @@ def test_every_candidate_comes_as_near_as_it_can(tmp_path: Path) -> None:
     wanted = round(0.75 * arch.parameters())
     one, two = (template.to_size(arch, wanted) for template in templates(stage.entry))
     assert one.arch.layers == two.arch.layers == 9
-    assert two.label == "block_influence + angular_distance"
+    assert two.label == "block_influence remove 1 + angular_distance"
     nearest = min(
         range(1, 12), key=lambda left: abs(arch.without(range(left, 12)).parameters() - wanted)
     )
