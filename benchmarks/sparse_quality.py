@@ -67,8 +67,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["magnitude", "wanda", "ria", "sparsegpt"])
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--windows", type=int, default=24, help="of the evaluation")
+    parser.add_argument("--windows", type=int, default=16, help="of the evaluation")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3, help="of the plain forward pass")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="start nothing after so long")
     parser.add_argument("--only", choices=["ours", "peer"], help="do these, and write no results")
@@ -146,8 +147,8 @@ def _forward(options: argparse.Namespace) -> dict[str, Any]:
             for start in range(0, len(ids), BATCH):
                 model.base_model(ids[start : start + BATCH], use_cache=False)
 
-    plain()
-    return {"rounds": [_measured(plain) for _ in range(3)]}
+    model.base_model(ids[:1])  # warm up
+    return {"rounds": [_measured(plain) for _ in range(options.rounds)]}
 
 
 def _ours(options: argparse.Namespace) -> dict[str, Any]:

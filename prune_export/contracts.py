@@ -92,6 +92,14 @@ class Method(Protocol):
         """What to cut, from the statistics and, where it asks, the weights."""
 
 
+@runtime_checkable
+class Noted(Protocol):
+    """What a method has besides where the plan is to say something about it."""
+
+    def note(self, arch: Arch) -> str:
+        """What a reader of the plan must know, in a few words; empty where it is nothing."""
+
+
 @dataclass(frozen=True)
 class HealRecord:
     """What healing did; `log` is JSON with `loss` as [[step, loss, learning rate], …]."""

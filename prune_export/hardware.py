@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from prune_export.arch import Arch
-from prune_export.calibrate.sites import inputs_last, linears
+from prune_export.calibrate import inputs_of, linears
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.nm import Nm
@@ -122,14 +122,16 @@ def _pattern_for_tensor_cores(planned: Planned) -> Iterator[PlanError]:
                 "`sliding: true`",
             )
         else:
-            yield PlanError(where, *_needs_windows(planned.nm))
+            yield PlanError(where, *_needs_windows(planned.nm, own="sliding" in keys))
 
 
-def _needs_windows(nm: Nm) -> tuple[str, str]:
+def _needs_windows(nm: Nm, *, own: bool) -> tuple[str, str]:
+    """What is wrong and what to do; `own` says that this exporter has windows."""
     windows = windows_for(nm)
     assert windows is not None
     problem = f"the weights keep {nm}, and sparse tensor cores know 2 of 4 only"
-    fix = f"write `sliding: true` (exact, at most {bound(windows):.2f}x of dense)"
+    fix = "" if own else "export with `tensorrt`, and "
+    fix += f"write `sliding: true` (exact, at most {bound(windows):.2f}x of dense)"
     if windows != nm:
         fix += f" and prune with {_keys(windows)}, which is as fast and keeps more"
     return problem, f"{fix}; or prune with {_keys(NATIVE)} (at most {bound(NATIVE):.2f}x)"
@@ -270,7 +272,7 @@ def _most(nm: Nm | None, keys: Mapping[str, Any]) -> float:
 def _inputs(arch: Arch) -> Iterator[tuple[str, int]]:
     """The matrices of the blocks with their inputs."""
     for tensor in linears(arch):
-        yield tensor.name, arch.shape(tensor)[-1 if inputs_last(tensor) else -2]
+        yield tensor.name, inputs_of(arch, tensor)
 
 
 def _keys(nm: Nm) -> str:

@@ -46,11 +46,15 @@ def patterns(graph: Path) -> list[Achieved]:
 
 def achieved(matrix: Matrix) -> Achieved:
     """What a matrix holds."""
-    inputs, outputs = matrix.shape
-    used = matrix.nonzero()
-    zeros = 1 - int(np.count_nonzero(used)) / max(used.size, 1)
-    nm = pattern_held(used) if zeros >= 1 / max(GROUPS) else None
-    return Achieved(matrix.name, inputs, outputs, zeros, str(nm) if nm else "")
+    return counted(matrix.name, matrix.nonzero())
+
+
+def counted(name: str, nonzero: np.ndarray) -> Achieved:
+    """What the weight of this name holds, from `nonzero` bool `[in, out]`."""
+    inputs, outputs = nonzero.shape
+    zeros = 1 - int(np.count_nonzero(nonzero)) / max(nonzero.size, 1)
+    nm = pattern_held(nonzero) if zeros >= 1 / max(GROUPS) else None
+    return Achieved(name, inputs, outputs, zeros, str(nm) if nm else "")
 
 
 def pattern_held(nonzero: np.ndarray) -> Nm | None:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -20,8 +21,8 @@ from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.calibrate import pass_cost
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Cost, Sparse
-from prune_export.errors import PlanError
+from prune_export.contracts import Cost, Noted, Sparse
+from prune_export.errors import MissingExtra, PlanError
 from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe, Search, Source, Stage, TokenFile, heal_of, templates
@@ -279,6 +280,8 @@ class _Planner:
                 seconds=found.seconds,
             )
             note = f"{samples} x {length} tokens"
+        if isinstance(stage.entry, Noted):
+            note = "; ".join(part for part in (note, stage.entry.note(arch)) if part)
         written = self.size(after).bytes
         cost = dataclasses.replace(
             cost,
@@ -300,15 +303,21 @@ class _Planner:
     def _search(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         """A search, costed as all of its candidates; the shapes after it are those of the first."""
         search: Search = stage.entry
-        left = search.target.parameters or 1 / (search.target.speedup or 1)
+        # Until an engine is timed, a speed is taken to be in proportion to the parameters.
+        left = search.target.fraction(self.size(arch).bytes) or 1 / (search.target.speedup or 1.5)
         healer, total, after = heal_of(search), Cost(), None
-        refused = []
+        refused: list[PlanError] = []
+        fitting = 0
         for template in templates(search):
             try:
                 candidate = template.to_size(arch, round(left * arch.parameters()))
             except PlanError as error:
                 refused.append(error)
                 continue
+            off = candidate.arch.parameters() / (left * arch.parameters()) - 1
+            if template.of_grid and not search.target.timed and abs(off) > search.target.tolerance:
+                continue
+            fitting += 1
             before = arch
             steps = []
             for own in candidate.stages:
@@ -319,14 +328,28 @@ class _Planner:
                 total = _together(total, step.cost)
             after = after or before
         if after is None:
-            raise refused[0]
-        if search.target.speedup is not None:
+            raise (
+                refused[0]
+                if refused
+                else PlanError(
+                    "search  grid",
+                    f"no combination is within {search.target.tolerance:.0%} of the target",
+                    "write other amounts, `to_target` for one of them, or a wider `tolerance`",
+                )
+            )
+        if search.executor == "ray" and find_spec("ray") is None:
+            raise MissingExtra.of("search  executor", "ray", "ray")
+        if search.target.timed or search.measure_speed:
             entry = registry.find("exporters", search.target.engine)()
             entry.check(after, self.machine)
             each = entry.cost(after, self.size(after).bytes)
-            count = 3 * len(search.candidates)
+            count = (3 if search.target.timed else 1) * fitting + 1
             total = _together(total, dataclasses.replace(each, seconds=(each.seconds + 90) * count))
-        name = f"the best of {len(search.candidates) - len(refused)} candidates"
+        workers = min(search.workers, fitting)
+        total = dataclasses.replace(
+            total, ram_bytes=total.ram_bytes * workers, gpu_bytes=total.gpu_bytes * workers
+        )
+        name = f"the best of {fitting} candidates"
         return self.planned("search", name, {}, arch, after, total, "the first one's shapes"), after
 
     def exports(self, planned: Planned) -> Iterator[PlannedStage]:
@@ -360,14 +383,16 @@ class _Planner:
         cost = Cost(ram_bytes=heaviest, flops=flops, seconds=20)
         yield self.planned("verify", "quality", {}, dense, arch, cost)
         if verify.speed:
-            seconds = (
-                40 * verify.speed.minutes * len(verify.speed.workloads) * len(self.recipe.export)
+            pairs = len(self.recipe.export) + sum(
+                isinstance(export.entry, Sparse) and export.entry.without_sparsity() is not None
+                for export in self.recipe.export
             )
+            seconds = 40 * verify.speed.minutes * len(verify.speed.workloads) * pairs
             if verify.speed.sweep:
                 sweep = verify.speed.sweep
                 longest = max(sweep.prompt) + sweep.new
                 self._refuse_too_long("verify.speed.sweep.prompt", longest, arch)
-                seconds += 60 * sweep.minutes * len(self.recipe.export)
+                seconds += 60 * sweep.minutes * pairs
             together = 2 * (self.size(dense).parameters * 4 + _PROCESS_BYTES)
             cost = Cost(ram_bytes=together, seconds=seconds)
             yield self.planned("verify", "speed", verify.speed.model_dump(), dense, arch, cost)

@@ -20,7 +20,7 @@ padded.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
@@ -88,8 +88,9 @@ def fullest(nonzero: np.ndarray, of: int, enough: int | None = None) -> int:
     The count ends at the first piece that has more than `enough`, by default a full group.
     """
     most = 0
-    for groups in _groups(nonzero, of):
-        counts = np.zeros((len(groups), groups.shape[2]), np.uint8)
+    for _, rows, columns in _pieces(nonzero, of):
+        groups = _grouped(nonzero[rows, columns], of)
+        counts = np.zeros_like(groups[:, 0], np.uint8)
         for lane in range(of):
             counts += groups[:, lane]
         most = max(most, int(counts.max(initial=0)))
@@ -109,13 +110,14 @@ def expanded(weight: np.ndarray, pattern: Nm, nonzero: np.ndarray | None = None)
     """
     inputs, outputs = weight.shape
     nonzero = np.not_equal(weight, 0) if nonzero is None else nonzero
-    wide = np.zeros((expanded_inputs(inputs, pattern), outputs), weight.dtype)
-    size, at = _expanded_group(pattern), 0
-    of = pattern.of
-    for values, used in zip(_groups(weight, of), _groups(nonzero, of), strict=True):
-        here = wide[at : at + len(values) * size].reshape(len(values), size, outputs)
-        _fill(here, values, used)
-        at += len(values) * size
+    order: Literal["C", "F"] = "F" if _is_turned(weight) else "C"
+    wide = np.zeros((expanded_inputs(inputs, pattern), outputs), weight.dtype, order)
+    size = _expanded_group(pattern)
+    for first, rows, columns in _pieces(weight, pattern.of):
+        values = _grouped(weight[rows, columns], pattern.of)
+        used = _grouped(nonzero[rows, columns], pattern.of)
+        here = wide[first * size : (first + len(values)) * size, columns]
+        _fill(_grouped(here, size), values, used)
     return wide
 
 
@@ -126,9 +128,9 @@ def _fill(wide: np.ndarray, values: np.ndarray, used: np.ndarray) -> None:
     lanes, as they hold at most what it has room for, so the last one has to hold the rest.
     """
     lanes = values.shape[1]
-    left = used.copy()
+    left = used.copy(order="K")
     for window in range(lanes // 2 - 1):
-        taken = np.zeros((len(values), values.shape[2]), np.uint8)
+        taken = np.zeros_like(left[:, 0], np.uint8)  # in the order of the memory, which is faster
         for lane in range(WINDOW):
             source = 2 * window + lane
             takes = left[:, source] & (taken < ROOM)
@@ -139,15 +141,33 @@ def _fill(wide: np.ndarray, values: np.ndarray, used: np.ndarray) -> None:
         raise ValueError(f"more than {lanes - 2} of {lanes} neighbouring inputs are not zero")
 
 
-def _groups(matrix: np.ndarray, of: int) -> Iterator[np.ndarray]:
-    """`[groups, of, out]` pieces of `[K, out]`, the last group filled up with zeros."""
+def _pieces(matrix: np.ndarray, of: int) -> Iterator[tuple[int, slice, slice]]:
+    """Cuts `[K, out]` into what stays in the cache: (its first group, inputs, outputs)."""
     inputs, outputs = matrix.shape
-    step = of * max(1, _CACHED // outputs)
-    for start in range(0, inputs, step):
-        piece = np.asarray(matrix[start : start + step])
-        if short := -len(piece) % of:
-            piece = np.pad(piece, ((0, short), (0, 0)))
-        yield piece.reshape(-1, of, outputs)
+    if _is_turned(matrix):  # its inputs are neighbours in memory
+        step = max(1, _CACHED * 4 // inputs)
+        for start in range(0, outputs, step):
+            yield 0, slice(None), slice(start, start + step)
+        return
+    groups = max(1, _CACHED // outputs)
+    for start in range(0, inputs, groups * of):
+        yield start // of, slice(start, start + groups * of), slice(None)
+
+
+def _grouped(piece: np.ndarray, of: int) -> np.ndarray:
+    """`[groups, of, out]` of `[K, out]`, the last group filled up with zeros; a view where it can.
+
+    Splitting an axis needs no copy in either order of memory.
+    """
+    if short := -len(piece) % of:
+        turned = _is_turned(piece)
+        piece = np.pad(piece, ((0, short), (0, 0)))
+        piece = np.asfortranarray(piece) if turned else piece
+    return piece.T.reshape(piece.shape[1], -1, of).transpose(1, 2, 0)
+
+
+def _is_turned(matrix: np.ndarray) -> bool:
+    return abs(matrix.strides[0]) < abs(matrix.strides[1])
 
 
 def _expanded_group(pattern: Nm) -> int:

@@ -88,6 +88,9 @@ def test_products_are_equal_and_windows_are_the_greedy_ones(
     rng = np.random.default_rng(seed)
     weight = sparse(rng, inputs, outputs, pattern).astype(dtype)
     wide = expanded(weight, pattern)
+    turned = np.ascontiguousarray(weight.T).T  # as `[out, in]` is stored
+    assert (expanded(turned, pattern) == wide).all()
+    assert pattern_of(turned != 0) == pattern_of(weight != 0)
     assert wide.dtype == weight.dtype
     assert wide.shape == (expanded_inputs(inputs, pattern), outputs)
     assert len(wide) % INPUTS_MULTIPLE == 0
@@ -107,6 +110,7 @@ def test_pieces_are_one_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = expanded(weight, Nm(6, 8))
     monkeypatch.setattr("prune_export.sliding._CACHED", 1)
     assert (expanded(weight, Nm(6, 8)) == whole).all()
+    assert (expanded(np.asfortranarray(weight), Nm(6, 8)) == whole).all()
     assert pattern_of(weight != 0) == Nm(6, 8)
 
 

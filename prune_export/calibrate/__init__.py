@@ -6,6 +6,7 @@ from prune_export.calibrate.bypass_loss import BypassLoss, BypassLosses
 from prune_export.calibrate.cost import PassCost, block_bytes, parked_bytes, pass_cost
 from prune_export.calibrate.data import token_set
 from prune_export.calibrate.edit_stream import Edited, Editor, Order, Swept, sweep
+from prune_export.calibrate.folded import Chain, Folded, Layer
 from prune_export.calibrate.gradients import (
     GradientReader,
     Gradients,
@@ -14,7 +15,8 @@ from prune_export.calibrate.gradients import (
     spooled_bytes,
 )
 from prune_export.calibrate.junctions import Grams, JunctionGrams
-from prune_export.calibrate.removals import Part, Removals, Unit
+from prune_export.calibrate.norm_shares import NormShares, Shares
+from prune_export.calibrate.removals import Part, Removals, Unit, native_dtype
 from prune_export.calibrate.sites import (
     SITES,
     Gram,
@@ -37,23 +39,28 @@ __all__ = [
     "BlockInfluence",
     "BypassLoss",
     "BypassLosses",
+    "Chain",
     "Collector",
     "Edited",
     "Editor",
     "Engines",
+    "Folded",
     "Further",
     "GradientReader",
     "Gradients",
     "Gram",
     "Grams",
     "JunctionGrams",
+    "Layer",
     "Means",
     "ModelView",
+    "NormShares",
     "Order",
     "Part",
     "PassCost",
     "Removals",
     "Scope",
+    "Shares",
     "Site",
     "Squares",
     "Statistic",
@@ -68,6 +75,7 @@ __all__ = [
     "inputs_last",
     "inputs_of",
     "linears",
+    "native_dtype",
     "parked_bytes",
     "pass_cost",
     "sites_of",

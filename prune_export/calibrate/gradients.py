@@ -13,7 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
@@ -81,8 +81,12 @@ class Gradients:
         from safetensors import safe_open
 
         with safe_open(self.folder / f"{tensor.layer}.safetensors", framework="pt") as file:
-            whole = file.get_tensor(self.names[tensor.name])
-        return as_matrix(tensor, part_of(tensor, whole))
+            kept = file.get_slice(self.names[tensor.name])
+            # Of a block's experts, which are one parameter, no other is read.
+            at = slice(None) if tensor.expert is None else slice(tensor.expert, tensor.expert + 1)
+            whole = kept[at]
+        own = tensor if tensor.expert is None else replace(tensor, expert=0)
+        return as_matrix(tensor, part_of(own, whole))
 
 
 def gradients(

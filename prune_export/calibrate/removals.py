@@ -65,7 +65,7 @@ class Removals:
     The windows are scored in chunks, so that a few of them may be asked first. With `scratch` every
     measured loss is kept there: a search that was killed asks again, is answered at once, and goes
     on. `block_forwards` and `head_forwards` count the chunks that went through a block and the
-    head, `dense_forwards` says what that is in passes through the whole dense model.
+    head. In `dtype`, by default that of a calibration pass.
     """
 
     def __init__(
@@ -77,8 +77,10 @@ class Removals:
         scratch: Path | None = None,
         *,
         arch: Arch | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.arch = arch or checkpoint.arch()
+        self.dtype = dtype or compute_dtype(checkpoint, machine)
         check(self.arch, tokens)
         self.block_forwards = self.head_forwards = 0
         self._checkpoint, self._machine = checkpoint, machine
@@ -87,7 +89,7 @@ class Removals:
         if scratch is None:
             temporary = tempfile.TemporaryDirectory(prefix="removals-")
             scratch = Path(self._stack.enter_context(temporary))
-        key = pass_key(checkpoint, self.arch, tokens, machine, "removals-1")
+        key = pass_key(checkpoint, self.arch, tokens, machine, "removals-1", str(self.dtype))
         self._folder = scratch / f"removals-{key}"
         self._folder.mkdir(parents=True, exist_ok=True)
         most = BATCH_TOKENS[machine.device] // tokens.length
@@ -164,7 +166,7 @@ class Removals:
         """Computes the losses at `ends` by way of `runs`."""
         if self._model is None:
             self._model = _Model(
-                self._checkpoint, self.arch, self._machine, self._ids, self._folder
+                self._checkpoint, self.arch, self._machine, self._ids, self._folder, self.dtype
             )
         model = self._model
         passing: dict[_Place, Buffer] = {}
@@ -207,6 +209,14 @@ class Removals:
                 runs[after - 1] = here
                 uses.update(_source(place) for place in here)
         return runs, uses
+
+
+def native_dtype(machine: Machine) -> torch.dtype:
+    """Bfloat16 where the hardware multiplies it natively (CUDA, a CPU with AMX), else float32."""
+    if machine.device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.bfloat16 if amx() else torch.float32
 
 
 def in_order(units: Collection[Unit]) -> Removed:
@@ -271,8 +281,8 @@ class _Model:
         machine: Machine,
         chunks: Sequence[torch.Tensor],
         folder: Path,
+        dtype: torch.dtype,
     ) -> None:
-        dtype = compute_dtype(checkpoint, machine)
         self.skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
         self.skeleton.look_up(torch.cat([ids.flatten() for ids in chunks]))
         self._calls = self.skeleton.calls(chunks[0])

@@ -89,6 +89,10 @@ class Skeleton:
             {tensor.name: self.checkpoint.read(tensor.tied_to or tensor.name) for tensor in tensors}
         )
 
+    def converted(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Stored tensors as they are in memory, for `load`."""
+        return self._names.converted(tensors)
+
     def look_up(self, ids: torch.Tensor) -> None:
         """Reads the embedding's rows for these ids, and no others."""
         wanted = torch.unique(ids)

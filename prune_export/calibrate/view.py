@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.edit_stream import Editor, Order, Swept, sweep
@@ -124,8 +126,15 @@ class ModelView:
             arch=self.arch,
         )
 
-    def removals(self, samples: int | None = None, length: int | None = None) -> Removals:
+    def removals(
+        self,
+        samples: int | None = None,
+        length: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Removals:
         """Losses without this or that, on the first `samples` windows cut to `length` tokens.
+
+        In `dtype`, by default that of a calibration pass.
 
         Raises:
             ValueError: the view was made without calibration data.
@@ -139,7 +148,22 @@ class ModelView:
             means.told,
             means.scratch,
             arch=self.arch,
+            dtype=dtype,
         )
+
+    def without(self, layers: Collection[int]) -> ModelView:
+        """The view of the model without some blocks; no weight is read or copied.
+
+        Statistics are to be gathered anew; blocks are numbered as they are left.
+        """
+        if not layers:
+            return self
+        names = self.arch.origin(self.arch.kept(layers))
+        arch = self.arch.without(layers)
+        entries = {new: self.checkpoint.entries[old] for new, old in names.items()}
+        config = arch.to_config(self.checkpoint.config)
+        cut = replace(self.checkpoint, config=config, entries=entries)
+        return replace(self, arch=arch, checkpoint=cut, results={})
 
     def calibration(self) -> Means:
         """The means of further passes.

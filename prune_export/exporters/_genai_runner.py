@@ -34,8 +34,7 @@ def open_runner(path: Path, machine: Machine) -> Runner:
     if config["search"]["past_present_share_buffer"]:
         return GenaiRunner(path, machine)
     decoder = config["model"]["decoder"]
-    shape = (int(decoder["num_key_value_heads"]), int(decoder["head_size"]))
-    return OrtRunner(path / GRAPH, machine, provider=PROVIDER, cache_shape=shape)
+    return OrtRunner(path / GRAPH, machine, provider=PROVIDER, head_size=int(decoder["head_size"]))
 
 
 class GenaiRunner:
@@ -44,10 +43,13 @@ class GenaiRunner:
     def __init__(self, path: Path, machine: Machine) -> None:
         self._session = session_for(path / GRAPH, machine, provider=PROVIDER)
         decoder = json.loads((path / CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
-        self._heads = int(decoder["num_key_value_heads"])
         self._head_size = int(decoder["head_size"])
-        inputs = {entry.name: entry for entry in self._session.get_inputs()}
-        self._past = [name for name in inputs if name.startswith("past_key_values.")]
+        # Blocks may have different numbers of heads.
+        self._past = {
+            entry.name: int(entry.shape[1])
+            for entry in self._session.get_inputs()
+            if entry.name.startswith("past_key_values.")
+        }
         logits = next(e for e in self._session.get_outputs() if e.name == "logits")
         self._vocab, self._last = int(logits.shape[2]), logits.shape[1] == 1
         self.reset()
@@ -111,12 +113,12 @@ class GenaiRunner:
         capacity = self._buffers[0].shape[2] if self._buffers else 0
         if self._buffers and total <= capacity:
             return
-        shape = (batch, self._heads, total + _ROOM - total % _ROOM, self._head_size)
+        room = total + _ROOM - total % _ROOM
         self._binding = self._session.io_binding()
         self._logits = np.empty((0, 0, 0), np.float32)
         grown = []
-        for index, name in enumerate(self._past):
-            buffer = np.zeros(shape, np.float32)
+        for index, (name, heads) in enumerate(self._past.items()):
+            buffer = np.zeros((batch, heads, room, self._head_size), np.float32)
             if self._seen:
                 buffer[:, :, : self._seen] = self._buffers[index][:, :, : self._seen]
             value = _value_over(buffer)

@@ -18,7 +18,13 @@ import numpy as np
 
 from prune_export.contracts import Placement
 from prune_export.errors import MissingExtra
-from prune_export.exporters._ort_providers import NAMES, Provider, open_session, placement
+from prune_export.exporters._ort_providers import (
+    NAMES,
+    Provider,
+    cache_device,
+    open_session,
+    placement,
+)
 from prune_export.machine import Machine
 
 _PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
@@ -68,7 +74,7 @@ def session_for(
 class OrtRunner:
     """An opened graph: feeds ids, keeps the KV cache as `OrtValue`s, times the session alone.
 
-    `cache_shape` is (key/value heads, size of a head), for graphs that give these dimensions names.
+    `head_size` is the size of a head in the cache, for graphs that give this dimension a name.
     """
 
     def __init__(
@@ -79,16 +85,16 @@ class OrtRunner:
         provider: Provider | None = None,
         prepack: bool = True,
         fuse: bool = True,
-        cache_shape: tuple[int, int] | None = None,
+        head_size: int | None = None,
     ) -> None:
         self._session = session_for(graph, machine, provider=provider, prepack=prepack, fuse=fuse)
         wanted = (provider or Provider()).resolved(machine)
         self._provider = NAMES[wanted]
-        self._device = "cpu" if wanted == "cpu" else "cuda"
+        self._device = cache_device(wanted)
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
         self._past = [name for name in self._inputs if _PAST.fullmatch(name)]
-        self._cache_shape = cache_shape
+        self._head_size = head_size
         self._cache: dict[str, Any] = {}
         self._seen = 0
 
@@ -147,8 +153,7 @@ class OrtRunner:
         for name in self._past:
             if name not in self._cache:
                 entry = self._inputs[name]
-                heads, size = self._cache_shape or (entry.shape[1], entry.shape[3])
-                shape = (batch, int(heads), 0, int(size))
+                shape = (batch, int(entry.shape[1]), 0, int(self._head_size or entry.shape[3]))
                 kind = _DTYPES.get(entry.type, _BFLOAT16)
                 self._cache[name] = OrtValue.ortvalue_from_shape_and_type(shape, kind, self._device)
             yield name, self._cache[name]

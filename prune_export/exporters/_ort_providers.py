@@ -12,7 +12,7 @@ outside of the export, whose files never change.
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import json
 import os
 from collections import Counter
@@ -229,6 +229,11 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
             "install the provider's libraries (CUDA, cuDNN, TensorRT), or choose the device `cpu`",
         )
     return session
+
+
+def cache_device(key: str) -> str:
+    """Where tensors between steps stay: on the GPU, if the runtime itself can put them there."""
+    return "cuda" if key != "cpu" and NAMES["cuda"] in _offered() else "cpu"
 
 
 def placement(session: Any, asked: str) -> Placement:

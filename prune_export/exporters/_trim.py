@@ -34,6 +34,8 @@ _WRITES: Final[Mapping[str, str]] = {
 _DENSE: Final = 0.95
 """The least share of weights that are not zero in a matrix that nobody made sparse."""
 
+_CHANNELS: Final = 32  # what weight quantization takes together
+
 
 @dataclass(frozen=True)
 class Trim:
@@ -76,6 +78,25 @@ class Trim:
 
     def __bool__(self) -> bool:
         return bool(self.keep or self.heads or self.dead)
+
+    def all_alive(self) -> Trim:
+        """The same with a head, or a few channels, kept of each sub-block that is dead."""
+        keep, heads = dict(self.keep), dict(self.heads)
+        for name in self.dead:
+            tensor = self.arch.by_name[name]
+            if tensor.role == "down" and tensor.layer is not None:
+                channels = min(_CHANNELS, self.arch.sizes[f"mlp.{tensor.layer}"])
+                keep[f"mlp.{tensor.layer}"] = tuple(range(channels))
+            elif tensor.role == "o" and not _normed(self.arch, f"kv.{tensor.layer}"):
+                keep[f"kv.{tensor.layer}"] = (0,)
+                if f"group.{tensor.layer}" in self.arch.sizes:
+                    heads[int(tensor.layer or 0)] = ((0,),)
+        return Trim(self.arch, keep, heads)
+
+    def with_all_heads(self) -> Trim:
+        """The same with all heads kept of the attentions that are not dead."""
+        keep = {axis: index for axis, index in self.keep.items() if not axis.startswith("kv.")}
+        return Trim(self.arch, keep, {}, self.dead)
 
     def size(self, axis: str) -> int:
         """What is left of an axis."""

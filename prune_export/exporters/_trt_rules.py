@@ -66,11 +66,8 @@ def refuse_machine(
             "run it on the machine with the GPU, or write `flavor: rtx` and the GPU's "
             "`compute_capability: sm89` to build ahead",
         )
-    import torch
-
-    major, minor = torch.cuda.get_device_capability(0)
-    name = torch.cuda.get_device_name(0)
-    _refuse_gpu(flavor, 10 * major + minor, f"{name} is", sparse=sparse, precision=precision)
+    who = f"this GPU (compute capability {machine.capability / 10:g}) is"
+    _refuse_gpu(flavor, machine.capability, who, sparse=sparse, precision=precision)
 
 
 def _refuse_gpu(flavor: Flavor, number: int, who: str, *, sparse: bool, precision: str) -> None:

@@ -4,6 +4,10 @@ Inputs `input_ids`, `attention_mask`, `position_ids` and `past_key_values.{i}.ke
 `logits` and `present.{i}.key`/`.value`: the names that the Hub's ONNX models have. Batch, sequence
 and past are dynamic. Tracing costs seconds for every block, and blocks are alike, so one of each
 kind is traced and stamped for the others; weights are copied from the checkpoint one at a time.
+
+What a wide checkpoint holds as zeros (`_trim`) is not in the graph: each block has the channels and
+heads that are left of it, and none of a sub-block that only adds zero. `i` counts the caches, and a
+block without attention has none; their head counts are in the graph's inputs.
 """
 
 from __future__ import annotations
@@ -157,16 +161,11 @@ class Onnx:
             + (slid.added_bytes if slid else 0),
             seconds=perf_counter() - start,
             toolchain=_toolchain(),
-            notes=tuple(
-                filter(
-                    None,
-                    (
-                        f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
-                        trim.note(),
-                        note,
-                        *(slid.notes() if slid else ()),
-                    ),
-                )
+            notes=(
+                f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
+                *([trim.note()] if trim else ()),
+                note,
+                *(slid.notes() if slid else ()),
             ),
             sparsity={"asked": True, "proven": None} if self.sparse else {},
         )

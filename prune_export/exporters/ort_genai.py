@@ -2,7 +2,8 @@
 
 onnxruntime-genai's own model builder writes the graph (fused attention, weight-only quantized
 matrices) and `genai_config.json`, so onnxruntime-genai runs the directory as it is. Every build is
-loaded and compared with PyTorch before it counts.
+loaded and compared with PyTorch before it counts. A checkpoint that is wide with zeros becomes a
+narrow graph (`_genai_trim`); genai_config.json's `num_hidden_layers` then counts the caches.
 
 Source: onnxruntime-genai 0.18, `onnxruntime_genai.models.builder`.
 Differs: what it reads of the config is corrected where it would build a wrong graph or none
@@ -34,6 +35,7 @@ from prune_export.errors import CheckpointError, MissingExtra, PlanError, StageE
 from prune_export.exporters._genai_graph import decode_bytes
 from prune_export.exporters._genai_runner import GRAPH, open_runner
 from prune_export.exporters._genai_support import corrections, refuse
+from prune_export.exporters._trim import Trim
 from prune_export.machine import Machine
 from prune_export.units import MIB
 
@@ -50,7 +52,7 @@ _BITS: Final = {"fp32": 32.0, "fp16": 16.0, "int8": 9.0, "int4": 5.0}
 class OrtGenai:
     """onnxruntime-genai's graph: fused operators, int8 by default; the fastest on CPUs."""
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
     DIRECTORY: ClassVar[str] = "genai"
 
     precision: Annotated[
@@ -131,7 +133,7 @@ class OrtGenai:
             weight_bytes=decode_bytes(out / GRAPH),
             seconds=perf_counter() - start,
             toolchain={package: metadata.version(package) for package in _PACKAGES},
-            notes=(note,),
+            notes=tuple(filter(None, (Trim.of(source).note(), note))),
         )
 
     def open(self, path: Path, machine: Machine) -> Runner:

@@ -2,7 +2,7 @@
 
 Source: Pool and Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021.
 Differs: each round pairs the groups anew by chance and makes the best swap in every pair, from a
-start that deals the inputs out by size; the number of rounds is set by size, not by a clock.
+start that deals the inputs out by size; rounds are counted, not timed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import torch
 
 from prune_export.nm import Nm
 
-_ROUNDS: Final = 200
-_FEWEST: Final = 40
-_WORK: Final = 1 << 32
-"""Rounds: so many, or fewer where a matrix is so large that they would look at more scores.
+_ROUNDS: Final = 60
+"""A down matrix of 576 x 1536 keeps 1.4 % more after 20 rounds, 1.5 % after 60, 1.7 % after 200.
 
-A down matrix of 576 x 1536 gains 1.3 % after 20, 1.4 % after 60, 1.6 % after 200, 1.7 % after 600.
+They take 0.3, 0.8 and 2.6 s.
 """
 
 _QUIET: Final = 20
@@ -56,7 +54,7 @@ def grouped(scores: torch.Tensor, nm: Nm, seed: int = 0) -> torch.Tensor:
     block = torch.arange(blocks, device=scores.device)[:, None]
     pairs = groups // 2
     quiet = 0
-    for _ in range(min(_ROUNDS, max(_FEWEST, _WORK // columns.numel()))):
+    for _ in range(_ROUNDS):
         drawn = torch.rand(blocks, groups, generator=random).argsort(-1).to(scores.device)
         ours, theirs = drawn[:, :pairs], drawn[:, pairs : 2 * pairs]  # [blocks, pairs]
         a, b = order[block, ours], order[block, theirs]  # [blocks, pairs, of]

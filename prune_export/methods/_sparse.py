@@ -353,25 +353,32 @@ def check_widths(nm: Nm, widths: Mapping[str, int]) -> None:
     )
 
 
-def sweep_cost(arch: Arch, order: Order, *, grams: int = 0, permutes: bool = False) -> Further:
-    """What a sweep holds and writes; `grams` is the number of `[in, in]` matrices at a time.
+def sweep_cost(arch: Arch, order: Order, *, grams: bool = False, permutes: bool = False) -> Further:
+    """What a sweep holds and writes; `grams` says that it holds the inputs' Gram matrices.
 
     The matrices of a site are copied in float32; of one at a time there are scores, what finds
-    their limit, and a mask. A block's new matrices wait to be stored.
+    their limit, and a mask. A block's new matrices wait to be stored. With Gram matrices, those of
+    a block's sites are there together, one is being factored, and weights are changed in copies.
     """
-    largest_site = largest = widest = total = 0
+    site_weights = matrix_weights = widest = squares = total = 0
     for layer in range(arch.layers):
+        here = 0
         for site in sites_of(arch, layer):
             sizes = [prod(arch.shape(tensor)) for tensor in site.tensors]
-            largest_site = max(largest_site, sum(sizes))
-            largest = max(largest, *sizes)
-            widest = max(widest, inputs_of(arch, site.tensors[0]))
+            site_weights = max(site_weights, sum(sizes))
+            matrix_weights = max(matrix_weights, *sizes)
+            width = inputs_of(arch, site.tensors[0])
+            widest, here = max(widest, width), here + width**2
             total += sum(sizes)
-    block = block_bytes(arch, torch.float32)
-    held = block + 4 * largest_site + 13 * largest + 4 * grams * widest**2
+        squares = max(squares, here)
+    held = block_bytes(arch, torch.float32) + 4 * site_weights + 13 * matrix_weights
+    if grams:
+        held += 4 * squares + 8 * widest**2 + 4 * site_weights + 8 * matrix_weights
     if permutes:
         # The scores of a matrix, input by input, and in two orders.
-        held += 12 * largest
+        held += 12 * matrix_weights
+    if permutes and grams:
+        held += 4 * widest**2
     return Further(
         forwards=1 if order == "sequential" else 2,
         parks=order == "sequential",

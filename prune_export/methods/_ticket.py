@@ -25,6 +25,9 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.errors import StageError
 from prune_export.progress import Task
 
+TOKENS: Final = 2048
+"""Tokens that are in memory at once; of longer windows, one window."""
+
 _SAVE_SECONDS: Final = 30.0
 
 
@@ -53,9 +56,10 @@ class Student:
         from transformers import AutoModelForCausalLM
 
         self.arch, self.device = arch, device
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=torch.float32
-        ).to(device)
+        with _no_bars():
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path, dtype=torch.float32
+            ).to(device)
         names = Skeleton(checkpoint, arch, dtype=torch.float32, device="cpu").name_in_memory
         own = dict(self.model.named_parameters(remove_duplicate=False))
         self.places = {tensor.name: own[names(tensor)] for tensor in arch.stored()}
@@ -136,22 +140,26 @@ def train(
     for step in range(done, last):
         for group in adam.param_groups:
             group["lr"] = schedule.rate(step)
+        loss = 0.0
         with drawn(schedule.seed, step):
             student.model.train()
-            loss = student.loss(_batch(windows, step, schedule))
-            if not math.isfinite(float(loss.detach())):
-                raise StageError(
-                    f"iterative_magnitude  step {step + 1}",
-                    f"the loss became {float(loss.detach())}, expected a finite number",
-                    f"lower `learning_rate` (it is {schedule.learning_rate:g})",
-                )
-            loss.backward()  # type: ignore[no-untyped-call]
+            batch, rows = _batch(windows, step, schedule), max(1, TOKENS // windows.shape[1])
+            for ids in (batch[at : at + rows] for at in range(0, len(batch), rows)):
+                part = student.loss(ids) * (len(ids) / schedule.batch)
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += float(part.detach())
+        if not math.isfinite(loss):
+            raise StageError(
+                f"iterative_magnitude  step {step + 1}",
+                f"the loss became {loss}, expected a finite number",
+                f"lower `learning_rate` (it is {schedule.learning_rate:g})",
+            )
         student.stop()
         torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
         adam.step()
         adam.zero_grad()
         student.apply()
-        task.note(f"loss {float(loss.detach()):.3f}")
+        task.note(f"loss {loss:.3f}")
         task.advance()
         if time.monotonic() - saved > _SAVE_SECONDS and step + 1 < last:
             _save(student, adam, file, step + 1)
@@ -205,6 +213,20 @@ def _batch(windows: torch.Tensor, step: int, schedule: Schedule) -> torch.Tensor
         random = torch.Generator().manual_seed(_mixed(schedule.seed, "epoch", epoch))
         orders[epoch] = torch.randperm(count, generator=random)
     return torch.stack([windows[orders[place // count][place % count]] for place in places])
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keeps transformers' bars off the terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

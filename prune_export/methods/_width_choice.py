@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -62,7 +63,8 @@ def chosen_everywhere(
     """What stays along every axis, those of a kind ranked together.
 
     Scores are compared as shares of their axis's mean, since their scale says little about blocks.
-    Channels go in runs of `multiple_of`, heads one by one; each axis keeps at least one of them.
+    Channels go in runs of `multiple_of`, groups one by one, and of heads the weakest of every group
+    of a block at once, so that engines can leave them out; each axis keeps at least one of them.
     """
     kept = {
         axis: torch.ones(unit_shape(arch, axis), dtype=torch.bool)
@@ -72,46 +74,46 @@ def chosen_everywhere(
         axes = [axis for axis in sizes if axis.split(".")[0] == kind]
         if not axes:
             continue
-        remove = sum(arch.sizes[axis] - sizes[axis] for axis in axes)
         step = 1
         if kind in ("mlp", "moe"):
             step = multiple_of or usual_multiple(arch.sizes[axes[0]])
-        ranked = []
+        runs: list[_Run] = []
         for axis in axes:
             layer = axis.split(".")[1]
             own = f"kv.{layer}" if kind == "group" else axis
-            if kind == "group":
-                remove += (arch.sizes[axis] - sizes[axis]) * (arch.sizes[own] - 1)
             if int(layer) not in protected:
-                ranked.append((own, _units(kind, scores[own], kept[own])))
-        for own, unit in _least(ranked, remove, step):
-            if kind == "kv":
-                kept[own][unit] = False
-            else:
-                kept[own].view(-1)[unit] = False
+                runs += _runs(kind, own, scores[own].double().cpu(), kept[own], step)
+        runs.sort(key=lambda run: run.share)
+        remove = sum(arch.sizes[axis] - sizes[axis] for axis in axes)
+        for run in runs[: int(remove / step + 0.5)]:
+            kept[run.axis].view(-1)[run.units] = False
     return kept
 
 
-def _units(kind: str, scores: torch.Tensor, kept: torch.Tensor) -> list[tuple[float, int]]:
-    """(share of the mean, position) of the units that are left, ascending."""
-    if kind == "kv":
-        scores, kept = scores.reshape(len(scores), -1).sum(1), kept.reshape(len(kept), -1).any(1)
-    scores, kept = scores.flatten().double().cpu(), kept.flatten()
+@dataclass(frozen=True)
+class _Run:
+    """Units that go together, and how their mean score compares with that of their axis."""
+
+    axis: str
+    share: float
+    units: list[int]
+
+
+def _runs(
+    kind: str, axis: str, scores: torch.Tensor, kept: torch.Tensor, step: int
+) -> Iterator[_Run]:
+    """What may be removed of an axis, the least first; the last run stays."""
     mean = float(scores.mean()) or 1.0
-    shares = (scores / mean).tolist()
-    return sorted((shares[at], at) for at in kept.nonzero().flatten().tolist())
-
-
-def _least(
-    ranked: Sequence[tuple[str, list[tuple[float, int]]]], remove: int, step: int
-) -> list[tuple[str, int]]:
-    """About `remove` units to remove, in runs of `step`; the last run of each axis stays."""
-    runs = []
-    for axis, units in ranked:
-        for start in range(0, len(units) - step, step):
-            run = units[start : start + step]
-            mean = sum(share for share, _ in run) / step
-            runs.append((mean, axis, [unit for _, unit in run]))
-    runs.sort(key=lambda run: run[0])
-    count = int(remove / step + 0.5)
-    return [(axis, unit) for _, axis, units in runs[:count] for unit in units]
+    if kind in ("mlp", "moe"):
+        order = torch.argsort(scores.flatten(), stable=True)
+        parts = [order[at : at + step] for at in range(0, len(order) - step, step)]
+    else:
+        places = torch.arange(scores.numel()).view(len(scores), -1)
+        heads, stays = scores.reshape(places.shape), kept.reshape(places.shape).any(1)
+        if kind == "kv":
+            parts = [places[group] for group in torch.argsort(heads.sum(1), stable=True)[:-1]]
+        else:
+            order = torch.argsort(heads[stays], dim=1, stable=True)
+            parts = list(places[stays].gather(1, order).T[:-1])
+    for part in parts:
+        yield _Run(axis, float(scores.flatten()[part].mean()) / mean, part.tolist())

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import exp
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, Unit
+from prune_export.calibrate import Further, ModelView, Unit, native_dtype
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _depth, _unit
+from prune_export.methods import _depth, _parts
 from prune_export.methods._greedy import greedy
 
 
@@ -26,33 +27,42 @@ class GreedyLoss(_depth.Amount):
     """Drop the blocks whose removal, one after the other, raises the measured loss least.
 
     After each removal the candidates are measured again, in the model without what is already gone.
-    Only the `shortlist` with the least last known increase are; all on a quarter of the windows,
-    the better half of them on two, the best of these on all. Blocks at the ends need no protection,
-    as removing them is measured too. The log keeps each step's loss, increase and margin.
+    Only the `shortlist` with the least last known increase are: all on a quarter of the windows,
+    the better half on two, the best of these on all. Then earlier removals are revised. Blocks at
+    the ends need no protection, as removing them is measured too. The log has each step's loss,
+    increase and margin, and the best model of each size.
 
-    Source: after Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and
-    Elimination of Transformer Blocks", arXiv:2402.09025, algorithm 1.
-    Differs: candidates race on growing parts of the data, and share the states before them; parts
-    of blocks can go; a `beam` may follow several choices.
+    Source: Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and Elimination
+    of Transformer Blocks", arXiv:2402.09025, algorithm 1.
+    Differs: candidates race on growing parts of the data and share the states before them; earlier
+    removals are revised, or a `beam` followed; parts of blocks can go.
     """
 
     VERSION: ClassVar[str] = "1"
 
-    unit: _unit.Of = "block"
+    unit: _parts.Of = "block"
     shortlist: Annotated[
         int | None,
         Field(ge=1, description="Candidates measured for each removal; null measures all."),
     ] = 8
     beam: Annotated[
-        int,
-        Field(
-            ge=1, description="Choices followed at once; the cost is a multiple, the gain small."
-        ),
+        int, Field(ge=1, description="Choices followed at once, instead of revising a single one.")
     ] = 1
+    revise: Annotated[
+        bool,
+        Field(description="Put earlier ones back where that is better, and go on from there."),
+    ] = True
     protect_first: Annotated[int, Field(ge=0, description="First blocks never removed.")] = 0
     protect_last: Annotated[int, Field(ge=0, description="Last blocks never removed.")] = 0
     samples: Annotated[int, Field(ge=1, description="Calibration windows to measure on.")] = 8
     length: Annotated[int, Field(ge=2, description="Tokens of each window to measure on.")] = 256
+    compute_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(
+            description="What losses are computed in. `auto` is bfloat16 where the hardware has it "
+            "(CUDA, or a CPU with AMX), which errs by some 0.001 nats, else float32."
+        ),
+    ] = "auto"
 
     def statistics(self, arch: Arch) -> tuple[Further, ...]:
         if self.layers is not None:
@@ -78,31 +88,48 @@ class GreedyLoss(_depth.Amount):
         self.of(arch)
         return super().predict(arch) if self.unit == "block" else arch
 
+    def note(self, arch: Arch) -> str:
+        """How a part of a block is stored."""
+        if self.unit == "block":
+            return ""
+        return f"{self.of(arch)} x {self.unit} stored as zeros, left out of engines"
+
     def decide(self, model: ModelView) -> Decision:
         arch, checkpoint = model.arch, model.checkpoint
         if self.layers is not None:
             listed = [Unit(layer, self.unit) for layer in self.layers]
-            return _unit.decision(arch, checkpoint, listed)
+            return _parts.decision(arch, checkpoint, listed)
         units = [Unit(layer, self.unit) for layer in self._candidates(arch)]
-        shortlist = self.shortlist or len(units)
-        with model.removals(self.samples, self.length) as removals:
-            found = greedy(removals, units, self.of(arch), shortlist=shortlist, beam=self.beam)
+        dtype = native_dtype(model.calibration().machine)
+        if self.compute_dtype != "auto":
+            dtype = getattr(torch, self.compute_dtype)
+        with model.removals(self.samples, self.length, dtype) as removals:
+            found = greedy(
+                removals,
+                units,
+                self.of(arch),
+                shortlist=self.shortlist or len(units),
+                beam=self.beam,
+                revise=self.revise,
+            )
             passes = {
                 "block_forwards": removals.block_forwards,
                 "head_forwards": removals.head_forwards,
                 "chunks": removals.chunks,
+                "compute_dtype": str(dtype).removeprefix("torch."),
             }
         scores: list[Any] = [None] * arch.layers
         for unit, cost in found.first_costs.items():
             scores[unit.layer] = cost
-        return _unit.decision(
+        return _parts.decision(
             arch,
             checkpoint,
             found.order,
             order=[unit.layer for unit in found.order],
             steps=[dict(step) for step in found.steps],
-            dense_perplexity=exp(found.dense_loss),
-            perplexity=exp(found.loss),
+            best=[[exp(loss), sorted(unit.layer for unit in gone)] for loss, gone in found.best],
+            dense_perplexity=exp(found.best[0][0]),
+            perplexity=exp(found.best[-1][0]),
             block_scores=scores,
             block_score_name=f"increase of the loss (nats) without the {self.unit}",
             passes=passes,
@@ -124,8 +151,8 @@ class GreedyLoss(_depth.Amount):
         """Forward passes of all windows through the blocks, and through the head in such passes."""
         layers, remove = arch.layers, self.of(arch)
         racers = len(self._candidates(arch)) + (remove - 1) * (self.shortlist or layers) * self.beam
-        # A racer sees a half of the chunks on average, and half of the blocks come after it.
-        candidates = racers / 2
+        # A racer sees half of the chunks on average, and half of the blocks come after it.
+        candidates = racers * (1.0 if self.revise and self.beam == 1 else 0.5)
         blocks = arch.parameters() - 2 * arch.sizes["vocab"] * arch.sizes["residual"]
         head = arch.sizes["vocab"] * arch.sizes["residual"] / max(blocks, 1)
         return candidates / 2 + 1, candidates * head

@@ -26,7 +26,7 @@ from prune_export.contracts import Decision
 from prune_export.errors import PlanError, StageError
 from prune_export.methods import _sparse
 from prune_export.methods._mask import count_of, smallest, summary, zeros
-from prune_export.methods._ticket import Schedule, Student, drawn, train
+from prune_export.methods._ticket import TOKENS, Schedule, Student, drawn, train
 from prune_export.nm import Nm
 from prune_export.surgery import Overwrite
 
@@ -97,13 +97,13 @@ class IterativeMagnitude(_sparse.Sparse):
     def statistics(self, arch: Arch) -> tuple[Further, ...]:
         """The trainings: weights, gradients and AdamW's moments are in memory, all in float32."""
         size = arch.parameters()
-        # Two windows' logits and activations are what a pass counts, a block's; here all blocks'.
+        # Activations of all blocks, and the logits three times over.
         states = 24 * arch.layers * arch.sizes["residual"] + 3 * arch.sizes["vocab"]
         return (
             Further(
                 forwards=3 * self.total_steps,
                 samples=self.batch,
-                ram_bytes=16 * size + 4 * 2048 * states,
+                ram_bytes=16 * size + 4 * TOKENS * states,
                 disk_bytes=(self.rounds + 3) * 4 * size,
             ),
         )

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 
+from prune_export.arch import Arch
 from prune_export.calibrate import Edited, Further, Gram, ModelView, Site
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
@@ -53,9 +54,8 @@ class SparseGpt(_sparse.Calibrated):
                 "leave out `columns`",
             )
 
-    def statistics(self, arch: Any) -> tuple[Further, ...]:
-        grams = 4 if self.permute else 3
-        own = _sparse.sweep_cost(arch, self.order, grams=grams, permutes=self.permute)
+    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+        own = _sparse.sweep_cost(arch, self.order, grams=True, permutes=self.permute)
         return (*_sparse.Sparse.statistics(self, arch), own)
 
     def decide(self, model: ModelView) -> Decision:

@@ -21,7 +21,14 @@ from prune_export.recipe import document as yaml_document
 from prune_export.recipe import schema
 from prune_export.recipe.document import Document
 from prune_export.recipe.schema import Export, Publish, Quality, Speed, Verify
-from prune_export.recipe.search import Candidate, Search, Template, heal_of, templates
+from prune_export.recipe.search import (
+    Candidate,
+    Search,
+    Template,
+    heal_of,
+    rungs_of,
+    templates,
+)
 from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
 from prune_export.recipe.stages import Stage, Sweep, Workload
 
@@ -44,6 +51,7 @@ __all__ = [
     "Workload",
     "bundled",
     "heal_of",
+    "rungs_of",
     "templates",
 ]
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from prune_export import registry
+from prune_export.recipe.grid import Grid
 from prune_export.recipe.schema import VERSION, Publish, Verify
 from prune_export.recipe.search import Search, Target
 from prune_export.recipe.sources import SOURCES
@@ -140,6 +141,8 @@ def markdown() -> str:
     lines += ["", "## stages: `search`", "", inspect.cleandoc(Search.__doc__ or ""), ""]
     lines += _key_table(_property_keys(_schema_of(Search)))
     lines += ["", "### search: target", "", *_key_table(_model_keys(Target))]
+    lines += ["", "### search: grid", "", inspect.cleandoc(Grid.__doc__ or ""), ""]
+    lines += _key_table(_model_keys(Grid))
     for title, cls in SOURCES.items():
         lines += ["", f"## data: `{title}`", "", inspect.cleandoc(cls.__doc__ or ""), ""]
         lines += _key_table(_model_keys(cls))

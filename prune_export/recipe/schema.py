@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from prune_export import registry
 from prune_export.errors import PlanError, RecipeError, did_you_mean
 from prune_export.recipe.document import Document, Path_, dotted
-from prune_export.recipe.search import TO_TARGET, Search, marks
+from prune_export.recipe.grid import TO_TARGET
+from prune_export.recipe.search import Search, marks
 from prune_export.recipe.sources import SOURCES, Frozen, Source
 from prune_export.recipe.stages import Stage, Sweep, Workload, plain
 
@@ -151,8 +152,12 @@ def _stage(
 def _search(document: Document, path: Path_, body: Any, known_data: Mapping[str, Source]) -> Stage:
     """A search, each of its candidates checked as the stages that it will become."""
     body = _body(document, path, body)
-    given = body.get("candidates")
-    listed = [one if isinstance(one, list) else [one] for one in given or []]
+    given = body.get("candidates") or []
+    listed = [one if isinstance(one, list) else [one] for one in given]
+    if not listed and not body.get("grid"):
+        raise RecipeError(
+            document.where(path), "has nothing to choose from", "write `candidates`, or a `grid`"
+        )
     entry: Search = entry_from(Search, body | {"candidates": listed}, document, path)
     for i, candidate in enumerate(listed):
         at: Path_ = (*path, "candidates", i)
@@ -166,6 +171,10 @@ def _search(document: Document, path: Path_, body: Any, known_data: Mapping[str,
         for j, item in enumerate(candidate):
             where: Path_ = (*at, j) if several else at
             _stage(document, where, _tried(item), ("prune",), known_data)
+    for point in entry.grid.items() if entry.grid else ():
+        for one in point:
+            at = (*path, "grid", "depth" if "remove" in one else "width")
+            _stage(document, at, {"prune": _tried(dict(one))}, ("prune",), known_data)
     if entry.heal is not None:
         _stage(document, path, {"heal": dict(entry.heal)}, ("heal",), known_data)
     if entry.validation not in known_data:

@@ -7,30 +7,41 @@ from the model's shapes, so that each candidate comes to the same size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Final
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, TypeAdapter
 
 from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.errors import PlanError
+from prune_export.recipe.grid import TO_TARGET, Grid, labelled
 from prune_export.recipe.sources import Frozen
 from prune_export.recipe.stages import Stage, Workload
+from prune_export.units import bytes_from_text
 
-TO_TARGET: Final = "to_target"
 _STEPS: Final = 24
 
 
 class Target(Frozen):
-    """What every candidate is brought to; exactly one of `parameters` and `speedup`."""
+    """What every candidate is brought to; exactly one of the first four keys.
+
+    A latency is turned into a speedup by timing the dense engine.
+    """
 
     parameters: Annotated[
         float | None, Field(gt=0, lt=1, description="Fraction of the parameters that is left.")
     ] = None
+    bytes: Annotated[
+        str | None, Field(description="Size of the weights, as the base stores them: `200MB`.")
+    ] = None
     speedup: Annotated[
         float | None,
         Field(gt=1, description="Decoding speed of `engine` over the dense engine, as measured."),
+    ] = None
+    latency_ms: Annotated[
+        float | None,
+        Field(gt=0, description="Milliseconds that a decoding step of `engine` takes, measured."),
     ] = None
     engine: Annotated[str, Field(description="The exporter whose engine is timed.")] = "onnx"
     workload: Annotated[Workload, Field(description="The request that is timed.")] = Workload(
@@ -43,35 +54,72 @@ class Target(Frozen):
 
     def model_post_init(self, context: Any) -> None:
         del context
-        if (self.parameters is None) == (self.speedup is None):
-            raise ValueError("expected exactly one of `parameters` and `speedup`")
+        given = [self.parameters, self.bytes, self.speedup, self.latency_ms]
+        if sum(one is not None for one in given) != 1:
+            raise ValueError(
+                "expected exactly one of `parameters`, `bytes`, `speedup` and `latency_ms`"
+            )
+        if self.bytes is not None:
+            bytes_from_text(self.bytes)
+
+    @property
+    def timed(self) -> bool:
+        """Whether candidates are brought to a speed, not to a size."""
+        return self.speedup is not None or self.latency_ms is not None
+
+    def fraction(self, nbytes: int) -> float | None:
+        """The fraction of the parameters that is to be left of a base with `nbytes` of weights.
+
+        None where that depends on speed.
+
+        Raises:
+            PlanError: the base is already smaller.
+        """
+        if self.bytes is None:
+            return self.parameters
+        left = bytes_from_text(self.bytes) / nbytes
+        if left >= 1:
+            raise PlanError(
+                "search  target.bytes",
+                f"got {self.bytes}, but the base has {nbytes:,} bytes of weights",
+                "ask for less",
+            )
+        return left
 
 
 @dataclass(frozen=True)
 class Search:
     """Bring several candidates to one size or speed, and go on with the best by validation loss.
 
-    Source: Minitron, arXiv:2407.14679, section 3 ("light NAS"): candidates near one size, lightly
-    retrained before they are ranked, as zero-shot ranks mislead across axes.
-    Differs: any registered methods may compete; sizes are solved for, not gridded; losers that are
-    clear before healing are not healed.
+    Candidates are healed in rungs, each as long as all before it; after each the better half goes
+    on, and of the others those that are too close to tell. The short heal is only for ranking.
+
+    Source: Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation",
+    arXiv:2407.14679, section 3: candidates near one size, lightly retrained before they are ranked,
+    as zero-shot ranks mislead across axes. Jamieson and Talwalkar, "Non-stochastic Best Arm
+    Identification and Hyperparameter Optimization", arXiv:1502.07943: successive halving.
+    Differs: any registered methods may compete; sizes are solved for, or a grid of them is kept
+    where it is near the target; losers that are clear are not healed on.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     target: Annotated[Target, Field(description="What every candidate is brought to.")]
+    validation: Annotated[str, Field(description="Name of the `data` source that ranks.")]
     candidates: Annotated[
         tuple[tuple[Mapping[str, Any], ...], ...],
-        Field(
-            min_length=1,
-            description="Lists of prune stages; one value of each list is `to_target`.",
-        ),
-    ]
-    validation: Annotated[str, Field(description="Name of the `data` source that ranks.")]
+        Field(description="Lists of prune stages; one value of each list is `to_target`."),
+    ] = ()
+    grid: Annotated[
+        Grid | None, Field(description="Further candidates: every combination of these sizes.")
+    ] = None
     heal: Annotated[
         Mapping[str, Any] | None,
         Field(description="A short heal before ranking, as in a `heal` stage; not carried on."),
     ] = None
+    rungs: Annotated[
+        int, Field(ge=1, le=6, description="Parts in which it is healed; losers drop out between.")
+    ] = 3
     give_up: Annotated[
         float,
         Field(
@@ -80,6 +128,40 @@ class Search:
             "is not healed.",
         ),
     ] = 1.0
+    close: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Nats of validation loss above the best at which a candidate of the worse "
+            "half is still healed on.",
+        ),
+    ] = 0.02
+    measure_speed: Annotated[
+        bool,
+        Field(
+            description="Also time the engine of each candidate that was ranked: the report then "
+            "shows quality over speed."
+        ),
+    ] = False
+    executor: Annotated[
+        Literal["local", "ray"],
+        Field(description="Where candidates are made: processes here, or on a Ray cluster."),
+    ] = "local"
+    workers: Annotated[
+        int, Field(ge=1, description="Candidates made at once; memory and threads are shared out.")
+    ] = 1
+
+    def items(self) -> tuple[tuple[Mapping[str, Any], ...], ...]:
+        """The bodies of the prune stages of each candidate."""
+        listed = tuple(tuple(item["prune"] for item in one) for one in self.candidates)
+        return listed + (self.grid.items() if self.grid else ())
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The names of all `data` sources that it may read."""
+        healing = (self.heal or {}).get("data", "healing") if self.heal else None
+        named = [body.get("data", "calibration") for one in self.items() for body in one]
+        return tuple(dict.fromkeys(filter(None, (self.validation, healing, *named))))
 
 
 @dataclass(frozen=True)
@@ -89,11 +171,7 @@ class Candidate:
     stages: tuple[Stage, ...]
     arch: Arch
     value: float
-
-    @property
-    def label(self) -> str:
-        """The methods, in order."""
-        return " + ".join(stage.name for stage in self.stages)
+    label: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +180,17 @@ class Template:
 
     items: tuple[tuple[str, Mapping[str, Any], str], ...] = field(default_factory=tuple)
     """(method, keys, name of the data) of each stage."""
+    of_grid: bool = False
+
+    @property
+    def label(self) -> str:
+        """The methods, in order, with the amounts that are given."""
+        return " + ".join(labelled(name, body) for name, body, _ in self.items)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether there is no value to find."""
+        return not any(marks(body) for _, body, _ in self.items)
 
     def resolved(self, value: float, arch: Arch) -> Candidate:
         """The candidate with `value` in the place of `to_target`.
@@ -115,7 +204,11 @@ class Template:
             entry = TypeAdapter(cls).validate_python(_filled(body, value))
             stages.append(Stage("prune", name, entry, data))
             arch = entry.predict(arch)
-        return Candidate(tuple(stages), arch, value)
+        label = self.label
+        if self.of_grid:
+            filled = ((name, _filled(body, round(value, 3))) for name, body, _ in self.items)
+            label = " + ".join(labelled(name, body) for name, body in filled)
+        return Candidate(tuple(stages), arch, value, label)
 
     def to_size(self, arch: Arch, parameters: int) -> Candidate:
         """The candidate whose number of parameters is nearest to `parameters`.
@@ -123,6 +216,8 @@ class Template:
         Raises:
             PlanError: the methods cannot work on this model with any value.
         """
+        if self.fixed:
+            return self.resolved(0.0, arch)
         low, high = 0.0, 1.0
         found: list[Candidate] = []
         refusal: PlanError | None = None
@@ -146,14 +241,25 @@ class Template:
 
 
 def templates(search: Search) -> Iterator[Template]:
-    """The candidates as they are written."""
-    for candidate in search.candidates:
+    """The candidates as they are written, then those of the grid."""
+    for number, candidate in enumerate(search.items()):
         items = []
-        for item in candidate:
-            body = dict(item["prune"])
+        for written in candidate:
+            body = dict(written)
             name, data = str(body.pop("method")), str(body.pop("data", "calibration"))
             items.append((name, body, data))
-        yield Template(tuple(items))
+        yield Template(tuple(items), of_grid=number >= len(search.candidates))
+
+
+def rungs_of(healer: Stage, rungs: int) -> Iterator[Stage]:
+    """A heal in parts: each goes on from the one before, and is as long as all before it."""
+    steps = getattr(healer.entry, "steps", None)
+    if not isinstance(steps, int):
+        yield healer
+        return
+    ends = sorted({max(1, steps >> back) for back in range(rungs)})
+    for start, end in zip([0, *ends], ends, strict=False):
+        yield replace(healer, entry=replace(healer.entry, steps=end - start))
 
 
 def heal_of(search: Search) -> Stage | None:

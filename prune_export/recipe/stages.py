@@ -63,11 +63,8 @@ class Stage:
         """The names of all `data` sources that it may read."""
         if self.kind != "search":
             return (self.data,)
-        search = self.entry
-        named = [item["prune"].get("data") for one in search.candidates for item in one]
-        healing = (search.heal or {}).get("data", "healing") if search.heal else None
-        every = [search.validation, healing, *(name or "calibration" for name in named)]
-        return tuple(dict.fromkeys(name for name in every if name))
+        named: tuple[str, ...] = self.entry.uses
+        return named
 
 
 def plain(entry: Any) -> dict[str, Any]:

@@ -3,6 +3,8 @@
     distance_map.png   angular distance, first block x block count, with the cut marked
     block_scores.png   one score a block, the removed ones coloured
     loss_curve.png     healing loss
+    search.png         a search's candidates, pruned and shortly healed
+    pareto.png         the same by quality over measured speed
     quality.png        perplexity of dense, pruned, healed and each engine
     speed.png          speed against the dense engine, with intervals and the A/A noise band
     sweep.png          speed against the dense engine over prompt lengths and batches
@@ -24,6 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from prune_export.report import panels, style, sweeps
+from prune_export.report.pareto import pareto
 from prune_export.report.reading import Report, StageReading
 from prune_export.report.sparse import grids
 
@@ -50,6 +53,8 @@ _TITLES: Final = {
     "distance_map": "Angular distance of every run of blocks, with the cut marked",
     "block_scores": "Score of each block, the removed ones coloured",
     "loss_curve": "Loss while healing",
+    "search": "Validation perplexity of each candidate of the search",
+    "pareto": "Quality over measured speed of the search's candidates",
     "quality": "Perplexity of each model",
     "speed": "Speed of each engine against its dense twin",
     "sweep": "Speed against the dense engine, over prompt lengths",
@@ -115,6 +120,8 @@ def _plan(report: Report) -> list[_Planned]:
         if any(one.pruned is not None for one in search.candidates):
             height = 1.3 + 0.42 * sum(one.pruned is not None for one in search.candidates)
             add("search", partial(panels.search, found=search), (7.2, height))
+        if len(search.timed) > 1:
+            add("pareto", partial(pareto, found=search), (7.2, 3.9))
     checks = report.verification
     if checks and checks.perplexity:
         height = 1.25 + 0.38 * len(checks.perplexity)

@@ -96,6 +96,12 @@ class CandidateReading:
     speedup: float | None = None
     pruned: float | None = None
     healed: float | None = None
+    rungs: list[float] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float | None:
+        """What it is ranked by."""
+        return self.pruned if self.healed is None else self.healed
 
 
 @dataclass(frozen=True)
@@ -105,12 +111,24 @@ class SearchReading:
     target: dict[str, Any]
     candidates: list[CandidateReading]
     validation: str = ""
+    outside: int = 0
+
+    @property
+    def timed(self) -> list[CandidateReading]:
+        """The candidates of which both speed and quality were measured."""
+        return [
+            one for one in self.candidates if one.speedup is not None and one.perplexity is not None
+        ]
 
     @property
     def goal(self) -> str:
         """What every candidate was brought to."""
         if self.target.get("speedup"):
             return f"{self.target['speedup']:g}x decoding on {self.target.get('engine')}"
+        if self.target.get("latency_ms"):
+            return f"{self.target['latency_ms']:g} ms a step on {self.target.get('engine')}"
+        if self.target.get("bytes"):
+            return f"{self.target['bytes']} of weights"
         return f"{self.target.get('parameters') or 1:.0%} of the parameters"
 
 

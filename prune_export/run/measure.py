@@ -32,6 +32,7 @@ from prune_export.verify import (
     measure_speed,
     measure_tasks,
     perplexity_gates,
+    placement_gates,
     speed_gates,
     tokens_without_text,
 )
@@ -116,6 +117,7 @@ def measured(
             found.speed.extend(_speed(bench, asked.speed, one, other, ids))
             found.sweep.extend(_sweep(bench, asked.speed, one, other, ids))
         found.gates.extend(speed_gates(found.speed, asked.speed.at_least, asked.speed.phase))
+    found.gates.extend(placement_gates(found.placement))
     twins = off or [None] * len(exports)
     for artifact, twin in zip(exports, twins, strict=True):
         found.sparsity.extend(_sparsity(bench, asked.speed, artifact, twin, ids))
@@ -202,6 +204,14 @@ def engine_speed(
     asked = recipes.Speed(workloads=(workload,), minutes=0.75)
     found = _speed(bench, asked, dense, engine, tokens_without_text())
     return next(one.ratio for one in found if one.phase == "decode")
+
+
+def dense_latency_ms(bench: Bench, dense: Artifact, workload: recipes.Workload) -> float:
+    """Milliseconds of a decoding step of an engine: the middle of what was measured."""
+    asked = recipes.Speed(workloads=(workload,), minutes=0.75)
+    found = _speed(bench, asked, dense, dense, tokens_without_text())
+    steps = next(one.dense_seconds for one in found if one.phase == "decode")
+    return 1000 * float(np.median(steps))
 
 
 def _generation(bench: Bench, point: Point) -> Generation:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf, log
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +13,20 @@ from prune_export.arch import Arch
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError, StageError
-from prune_export.recipe import Candidate, Export, Search, Stage, Template, heal_of, templates
-from prune_export.run import artifacts
+from prune_export.recipe import (
+    Candidate,
+    Export,
+    Search,
+    Stage,
+    Template,
+    heal_of,
+    rungs_of,
+    templates,
+)
+from prune_export.run import artifacts, crew
 from prune_export.run.artifacts import Base, Bench
-from prune_export.run.measure import engine_speed, perplexity_of
+from prune_export.run.crew import Job
+from prune_export.run.measure import dense_latency_ms, engine_speed
 from prune_export.store import Artifact, Key
 from prune_export.surgery import Drop, Edit, Keep, rewrite
 
@@ -37,19 +48,26 @@ class Found:
 
 @dataclass
 class _Row:
-    """A candidate on its way through the search."""
+    """A candidate on its way through the search; `rungs` are perplexities as it was healed."""
 
     candidate: Candidate
-    made: list[Artifact]
+    made: list[str] = field(default_factory=list)
+    last: Artifact | None = None
     speedup: float | None = None
     pruned: float | None = None
-    healed: float | None = None
+    rungs: list[float] = field(default_factory=list)
     note: str = ""
 
     @property
-    def rank(self) -> float:
-        """The validation perplexity that it is ranked by."""
-        return self.healed or self.pruned or float("inf")
+    def rank(self) -> tuple[int, float]:
+        """Those that were healed longer are better, as the others were given up."""
+        return -len(self.rungs), self.loss
+
+    @property
+    def loss(self) -> float:
+        """The validation loss of where it stands, in nats."""
+        found = self.rungs[-1] if self.rungs else self.pruned
+        return log(found) if found else inf
 
     def to_json(self, dense: int) -> dict[str, Any]:
         return {
@@ -61,7 +79,8 @@ class _Row:
             "parameters_left": self.candidate.arch.parameters() / dense,
             "speedup": self.speedup,
             "pruned": self.pruned,
-            "healed": self.healed,
+            "healed": self.rungs[-1] if self.rungs else None,
+            "rungs": self.rungs,
             "note": self.note,
         }
 
@@ -75,76 +94,174 @@ def searched(
         StageError: no candidate reaches the target.
     """
     search: Search = stage.entry
-    arch = Checkpoint.open(source.path).arch(ignore_keys)
-    validation = data[search.validation][1]
-    rows: list[_Row] = []
-    refused: list[dict[str, Any]] = []
-    for template in templates(search):
-        label = " + ".join(name for name, _, _ in template.items)
-        try:
-            if search.target.parameters is not None:
-                candidate, speedup = _to_size(search, template, arch), None
-            else:
-                candidate, speedup = _to_speed(bench, search, template, arch, source)
-        except PlanError as error:
-            refused.append({"label": label, "note": f"{error.where}: {error.problem}"})
-            continue
-        rows.append(_Row(candidate, [], speedup))
-    if not rows:
-        raise StageError(
-            "search",
-            "no candidate reaches the target: "
-            + "; ".join(f"{one['label']} ({one['note']})" for one in refused),
-            "choose another target, a wider `tolerance`, or other candidates",
-        )
-    for row in rows:
-        _prune(bench, row, source, data)
-        last = row.made[-1]
-        row.pruned = perplexity_of(bench, row.candidate.label, last, validation)
+    opened = Checkpoint.open(source.path)
+    arch = opened.arch(ignore_keys)
+    rows, refused, outside = _rows(bench, search, source, arch, opened.nbytes)
+    ids = {name: artifact.id for name, (artifact, _) in data.items()}
+    jobs = [
+        Job(r.candidate.label, r.candidate.stages, source.path, source.id, ids, search.validation)
+        for r in rows
+    ]
+    for number, result in crew.each(search, bench, jobs, "pruning"):
+        rows[number].made = list(result.made)
+        rows[number].pruned = result.perplexity
     healer = heal_of(search)
     if healer is not None:
-        _heal(bench, search, healer, rows, data, validation)
-    # Those that were not healed are behind those that were.
-    rows.sort(key=lambda row: (healer is not None and row.healed is None, row.rank))
+        _heal(bench, search, healer, rows, ids)
+    rows.sort(key=lambda row: row.rank)
+    if search.measure_speed:
+        _time(bench, search, source, rows)
     rows[0].note = "chosen"
     table = {
         "target": search.target.model_dump(mode="json"),
         "dense_parameters": arch.parameters(),
         "validation": search.validation,
         "heal": dict(search.heal) if search.heal else None,
+        "outside": outside,
         "candidates": [row.to_json(arch.parameters()) for row in rows] + refused,
     }
     bench.progress.say(f"search: {rows[0].candidate.label} is the best of {len(rows)}")
-    return Found(rows[0].candidate.stages, tuple(rows[0].made), table)
+    made = tuple(_artifact(bench, id_) for id_ in rows[0].made)
+    return Found(rows[0].candidate.stages, made, table)
 
 
-def _prune(bench: Bench, row: _Row, source: Base | Artifact, data: Data) -> None:
-    before: Base | Artifact = source
-    for stage in row.candidate.stages:
-        row.made.append(
-            artifacts.pruned(bench, stage, before.path, before.id, data.get(stage.data))
+def _rows(
+    bench: Bench, search: Search, source: Base | Artifact, arch: Arch, nbytes: int
+) -> tuple[list[_Row], list[dict[str, Any]], int]:
+    """The candidates that come to the target, those that do not, and how many of the grid do not.
+
+    Raises:
+        StageError: none does.
+    """
+    rows: list[_Row] = []
+    refused: list[dict[str, Any]] = []
+    outside = 0
+    known: set[str] = set()
+    left = search.target.fraction(nbytes)
+    wanted = None if left is not None else _wanted_speedup(bench, search, source)
+    for template in templates(search):
+        try:
+            if left is not None:
+                candidate, speedup = _to_size(search, template, arch, left), None
+            else:
+                assert wanted is not None
+                candidate, speedup = _to_speed(bench, search, wanted, template, arch, source)
+        except PlanError as error:
+            if template.of_grid:
+                outside += 1
+            else:
+                note = f"{error.where}: {error.problem}"
+                refused.append({"label": template.label, "note": note})
+            continue
+        # Different amounts may round to the same sizes.
+        same = repr((template.of_grid and dict(candidate.arch.sizes), candidate.label))
+        shape = repr((dict(candidate.arch.sizes), [stage.name for stage in candidate.stages]))
+        if (shape if template.of_grid else same) not in known:
+            known.add(shape if template.of_grid else same)
+            rows.append(_Row(candidate, speedup=speedup))
+    if outside:
+        bench.progress.say(
+            f"search: {outside} combinations of the grid are outside of the target, "
+            f"{len(rows)} candidates are within {search.target.tolerance:.0%} of it"
         )
-        before = row.made[-1]
+    if not rows:
+        raise StageError(
+            "search",
+            "no candidate reaches the target: "
+            + "; ".join(f"{one['label']} ({one['note']})" for one in refused)
+            + (f"; {outside} combinations of the grid do not" if outside else ""),
+            "choose another target, a wider `tolerance`, or other candidates",
+        )
+    return rows, refused, outside
 
 
 def _heal(
-    bench: Bench, search: Search, healer: Stage, rows: list[_Row], data: Data, validation: TokenSet
+    bench: Bench, search: Search, healer: Stage, rows: list[_Row], ids: Mapping[str, str]
 ) -> None:
-    from math import log
-
-    best = min(log(row.pruned or float("inf")) for row in rows)
+    """Heals in rungs; those that are clearly behind drop out before each."""
+    best = min(row.loss for row in rows)
+    going = [row for row in rows if row.loss - best <= search.give_up]
     for row in rows:
-        behind = log(row.pruned or float("inf")) - best
-        if behind > search.give_up:
-            row.note = f"not healed: {behind:.2f} nats behind before healing"
-            continue
-        last = row.made[-1]
-        healed = artifacts.healed(bench, healer, last.path, last.id, data[healer.data])
-        row.healed = perplexity_of(bench, f"{row.candidate.label}, healed", healed, validation)
+        if row not in going:
+            row.note = f"not healed: {row.loss - best:.2f} nats behind before healing"
+    rungs = list(rungs_of(healer, search.rungs))
+    for number, rung in enumerate(rungs):
+        jobs = []
+        for row in going:
+            before = row.last or _artifact(bench, row.made[-1])
+            label = f"{row.candidate.label}, healed"
+            jobs.append(Job(label, (rung,), before.path, before.id, ids, search.validation))
+        title = f"healing, part {number + 1} of {len(rungs)}" if len(rungs) > 1 else "healing"
+        for at, result in crew.each(search, bench, jobs, title):
+            going[at].last = _artifact(bench, result.made[-1])
+            going[at].rungs.append(result.perplexity)
+        if number + 1 < len(rungs):
+            going = _going_on(search, going)
 
 
-def _to_size(search: Search, template: Template, arch: Arch) -> Candidate:
-    wanted = (search.target.parameters or 1.0) * arch.parameters()
+def _going_on(search: Search, rows: list[_Row]) -> list[_Row]:
+    """The better half, and those that are too close to tell."""
+    ranked = sorted(rows, key=lambda row: row.loss)
+    best = ranked[0].loss
+    kept = ranked[: -(-len(ranked) // 2)]
+    kept += [row for row in ranked[len(kept) :] if row.loss - best <= search.close]
+    for row in rows:
+        if row not in kept:
+            row.note = f"given up: {row.loss - best:.2f} nats behind after part of the healing"
+    return [row for row in rows if row in kept]
+
+
+def _artifact(bench: Bench, id_: str) -> Artifact:
+    found = bench.store.get(id_)
+    if found is None:
+        raise StageError(
+            f"search  {id_}",
+            "is not in the store any more",
+            "leave the store alone while a search runs; run it again, and it is made anew",
+        )
+    return found
+
+
+def _time(bench: Bench, search: Search, source: Base | Artifact, rows: list[_Row]) -> None:
+    """Times the engines of the candidates that were ranked: one at a time, with nothing beside."""
+    export = _export(search)
+    dense = artifacts.exported(bench, export, source.path, source.id, of=", dense to compare with")
+    for row in rows:
+        if row.speedup is None and "not healed" not in row.note:
+            last = _artifact(bench, row.made[-1])
+            engine = artifacts.exported(
+                bench, export, last.path, last.id, of=f", {row.candidate.label}"
+            )
+            row.speedup = engine_speed(bench, dense, engine, search.target.workload)
+
+
+def _export(search: Search) -> Export:
+    return Export(search.target.engine, registry.find("exporters", search.target.engine)())
+
+
+def _wanted_speedup(bench: Bench, search: Search, source: Base | Artifact) -> float:
+    """The target's speedup; for a latency, the dense engine is timed."""
+    if search.target.latency_ms is None:
+        return search.target.speedup or 1.0
+    dense = artifacts.exported(
+        bench, _export(search), source.path, source.id, of=", dense to compare with"
+    )
+    found = dense_latency_ms(bench, dense, search.target.workload)
+    wanted = found / search.target.latency_ms
+    bench.progress.say(
+        f"search: a step of the dense engine takes {found:.2f} ms, so {wanted:.2f}x is asked for"
+    )
+    if wanted <= 1:
+        raise StageError(
+            "search  target.latency_ms",
+            f"got {search.target.latency_ms:g} ms, and the dense engine takes {found:.2f} ms",
+            "ask for less",
+        )
+    return wanted
+
+
+def _to_size(search: Search, template: Template, arch: Arch, left: float) -> Candidate:
+    wanted = left * arch.parameters()
     candidate = template.to_size(arch, round(wanted))
     off = candidate.arch.parameters() / wanted - 1
     if abs(off) > search.target.tolerance:
@@ -155,6 +272,7 @@ def _to_size(search: Search, template: Template, arch: Arch) -> Candidate:
 def _to_speed(
     bench: Bench,
     search: Search,
+    wanted: float,
     template: Template,
     arch: Arch,
     source: Base | Artifact,
@@ -164,9 +282,7 @@ def _to_speed(
     Speed depends on shapes alone, so engines of the right shapes are timed before anything is
     scored; the size is found by secants on seconds a step, which are nearly linear in it.
     """
-    wanted = search.target.speedup or 1.0
-    entry = registry.find("exporters", search.target.engine)()
-    export = Export(search.target.engine, entry)
+    export = _export(search)
     dense = artifacts.exported(bench, export, source.path, source.id, of=", dense to compare with")
     total = arch.parameters()
     # (parameters, seconds a step relative to dense): the dense model is known.
@@ -198,7 +314,7 @@ def _to_speed(
     off = best[1] / wanted - 1
     if abs(off) > search.target.tolerance:
         raise PlanError(
-            best[0].label, f"comes only within {off:+.1%} of {wanted}x ({best[1]:.2f}x)"
+            best[0].label, f"comes only within {off:+.1%} of {wanted:.3g}x ({best[1]:.2f}x)"
         )
     return best
 

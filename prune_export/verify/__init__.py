@@ -6,7 +6,7 @@ that this process stays small and one engine has the machine alone.
 
 from prune_export.verify.drive import tokens_without_text
 from prune_export.verify.engine import Engine
-from prune_export.verify.gates import perplexity_gates, speed_gates
+from prune_export.verify.gates import perplexity_gates, placement_gates, speed_gates
 from prune_export.verify.generation import measure_generation
 from prune_export.verify.parity import measure_parity
 from prune_export.verify.placement import measure_placement
@@ -29,6 +29,7 @@ __all__ = [
     "measure_speed",
     "measure_tasks",
     "perplexity_gates",
+    "placement_gates",
     "speed_gates",
     "tokens_without_text",
 ]

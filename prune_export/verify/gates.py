@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prune_export.errors import VerifyError
-from prune_export.verify.results import Gate, Perplexity, Phase, Speed, Workload
+from prune_export.verify.results import Gate, Perplexity, Phase, Placed, Speed, Workload
 
 
 def speed_gates(
@@ -28,6 +28,15 @@ def speed_gates(
         )
         for speed in speeds
         if speed.phase == phase
+    ]
+
+
+def placement_gates(placed: Sequence[Placed]) -> list[Gate]:
+    """A gate for each engine with nodes that multiply elsewhere than asked; none for the others."""
+    return [
+        Gate(f"nodes of {one.engine} not run by {one.asked}", 0, len(one.strayed), ok=False)
+        for one in placed
+        if not one.ok
     ]
 
 

@@ -24,8 +24,12 @@ _FEW: Final = 0.05
 """Weights with a smaller fraction of zeros were not pruned."""
 
 _NO_KERNELS: Final = {
-    "onnx": "ONNX Runtime has no kernels for sparse weights on this provider: it multiplies dense",
-    "ort_genai": "ONNX Runtime has no kernels for sparse weights: it multiplies dense",
+    "onnx": "multiplied dense: no kernels for sparse weights here",
+    "ort_genai": "multiplied dense: no kernels for sparse weights here",
+}
+
+_UNTOLD: Final = {
+    "onnx": "the exporter `tensorrt` tells what is chosen",
 }
 
 
@@ -50,9 +54,15 @@ def measure_sparsity(record: BuildRecord, path: Path) -> list[Sparsity]:
         eligible_layers=list(said.get("eligible_layers", ())),
         chosen_layers=list(said.get("chosen_layers", ())),
         tactics=dict(said.get("tactics", {})),
-        note="" if asked else _NO_KERNELS.get(record.exporter, "sparse kernels were not asked for"),
+        note=_note(record.exporter, asked=asked),
     )
     return [found]
+
+
+def _note(exporter: str, *, asked: bool) -> str:
+    if asked:
+        return _UNTOLD.get(exporter, "")
+    return _NO_KERNELS.get(exporter, "sparse kernels were not asked for")
 
 
 def _weights(record: BuildRecord, path: Path) -> list[WeightPattern]:

@@ -112,7 +112,7 @@ def test_a_cut_model_computes_as_the_whole_one_silenced(
     assert torch.equal(cached, plain)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mixtral", "opt", "phi3"])
+@pytest.mark.parametrize("model_type", ["gpt2", "phi3"])
 @pytest.mark.parametrize("name", METHODS)
 def test_refitted_and_cut_is_refitted_and_silenced(
     name: str, model_type: str, tiny: Callable[[str], Checkpoint], tmp_path: Path
@@ -133,7 +133,7 @@ def test_refitted_and_cut_is_refitted_and_silenced(
     )
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("name", METHODS)
 def test_widths_that_differ_by_block_are_stored_as_zeros(
     name: str, model_type: str, tiny: Callable[[str], Checkpoint], tmp_path: Path

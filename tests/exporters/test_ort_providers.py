@@ -17,6 +17,7 @@ from prune_export.exporters._ort_providers import (
     NAMES,
     Profile,
     Provider,
+    cache_device,
     open_session,
     placement,
 )
@@ -194,6 +195,18 @@ def test_options_need_their_provider_and_a_profile_must_hold_its_prompt() -> Non
         Onnx(provider_options={"device_id": 1})
     with pytest.raises(PlanError, match="write `length: 512` or more"):
         Profile(prompt=512, length=100)
+
+
+def test_the_cache_stays_on_the_gpu_where_the_runtime_can_put_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import onnxruntime
+
+    offered = [NAMES["cpu"]]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    assert cache_device("tensorrt_rtx") == "cpu", "a plug-in beside a runtime without CUDA"
+    offered.append(NAMES["cuda"])
+    assert [cache_device(key) for key in ("cpu", "cuda", "tensorrt")] == ["cpu", "cuda", "cuda"]
 
 
 def test_the_twin_without_sparsity() -> None:

@@ -86,7 +86,7 @@ def test_the_real_model_builds(nm: Nm | None, target: str, graph: Path, tmp_path
         prune(folder, nm)
     slid = slide(folder / "model.onnx")
     assert len(slid.rewritten) == (120 if nm == Nm(6, 8) else 0)
-    weights = _trt_proof.patterns(folder / "model.onnx")
+    weights = _trt_proof.counted(folder / "model.onnx")
     assert weights["matrices"] == MATRICES
     assert weights["two_of_four"] == (120 if nm else 0)
     adapt(folder / "model.onnx")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +17,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HealRecord
 from prune_export.errors import StageError
 from prune_export.heal._loss import next_token_loss
+from prune_export.heal._masked import Base, _MaskedLinear
 from prune_export.heal._memory import fit
 from prune_export.heal._model import Trainee, quiet, trainee
 from prune_export.heal._settings import Quantization
@@ -268,3 +269,45 @@ def test_the_plan_counts_one_layers_sum_and_the_packed_masks() -> None:
     assert 1.05 < flops < 1.3
     small = replace(machine, ram_bytes=1 << 30)
     assert fit(arch, Lora(), None, small, length=512, item=4).gradient_checkpointing
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    sizes=st.tuples(*[st.integers(1, 9)] * 4),
+    share=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    biased=st.booleans(),
+    transposed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_a_masked_layer_is_what_autograd_makes_of_the_formula(
+    sizes: tuple[int, int, int, int],
+    share: float,
+    biased: bool,
+    transposed: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    tokens, inputs, outputs, rank = sizes
+    torch.manual_seed(seed)
+    layer = torch.nn.Linear(inputs, outputs, bias=biased).requires_grad_(False).to(dtype)
+    layer.weight.mul_(torch.rand_like(layer.weight) >= share)
+    weight = layer.weight.clone()
+    if transposed:
+        layer.weight = torch.nn.Parameter(weight.T.contiguous(), requires_grad=False)
+    x = torch.randn(2, tokens, inputs).to(dtype)
+    a, b = torch.randn(rank, inputs) / 4, torch.randn(outputs, rank) / 4
+    outer = torch.randn(2, tokens, outputs).to(dtype)
+    leaves = [[t.clone().requires_grad_() for t in (x, a, b)] for _ in range(2)]
+    ours = _MaskedLinear.apply(*leaves[0], 1.5, Base(layer, transposed))
+    (one, two, three) = leaves[1]
+    summed = weight.float() + (weight != 0).float() * (1.5 * three @ two)
+    theirs = one.float() @ summed.T + (layer.bias.float() if biased else 0)
+    limit = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(ours.float(), theirs, **limit)
+    for mine, brute in zip(
+        torch.autograd.grad(ours, leaves[0], outer),
+        torch.autograd.grad(theirs, leaves[1], outer.float()),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, brute.to(mine.dtype), **limit)

@@ -66,14 +66,13 @@ def test_a_pair_that_does_the_same_work_twice_loses_only_one() -> None:
 
     found = greedy(Told(loss), units(4), 2, shortlist=4)  # type: ignore[arg-type]
     assert [unit.layer for unit in found.order] == [1, 3]
-    assert found.dense_loss == 2.0
-    assert found.loss == pytest.approx(3.1)
+    assert [loss for loss, _ in found.best] == pytest.approx([2.0, 2.1, 3.1])
     assert {unit.layer: cost for unit, cost in found.first_costs.items()} == pytest.approx(costs)
     first, second = found.steps
-    assert (first["layer"], first["runner_up"], first["measured"]) == (1, 2, 4)
+    assert (first["removed"], first["runner_up"], first["measured"]) == (1, 2, 4)
     assert first["increase"] == pytest.approx(0.1)
     assert first["margin"] == pytest.approx(0.01)
-    assert (second["layer"], second["measured"]) == (3, 3)
+    assert (second["removed"], second["measured"]) == (3, 3)
     assert second["increase"] == pytest.approx(1.0)
 
 
@@ -114,10 +113,35 @@ def test_a_beam_finds_what_the_best_first_step_misses() -> None:
     """0 is the cheapest alone, but only 1 and 2 are cheap together."""
     table = {(0,): 1.0, (1,): 1.1, (2,): 1.2, (0, 1): 9.0, (0, 2): 8.0, (1, 2): 2.0}
     told = Told(lambda gone, _: table.get(tuple(sorted(gone)), 0.0))
-    assert greedy(told, units(3), 2, shortlist=3).loss == 8.0  # type: ignore[arg-type]
+    assert greedy(told, units(3), 2, shortlist=3).best[-1][0] == 8.0  # type: ignore[arg-type]
     found = greedy(told, units(3), 2, shortlist=3, beam=2)  # type: ignore[arg-type]
-    assert ({unit.layer for unit in found.order}, found.loss) == ({1, 2}, 2.0)
-    assert [step["loss"] for step in found.steps] == [1.1, 2.0]
+    assert {unit.layer for unit in found.order} == {1, 2}
+    assert [loss for loss, _ in found.best] == [0.0, 1.0, 2.0]
+    assert [step["gone"] for step in found.steps] == [[0], [1, 2]]
+
+
+def test_an_early_choice_is_revised() -> None:
+    """0 goes first, but 1 and 2 are the better pair, and without them 3 costs little."""
+    alone = {0: 1.0, 1: 1.1, 2: 1.2, 3: 3.0}
+
+    def loss(gone: frozenset[int], chunk: int) -> float:
+        del chunk
+        pair = 0.5 if {1, 2} <= gone else 0.0
+        three = 2.5 if {1, 2, 3} <= gone else 0.0
+        return sum(alone[layer] for layer in gone) - pair - three
+
+    plain = greedy(Told(loss), units(4), 3, shortlist=4, revise=False)  # type: ignore[arg-type]
+    assert sorted(unit.layer for unit in plain.order) == [0, 1, 2]
+    found = greedy(Told(loss), units(4), 3, shortlist=4)  # type: ignore[arg-type]
+    assert sorted(unit.layer for unit in found.order) == [1, 2, 3]
+    assert [next(iter(step.items())) for step in found.steps] == [
+        ("removed", 0),
+        ("removed", 1),
+        ("removed", 2),
+        ("restored", 0),
+        ("removed", 3),
+    ]
+    assert [loss for loss, _ in found.best] == pytest.approx([0.0, 1.0, 1.8, 2.3])
 
 
 def view(tmp_path: Path, model_type: str, windows: int = 3) -> tuple[Any, ModelView]:
@@ -151,7 +175,9 @@ def test_it_equals_brute_force(model_type: str, tmp_path: Path) -> None:
         left = [layer for layer in range(tiny.arch.layers) if layer not in order]
         order.append(min(left, key=lambda layer: loss([*order, layer])))
         losses.append(loss(order))
-    decision = GreedyLoss(remove=3, shortlist=None).decide(model)
+    decision = GreedyLoss(remove=3, shortlist=None, revise=False, compute_dtype="float32").decide(
+        model
+    )
     assert list(decision.edits) == [Drop(tuple(sorted(order)))]
     assert decision.log["order"] == order
     assert decision.log["dense_perplexity"] == pytest.approx(exp(losses[0]), rel=1e-4)
@@ -168,7 +194,7 @@ def test_parts_are_removed_by_zeros_that_stock_transformers_loads(
 ) -> None:
     """The written model's loss is the one that the search measured without the parts."""
     tiny, model = view(tmp_path, model_type)
-    method = GreedyLoss(remove=2, unit=unit)
+    method = GreedyLoss(remove=2, unit=unit, compute_dtype="float32")
     assert method.predict(tiny.arch) == tiny.arch
     decision = method.decide(model)
     edits = list(decision.edits)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from prune_export.errors import StageError
 from prune_export.methods import _mask
+from prune_export.methods._limit import limit_of
 from prune_export.methods._mask import Amount, count_of, put_zeros, summary, zeros
 from prune_export.nm import Nm
 
@@ -98,3 +99,26 @@ def test_the_summary_is_of_this_mask() -> None:
     assert (found["zeros"], found["weights"], found["sparsity"]) == (4, 8, 0.5)
     assert found["score_quantiles"][0] == 0
     assert found["score_quantiles"][-1] == 4
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    fraction=st.floats(0.05, 0.99),
+    ties=st.sampled_from([1, 4, 100000]),
+    seed=st.integers(0, 99),
+)
+def test_the_least_of_a_model_are_found_without_holding_it(
+    sizes: list[int], fraction: float, ties: int, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    parts = [torch.randint(0, ties + 1, (size, 3), generator=random) / 7 for size in sizes]
+    count = max(1, count_of(fraction, 3 * sum(sizes)))
+    limit, masks = limit_of(lambda: parts, count), []
+    for part in parts:
+        mask, limit = limit.least(part)
+        masks.append(mask.flatten())
+    expected = torch.zeros(3 * sum(sizes), dtype=torch.bool)
+    expected[torch.cat([part.flatten() for part in parts]).argsort(dim=0, stable=True)[:count]] = 1
+    assert torch.equal(torch.cat(masks), expected)
+    assert limit.equal == 0

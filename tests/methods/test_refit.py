@@ -41,8 +41,8 @@ def test_an_input_that_others_repeat_is_taken_over_by_them() -> None:
     rows = torch.randn(32 * 8, 2, generator=torch.Generator().manual_seed(1))
     rows = torch.cat([rows, rows @ torch.tensor([[1.0], [2.0]])], 1)
     found = refit(torch.ones(1, 3), torch.tensor([True, True, False]), products_of(rows))
-    torch.testing.assert_close(found.weight, torch.tensor([[2.0, 3.0, 0.0]]), atol=2e-3, rtol=0)
-    assert found.ridge == 1e-4
+    torch.testing.assert_close(found.weight, torch.tensor([[2.0, 3.0, 0.0]]), atol=1e-2, rtol=0)
+    assert found.ridge == 1e-3
     assert found.error is not None
     assert found.error < 1e-5
     assert found.cut is not None

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from prune_export.errors import VerifyError
-from prune_export.verify.gates import perplexity_gates, speed_gates
-from prune_export.verify.results import Perplexity, Speed, Workload
+from prune_export.verify.gates import perplexity_gates, placement_gates, speed_gates
+from prune_export.verify.results import Perplexity, Placed, Speed, Workload
 
 SPEED = Speed(
     engine="onnx",
@@ -63,3 +63,12 @@ def test_perplexity_is_relative_to_dense() -> None:
     assert not perplexity_gates(measured, "pruned", 1.25)[0].ok
     with pytest.raises(VerifyError, match="absent was not measured"):
         perplexity_gates(measured, "absent", 1.25)
+
+
+def test_nodes_that_ran_elsewhere_are_a_gate_that_fails() -> None:
+    whole = Placed("onnx", "CPUExecutionProvider", {"CPUExecutionProvider": 9})
+    stray = replace(whole, asked="CUDAExecutionProvider", strayed=["a", "b"])
+    (gate,) = placement_gates([whole, stray])
+    assert (gate.what, gate.claimed, gate.measured, gate.ok) == (
+        "nodes of onnx not run by CUDAExecutionProvider", 0, 2, False,
+    )  # fmt: skip

@@ -1,0 +1,197 @@
+"""Makes a search's candidates, here one after the other, in processes, or on a Ray cluster.
+
+What is made lies in the store, which all of them share: a job says what is to be made of what, and
+what comes back are ids and a number. Who makes it changes nothing of it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prune_export.calibrate import TokenSet
+from prune_export.errors import MissingExtra, PlanError, StageError
+from prune_export.machine import Machine
+from prune_export.progress import Silent
+from prune_export.recipe import Search, Stage
+from prune_export.run import artifacts
+from prune_export.run.artifacts import Bench
+from prune_export.run.measure import perplexity_of
+from prune_export.store import Store
+
+
+@dataclass(frozen=True)
+class Job:
+    """Stages to apply to the checkpoint at `path`, which is then measured.
+
+    `data` are the ids of the token sets by name, `validation` names the one that measures.
+    """
+
+    label: str
+    stages: tuple[Stage, ...]
+    path: Path
+    id: str
+    data: Mapping[str, str]
+    validation: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The ids of what a job made, one a stage, and the validation perplexity at its end."""
+
+    made: tuple[str, ...]
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What another process needs for a bench of its own."""
+
+    store: Path
+    machine: Machine
+    force: frozenset[str]
+    ignore_keys: tuple[str, ...]
+    command: str
+
+    @staticmethod
+    def of(bench: Bench, workers: int) -> Desk:
+        """A share of a bench: memory and threads are divided."""
+        machine = replace(
+            bench.machine,
+            threads=max(1, bench.machine.threads // workers),
+            ram_bytes=bench.machine.ram_bytes // workers,
+        )
+        return Desk(bench.store.root, machine, bench.force, bench.ignore_keys, bench.command)
+
+    def work(self, job: Job) -> Done:
+        """Does a job; this runs in the other process.
+
+        Raises:
+            StageError: the store is not there, as on another machine without it.
+        """
+        if not self.store.is_dir():
+            raise StageError(
+                f"search  {job.label}",
+                f"the store {self.store} is not on this machine",
+                "use a store that all machines of the cluster share (`--store`)",
+            )
+        import torch
+
+        torch.set_num_threads(self.machine.threads)
+        bench = Bench(
+            Store(self.store), self.machine, Silent(), self.force, self.ignore_keys, self.command
+        )
+        return done(bench, job)
+
+
+def done(bench: Bench, job: Job) -> Done:
+    """Does a job on a bench."""
+    made: list[str] = []
+    path, id_ = job.path, job.id
+    for stage in job.stages:
+        tokens = None
+        if stage.data in job.data:
+            artifact = bench.store.get(job.data[stage.data])
+            assert artifact is not None, "data is made before any candidate"
+            tokens = artifact, TokenSet.load(artifact.path / "tokens.safetensors")
+        if stage.kind == "heal":
+            if tokens is None:
+                raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
+            result = artifacts.healed(bench, stage, path, id_, tokens)
+        else:
+            result = artifacts.pruned(bench, stage, path, id_, tokens)
+        path, id_ = result.path, result.id
+        made.append(id_)
+    validation = bench.store.get(job.data[job.validation])
+    last = bench.store.get(id_)
+    assert validation is not None
+    assert last is not None
+    text = TokenSet.load(validation.path / "tokens.safetensors")
+    return Done(tuple(made), perplexity_of(bench, job.label, last, text))
+
+
+def each(
+    search: Search, bench: Bench, jobs: Sequence[Job], title: str
+) -> Iterator[tuple[int, Done]]:
+    """The jobs by number as they are done, in any order.
+
+    Raises:
+        MissingExtra: Ray is wanted and not installed.
+    """
+    with bench.progress.task(f"search: {title}", len(jobs)) as task:
+        for number, result in _executor(search)(search, bench, jobs):
+            bench.progress.say(f"search: {jobs[number].label}: {result.perplexity:.2f}")
+            task.advance()
+            yield number, result
+
+
+_Executor = Callable[[Search, Bench, Sequence[Job]], Iterator[tuple[int, Done]]]
+
+
+def _executor(search: Search) -> _Executor:
+    if search.executor == "ray":
+        return _on_ray
+    return _in_processes if search.workers > 1 else _here
+
+
+def _here(search: Search, bench: Bench, jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
+    del search
+    for number, job in enumerate(jobs):
+        yield number, done(bench, job)
+
+
+def _in_processes(search: Search, bench: Bench, jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
+    workers = min(search.workers, len(jobs))
+    desk = Desk.of(bench, search.workers)
+    # Spawned: a forked child would inherit torch's threads, which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = {pool.submit(desk.work, job): number for number, job in enumerate(jobs)}
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _on_ray(search: Search, bench: Bench, jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
+    """Joins the cluster that `RAY_ADDRESS` names, or starts one here."""
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtra.of("search: executor ray", "ray", "ray") from error
+    own = not ray.is_initialized()
+    if own:
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        desk = Desk.of(bench, search.workers)
+        threads = desk.machine.threads
+        remote = ray.remote(num_cpus=threads, max_retries=0)(Desk.work)
+        room = int(ray.cluster_resources().get("CPU", 1)) // threads
+        atonce = max(1, min(search.workers, room))
+        coming = iter(enumerate(jobs))
+        waiting: dict[object, int] = {}
+
+        def start() -> None:
+            for number, job in coming:
+                waiting[remote.remote(desk, job)] = number
+                return
+
+        for _ in range(atonce):
+            start()
+        while waiting:
+            (first,), _ = ray.wait(list(waiting), num_returns=1)
+            number = waiting.pop(first)
+            try:
+                result = ray.get(first)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, Exception) else error from None
+            start()
+            yield number, result
+    finally:
+        if own:
+            ray.shutdown()

@@ -1,0 +1,124 @@
+"""Searches: who drops out, that workers change nothing, and what is shown of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prune_export.errors import StageError
+from prune_export.machine import Machine
+from prune_export.recipe import Recipe, Search, Template
+from prune_export.recipe.search import Candidate, Target
+from prune_export.report.pareto import frontier
+from prune_export.report.reading import CandidateReading
+from prune_export.run import Options, run
+from prune_export.run.search import _going_on, _Row
+from tests.run.test_run import SEARCH, STABLE, hashes
+
+GRID = """\
+      grid:
+        depth: {method: deepest}
+        width: {method: minitron, multiple_of: 8}
+        remove: [0, 1, 2]
+        ffn: [0, 0.5]
+"""
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(tmp_path / "out", tmp_path / "store", Machine.detect(device="cpu", threads=1))
+
+
+def row(label: str, perplexity: float) -> _Row:
+    candidate = Candidate((), None, 0.0, label)  # type: ignore[arg-type]
+    return _Row(candidate, pruned=2 * perplexity, rungs=[perplexity])
+
+
+def test_the_better_half_goes_on_and_what_is_too_close_to_tell() -> None:
+    search = Search(Target(parameters=0.5), "ranking", close=0.02)
+    rows = [row("a", 20.0), row("b", 12.0), row("c", 10.0), row("d", 10.1), row("e", 10.15)]
+    going = _going_on(search, rows)
+    assert [one.candidate.label for one in going] == ["c", "d", "e"]
+    assert rows[0].note == "given up: 0.69 nats behind after part of the healing"
+    assert not rows[4].note
+    assert len(_going_on(replace(search, close=math.log(1.3)), rows)) == 4
+
+
+def test_who_was_healed_longer_ranks_before_who_was_given_up() -> None:
+    early, late = row("early", 9.0), row("late", 10.0)
+    late.rungs.append(9.5)
+    assert sorted([early, late], key=lambda one: one.rank) == [late, early]
+
+
+def test_the_frontier_is_what_nothing_beats_in_both() -> None:
+    def one(speedup: float, healed: float) -> CandidateReading:
+        return CandidateReading(f"{speedup}", speedup=speedup, pruned=99.0, healed=healed)
+
+    slow, beaten, fast = one(1.1, 10.0), one(1.1, 12.0), one(1.5, 20.0)
+    assert frontier([beaten, fast, slow]) == [slow, fast]
+    assert frontier([one(1.2, 10.0), beaten]) == [one(1.2, 10.0)]
+
+
+def searched(text: str, model: Path, corpus: Path, options: Options) -> tuple[dict[str, Any], Path]:
+    result = run(Recipe.parse(text, root=corpus), str(model), options)
+    (table,) = json.loads((result.out / "report.json").read_text())["searches"]
+    return table, result.out
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(tiny_llama: Path, corpus: Path, options: Options) -> None:
+    one, out = searched(SEARCH, tiny_llama, corpus, options)
+    several = SEARCH.replace("validation:", "workers: 2\n      validation:")
+    elsewhere = replace(
+        options, out=options.out.with_name("again"), store=options.store.with_name("s")
+    )
+    two, again = searched(several, tiny_llama, corpus, elsewhere)
+    assert two == one
+    stable = [pattern for pattern in STABLE if pattern != "prune_recipe*"]
+    assert hashes(again, *stable) == hashes(out, *stable)
+
+
+@pytest.mark.slow
+def test_ray_changes_nothing(tiny_llama: Path, corpus: Path, options: Options) -> None:
+    pytest.importorskip("ray")
+    one, _ = searched(SEARCH, tiny_llama, corpus, options)
+    on_ray = SEARCH.replace("validation:", "executor: ray\n      workers: 2\n      validation:")
+    elsewhere = replace(
+        options, out=options.out.with_name("again"), store=options.store.with_name("s")
+    )
+    two, _ = searched(on_ray, tiny_llama, corpus, elsewhere)
+    assert two == one
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_is_told(tiny_llama: Path, corpus: Path, options: Options) -> None:
+    broken = SEARCH.replace("learning_rate: 1.0e-3}", "learning_rate: 1.0e+9}", 1)
+    several = broken.replace("validation:", "workers: 2\n      validation:")
+    with pytest.raises(StageError, match=r"diverged|not finite|finite"):
+        searched(several, tiny_llama, corpus, options)
+
+
+@pytest.mark.slow
+def test_a_grid_keeps_what_is_near_the_target_and_times_it(
+    tiny_llama: Path, corpus: Path, options: Options
+) -> None:
+    start, end = SEARCH.index("      candidates"), SEARCH.index("      validation")
+    text = SEARCH[:start] + GRID + "      measure_speed: true\n" + SEARCH[end:]
+    table, out = searched(text, tiny_llama, corpus, options)
+    assert table["outside"] > 0
+    assert all(abs(one["parameters_left"] / 0.7 - 1) <= 0.2 for one in table["candidates"])
+    timed = [one for one in table["candidates"] if one["speedup"]]
+    assert len(timed) == len(table["candidates"]) > 1
+    assert (out / "figures" / "pareto.png").is_file()
+    assert "more combinations of the grid" in (out / "report.html").read_text()
+
+
+def test_amounts_that_round_to_the_same_shapes_compete_once() -> None:
+    item = ("deepest", {"remove": 1}, "calibration")
+    assert Template((item,), of_grid=True).fixed
+    assert not Template((("deepest", {"sparsity": "to_target"}, "c"),)).fixed
