@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from prune_export.modeling import register
+from prune_export.modeling import register_if_imported
 
 __version__ = "0.1.0"
 
-register()
+register_if_imported()

@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from prune_export.modeling import register
+
 torch.set_num_threads(1)
+register()
 
 SENTENCES = (
     "The river runs through the old town and past the mill.",

@@ -105,7 +105,8 @@ class ConfigRules(_Frozen):
 class Bundled(_Frozen):
     """Code of ours that a checkpoint brings along: `file.Class` in `prune_export.modeling`.
 
-    With `import prune_export` it is not needed, and without it `trust_remote_code=True` is.
+    Where `prune_export.modeling.register()` was called it is not needed, else
+    `trust_remote_code=True` is.
     """
 
     configuration: str

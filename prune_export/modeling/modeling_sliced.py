@@ -4,8 +4,8 @@ Each block is transformers' own, but where a block's input is added to what atte
 it, the input first passes through a matrix that turns it into the basis of what comes next.
 
 This file and `configuration_sliced.py` lie beside every checkpoint that needs them, for those who
-load it with `trust_remote_code=True`; with prune_export imported, that is not needed. They import
-only torch and transformers.
+load it with `trust_remote_code=True`; after `prune_export.modeling.register()`, that is not needed.
+They import only torch and transformers.
 """
 
 from torch import nn

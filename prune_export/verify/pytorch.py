@@ -16,6 +16,7 @@ import torch
 from prune_export.contracts import Runner
 from prune_export.errors import MissingExtra
 from prune_export.machine import Machine
+from prune_export.modeling import register
 
 _DTYPES = {
     "float32": torch.float32,
@@ -53,6 +54,8 @@ class _PyTorchRunner:
 
     def __init__(self, path: Path, machine: Machine, how: PyTorch) -> None:
         from transformers import AutoModelForCausalLM
+
+        register()
 
         torch.set_num_threads(machine.threads)
         dtype: Any = _DTYPES[how.precision]
@@ -118,6 +121,7 @@ def fits_in_memory(path: Path, machine: Machine, dtype: Any = torch.float32) -> 
 def _stored_as_float32(path: Path) -> bool:
     from transformers import AutoConfig
 
+    register()
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return bool(config.dtype == torch.float32)
 

