@@ -6,6 +6,8 @@ The floor is the sweep itself with nothing to edit: the same windows through the
 method has a process of its own; within it, floor and method alternate, and medians are compared.
 `scores` gathers scores alone; `cut` scores, cuts and refits in one sweep; of the latter, the time
 of the small solves is said apart. For gradients the floor is the gradient pass that keeps nothing.
+Blocks are alike, so `--blocks 4` measures the first four alone. Ratios are of processor time, which
+other work on the machine disturbs less; wall time is kept too.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from prune_export.methods import _width_sweep
 from prune_export.methods.llm_pruner import LlmPruner
 from prune_export.methods.minitron import Minitron
 from prune_export.methods.structured_wanda import StructuredWanda
+from prune_export.surgery import Drop, rewrite
 
 CASES = ("minitron scores", "minitron cut", "structured_wanda scores", "llm_pruner gradients")
 
@@ -42,9 +45,11 @@ def main() -> None:
     asked.add_argument("calibration", type=Path)
     asked.add_argument("--samples", type=int, default=32)
     asked.add_argument("--length", type=int, default=512)
+    asked.add_argument("--blocks", type=int, help="measure a model of the first blocks alone")
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--threads", type=int, default=2)
     asked.add_argument("--cases", nargs="*", default=list(CASES))
+    asked.add_argument("--name", default="width")
     asked.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
     asked.add_argument("--one", help=argparse.SUPPRESS)
     given = asked.parse_args()
@@ -62,10 +67,11 @@ def main() -> None:
         "tokens": given.samples * given.length,
         "length": given.length,
         "rounds": given.rounds,
+        "blocks": given.blocks,
         "rows": rows,
     }
     if given.save:
-        print(save("width", payload))
+        print(save(given.name, payload))
 
 
 class _Nothing:
@@ -94,19 +100,29 @@ class _NoGradients:
 def measured(given: argparse.Namespace, case: str) -> dict[str, Any]:
     checkpoint = Checkpoint.open(given.model)
     arch = checkpoint.arch()
+    with tempfile.TemporaryDirectory() as folder:
+        if given.blocks:
+            drop = Drop(tuple(range(given.blocks, arch.layers)))
+            checkpoint = rewrite(checkpoint, arch, [drop], Path(folder, "short"), ram_bytes=2**30)
+        return timed(given, case, checkpoint)
+
+
+def timed(given: argparse.Namespace, case: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    arch = checkpoint.arch()
     ids = _windows(given.calibration, given.model, given.length)[: given.samples]
     machine = Machine.detect(device="cpu", threads=given.threads)
     solves: list[float] = []
     plain_refit = _width_sweep.refit
 
     def timed_refit(*args: Any, **keys: Any) -> Any:
-        began = time.perf_counter()
+        began = time.process_time()
         found = plain_refit(*args, **keys)
-        solves.append(time.perf_counter() - began)
+        solves.append(time.process_time() - began)
         return found
 
     _width_sweep.refit = timed_refit
     seconds: dict[str, list[float]] = {"floor": [], "own": [], "solves": []}
+    walls: dict[str, list[float]] = {"floor": [], "own": []}
     for number in range(-1, given.rounds):  # round -1 warms up and is not kept
         for kind in ("floor", "own") if number % 2 else ("own", "floor"):
             with tempfile.TemporaryDirectory() as scratch:
@@ -114,10 +130,12 @@ def measured(given: argparse.Namespace, case: str) -> dict[str, Any]:
                     arch, checkpoint, {}, Means(TokenSet.of(ids), machine, Path(scratch))
                 )
                 solves.clear()
-                began = time.perf_counter()
+                began, wall = time.process_time(), time.perf_counter()
                 work(view, case, kind)
-                spent = time.perf_counter() - began
+                spent = time.process_time() - began
+                wall = time.perf_counter() - wall
             if number >= 0:
+                walls[kind].append(wall)
                 seconds[kind].append(spent - sum(solves))
                 if kind == "own":
                     seconds["solves"].append(sum(solves))
@@ -125,10 +143,11 @@ def measured(given: argparse.Namespace, case: str) -> dict[str, Any]:
     return {
         "case": case,
         "ratio": own / floor,
-        "floor_seconds": floor,
-        "own_seconds": own,
-        "solve_seconds": statistics.median(seconds["solves"]),
-        "samples": seconds,
+        "floor_cpu_seconds": floor,
+        "own_cpu_seconds": own,
+        "solve_cpu_seconds": statistics.median(seconds["solves"]),
+        "cpu_samples": seconds,
+        "wall_samples": walls,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 

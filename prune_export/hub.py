@@ -29,6 +29,7 @@ FILE_LIMIT_BYTES: Final = 50_000_000_000
 _OURS: Final = (
     "README.md", "prune_recipe.yaml", "prune_recipe.lock.json", "report.json", "report.html",
     "verify.json", "model.safetensors.index.json", "config.json", "figures/*.png",
+    "configuration_sliced.py", "modeling_sliced.py",
 )  # fmt: skip
 _ENGINE: Final = (
     "config.json", "genai_config.json", "*.onnx", "*.onnx_data", "*.onnx.data",

@@ -71,7 +71,7 @@ def rewrite(
     side_files = source.side_files()
     if after.table.bundled:
         config["auto_map"] = after.table.bundled.auto_map()
-        side_files = (*side_files, FOLDER / after.table.bundled.file)
+        side_files = (*side_files, *(FOLDER / name for name in after.table.bundled.files))
     source.check(arch)
     _refuse_unsayable(config, after, out)
     _refuse_untied(source, arch)

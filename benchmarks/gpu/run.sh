@@ -40,4 +40,21 @@ sys.exit(not installed('$engine'))" || { echo "no library for $engine: skipped";
     --engine "$engine" --precision fp16 fp8 --work "$work/$engine-6-8" \
     --name "$engine-6of8" || failed=1
 done
+
+# PyTorch's own sparse kernels, by shape, type and tokens; then in a compiled model against itself.
+"$python" benchmarks/gpu/sparse_kernels.py || failed=1
+cat >"$work/aoti.yaml" <<END
+recipe: 1
+stages:
+  - prune: {method: magnitude, nm: {keep: 2, of: 4}}
+export:
+  - aoti: {precision: bf16, sparse: true}
+verify:
+  parity: false
+  generation: false
+  speed: {sweep: {prompt: [1, 16, 64, 256, 1024, 4096]}}
+END
+"$python" -m prune_export run "$work/aoti.yaml" --model "$model" --store "$work/store" \
+  --out "$work/aoti" --device cuda || failed=1
+cp "$work/aoti/report.json" "benchmarks/results/$(date -u +%F)-gpu-aoti-report.json" || failed=1
 exit "$failed"

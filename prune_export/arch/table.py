@@ -103,22 +103,22 @@ class ConfigRules(_Frozen):
 
 
 class Bundled(_Frozen):
-    """Code of ours that a checkpoint brings along: a file of `prune_export.modeling`, its classes.
+    """Code of ours that a checkpoint brings along: `file.Class` in `prune_export.modeling`.
 
     With `import prune_export` it is not needed, and without it `trust_remote_code=True` is.
     """
 
-    file: str
-    config: str
-    model: str
+    configuration: str
+    modeling: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files."""
+        return tuple(f"{said.partition('.')[0]}.py" for said in (self.configuration, self.modeling))
 
     def auto_map(self) -> dict[str, str]:
         """What config.json says of it."""
-        module = self.file.removesuffix(".py")
-        return {
-            "AutoConfig": f"{module}.{self.config}",
-            "AutoModelForCausalLM": f"{module}.{self.model}",
-        }
+        return {"AutoConfig": self.configuration, "AutoModelForCausalLM": self.modeling}
 
 
 class Tiny(_Frozen):

@@ -15,6 +15,7 @@ from prune_export.calibrate.gradients import (
     spooled_bytes,
 )
 from prune_export.calibrate.junctions import Grams, JunctionGrams
+from prune_export.calibrate.norm_shares import NormShares, Shares
 from prune_export.calibrate.removals import Part, Removals, Unit, native_dtype
 from prune_export.calibrate.sites import (
     SITES,
@@ -53,11 +54,13 @@ __all__ = [
     "Layer",
     "Means",
     "ModelView",
+    "NormShares",
     "Order",
     "Part",
     "PassCost",
     "Removals",
     "Scope",
+    "Shares",
     "Site",
     "Squares",
     "Statistic",

@@ -106,6 +106,7 @@ def pass_key(
         [arch.family, *own],
         [tokens.fingerprint, machine.device, machine.threads, torch.__version__],
         [(stat.st_size, stat.st_mtime_ns) for stat in files],
+        [(name, entry.start) for name, entry in checkpoint.entries.items()],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

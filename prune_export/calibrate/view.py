@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -150,6 +150,20 @@ class ModelView:
             arch=self.arch,
             dtype=dtype,
         )
+
+    def without(self, layers: Collection[int]) -> ModelView:
+        """The view of the model without some blocks; no weight is read or copied.
+
+        Statistics are to be gathered anew; blocks are numbered as they are left.
+        """
+        if not layers:
+            return self
+        names = self.arch.origin(self.arch.kept(layers))
+        arch = self.arch.without(layers)
+        entries = {new: self.checkpoint.entries[old] for new, old in names.items()}
+        config = arch.to_config(self.checkpoint.config)
+        cut = replace(self.checkpoint, config=config, entries=entries)
+        return replace(self, arch=arch, checkpoint=cut, results={})
 
     def calibration(self) -> Means:
         """The means of further passes.

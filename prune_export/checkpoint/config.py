@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
+from prune_export.modeling import register
 
 LONGEST_JSON_BYTES: Final = 100_000_000
 _NESTED: Final = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
@@ -101,6 +102,7 @@ def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     # Imported here: transformers brings torch, and opening a checkpoint must stay cheap.
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    register()
     if model_type not in CONFIG_MAPPING:
         remote = " (it brings code of its own, which is never run)" if "auto_map" in config else ""
         raise UnsupportedArch(

@@ -107,14 +107,16 @@ def slide(graph: Path) -> Slid:
 
 
 def _products(model: Any, folder: Path) -> Iterator[Matrix]:
-    """Matrices that products read directly, and nothing else does."""
+    """Matrices that products of one kind read directly, and nothing else does."""
     found = list(matrices(model, folder))
     readers = Counter(name for node in model.graph.node for name in node.input)
     counts = Counter(matrix.name for matrix in found)
+    kinds = Counter(name for name, *_ in {(m.name, m.turned, m.node.op_type) for m in found})
     for matrix in found:
         given = {entry.name: entry.i for entry in matrix.node.attribute}
         plain = matrix.node.op_type in ("MatMul", "Gemm") and not given.get("transA")
-        if plain and not matrix.through and readers[matrix.name] == counts[matrix.name]:
+        alone = readers[matrix.name] == counts[matrix.name] and kinds[matrix.name] == 1
+        if plain and alone and not matrix.through:
             yield matrix
 
 

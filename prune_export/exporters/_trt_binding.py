@@ -85,7 +85,6 @@ USED: Final[Mapping[str, tuple[str, ...]]] = {
     "IBuilderConfig": (
         "add_optimization_profile",
         "create_timing_cache",
-        "get_timing_cache",
         "profiling_verbosity",
         "set_flag",
         "set_timing_cache",

@@ -43,16 +43,18 @@ def build(
         for name, (least, best, most) in shapes.items():
             profile.set_shape(name, least, best, most)
         config.add_optimization_profile(profile)
+    timed = None
     if binding.features.timing_cache:
         before = cache.read_bytes() if cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(before), False)
+        timed = config.create_timing_cache(before)  # held here: it must outlive the build
+        config.set_timing_cache(timed, False)
     built = builder.build_serialized_network(network, config)
     if built is None or not built.nbytes:
         raise _refused(graph, log, "found no way to run the graph")
     with engine.open("wb") as stream:
         stream.write(memoryview(built))
-    if binding.features.timing_cache:
-        cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    if timed is not None:
+        cache.write_bytes(memoryview(timed.serialize()))
 
 
 def inspected(binding: Binding, engine: Path, *, host_code: bool) -> tuple[str, tuple[Layer, ...]]:

@@ -19,6 +19,7 @@ from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HealRecord, Work
 from prune_export.errors import StageError
+from prune_export.heal._layerdrop import left_out
 from prune_export.heal._memory import fit
 from prune_export.heal._merge import merged
 from prune_export.heal._model import compute_dtype, plain, quiet, trainee
@@ -81,7 +82,8 @@ def heal(
         if "before" not in state.held_out:
             before = held_out_loss(student.model, held_out, 1, run.device)
             state = dataclasses.replace(state, held_out={"before": before})
-        state = train(student, windows, settings, run, state, work=work, key=key)
+        with left_out(student.model, student.blocks(arch), settings.layerdrop):
+            state = train(student, windows, settings, run, state, work=work, key=key)
         losses = dict(state.held_out)
         losses["trained"] = held_out_loss(student.model, held_out, 1, run.device)
         began = time.monotonic()

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 
+from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import MissingExtra, StageError
 from prune_export.heal._masked import Base, mask
@@ -38,6 +39,11 @@ class Trainee:
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The adapters' parameters by name, in the order of the model."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def blocks(self, arch: Arch) -> list[torch.nn.Module]:
+        """The model's blocks."""
+        base: Any = self.model
+        return list(base.get_base_model().get_submodule(arch.table.blocks))
 
     def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """By stored weight, a copy of its adapter: A `[rank, in]` and B `[out, rank]`."""

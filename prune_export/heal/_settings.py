@@ -91,6 +91,15 @@ class Settings:
             "removes the same inputs of an adapter for all tokens of a micro-batch."
         ),
     ] = "auto"
+    layerdrop: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="Probability with which a forward pass of the training leaves a block out "
+            "(LayerDrop; 0.1 to 0.2). Makes little of an existing model robust to lost blocks.",
+        ),
+    ] = 0.0
     save_every: Annotated[
         int | None,
         Field(
@@ -113,6 +122,8 @@ class Settings:
                 )
         if not 0 <= self.dropout < 1:
             raise PlanError("dropout", f"got {self.dropout}, expected a fraction in [0, 1)")
+        if not 0 <= self.layerdrop < 1:
+            raise PlanError("layerdrop", f"got {self.layerdrop}, expected a fraction in [0, 1)")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
             fitting = [n for n in range(1, self.batch + 1) if self.batch % n == 0]
             raise PlanError(

@@ -116,6 +116,10 @@ def train(
                     f"lower `learning_rate` (it is {settings.learning_rate:g}), or lengthen "
                     "`warmup`",
                 )
+            for parameter in parameters.values():
+                # That of a block which every micro-batch left out.
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
             accelerator.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

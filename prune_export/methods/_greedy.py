@@ -43,17 +43,19 @@ def greedy(
     shortlist: int,
     beam: int = 1,
     revise: bool = True,
+    guess: Mapping[Unit, float] | None = None,
 ) -> Found:
     """`count` of `units`, each the one whose removal raised the loss of what was left least.
 
-    `shortlist` units race for each removal; for the first, all do. With `revise`, earlier ones are
+    `shortlist` units race for each removal; for the first, all do, or with a `guess` (a score by
+    which costs are expected to rank) those with the least. With `revise`, earlier ones are
     put back where that is better; with a `beam`, so many of the best sets are followed instead. Of
     equal losses the deeper unit goes.
 
     Source: the revision is the floating search of Pudil et al., "Floating search methods in
     feature selection", Pattern Recognition Letters 15 (1994).
     """
-    search = _Search(removals, tuple(units), shortlist)
+    search = _Search(removals, tuple(units), shortlist, guess or {})
     best = search.floating(count) if revise and beam == 1 else search.beam(count, beam)
     return Found(
         best[-1].gone,
@@ -77,6 +79,7 @@ class _Search:
     removals: Removals
     units: tuple[Unit, ...]
     shortlist: int
+    guess: Mapping[Unit, float]
     first: dict[Unit, float] = field(default_factory=dict)
     steps: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -113,7 +116,7 @@ class _Search:
 
     def _dense(self) -> _Model:
         (loss,) = self.removals.losses([()], keep=[()])
-        return _Model((), loss, dict.fromkeys(self.units, 0.0))
+        return _Model((), loss, {unit: self.guess.get(unit, 0.0) for unit in self.units})
 
     def _removed(self, ways: Sequence[_Model], width: int) -> list[_Model]:
         """The best `width` models with one more unit removed from one of `ways`."""
@@ -121,7 +124,7 @@ class _Search:
         for way in ways:
             left = [unit for unit in self.units if unit not in way.gone]
             left.sort(key=lambda unit: (way.costs[unit], -unit.layer))
-            for unit in left[: self.shortlist if self.first else None]:
+            for unit in left[: self.shortlist if self.first or self.guess else None]:
                 racers.setdefault(frozenset((*way.gone, unit)), way)
         found: list[_Model] = []
         known = {way.gone: dict(way.costs) for way in ways}
@@ -133,7 +136,8 @@ class _Search:
             known[way.gone][unit] = loss - before
             if chunks == self.removals.chunks:
                 found.append(_Model((*way.gone, unit), loss, known[way.gone]))
-        self.first = self.first or known[ways[0].gone]
+        if not self.first:
+            self.first = self._scaled(race, known[ways[0].gone])
         found.sort(key=_rank)
         best = found[0]
         more: dict[str, Any] = {"increase": best.costs[best.gone[-1]], "measured": len(racers)}
@@ -141,6 +145,17 @@ class _Search:
             more |= {"runner_up": found[1].gone[-1].layer, "margin": found[1].loss - best.loss}
         self._log("removed", best, best.gone[-1].layer, **more)
         return found[:width]
+
+    def _scaled(
+        self, race: Collection[frozenset[Unit]], costs: dict[Unit, float]
+    ) -> dict[Unit, float]:
+        """The first costs; guesses that were not measured are brought to the scale of costs."""
+        measured = {unit for gone in race for unit in gone}
+        share = sum(self.guess.get(unit, 0.0) for unit in measured)
+        scale = abs(sum(costs[unit] for unit in measured)) / share if share else 0.0
+        for unit in costs.keys() - measured:
+            costs[unit] *= scale
+        return {unit: costs[unit] for unit in self.units if unit in measured}
 
     def _restored(self, model: _Model) -> _Model:
         """The best model with one unit put back: any of the dearest but the last removed."""

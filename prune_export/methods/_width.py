@@ -10,7 +10,7 @@ by block) is scored in a pass before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, Site, Swept
+from prune_export.calibrate import Further, ModelView, NormShares, Site, Statistic, Swept
 from prune_export.calibrate.sites import Accumulator
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
@@ -82,6 +82,12 @@ class Width:
                           "refit only where it is better on held-out tokens."),
     ] = "auto"  # fmt: skip
 
+    rescale_norms: Annotated[
+        bool,
+        Field(description="After a cut of the hidden size, scale each norm's gain so that what "
+                          "stays comes out as large as before."),
+    ] = True  # fmt: skip
+
     def __post_init__(self) -> None:
         own = [part for part in PARTS if getattr(self, part) is not None]
         twice = [part for part in own if self.sparsity is not None and part in self.axes]
@@ -129,9 +135,10 @@ class Width:
             return arch
         return check_sayable(arch, sizes, self.multiple_of)
 
-    def statistics(self, arch: Arch) -> tuple[Further, ...]:
-        """The passes that `decide` runs, in order."""
-        passes = list(self.passes_before(arch))
+    def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
+        """What `decide` reads, and the passes that it runs, in order."""
+        passes: list[Statistic | Further] = [NormShares()] if self._rescales() else []
+        passes += self.passes_before(arch)
         if self._measures():
             passes.append(Further(forwards=1.1, parks=True))
         if self.refits():
@@ -163,7 +170,9 @@ class Width:
             cut = _width_sweep.Cut(self, arch, sizes, known, kept, samples, length)
             swept = model.sweep(cut)
             kept |= _width_sweep.kept_in(arch, swept)
-        edits = _width_edits.edits(model, kept, swept, wide=self.per_layer)
+        shares = model.stat(NormShares()) if self._rescales() else None
+        own = self.reworked(model, kept, known)
+        edits = _width_edits.edits(model, kept, swept, own, shares, wide=self.per_layer)
         return Decision(edits, _width_edits.log(arch, kept, known, swept))
 
     def refits(self) -> bool:
@@ -171,6 +180,10 @@ class Width:
         return self.compensate is not False and bool(
             self.fractions.keys() & {"ffn", "heads", "kv_groups"}
         )
+
+    def _rescales(self) -> bool:
+        """Whether norms are rescaled: the hidden size is cut, and it is not switched off."""
+        return self.rescale_norms and "hidden" in self.fractions
 
     def _measures(self) -> bool:
         """Whether states must have been seen before anything is chosen."""
@@ -198,6 +211,13 @@ class Width:
         """The score of a whole expert, at its projection back; `scores` are its channels'."""
         del site, weights, seen
         return float(scores.sum())
+
+    def reworked(
+        self, model: ModelView, kept: Scores, scores: Scores
+    ) -> dict[str, Callable[[], torch.Tensor]]:
+        """New values, by name, for tensors that the method itself changes before they are cut."""
+        del model, kept, scores
+        return {}
 
     def watch(self, site: Site, units: int, width: int, device: str) -> Accumulator:
         """Gathers what `score` reads of inputs `[…, width]`, which are `units` equal runs."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from prune_export.arch import Arch, Tensor
-from prune_export.calibrate import ModelView, Swept, sites_of
+from prune_export.calibrate import ModelView, Shares, Swept, sites_of
 from prune_export.methods._units import reordered, spread, unit_axes
 from prune_export.methods._width_sweep import axis_of
 from prune_export.surgery import Edit, Keep, Overwrite
@@ -21,23 +21,37 @@ Kept = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class _Values:
-    """The values of stored tensors: those that a sweep made, else those of the checkpoint."""
+    """The values of stored tensors: those that were made, by a sweep too, else the checkpoint's."""
 
     model: ModelView
     swept: Swept | None
+    own: Mapping[str, Callable[[], torch.Tensor]]
 
     def __call__(self, name: str) -> torch.Tensor:
+        if name in self.own:
+            return self.own[name]()
         if self.swept is not None and name in self.swept.names:
             return self.swept.read(name)
         return self.model.checkpoint.read(name)
 
 
-def edits(model: ModelView, kept: Kept, swept: Swept | None, *, wide: bool) -> Iterator[Edit]:
-    """What removes all units that are not kept."""
-    values = _Values(model, swept)
-    made: dict[str, Callable[[], torch.Tensor]] = dict(swept.values()) if swept else {}
+def edits(
+    model: ModelView,
+    kept: Kept,
+    swept: Swept | None,
+    own: Mapping[str, Callable[[], torch.Tensor]],
+    shares: Shares | None,
+    *,
+    wide: bool,
+) -> Iterator[Edit]:
+    """What removes all units that are not kept.
+
+    `own` are values that the method made itself; `shares` are of norms that are to be rescaled.
+    """
+    values = _Values(model, swept, own)
+    made = (dict(swept.values()) if swept else {}) | dict(own)
     if "residual" in kept:
-        made |= _unscaled(model.arch, int(kept["residual"].sum()), values)
+        made |= _rescaled(model.arch, kept["residual"], shares or {}, values)
     for axis, flags in kept.items():
         if wide:
             made |= _zeroed(model.arch, axis, flags, values)
@@ -51,22 +65,31 @@ def edits(model: ModelView, kept: Kept, swept: Swept | None, *, wide: bool) -> I
         yield Overwrite(name, value)
 
 
-def _unscaled(arch: Arch, left: int, values: _Values) -> dict[str, Callable[[], torch.Tensor]]:
-    """Makes up for a scale of the embeddings that follows the hidden size.
+def _rescaled(
+    arch: Arch, stays: torch.Tensor, shares: Shares, values: _Values
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Norms and embeddings of a model with fewer residual channels.
 
-    A head that is tied to them grows with them; the final norm's gain takes that back.
+    A norm over the channels that stay divides by their root mean square; with its shares known, its
+    gain is multiplied by what that has grown by, so that they come out as large as before. Where
+    embeddings are scaled by the size of the residual states, they make up for it, and so does the
+    final norm for a head that is tied to them.
     """
-    if not arch.table.scaled_embeddings:
-        return {}
-    growth = (arch.sizes["residual"] / left) ** 0.5
+    growth = (arch.sizes["residual"] / int(stays.sum())) ** 0.5
+    scaled = arch.table.scaled_embeddings
+    tied = any(tensor.role == "head" and tensor.tied_to for tensor in arch.tensors)
     found: dict[str, Callable[[], torch.Tensor]] = {}
-    tied = {tensor.tied_to for tensor in arch.tensors if tensor.role == "head"}
     for tensor in arch.stored():
-        if tensor.role == "embed":
-            found[tensor.name] = partial(_scaled, values, tensor.name, growth, 0.0)
-        elif tensor.role == "norm.final" and None not in tied:
-            offset = arch.table.norm_offset
-            found[tensor.name] = partial(_scaled, values, tensor.name, 1 / growth, offset)
+        factor, offset = 1.0, 0.0
+        if (tensor.layer, tensor.role) in shares and arch.table.norm == "rms":
+            left = float(shares[tensor.layer, tensor.role][stays].sum())
+            factor, offset = growth * left**0.5, arch.table.norm_offset
+        if scaled and tensor.role == "embed":
+            factor = growth
+        elif scaled and tied and tensor.role == "norm.final":
+            factor, offset = factor / growth, arch.table.norm_offset
+        if factor != 1.0:
+            found[tensor.name] = partial(_scaled, values, tensor.name, factor, offset)
     return found
 
 

@@ -26,6 +26,10 @@ _MULTIPLE: Final = 64
 _STEPS: Final = 8
 """Where a width has fewer than eight steps of 64, smaller ones are taken."""
 
+_NEAR: Final = 16
+"""How far a hidden size may be from the one asked for, as a fraction of the whole, before a smaller
+multiple is tried."""
+
 _ROUNDED: Final = frozenset({"ffn", "hidden"})
 
 
@@ -43,14 +47,36 @@ def sizes_after(
             "are the same in this model: each query head has keys and values of its own",
             "write only `heads`",
         )
-    found = {}
+    found: dict[str, int] = {}
     for part, fraction in fractions.items():
+        if part == "hidden" and multiple_of is None:
+            continue
         for axis in axes_of(arch, part):
             step = 1
             if part in _ROUNDED:
                 step = multiple_of or usual_multiple(arch.sizes[axis])
             found[axis] = _left(part, arch.sizes[axis], fraction, step)
+    if "hidden" in fractions and multiple_of is None:
+        found["residual"] = _hidden(arch, found, fractions["hidden"])
     return found
+
+
+def _hidden(arch: Arch, others: Mapping[str, int], fraction: float) -> int:
+    """A hidden size near the one asked for, of the largest usual multiple that a config can say.
+
+    Some insist that it is a multiple of the number of heads, which may leave no multiple of 64.
+    """
+    size = arch.sizes["residual"]
+    wanted, step = size * (1 - fraction), usual_multiple(size)
+    while step:
+        near = sorted(range(step, size, step), key=lambda other: abs(other - wanted))
+        for other in near:
+            if abs(other - wanted) > size / _NEAR:
+                break
+            if _fits(arch, {**others, "residual": other}):
+                return other
+        step //= 2
+    return _left("hidden", size, fraction, usual_multiple(size))
 
 
 def axes_of(arch: Arch, part: Part) -> list[str]:
@@ -108,7 +134,9 @@ def check_sayable(arch: Arch, sizes: Mapping[str, int], multiple_of: int | None)
         after.to_config(arch.config)
     except PlanError as error:
         offers = list(_offers(arch, sizes, multiple_of))
-        raise PlanError(error.where, error.problem, _advice(error.fix, offers)) from None
+        heads = any(axis.split(".")[0] in ("kv", "group") for axis in sizes)
+        fix = _advice(error.fix, offers, heads=heads)
+        raise PlanError(error.where, error.problem, fix) from None
     return after
 
 
@@ -153,9 +181,13 @@ def _fits(arch: Arch, sizes: Mapping[str, int]) -> bool:
     return True
 
 
-def _advice(fix: str, offers: list[tuple[str, int, int]]) -> str:
+def _advice(fix: str, offers: list[tuple[str, int, int]], *, heads: bool) -> str:
     if not offers:
-        return f"{fix}; or write `per_layer: true`: what is removed is then stored as zeros"
+        return (
+            fix
+            if not heads
+            else f"{fix}; or write `per_layer: true`: what is removed is then stored as zeros"
+        )
     listed = " or ".join(
         f"`{part.split()[0]}: {1 - left / size:.3g}` ({left} of {size} left)"
         for part, size, left in offers

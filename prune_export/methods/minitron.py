@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 
-from prune_export.calibrate import Site, Squares
+from prune_export.arch import Arch
+from prune_export.calibrate import ModelView, Site, Squares
+from prune_export.errors import PlanError
+from prune_export.methods import _head_residual
 from prune_export.methods._activations import Activations, Aggregation
-from prune_export.methods._width import Width
+from prune_export.methods._width import Scores, Width
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,40 @@ class Minitron(Width):
         Aggregation, Field(description="How sizes are summed up over the tokens of a window.")
     ] = "mean"
     batch: Annotated[Aggregation, Field(description="And then over windows.")] = "l2"
+
+    head_residual: Annotated[
+        bool,
+        Field(
+            description="Let each kept head of a low rank move away from a removed one, in all of "
+            "its own weights; only where heads share no keys, and instead of a refit."
+        ),
+    ] = False
+
+    def predict(self, arch: Arch) -> Arch:
+        """The shapes after the cut; with `per_layer` they stay, as what goes is zeroed."""
+        if self.head_residual:
+            _head_residual.check(arch, self.sizes(arch), self.compensate)
+            if self.per_layer:
+                raise PlanError(
+                    "head_residual",
+                    "got `per_layer`, where a block may keep too few heads to move",
+                    "leave one of them out",
+                )
+        return super().predict(arch)
+
+    def reworked(
+        self, model: ModelView, kept: Mapping[str, torch.Tensor], scores: Scores
+    ) -> dict[str, Callable[[], torch.Tensor]]:
+        if not self.head_residual:
+            return {}
+        found: dict[str, Callable[[], torch.Tensor]] = {}
+        for axis, flags in kept.items():
+            if axis.startswith("kv."):
+                keep = int(flags.sum())
+                found |= _head_residual.moved(
+                    model.arch, axis, scores[axis], keep, model.checkpoint.read
+                )
+        return found
 
     def watch(self, site: Site, units: int, width: int, device: str) -> _Sizes:
         return _Sizes(self, site, units, width, device)

@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import BypassLoss, ModelView, Statistic
+from prune_export.calibrate import BypassLoss, Further, ModelView, Statistic
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _depth
+from prune_export.methods import _depth, _search
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,17 @@ class Perplexity(_depth.Amount):
     samples: Annotated[int, Field(ge=1, description="Calibration windows to score on.")] = 10
     length: Annotated[int, Field(ge=2, description="Tokens of each window to score on.")] = 128
 
+    select: _search.Select = "one_shot"
+
+    def __post_init__(self) -> None:
+        """Refuses what contradicts itself.
+
+        Raises:
+            PlanError: a run is to be chosen block by block, or what `Amount` refuses.
+        """
+        super().__post_init__()
+        _search.refuse_run(self.select, self.contiguous)
+
     def _candidates(self, arch: Arch) -> range:
         candidates = range(self.protect_first, arch.layers - self.protect_last)
         remove = self.of(arch)
@@ -49,8 +60,20 @@ class Perplexity(_depth.Amount):
     def _statistic(self, arch: Arch) -> BypassLoss:
         return BypassLoss(tuple(self._candidates(arch)), self.samples, self.length)
 
-    def statistics(self, arch: Arch) -> tuple[Statistic, ...]:
-        return () if self.layers is not None else (self._statistic(arch),)
+    def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
+        if self.layers is not None:
+            return ()
+        first = (self._statistic(arch),)
+        if self.select == "one_shot":
+            return first
+        # What the first scoring takes is the statistic's own; the others are like it.
+        half = len(self._candidates(arch)) / 2
+        return (*first, *_search.passes(self.select, arch, self.of(arch), half))
+
+    def _losses(self, model: ModelView) -> list[float]:
+        """The loss without each block of a model, from which some may be gone already."""
+        statistic = BypassLoss(tuple(range(model.arch.layers)), self.samples, self.length)
+        return list(model.gather([statistic])[statistic].bypassed.values())
 
     def predict(self, arch: Arch) -> Arch:
         if self.layers is None:
@@ -62,12 +85,19 @@ class Perplexity(_depth.Amount):
         if (known := _depth.listed(self, arch)) is not None:
             return known
         losses = model.stat(self._statistic(arch))
-        choice = _depth.least_blocks(
-            list(losses.bypassed.values()),
-            self.of(arch),
-            contiguous=self.contiguous,
-            first=self.protect_first,
-        )
+        candidates, remove = self._candidates(arch), self.of(arch)
+        if self.select == "iterative":
+            choice = _search.iterative(model, remove, candidates, self._losses)
+        elif self.select == "greedy":
+            own = [losses.bypassed.get(i, losses.dense) - losses.dense for i in range(arch.layers)]
+            choice = _search.guided(model, remove, candidates, own)
+        else:
+            choice = _depth.least_blocks(
+                list(losses.bypassed.values()),
+                remove,
+                contiguous=self.contiguous,
+                first=self.protect_first,
+            )
         scores: list[Any] = [None] * arch.layers
         for layer, loss in losses.bypassed.items():
             scores[layer] = exp(loss)

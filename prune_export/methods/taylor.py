@@ -17,7 +17,7 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Further, ModelView, Sums, block_bytes
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _depth
+from prune_export.methods import _depth, _search
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,16 @@ class Taylor(_depth.Amount):
         int, Field(ge=0, description="First blocks never removed: their gradients mislead.")
     ] = 4
     protect_last: Annotated[int, Field(ge=0, description="Last blocks never removed.")] = 2
+    select: _search.Select = "one_shot"
+
+    def __post_init__(self) -> None:
+        """Refuses what contradicts itself.
+
+        Raises:
+            PlanError: a run is to be chosen block by block, or what `Amount` refuses.
+        """
+        super().__post_init__()
+        _search.refuse_run(self.select, self.contiguous)
 
     def _candidates(self, arch: Arch) -> range:
         candidates = range(self.protect_first, arch.layers - self.protect_last)
@@ -53,7 +63,10 @@ class Taylor(_depth.Amount):
     def statistics(self, arch: Arch) -> tuple[Further, ...]:
         if self.layers is not None:
             return ()
-        return (Further(forwards=4, ram_bytes=2 * block_bytes(arch, torch.float32)),)
+        ram = 2 * block_bytes(arch, torch.float32)
+        if self.select == "one_shot":
+            return (Further(forwards=4, ram_bytes=ram),)
+        return _search.passes(self.select, arch, self.of(arch), 4, ram_bytes=ram)
 
     def predict(self, arch: Arch) -> Arch:
         if self.layers is None:
@@ -64,15 +77,19 @@ class Taylor(_depth.Amount):
         arch = model.arch
         if (known := _depth.listed(self, arch)) is not None:
             return known
-        candidates = self._candidates(arch)
-        found = model.gradients(_Changes())
-        scores = [float(found.block(layer)["change"]) for layer in range(arch.layers)]
-        choice = _depth.least_blocks(
-            [scores[layer] for layer in candidates],
-            self.of(arch),
-            contiguous=self.contiguous,
-            first=self.protect_first,
-        )
+        candidates, remove = self._candidates(arch), self.of(arch)
+        scores = _changes(model)
+        if self.select == "iterative":
+            choice = _search.iterative(model, remove, candidates, _changes)
+        elif self.select == "greedy":
+            choice = _search.guided(model, remove, candidates, scores)
+        else:
+            choice = _depth.least_blocks(
+                [scores[layer] for layer in candidates],
+                remove,
+                contiguous=self.contiguous,
+                first=self.protect_first,
+            )
         return _depth.decision(
             arch,
             choice.dropped,
@@ -80,6 +97,11 @@ class Taylor(_depth.Amount):
             block_scores=scores,
             block_score_name="sum of |weight x gradient|",
         )
+
+
+def _changes(model: ModelView) -> list[float]:
+    found = model.gradients(_Changes())
+    return [float(found.block(layer)["change"]) for layer in range(model.arch.layers)]
 
 
 @dataclass(frozen=True)

@@ -3,30 +3,39 @@
 Each block is transformers' own, but where a block's input is added to what attention or MLP made of
 it, the input first passes through a matrix that turns it into the basis of what comes next.
 
-This file lies beside every checkpoint that needs it, for those who load it with
-`trust_remote_code=True`; with prune_export imported, that is not needed. It imports only torch and
-transformers.
+This file and `configuration_sliced.py` lie beside every checkpoint that needs them, for those who
+load it with `trust_remote_code=True`; with prune_export imported, that is not needed. They import
+only torch and transformers.
 """
 
 from torch import nn
-from transformers import (
-    LlamaConfig,
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
-    MistralConfig,
+)
+from transformers.models.mistral.modeling_mistral import (
+    MistralDecoderLayer,
     MistralForCausalLM,
     MistralModel,
-    Qwen2Config,
+)
+from transformers.models.qwen2.modeling_qwen2 import (
+    Qwen2DecoderLayer,
     Qwen2ForCausalLM,
     Qwen2Model,
-    Qwen3Config,
+)
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3DecoderLayer,
     Qwen3ForCausalLM,
     Qwen3Model,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from .configuration_sliced import (
+    SlicedLlamaConfig,
+    SlicedMistralConfig,
+    SlicedQwen2Config,
+    SlicedQwen3Config,
+)
 
 
 class _Shortcuts:
@@ -45,30 +54,6 @@ class _Shortcuts:
         hidden_states = self.attn_shortcut(hidden_states) + attended
         seen = self.post_attention_layernorm(hidden_states)
         return self.mlp_shortcut(hidden_states) + self.mlp(seen)
-
-
-class SlicedLlamaConfig(LlamaConfig):
-    """A llama with shortcut matrices."""
-
-    model_type = "sliced_llama"
-
-
-class SlicedMistralConfig(MistralConfig):
-    """A mistral with shortcut matrices."""
-
-    model_type = "sliced_mistral"
-
-
-class SlicedQwen2Config(Qwen2Config):
-    """A qwen2 with shortcut matrices."""
-
-    model_type = "sliced_qwen2"
-
-
-class SlicedQwen3Config(Qwen3Config):
-    """A qwen3 with shortcut matrices."""
-
-    model_type = "sliced_qwen3"
 
 
 class SlicedLlamaDecoderLayer(_Shortcuts, LlamaDecoderLayer):

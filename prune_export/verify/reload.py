@@ -77,7 +77,7 @@ def _brings_our_code(checkpoint: Path) -> bool:
     bundled = table.bundled if table else None
     if bundled is None:
         return False
-    ours = {bundled.file: (FOLDER / bundled.file).read_bytes()}
+    ours = {name: (FOLDER / name).read_bytes() for name in bundled.files}
     found = {file.name: file.read_bytes() for file in checkpoint.glob("*.py")}
     return found == ours and config.get("auto_map") == bundled.auto_map()
 

@@ -24,12 +24,12 @@ _FEW: Final = 0.05
 """Weights with a smaller fraction of zeros were not pruned."""
 
 _NO_KERNELS: Final = {
-    "onnx": "ONNX Runtime has no kernels for sparse weights on this provider: it multiplies dense",
-    "ort_genai": "ONNX Runtime has no kernels for sparse weights: it multiplies dense",
+    "onnx": "multiplied dense: no kernels for sparse weights here",
+    "ort_genai": "multiplied dense: no kernels for sparse weights here",
 }
 
 _UNTOLD: Final = {
-    "onnx": "ONNX Runtime does not pass on what TensorRT chose; the exporter `tensorrt` tells",
+    "onnx": "the exporter `tensorrt` tells what is chosen",
 }
 
 

@@ -131,6 +131,26 @@ def test_a_weight_that_something_else_reads_stays(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
+def test_a_weight_that_two_kinds_of_product_read_stays(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "product"),
+        helper.make_node("Gemm", ["a", "w"], ["y"], "other", transB=1),
+    ]
+    graph = written(nodes, {"w": sparse(96, 96, Nm(6, 8))}, tmp_path, 96)
+    assert not rewritten(graph, 96).rewritten
+
+
+def test_a_weight_of_two_products_is_rewritten_once(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "product"),
+        helper.make_node("MatMul", ["a", "w"], ["y"], "other"),
+    ]
+    graph = written(nodes, {"w": sparse(96, 96, Nm(6, 8))}, tmp_path, 96)
+    slid = rewritten(graph, 96)
+    assert (list(slid.rewritten), slid.gathers) == (["w"], 2)
+    assert slid.added_bytes == 4 * 96 * (160 - 96)
+
+
 def test_int8_and_sliding_exclude_each_other() -> None:
     with pytest.raises(PlanError, match="multiplies in fp32\n  write `precision: fp16`"):
         Onnx(precision="int8", sliding=True)

@@ -1,43 +1,31 @@
 """TensorRT engines: rules, graphs, shapes, what builders say, and real builds ahead of time.
 
-TensorRT-RTX builds ahead of time on any machine, so its builds are real. No engine can run here:
-the runner is driven against a stand-in for the library that computes with ONNX Runtime.
+TensorRT-RTX builds ahead of time on any machine, so its builds are real. No engine can run here.
 """
 
 from __future__ import annotations
 
 import ast
-import ctypes
 import json
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate import TokenSet
 from prune_export.contracts import BuildRecord, Work
 from prune_export.errors import CheckpointError, MissingExtra, PlanError, StageError
 from prune_export.exporters import _trt_binding as binding
 from prune_export.exporters._ort import OrtRunner
-from prune_export.exporters._trt_calibration import calibration
-from prune_export.exporters._trt_graph import split_caches
 from prune_export.exporters._trt_layers import layers_of, sparse_tactics
 from prune_export.exporters._trt_log import Layers, Log, sparsity_said
 from prune_export.exporters._trt_profiles import Sizes, Span
 from prune_export.exporters._trt_proof import record
-from prune_export.exporters._trt_quantize import largest, observed, quantize
-from prune_export.exporters._trt_runner import TrtRunner
-from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.tensorrt import ENGINE, Tensorrt
 from prune_export.machine import Machine
-from prune_export.matrices import load, matrices
 from prune_export.progress import Silent
 from prune_export.verify.engine import Engine
 
@@ -303,106 +291,18 @@ def test_the_plan_refuses_a_machine_without_the_gpu(monkeypatch: pytest.MonkeyPa
 # The graph
 
 
-@pytest.fixture(scope="module")
-def graph(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's fp32 graph, all logits."""
-    out = tmp_path_factory.mktemp("graph")
-    Onnx().export(tiny_llama, out, Work(MACHINE, Silent(), out.parent))
-    return out / "model.onnx"
-
-
-@pytest.fixture(scope="module")
-def split(graph: Path) -> Path:
-    """The same graph, its caches outside of attention, beside it."""
-    model = onnx.load(graph, load_external_data=False)
-    assert split_caches(model) == 6
-    path = graph.with_name("split.onnx")
-    path.write_bytes(model.SerializeToString())
-    onnx.checker.check_model(str(path), full_check=True)
-    return path
-
-
-def test_attention_without_a_cache_computes_the_same(graph: Path, split: Path) -> None:
-    attention = [n for n in onnx.load(split, load_external_data=False).graph.node
+def test_attention_without_a_cache_computes_the_same(tiny_graph: Path, split_graph: Path) -> None:
+    attention = [n for n in onnx.load(split_graph, load_external_data=False).graph.node
                  if n.op_type == "Attention"]  # fmt: skip
     assert {(len(node.input), len(node.output)) for node in attention} == {(4, 1)}
     ids = np.random.default_rng(0).integers(0, 250, (2, 9))
     mask = np.ones_like(ids)
     mask[0, :3] = 0
-    with OrtRunner(graph, MACHINE) as one, OrtRunner(split, MACHINE) as other:
+    with OrtRunner(tiny_graph, MACHINE) as one, OrtRunner(split_graph, MACHINE) as other:
         for start, end in ((0, 5), (5, 6), (6, 9)):
             wanted, _ = one.step(ids[:, start:end], mask[:, :end])
             got, _ = other.step(ids[:, start:end], mask[:, :end])
             np.testing.assert_allclose(got, wanted, atol=1e-5)
-
-
-# 8 bits
-
-
-def one_product(path: Path, weight: np.ndarray) -> Path:
-    """A graph of one product in a block, `x` float32 `[tokens, inputs]`."""
-    node = onnx.helper.make_node("MatMul", ["x", "model.layers.0.w"], ["y"], "product")
-    info = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        [node], "g", [info("x", onnx.TensorProto.FLOAT, ["tokens", weight.shape[0]])],
-        [info("y", onnx.TensorProto.FLOAT, ["tokens", weight.shape[1]])],
-        [onnx.numpy_helper.from_array(weight, "model.layers.0.w")],
-    )  # fmt: skip
-    model = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10
-    )
-    onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}_data",
-              size_threshold=0)  # fmt: skip
-    return path
-
-
-@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.02), ("fp8", 0.06)])
-def test_a_product_in_8_bits_is_close_and_keeps_its_zeros(
-    kind: Any, bound: float, tmp_path: Path
-) -> None:
-    import onnxruntime
-
-    rng = np.random.default_rng(0)
-    weight = rng.standard_normal((64, 48)).astype(np.float32)
-    weight[::2] = 0
-    x = rng.standard_normal((7, 64)).astype(np.float32)
-    graph = one_product(tmp_path / "model.onnx", weight)
-    done = quantize(graph, kind, {"x": float(np.abs(x).max())})
-    assert (done.products, done.activations) == (1, 1)
-    assert done.saved_bytes == 64 * 48 * 3 - 48 * 4
-    onnx.checker.check_model(str(graph), full_check=True)
-    (matrix,) = matrices(load(graph), tmp_path)
-    assert not matrix.nonzero()[weight == 0].any()
-    plain = onnxruntime.SessionOptions()  # its own fusion of 8-bit products rounds otherwise
-    plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(graph), plain, providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, {"x": x})
-    wanted = x @ weight
-    assert 0 < np.abs(got - wanted).max() / np.abs(wanted).max() < bound
-
-
-def test_activations_are_measured_where_products_read_them(graph: Path) -> None:
-    names = observed(graph, graph.with_name("observed.onnx"))
-    assert len(names) == 4 * 6
-    ids = np.random.default_rng(0).integers(0, 250, (3, 8))
-    each = [largest(graph.with_name("observed.onnx"), ids[at : at + 1], 1) for at in range(3)]
-    whole = largest(graph.with_name("observed.onnx"), ids, 1)
-    assert whole.keys() == set(names)
-    for name, top in whole.items():
-        assert top == max(one[name] for one in each) > 0
-
-
-def test_calibration_data_come_before_built_in_text(tiny_llama: Path, tmp_path: Path) -> None:
-    tokens = TokenSet.of(torch.arange(40).reshape(2, 20))
-    ids, note = calibration(tiny_llama, tokens, 258)
-    assert ids.tolist() == tokens.ids.tolist()
-    assert note == "2 windows of 20 tokens of the recipe's calibration data"
-    ids, note = calibration(tiny_llama, None, 258)
-    assert ids.shape[0] == 1
-    assert "the recipe has no calibration data" in note
-    ids, note = calibration(tmp_path, None, 258)
-    assert ids.max() < 258
-    assert "no tokenizer" in note
 
 
 # Real builds ahead of time
@@ -442,13 +342,13 @@ def test_rtx_builds_ahead_of_time(
 
 
 @rtx
-def test_a_refusal_says_why_and_keeps_the_log(graph: Path, tmp_path: Path) -> None:
+def test_a_refusal_says_why_and_keeps_the_log(tiny_graph: Path, tmp_path: Path) -> None:
     from prune_export.exporters import _trt_build
 
     loaded, log = binding.Binding.load("rtx"), Log()
     settings = AHEAD._settings()
     with pytest.raises(StageError, match="only supports Attention nodes with one output"):
-        _trt_build.build(loaded, graph, settings, tmp_path / "e", tmp_path / "cache", log)
+        _trt_build.build(loaded, tiny_graph, settings, tmp_path / "e", tmp_path / "cache", log)
     assert log.faults
     assert not (tmp_path / "e").exists()
 
@@ -472,151 +372,3 @@ def test_a_strangers_engine_is_not_opened(tmp_path: Path) -> None:
     assert Engine.from_json(json.loads(json.dumps(vouched.to_json()))).trusted
     assert not engine.runs_on(MACHINE)
     assert not Engine("onnx", tmp_path).runs_code
-
-
-class Standin:
-    """A library of TensorRT's names whose engines compute with ONNX Runtime, at given addresses."""
-
-    TYPES: ClassVar = {"tensor(float)": "FLOAT", "tensor(int64)": "INT64"}
-    LIMITS: ClassVar = {"input_ids": (2, 8), "past_key_values.0.key": (2, 2, 15, 8)}
-
-    class ILogger:
-        def __init__(self) -> None: ...
-
-    class TensorIOMode(Enum):
-        INPUT = 1
-        OUTPUT = 2
-
-    class Runtime:
-        def __init__(self, logger: Any) -> None: ...
-        def deserialize_cuda_engine(self, file: bytes) -> Any:
-            return Standin.Engine(file.decode()) if file else None
-
-    class Engine:
-        def __init__(self, graph: str) -> None:
-            import onnxruntime
-
-            self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-            self.inputs = {one.name: one for one in self.session.get_inputs()}
-            self.outputs = {one.name: one for one in self.session.get_outputs()}
-            self.all = {**self.inputs, **self.outputs}
-            self.num_io_tensors = len(self.all)
-            self.made: list[Any] = []
-
-        def get_tensor_name(self, at: int) -> str:
-            return list(self.all)[at]
-
-        def get_tensor_mode(self, name: str) -> Any:
-            return Standin.TensorIOMode(1 if name in self.inputs else 2)
-
-        def get_tensor_dtype(self, name: str) -> Any:
-            return SimpleNamespace(name=Standin.TYPES[self.all[name].type])
-
-        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return tuple(d if isinstance(d, int) else -1 for d in self.all[name].shape)
-
-        def create_execution_context(self) -> Any:
-            self.made.append(Standin.Context(self))
-            return self.made[-1]
-
-    class Context:
-        def __init__(self, engine: Any) -> None:
-            self.engine, self.profile, self.steps = engine, -1, 0
-            self.shapes: dict[str, tuple[int, ...]] = {}
-            self.addresses: dict[str, int] = {}
-
-        def set_optimization_profile_async(self, profile: int, queue: int) -> bool:
-            self.profile = profile
-            return profile < 2
-
-        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-            self.shapes[name] = shape
-            limits = Standin.LIMITS.get(name, shape)
-            return all(size <= most for size, most in zip(shape, limits, strict=True))
-
-        def set_tensor_address(self, name: str, address: int) -> bool:
-            self.addresses[name] = address
-            return True
-
-        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            assert name == "logits"
-            return (*self.shapes["input_ids"], self.engine.outputs["logits"].shape[2])
-
-        def execute_async_v3(self, queue: int) -> bool:
-            kinds = {"FLOAT": np.float32, "INT64": np.int64}
-            fed = {}
-            for name, shape in self.shapes.items():
-                kind = kinds[self.engine.get_tensor_dtype(name).name]
-                size = int(np.prod(shape)) * kind().itemsize
-                fed[name] = np.frombuffer(
-                    ctypes.string_at(self.addresses[name], size), kind
-                ).reshape(shape)
-            for name, value in zip(self.engine.outputs, self.engine.session.run(None, fed),
-                                   strict=True):  # fmt: skip
-                ctypes.memmove(self.addresses[name], value.tobytes(), value.nbytes)
-            self.steps += 1
-            return True
-
-
-class Cpu:
-    """In place of the GPU."""
-
-    device, queue = "cpu", 0
-
-    def copy(self, value: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(value).to(dtype)
-
-    def wait(self) -> None: ...
-
-
-@pytest.fixture
-def runner(split: Path, tmp_path: Path) -> TrtRunner:
-    file = tmp_path / ENGINE
-    file.write_text(str(split))
-    made = TrtRunner.__new__(TrtRunner)
-    library: Any = binding.Binding(Standin, "tensorrt", "11.4", binding.FEATURES["tensorrt", 11])
-    gpu: Any = Cpu()
-    made._start(library, file, gpu, context=16, host_code=False)
-    return made
-
-
-def test_the_runner_carries_the_cache_from_step_to_step(graph: Path, runner: TrtRunner) -> None:
-    ids = np.random.default_rng(0).integers(0, 250, (2, 12))
-    with OrtRunner(graph, MACHINE) as reference, runner:
-        for _ in range(2):  # once more after a reset
-            reference.reset()
-            runner.reset()
-            for start, end in ((0, 1), (1, 6), (6, 7), (7, 8), (8, 12)):
-                wanted, _ = reference.step(ids[:, start:end])
-                got, seconds = runner.step(ids[:, start:end])
-                np.testing.assert_allclose(got, wanted, atol=1e-5)
-                assert seconds > 0
-        made = runner._engine.made
-        assert [(one.profile, one.steps) for one in made] == [(0, 6), (1, 4)]
-        one, other = (set(runner._buffers[name]) for name in list(runner._buffers)[:2])
-        assert not one & other
-
-
-def test_the_runner_refuses_what_the_engine_was_not_built_for(runner: TrtRunner) -> None:
-    ids = np.zeros((2, 12), np.int64)
-    with pytest.raises(StageError, match=r"shape \[2, 12\], outside of what the engine was built"):
-        runner.step(ids)
-    runner.step(ids[:, :8])
-    runner.step(ids[:, :8])
-    with pytest.raises(StageError, match="got 17 tokens, but it was built for 16"):
-        runner.step(ids[:, :1])
-    runner.reset()
-    runner.step(ids[:, :2])
-    with pytest.raises(StageError, match="got 1 sequences after 2"):
-        runner.step(ids[:1, :1])
-    runner.reset()
-    assert runner.step(ids[:1, :1])[0].shape == (1, 1, 258)
-
-
-def test_a_file_that_is_no_engine_is_refused(tmp_path: Path) -> None:
-    (tmp_path / ENGINE).write_bytes(b"")
-    made = TrtRunner.__new__(TrtRunner)
-    library: Any = binding.Binding(Standin, "tensorrt", "11.4", binding.FEATURES["tensorrt", 11])
-    gpu: Any = Cpu()
-    with pytest.raises(StageError, match=r"TensorRT 11\.4 does not load it"):
-        made._start(library, tmp_path / ENGINE, gpu, context=16, host_code=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,18 @@ from tiny_models import Tiny, logits, random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Means, ModelView, TokenSet
+from prune_export.calibrate import Means, ModelView, NormShares, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.methods._width_choice import chosen, chosen_everywhere
 from prune_export.methods._width_sizes import usual_multiple
+from prune_export.methods._width_sweep import Measure, added
 from prune_export.methods.llm_pruner import LlmPruner
 from prune_export.methods.minitron import Minitron
 from prune_export.methods.structured_magnitude import StructuredMagnitude
 from prune_export.methods.structured_wanda import StructuredWanda
-from prune_export.surgery import rewrite
+from prune_export.surgery import Overwrite, rewrite
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 IDS = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))
@@ -76,7 +78,11 @@ LLAMA = {
         ({"sparsity": 0.3, "multiple_of": 1}, {"mlp": 1075}),
         ({"sparsity": 1 / 3, "axes": ("ffn", "heads")}, {"mlp": 1024, "group": 2}),
         ({"kv_groups": 0.6}, {"kv": 1}),
-        ({"hidden": 0.5}, {"residual": 320}),
+        ({"hidden": 0.5}, {"residual": 288}),
+        ({"hidden": 0.25}, {"residual": 432}),
+        ({"hidden": 0.1}, {"residual": 504}),
+        ({"hidden": 0.5, "multiple_of": 64}, {"residual": 320}),
+        ({"hidden": 0.3, "kv_groups": 0.6}, {"residual": 384, "kv": 1}),
         ({"sparsity": 0.5, "heads": 0.6}, {"mlp": 768, "group": 1}),
     ],
 )
@@ -202,7 +208,7 @@ def test_fewer_hidden_dimensions_are_the_whole_model_with_the_others_at_zero(
     model_type: str, tied: bool, cut: Cutter, tmp_path: Path
 ) -> None:
     """A root mean square over fewer dimensions is larger, which the twin's gains make up for."""
-    method = Minitron(hidden=0.5, compensate=False)
+    method = Minitron(hidden=0.5, rescale_norms=False)
     tiny, smaller, log = cut(model_type, method, tie_word_embeddings=tied)
     size = tiny.arch.sizes["residual"]
     gone = log["removed"]["residual"]
@@ -224,6 +230,77 @@ def test_fewer_hidden_dimensions_are_the_whole_model_with_the_others_at_zero(
     expected = logits(AutoModelForCausalLM.from_pretrained(twin).eval())
     assert (expected - tiny.logits()).abs().max() > 1e-2
     torch.testing.assert_close(logits(smaller), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_kept_heads_move_away_from_removed_ones(cut: Cutter, tmp_path: Path) -> None:
+    """Of 4 heads ranked a, b, c, d, with 3 left: 2 * 3 - 4 + 1 = 3, so c moves away from d."""
+    method = Minitron(heads=0.25, head_residual=True, compensate=False)
+    tiny, smaller, log = cut("llama", method, num_key_value_heads=4, head_dim=6, hidden_size=24)
+    checkpoint = Checkpoint.open(tiny.path)
+    means = Means(TokenSet.of(IDS), MACHINE, tmp_path / "again")
+    view = ModelView(tiny.arch, checkpoint, {}, means)
+    scores = added(tiny.arch, {}, view.sweep(Measure(Minitron(heads=0.25), tiny.arch)))
+    for layer, block in enumerate(smaller.model.layers):
+        a, b, c, d = scores[f"kv.{layer}"].flatten().argsort(descending=True).tolist()
+        assert log["removed"][f"kv.{layer}"] == [d]
+        prefix = f"model.layers.{layer}.self_attn"
+        q = checkpoint.read(f"{prefix}.q_proj.weight").view(4, 6, 24)
+        o = checkpoint.read(f"{prefix}.o_proj.weight").view(24, 4, 6)
+        at = sorted((a, b, c))
+        expected = {a: q[a], b: q[b], c: 2 * q[c] - q[d]}
+        found = block.self_attn.q_proj.weight.view(3, 6, 24)
+        torch.testing.assert_close(found, torch.stack([expected[head] for head in at]))
+        expected = {a: o[:, a], b: o[:, b], c: 2 * o[:, c] - o[:, d]}
+        found = block.self_attn.o_proj.weight.view(24, 3, 6)
+        torch.testing.assert_close(found, torch.stack([expected[head] for head in at], 1))
+
+
+@pytest.mark.parametrize(
+    ("keys", "groups", "problem"),
+    [
+        ({"heads": 0.3, "compensate": False}, 3, "of their own, which these share"),
+        ({"heads": 0.66, "compensate": False}, 9, "keeps 3 of 9 heads"),
+        ({"heads": 0.3}, 9, "which refits what it would change"),
+        ({"ffn": 0.3, "compensate": False}, 9, "no heads are cut"),
+        ({"heads": 0.3, "compensate": False, "per_layer": True}, 9, "too few heads to move"),
+    ],
+)
+def test_a_head_residual_that_means_nothing_is_refused(
+    keys: Any, groups: int, problem: str
+) -> None:
+    arch = arch_of("llama", **{**LLAMA, "num_key_value_heads": groups})
+    with pytest.raises(PlanError, match=problem):
+        Minitron(head_residual=True, **keys).predict(arch)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_rescaled_norms_give_what_stays_as_before(model_type: str, tmp_path: Path) -> None:
+    """Where a norm is given the same states, and loses channels that are as large as the rest."""
+    tiny = random_model(model_type, {}, tmp_path / "model")
+    checkpoint = Checkpoint.open(tiny.path)
+    means = Means(TokenSet.of(IDS), MACHINE, tmp_path / "scratch")
+    view = ModelView(tiny.arch, checkpoint, {}, means)
+    method = StructuredMagnitude(hidden=0.5)
+    asked = method.statistics(tiny.arch)
+    assert asked == (NormShares(),)
+    shares = view.gather(asked)
+    view = replace(view, results=shares)
+    edits = {e.tensor: e for e in method.decide(view).edits if isinstance(e, Overwrite)}
+    caught: list[torch.Tensor] = []
+    norm = next(t for t in tiny.arch.block(2) if t.role == "norm.mlp")
+    module = tiny.model.get_submodule(norm.name.removesuffix(".weight"))
+    module.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        tiny.model(IDS, use_cache=False)
+    x = caught[0].flatten(0, 1).double()
+    own = x.square() / x.square().sum(-1, keepdim=True)
+    share = shares[NormShares()][2, "norm.mlp"]
+    torch.testing.assert_close(share, own.mean(0), rtol=1e-4, atol=1e-7)
+    kept = set(range(32)) - set(method.decide(view).log["removed"]["residual"])
+    factor = (float(own.mean(0)[sorted(kept)].sum()) * 2) ** 0.5
+    offset = tiny.arch.table.norm_offset
+    gain = checkpoint.read(norm.name) + offset
+    torch.testing.assert_close(edits[norm.name].value() + offset, gain * factor, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("method", [Minitron, StructuredMagnitude, StructuredWanda, LlmPruner])
@@ -265,7 +342,7 @@ def _never(gate: Any, gone: list[int]) -> Callable[[], None]:
 
 
 def test_everything_at_once(cut: Cutter) -> None:
-    method = Minitron(ffn=0.25, heads=0.5, hidden=0.25, compensate=True)
+    method = Minitron(ffn=0.25, heads=0.5, hidden=0.25, compensate=True, rescale_norms=False)
     _, smaller, log = cut("llama", method)
     assert log["width"] == {
         "residual": {"units": 32, "kept": 24},

@@ -230,3 +230,22 @@ def test_a_search_takes_the_best_candidate_and_tells_of_all(
     again = replace(options, out=options.out.with_name("again"))
     run(Recipe.load(result.out / "prune_recipe.yaml", data_root=corpus), str(tiny_llama), again)
     assert hashes(again.out, *STABLE) == hashes(result.out, *STABLE)
+
+
+@pytest.mark.slow
+def test_a_model_type_of_ours_goes_all_the_way(
+    tiny_llama: Path, corpus: Path, options: Options
+) -> None:
+    """Its code comes along, healing and export know it, and the card says what it needs."""
+    text = RECIPE.replace(
+        "{method: angular_distance, remove: 2}",
+        "{method: slicegpt, sparsity: 0.25, rotation: per_junction}",
+    )
+    result = run(Recipe.parse(text, root=corpus), str(tiny_llama), options)
+    said = json.loads((result.out / "config.json").read_text())
+    assert (said["model_type"], said["hidden_size"]) == ("sliced_llama", 24)
+    assert (result.out / "modeling_sliced.py").is_file()
+    assert result.verification.reload.own_code
+    assert all(parity.ok for parity in result.verification.parity)
+    assert "trust_remote_code=True" in (result.out / "README.md").read_text()
+    assert not result.failed

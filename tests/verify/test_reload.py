@@ -96,11 +96,12 @@ def test_code_of_ours_is_run_and_no_other(tmp_path: Path, machine: Machine) -> N
     assert bundled is not None
     said = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**said, "auto_map": bundled.auto_map()}))
-    shutil.copy(FOLDER / bundled.file, path)
+    for name in bundled.files:
+        shutil.copy(FOLDER / name, path)
     found = measure_reload(path, machine)
     assert found.ok
     assert found.own_code
-    with (path / bundled.file).open("a") as file:
+    with (path / bundled.files[1]).open("a") as file:
         file.write("\nraise SystemExit('a stranger was here')\n")
     with pytest.raises(VerifyError) as caught:
         measure_reload(path, machine)

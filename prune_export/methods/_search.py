@@ -1,0 +1,106 @@
+"""How blocks are chosen by a score: at once, anew after each removal, or guiding the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import exp
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+
+from prune_export.arch import Arch
+from prune_export.calibrate import Further, ModelView, Unit, native_dtype
+from prune_export.errors import PlanError
+from prune_export.methods import _depth
+from prune_export.methods._greedy import greedy
+
+Select = Annotated[
+    Literal["one_shot", "iterative", "greedy"],
+    Field(
+        description="How blocks are chosen. `one_shot`: those with the least scores. `iterative`: "
+        "the least one, and again in the model without it. `greedy`: the score says which blocks "
+        "are tried first, the measured loss decides (see `greedy_loss`)."
+    ),
+]
+
+Scores = Callable[[ModelView], Sequence[float]]
+"""Every block's score in a model."""
+
+_WINDOWS: Final = (8, 256)
+"""Windows and tokens on which losses are measured, and how many blocks are tried a removal."""
+_SHORTLIST: Final = 8
+
+
+def passes(
+    select: Select, arch: Arch, remove: int, each: float, *, ram_bytes: int = 0
+) -> tuple[Further, ...]:
+    """The passes of a choice that is not made at once; `each` scoring takes so many."""
+    samples, length = _WINDOWS
+    if select == "iterative":
+        return (Further(forwards=each * remove, ram_bytes=ram_bytes),)
+    head = 8 * arch.sizes["vocab"] * arch.sizes["residual"]
+    return (
+        Further(forwards=each, ram_bytes=ram_bytes),
+        Further(
+            forwards=_SHORTLIST * remove / 2,
+            samples=samples,
+            length=length,
+            ram_bytes=head,
+            handy_bytes=4 * arch.parameters(),
+        ),
+    )
+
+
+def refuse_run(select: Select, contiguous: bool) -> None:
+    """Refuses a run of blocks that is chosen one by one.
+
+    Raises:
+        PlanError: it is.
+    """
+    if contiguous and select != "one_shot":
+        raise PlanError(
+            "select",
+            f"got `{select}` with `contiguous`",
+            "write `select: one_shot`, or leave one out",
+        )
+
+
+def iterative(model: ModelView, remove: int, allowed: range, scores: Scores) -> _depth.Choice:
+    """The block with the least score, and again without it; each step is logged.
+
+    Blocks are numbered as in `model`; only those in `allowed` go.
+    """
+    order: list[int] = []
+    steps: list[dict[str, Any]] = []
+    for _ in range(remove):
+        left = model.arch.kept(order) if order else tuple(range(model.arch.layers))
+        found = scores(model.without(order))
+        ranked = sorted(
+            (score, -layer) for layer, score in zip(left, found, strict=True) if layer in allowed
+        )
+        score, layer = ranked[0][0], -ranked[0][1]
+        step: dict[str, Any] = {"removed": layer, "score": score}
+        if len(ranked) > 1:
+            step |= {"runner_up": -ranked[1][1], "margin": ranked[1][0] - score}
+        order.append(layer)
+        steps.append(step)
+    return _depth.Choice(tuple(order), {"order": order, "steps": steps})
+
+
+def guided(model: ModelView, remove: int, allowed: range, scores: Sequence[float]) -> _depth.Choice:
+    """The blocks without which the measured loss is least, those with low scores tried first."""
+    samples, length = _WINDOWS
+    guess = {Unit(layer): scores[layer] for layer in allowed}
+    dtype = native_dtype(model.calibration().machine)
+    with model.removals(samples, length, dtype) as removals:
+        found = greedy(
+            removals, list(guess), remove, shortlist=_SHORTLIST, revise=False, guess=guess
+        )
+    return _depth.Choice(
+        tuple(unit.layer for unit in found.order),
+        {
+            "order": [unit.layer for unit in found.order],
+            "steps": [dict(step) for step in found.steps],
+            "perplexity": exp(found.best[-1][0]),
+        },
+    )
