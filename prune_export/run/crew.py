@@ -7,8 +7,10 @@ what comes back are ids and a number. Who makes it changes nothing of it.
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,52 +115,68 @@ def done(bench: Bench, job: Job) -> Done:
     return Done(tuple(made), perplexity_of(bench, job.label, last, text))
 
 
-def each(
-    search: Search, bench: Bench, jobs: Sequence[Job], title: str
-) -> Iterator[tuple[int, Done]]:
-    """The jobs by number as they are done, in any order.
+Each = Callable[[Sequence[Job], str], Iterator[tuple[int, Done]]]
+"""Does jobs (under a title that progress shows); gives them by number as they are done."""
+
+
+@contextmanager
+def hired(search: Search, bench: Bench) -> Iterator[Each]:
+    """Whoever makes the candidates of a search, as long as it is entered.
 
     Raises:
         MissingExtra: Ray is wanted and not installed.
     """
-    with bench.progress.task(f"search: {title}", len(jobs)) as task:
-        for number, result in _executor(search)(search, bench, jobs):
-            bench.progress.say(f"search: {jobs[number].label}: {result.perplexity:.2f}")
-            task.advance()
-            yield number, result
-
-
-_Executor = Callable[[Search, Bench, Sequence[Job]], Iterator[tuple[int, Done]]]
-
-
-def _executor(search: Search) -> _Executor:
     if search.executor == "ray":
-        return _on_ray
-    return _in_processes if search.workers > 1 else _here
+        hiring = _on_ray(search, bench)
+    elif search.workers > 1:
+        hiring = _in_processes(search, bench)
+    else:
+        hiring = _here(bench)
+    with hiring as work:
+
+        def each(jobs: Sequence[Job], title: str) -> Iterator[tuple[int, Done]]:
+            with bench.progress.task(f"search: {title}", len(jobs)) as task:
+                for number, result in work(jobs):
+                    bench.progress.say(f"search: {jobs[number].label}: {result.perplexity:.2f}")
+                    task.advance()
+                    yield number, result
+
+        yield each
 
 
-def _here(search: Search, bench: Bench, jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
-    del search
-    for number, job in enumerate(jobs):
-        yield number, done(bench, job)
+_Work = Callable[[Sequence[Job]], Iterator[tuple[int, Done]]]
 
 
-def _in_processes(search: Search, bench: Bench, jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
-    workers = min(search.workers, len(jobs))
+@contextmanager
+def _here(bench: Bench) -> Iterator[_Work]:
+    def work(jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
+        for number, job in enumerate(jobs):
+            yield number, done(bench, job)
+
+    yield work
+
+
+@contextmanager
+def _in_processes(search: Search, bench: Bench) -> Iterator[_Work]:
     desk = Desk.of(bench, search.workers)
     # Spawned: a forked child would inherit torch's threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = {pool.submit(desk.work, job): number for number, job in enumerate(jobs)}
-        try:
+    with ProcessPoolExecutor(search.workers, mp_context=context) as pool:
+
+        def work(jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
+            waiting = {pool.submit(desk.work, job): number for number, job in enumerate(jobs)}
             for future in as_completed(waiting):
                 yield waiting[future], future.result()
+
+        try:
+            yield work
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _on_ray(search: Search, bench: Bench, jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
+@contextmanager
+def _on_ray(search: Search, bench: Bench) -> Iterator[_Work]:
     """Joins the cluster that `RAY_ADDRESS` names, or starts one here."""
     try:
         import ray
@@ -166,22 +184,22 @@ def _on_ray(search: Search, bench: Bench, jobs: Sequence[Job]) -> Iterator[tuple
         raise MissingExtra.of("search: executor ray", "ray", "ray") from error
     own = not ray.is_initialized()
     if own:
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
-        desk = Desk.of(bench, search.workers)
-        threads = desk.machine.threads
-        remote = ray.remote(num_cpus=threads, max_retries=0)(Desk.work)
-        room = int(ray.cluster_resources().get("CPU", 1)) // threads
-        atonce = max(1, min(search.workers, room))
+        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": bench.machine.threads}
+        ray.init(include_dashboard=False, log_to_driver=False, **here)
+    desk = Desk.of(bench, search.workers)
+    threads = desk.machine.threads
+    remote = ray.remote(num_cpus=threads, max_retries=0)(Desk.work)
+    room = int(ray.cluster_resources().get("CPU", 1)) // threads
+
+    def work(jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
         coming = iter(enumerate(jobs))
         waiting: dict[object, int] = {}
 
         def start() -> None:
-            for number, job in coming:
-                waiting[remote.remote(desk, job)] = number
-                return
+            if (following := next(coming, None)) is not None:
+                waiting[remote.remote(desk, following[1])] = following[0]
 
-        for _ in range(atonce):
+        for _ in range(max(1, min(search.workers, room))):
             start()
         while waiting:
             (first,), _ = ray.wait(list(waiting), num_returns=1)
@@ -192,6 +210,9 @@ def _on_ray(search: Search, bench: Bench, jobs: Sequence[Job]) -> Iterator[tuple
                 raise error.cause if isinstance(error.cause, Exception) else error from None
             start()
             yield number, result
+
+    try:
+        yield work
     finally:
         if own:
             ray.shutdown()

@@ -102,12 +102,13 @@ def searched(
         Job(r.candidate.label, r.candidate.stages, source.path, source.id, ids, search.validation)
         for r in rows
     ]
-    for number, result in crew.each(search, bench, jobs, "pruning"):
-        rows[number].made = list(result.made)
-        rows[number].pruned = result.perplexity
     healer = heal_of(search)
-    if healer is not None:
-        _heal(bench, search, healer, rows, ids)
+    with crew.hired(search, bench) as each:
+        for number, result in each(jobs, "pruning"):
+            rows[number].made = list(result.made)
+            rows[number].pruned = result.perplexity
+        if healer is not None:
+            _heal(bench, each, search, healer, rows, ids)
     rows.sort(key=lambda row: row.rank)
     if search.measure_speed:
         _time(bench, search, source, rows)
@@ -176,7 +177,12 @@ def _rows(
 
 
 def _heal(
-    bench: Bench, search: Search, healer: Stage, rows: list[_Row], ids: Mapping[str, str]
+    bench: Bench,
+    each: crew.Each,
+    search: Search,
+    healer: Stage,
+    rows: list[_Row],
+    ids: Mapping[str, str],
 ) -> None:
     """Heals in rungs; those that are clearly behind drop out before each."""
     best = min(row.loss for row in rows)
@@ -192,7 +198,7 @@ def _heal(
             label = f"{row.candidate.label}, healed"
             jobs.append(Job(label, (rung,), before.path, before.id, ids, search.validation))
         title = f"healing, part {number + 1} of {len(rungs)}" if len(rungs) > 1 else "healing"
-        for at, result in crew.each(search, bench, jobs, title):
+        for at, result in each(jobs, title):
             going[at].last = _artifact(bench, result.made[-1])
             going[at].rungs.append(result.perplexity)
         if number + 1 < len(rungs):

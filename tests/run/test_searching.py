@@ -29,6 +29,12 @@ GRID = """\
 """
 
 
+SHORT = SEARCH[: SEARCH.index("  - heal: {method: lora, rank: 2, steps: 3")] + (
+    "verify: {generation: false}\n"
+)
+"""The search alone."""
+
+
 @pytest.fixture
 def options(tmp_path: Path) -> Options:
     return Options(tmp_path / "out", tmp_path / "store", Machine.detect(device="cpu", threads=1))
@@ -72,8 +78,8 @@ def searched(text: str, model: Path, corpus: Path, options: Options) -> tuple[di
 
 @pytest.mark.slow
 def test_workers_change_nothing(tiny_llama: Path, corpus: Path, options: Options) -> None:
-    one, out = searched(SEARCH, tiny_llama, corpus, options)
-    several = SEARCH.replace("validation:", "workers: 2\n      validation:")
+    one, out = searched(SHORT, tiny_llama, corpus, options)
+    several = SHORT.replace("validation:", "workers: 2\n      validation:")
     elsewhere = replace(
         options, out=options.out.with_name("again"), store=options.store.with_name("s")
     )
@@ -84,10 +90,13 @@ def test_workers_change_nothing(tiny_llama: Path, corpus: Path, options: Options
 
 
 @pytest.mark.slow
-def test_ray_changes_nothing(tiny_llama: Path, corpus: Path, options: Options) -> None:
+def test_ray_changes_nothing(
+    tiny_llama: Path, corpus: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("ray")
-    one, _ = searched(SEARCH, tiny_llama, corpus, options)
-    on_ray = SEARCH.replace("validation:", "executor: ray\n      workers: 2\n      validation:")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine starves them
+    one, _ = searched(SHORT, tiny_llama, corpus, options)
+    on_ray = SHORT.replace("validation:", "executor: ray\n      workers: 2\n      validation:")
     elsewhere = replace(
         options, out=options.out.with_name("again"), store=options.store.with_name("s")
     )
@@ -97,7 +106,7 @@ def test_ray_changes_nothing(tiny_llama: Path, corpus: Path, options: Options) -
 
 @pytest.mark.slow
 def test_an_error_in_a_worker_is_told(tiny_llama: Path, corpus: Path, options: Options) -> None:
-    broken = SEARCH.replace("learning_rate: 1.0e-3}", "learning_rate: 1.0e+9}", 1)
+    broken = SHORT.replace("learning_rate: 1.0e-3}", "learning_rate: 1.0e+9}", 1)
     several = broken.replace("validation:", "workers: 2\n      validation:")
     with pytest.raises(StageError, match=r"diverged|not finite|finite"):
         searched(several, tiny_llama, corpus, options)
@@ -107,8 +116,8 @@ def test_an_error_in_a_worker_is_told(tiny_llama: Path, corpus: Path, options: O
 def test_a_grid_keeps_what_is_near_the_target_and_times_it(
     tiny_llama: Path, corpus: Path, options: Options
 ) -> None:
-    start, end = SEARCH.index("      candidates"), SEARCH.index("      validation")
-    text = SEARCH[:start] + GRID + "      measure_speed: true\n" + SEARCH[end:]
+    start, end = SHORT.index("      candidates"), SHORT.index("      validation")
+    text = SHORT[:start] + GRID + "      measure_speed: true\n" + SHORT[end:]
     table, out = searched(text, tiny_llama, corpus, options)
     assert table["outside"] > 0
     assert all(abs(one["parameters_left"] / 0.7 - 1) <= 0.2 for one in table["candidates"])
