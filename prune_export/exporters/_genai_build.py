@@ -36,7 +36,7 @@ def main(request: dict[str, Any]) -> None:
     builder.create_model(*where, **prepared)
     if caches:
         _tell_caches(Path(out) / "genai_config.json", *caches)
-    if request["precision"] == "fp16":
+    if caches or request["precision"] == "fp16":
         _forget_shapes(Path(out) / "model.onnx")
 
 
@@ -78,7 +78,10 @@ def _tell_caches(config: Path, count: int) -> None:
 
 
 def _forget_shapes(graph: Path) -> None:
-    """Drops the shapes of inner values; the builder's are wrong in fp16 and ONNX Runtime stops."""
+    """Drops the shapes of inner values, for which ONNX Runtime would stop.
+
+    The builder's are wrong in fp16, and it gives widths that differ by block the same name.
+    """
     import onnx
 
     model = onnx.load(str(graph), load_external_data=False)
