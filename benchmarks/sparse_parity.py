@@ -1,6 +1,6 @@
 """Whether the sparse methods, in the order of published figures, are llm-compressor's to the mask.
 
-    python benchmarks/sparse_parity.py --work DIR --peer-python PYTHON
+    python benchmarks/sparse_parity.py --work DIR --peer-python PYTHON --tokenizer DIR
 
 A small random llama is pruned by both from the same tokens, each in its own environment, and the
 matrices are compared weight by weight. It takes seconds, and tells parity of method where
@@ -25,8 +25,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", type=Path, required=True, help="where all is written")
     parser.add_argument("--peer-python", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="any; llm-compressor asks")
     options = parser.parse_args()
     model = _model(options.work)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(options.tokenizer / name, model / name)
     rows = []
     for method, pattern in CASES:
         versions = {}
@@ -63,8 +66,6 @@ def _model(work: Path) -> Path:
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
     model.save_pretrained(work / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (work / "model" / name).write_text("{}")
     torch.save(torch.randint(0, 1000, (16, 64)), work / "calibration.pt")
     return work / "model"
 

@@ -16,10 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from prune_export.modeling import register
 
 torch.set_num_threads(1)
+
+# The same examples in every run, however slow the machine: a test that fails, fails again.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 register()
 
 SENTENCES = (

@@ -86,7 +86,13 @@ def test_yaml_1_2_scalars() -> None:
     }  # fmt: skip
 
 
-@given(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans()))
+@given(
+    st.one_of(
+        st.integers(-(10**38), 10**38),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.booleans(),
+    )
+)
 def test_scalars_that_yaml_writes_are_read_back(value: float) -> None:
     text = yaml.safe_dump(value).splitlines()[0]
     assert scalar(text) == value
