@@ -106,9 +106,9 @@ def test_ray_changes_nothing(
 
 @pytest.mark.slow
 def test_an_error_in_a_worker_is_told(tiny_llama: Path, corpus: Path, options: Options) -> None:
-    broken = SHORT.replace("learning_rate: 1.0e-3}", "learning_rate: 1.0e+9}", 1)
+    broken = SHORT.replace("samples: 16", "samples: 1")
     several = broken.replace("validation:", "workers: 2\n      validation:")
-    with pytest.raises(StageError, match=r"diverged|not finite|finite"):
+    with pytest.raises(StageError, match="window"):
         searched(several, tiny_llama, corpus, options)
 
 
