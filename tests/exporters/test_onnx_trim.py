@@ -27,7 +27,8 @@ from tests.exporters.test_onnx import (
 )
 
 KINDS = {
-    "gemma2": 2, "gemma3_text": 2, "qwen2": 2, "qwen3": 2, "qwen3_moe": 2, "smollm3": 2,
+    "gemma2": 2, "gemma3_text": 2, "qwen2": 2, "qwen3": 2, "qwen3_moe": 2, "sliced_qwen2": 2,
+    "sliced_qwen3": 2, "smollm3": 2,
 }  # fmt: skip
 """Kinds of blocks in the tiny model of a family, where there is more than one."""
 

@@ -12,16 +12,12 @@ import pytest
 
 from prune_export.errors import StageError
 from prune_export.machine import Machine
-from prune_export.progress import Silent
 from prune_export.recipe import Recipe, Search, Template
 from prune_export.recipe.search import Candidate, Target
 from prune_export.report.pareto import frontier
 from prune_export.report.reading import CandidateReading
 from prune_export.run import Options, run
-from prune_export.run.artifacts import Bench
-from prune_export.run.crew import Job, hired
 from prune_export.run.search import _going_on, _Row
-from prune_export.store import Store
 from tests.run.test_run import SEARCH, STABLE, hashes
 
 GRID = """\
@@ -109,16 +105,11 @@ def test_ray_changes_nothing(
 
 
 @pytest.mark.slow
-def test_an_error_in_a_worker_is_told(tmp_path: Path, options: Options) -> None:
-    bench = Bench(Store(tmp_path / "gone"), options.machine, Silent())
-    (tmp_path / "gone").rmdir()
-    search = Search(Target(parameters=0.5), "ranking", workers=2)
-    job = Job("a", (), tmp_path, "id", {}, "ranking")
-    with (
-        pytest.raises(StageError, match=r"the store .*gone is not on this machine"),
-        hired(search, bench) as each,
-    ):
-        list(each([job], "pruning"))
+def test_an_error_in_a_worker_is_told(tiny_llama: Path, corpus: Path, options: Options) -> None:
+    broken = SHORT.replace("samples: 16", "samples: 1")
+    several = broken.replace("validation:", "workers: 2\n      validation:")
+    with pytest.raises(StageError, match="window"):
+        searched(several, tiny_llama, corpus, options)
 
 
 @pytest.mark.slow
