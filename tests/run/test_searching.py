@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from prune_export.errors import StageError
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe, Search, Template
 from prune_export.recipe.search import Candidate, Target
-from prune_export.report.pareto import frontier
-from prune_export.report.reading import CandidateReading
+from prune_export.report import style
+from prune_export.report.pareto import frontier, pareto
+from prune_export.report.reading import CandidateReading, SearchReading
 from prune_export.run import Options, run
 from prune_export.run.search import _going_on, _Row
 from tests.run.test_run import SEARCH, STABLE, hashes
@@ -113,18 +115,34 @@ def test_an_error_in_a_worker_is_told(tiny_llama: Path, corpus: Path, options: O
 
 
 @pytest.mark.slow
-def test_a_grid_keeps_what_is_near_the_target_and_times_it(
+def test_a_grid_keeps_what_is_near_the_target(
     tiny_llama: Path, corpus: Path, options: Options
 ) -> None:
     start, end = SHORT.index("      candidates"), SHORT.index("      validation")
-    text = SHORT[:start] + GRID + "      measure_speed: true\n" + SHORT[end:]
+    text = SHORT[:start] + GRID + SHORT[end : SHORT.index("      heal")]
+    text += "verify: {generation: false, parity: false}\n"
     table, out = searched(text, tiny_llama, corpus, options)
     assert table["outside"] > 0
+    assert len(table["candidates"]) > 1
     assert all(abs(one["parameters_left"] / 0.7 - 1) <= 0.2 for one in table["candidates"])
-    timed = [one for one in table["candidates"] if one["speedup"]]
-    assert len(timed) == len(table["candidates"]) > 1
-    assert (out / "figures" / "pareto.png").is_file()
     assert "more combinations of the grid" in (out / "report.html").read_text()
+
+
+def test_quality_over_speed_is_drawn_where_two_were_timed(tmp_path: Path) -> None:
+    timed = [
+        {"label": f"way {n}", "speedup": 1 + n / 10, "pruned": 30.0 + n, "parameters": 1}
+        for n in range(3)
+    ]
+    found = TypeAdapter(SearchReading).validate_python(
+        {"target": {"parameters": 0.7}, "candidates": [*timed, {"label": "untimed", "pruned": 9.0}]}
+    )
+    assert [one.label for one in found.timed] == ["way 0", "way 1", "way 2"]
+    with style.styled():
+        figure = style.new_figure(7.2, 3.9)
+        pareto(figure.add_subplot(), found)
+        style.save(figure, tmp_path / "pareto.png")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert [text.split("  ")[0] for text in texts[:3]] == ["way 0", "way 1", "way 2"]
 
 
 def test_amounts_that_round_to_the_same_shapes_compete_once() -> None:
