@@ -7,6 +7,7 @@ known here without an edit, and the JSON Schema for editors is made from the sam
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -342,6 +343,11 @@ def _keys_at(schema: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
 def _advice(first: Any) -> str:
     limits = first.get("ctx") or {}
     value = first["input"]
+    if isinstance(value, str) and (pair := re.fullmatch(r"(\d+):(\d+)", value)):
+        kept, of = pair.groups()
+        return (
+            f"write `{{keep: {kept}, of: {of}}}`: some write the kept weights first, some the zeros"
+        )
     if (
         first["type"] in ("less_than", "less_than_equal")
         and isinstance(value, int | float)

@@ -82,6 +82,12 @@ CASES = {
         "not a key of deepest",
         "`remove`",
     ),
+    "a bare pattern": Case(
+        "recipe: 1\nstages:\n  - prune: {method: wanda, nm: '2:4'}\n",
+        "bad.yaml:3  stages.0.prune.nm",
+        "got '2:4'",
+        "write `{keep: 2, of: 4}`",
+    ),
     "percent": Case(
         "recipe: 1\nstages:\n  - prune: {method: deepest, sparsity: 60}\n",
         "bad.yaml:3  stages.0.prune.sparsity",
