@@ -88,8 +88,7 @@ def open_runner(kind: str, path: Path, threads: int) -> Any:
         from prune_export.exporters._ort import OrtRunner
 
         decoder = json.loads((path / "genai_config.json").read_text("utf-8"))["model"]["decoder"]
-        shape = (int(decoder["num_key_value_heads"]), int(decoder["head_size"]))
-        return OrtRunner(path / "model.onnx", machine, cache_shape=shape)
+        return OrtRunner(path / "model.onnx", machine, head_size=int(decoder["head_size"]))
     if kind == "genai runtime":
         from prune_export.exporters._genai_runner import OgRunner
 
