@@ -52,7 +52,7 @@ from prune_export.verify.results import (
 )
 
 T = TypeVar("T")
-_VERSION: Final = "1"
+_VERSION: Final = "2"
 
 
 @dataclass(frozen=True)
