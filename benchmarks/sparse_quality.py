@@ -8,6 +8,10 @@ pruning runs in a process of its own, from a directory to a directory. Its secon
 memory, over what the process holds once all is imported, are of that work; of llm-compressor's
 they leave out reading and saving the model. All perplexities are measured by the same code.
 
+Where two pruners do the same arithmetic in another order, a few weights at the edge fall to the
+other side, and what follows from them is another draw of equal quality. `--shuffles` tells how far
+such draws lie apart: the windows come in another order, which changes nothing but the rounding.
+
 What is finished is kept in `--work`, so a run can be stopped (`--minutes`) and called again; the
 results file is written once all is there.
 """
@@ -69,6 +73,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=16, help="of the evaluation")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--shuffles", type=int, default=0, help="of the windows' order, besides")
+    parser.add_argument("--shuffled", nargs="+", default=["sparsegpt 50%"], help="what of")
     parser.add_argument("--rounds", type=int, default=3, help="of the plain forward pass")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="start nothing after so long")
@@ -77,6 +83,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--method", help=argparse.SUPPRESS)
     parser.add_argument("--pattern", help=argparse.SUPPRESS)
     parser.add_argument("--order", help=argparse.SUPPRESS)
+    parser.add_argument("--shuffle", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -92,6 +99,11 @@ def _tasks(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
             if options.peer_python and method in COMPARED:
                 own = {"method": method, "pattern": pattern, "order": "block"}
                 yield f"peer {method} {pattern} block", {"job": "peer", **own}
+    for again in range(1, options.shuffles + 1):
+        for method, pattern in (one.split() for one in options.shuffled):
+            own = {"method": method, "pattern": pattern, "order": "block", "shuffle": str(again)}
+            for who in ("ours", "peer") if options.peer_python else ("ours",):
+                yield f"{who} {method} {pattern} block {again}", {"job": who, **own}
 
 
 COMPARED = ("wanda", "sparsegpt")
@@ -133,6 +145,16 @@ def _tokens(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def _calibration(options: argparse.Namespace) -> Any:
+    """`[windows, length]`, in the order of this shuffle."""
+    import torch
+
+    ids = torch.load(options.work / "calibration.pt")
+    if not options.shuffle:
+        return ids
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(options.shuffle))]
+
+
 def _forward(options: argparse.Namespace) -> dict[str, Any]:
     """One plain forward pass of transformers' decoder, no head, weights loaded: the floor."""
     import torch
@@ -152,7 +174,6 @@ def _forward(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ours(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
     import transformers.modeling_utils  # noqa: F401
 
     from prune_export import registry
@@ -170,7 +191,7 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     if options.method != "magnitude":
         pattern["order"] = options.order
     method = cls(**pattern)
-    tokens = TokenSet.of(torch.load(options.work / "calibration.pt"))
+    tokens = TokenSet.of(_calibration(options))
     machine = Machine.detect(device="cpu", threads=options.threads)
     logs: list[Any] = []
 
@@ -204,7 +225,7 @@ def _peer(options: argparse.Namespace) -> dict[str, Any]:
         keep, of = map(int, options.pattern.split(":"))
         structure, sparsity = f"{of - keep}:{of}", 1 - keep / of  # theirs counts zeros
     recipe = kind(sparsity=sparsity, mask_structure=structure, ignore=["re:.*lm_head"])
-    ids = torch.load(options.work / "calibration.pt")
+    ids = _calibration(options)
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     models: list[Any] = []
 
@@ -313,13 +334,16 @@ def _report(options: argparse.Namespace, done: dict[str, Any]) -> None:
         who, _, rest = name.partition(" ")
         if who not in ("ours", "peer"):
             continue
-        method, pattern, order = rest.split()
+        method, pattern, order, *again = rest.split()
         row = {"who": who, "method": method, "pattern": pattern, "order": order, **own}
+        if again:
+            row["shuffle"] = int(again[0])
         row["forwards"] = own["processor_seconds"] / plain
-        text = f"{who:4} {method:12} {pattern:4} {order:10} {own['perplexity']:8.2f}"
+        text = f"{who:4} {method:12} {pattern:4} {' '.join([order, *again]):12} "
+        text += f"{own['perplexity']:8.2f}"
         text += f"  {own['processor_seconds']:6.1f} CPU s = {row['forwards']:.2f} forwards"
         text += f"  {own['peak_over_imports_bytes'] / 2**30:.2f} GiB"
-        peer = done.get(f"peer {method} {pattern} block")
+        peer = done.get(" ".join(["peer", method, pattern, "block", *again]))
         if who == "ours" and peer:
             row["perplexity_over_peer"] = own["perplexity"] / peer["perplexity"]
             row["time_over_peer"] = own["processor_seconds"] / peer["processor_seconds"]
