@@ -27,6 +27,15 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 register()
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-pairs",
+        action="store_true",
+        help="export every method's model of every family (half an hour)",
+    )
+
+
 SENTENCES = (
     "The river runs through the old town and past the mill.",
     "Nobody had seen the lighthouse keeper since the storm.",

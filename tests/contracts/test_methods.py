@@ -11,65 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
-from tiny_models import random_model
 
 from prune_export import registry
-from prune_export.arch import Arch
 from prune_export.arch.table import tables
-from prune_export.calibrate import Further, Means, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
-from prune_export.machine import Machine
 from prune_export.recipe.reference import described
 from prune_export.surgery import rewrite
+from tests.contracts.made import alike, an_instance, view_for
 
-MACHINE = Machine("cpu", 8 << 30, 0, 1)
 ENTRIES = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
-    made: dict[str, Checkpoint] = {}
-
-    def get(model_type: str) -> Checkpoint:
-        if model_type not in made:
-            path = tmp_path_factory.mktemp("tiny") / model_type
-            random_model(model_type, {}, path)
-            made[model_type] = Checkpoint.open(path)
-        return made[model_type]
-
-    return get
-
-
-def an_instance(cls: Any) -> Any:
-    """The entry with its defaults and an amount: one block, or a fraction where it cuts others."""
-    fields = {field.name for field in dataclasses.fields(cls)}
-    values: dict[str, Any] = {}
-    if "remove" in fields:
-        values = {"remove": 1}
-    elif "sparsity" in fields:
-        values = {"sparsity": 0.5}
-    # A method that trains does so briefly.
-    values |= {name: 2 for name in ("rounds", "steps") if name in fields}
-    values |= {name: 0 for name in ("protect_first", "protect_last") if name in fields}
-    return cls(**values)
-
-
-def view_for(method: Any, checkpoint: Checkpoint, ids: torch.Tensor, scratch: Path) -> ModelView:
-    """What a run gives a method: the statistics that it asked for, and the means to more."""
-    arch = checkpoint.arch()
-    asked = method.statistics(arch)
-    view = ModelView(arch, checkpoint, {}, Means(TokenSet.of(ids), MACHINE, scratch))
-    first = [statistic for statistic in asked if not isinstance(statistic, Further)]
-    return dataclasses.replace(view, results=view.gather(first)) if asked else view
-
-
-def alike(arch: Arch) -> bool:
-    """Whether all blocks have the same shapes; where not, only data says what will be left."""
-    blocks = [sorted(arch.shape(tensor) for tensor in arch.block(i)) for i in range(arch.layers)]
-    return all(block == blocks[0] for block in blocks)
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
@@ -95,8 +47,7 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
     except PlanError as refusal:
         assert refusal.fix, "a family that a method cannot do is refused with what to do instead"
         return
-    ids = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
-    decision = method.decide(view_for(method, checkpoint, ids, tmp_path))
+    decision = method.decide(view_for(method, checkpoint, tmp_path))
     after = rewrite(checkpoint, arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
     assert after.arch().layers == predicted.layers
     if not alike(arch) and "dropped" in decision.log:
@@ -137,8 +88,7 @@ def test_the_documented_method_works_as_a_plugin(
         method = registry.find("methods", "odd_influence")(remove=1)
         checkpoint = tiny("llama")
         arch = checkpoint.arch()
-        ids = torch.randint(3, 60, (2, 8))
-        decision = method.decide(view_for(method, checkpoint, ids, tmp_path))
+        decision = method.decide(view_for(method, checkpoint, tmp_path))
         after = rewrite(checkpoint, arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
         assert after.arch().layers == method.predict(arch).layers == arch.layers - 1
         assert decision.log["dropped"][0] % 2 == 1

@@ -11,39 +11,19 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from tiny_models import PROMPT, random_model
+from tiny_models import PROMPT
 
 from prune_export import registry
 from prune_export.arch.table import tables
-from prune_export.calibrate import Further, Means, ModelView, TokenSet
+from prune_export.calibrate import Further, ModelView
 from prune_export.calibrate.sites import as_matrix
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
-from prune_export.machine import Machine
 from prune_export.methods._width import Width
 from prune_export.surgery import Overwrite, rewrite
+from tests.contracts.made import plain_view
 
-MACHINE = Machine("cpu", 8 << 30, 0, 1)
 METHODS = [n for n in registry.names("methods") if issubclass(registry.find("methods", n), Width)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
-    made: dict[str, Checkpoint] = {}
-
-    def get(model_type: str) -> Checkpoint:
-        if model_type not in made:
-            path = tmp_path_factory.mktemp("tiny") / model_type
-            random_model(model_type, {}, path)
-            made[model_type] = Checkpoint.open(path)
-        return made[model_type]
-
-    return get
-
-
-def view_of(checkpoint: Checkpoint, scratch: Path) -> ModelView:
-    ids = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
-    return ModelView(checkpoint.arch(), checkpoint, {}, Means(TokenSet.of(ids), MACHINE, scratch))
 
 
 def method_for(name: str, checkpoint: Checkpoint, **keys: Any) -> Any:
@@ -94,7 +74,7 @@ def test_a_cut_model_computes_as_the_whole_one_silenced(
     checkpoint = tiny(model_type)
     arch = checkpoint.arch()
     method = method_for(name, checkpoint, compensate=False)
-    decision = method.decide(view_of(checkpoint, tmp_path / "scratch"))
+    decision = method.decide(plain_view(checkpoint, tmp_path / "scratch"))
     cut = rewrite(checkpoint, arch, decision.edits, tmp_path / "cut", ram_bytes=1 << 30)
     predicted = method.predict(arch)
     assert {t.name: predicted.shape(t) for t in predicted.stored()} == {
@@ -121,7 +101,7 @@ def test_refitted_and_cut_is_refitted_and_silenced(
     checkpoint = tiny(model_type)
     arch = checkpoint.arch()
     method = method_for(name, checkpoint, compensate=True)
-    edits = list(method.decide(view_of(checkpoint, tmp_path / "scratch")).edits)
+    edits = list(method.decide(plain_view(checkpoint, tmp_path / "scratch")).edits)
     rewrite(checkpoint, arch, edits, tmp_path / "cut", ram_bytes=1 << 30)
     whole = [edit for edit in edits if isinstance(edit, Overwrite)]
     rewrite(checkpoint, arch, whole, tmp_path / "whole", ram_bytes=1 << 30)
@@ -143,7 +123,7 @@ def test_widths_that_differ_by_block_are_stored_as_zeros(
     cls = registry.find("methods", name)
     protect = {f.name: 0 for f in dataclasses.fields(cls) if f.name.startswith("protect_")}
     method = cls(ffn=0.5, heads=0.5, per_layer=True, compensate=False, **protect)
-    decision = method.decide(view_of(checkpoint, tmp_path / "scratch"))
+    decision = method.decide(plain_view(checkpoint, tmp_path / "scratch"))
     wide = rewrite(checkpoint, arch, decision.edits, tmp_path / "wide", ram_bytes=1 << 30)
     assert wide.arch().sizes == method.predict(arch).sizes == arch.sizes
     removed = decision.log["removed"]
