@@ -5,6 +5,7 @@ from prune_export.calibrate.block_influence import BlockInfluence
 from prune_export.calibrate.bypass_loss import BypassLoss, BypassLosses
 from prune_export.calibrate.cost import PassCost, block_bytes, parked_bytes, pass_cost
 from prune_export.calibrate.data import token_set
+from prune_export.calibrate.dense_stream import DENSE_STATES, added_times, has_target
 from prune_export.calibrate.edit_stream import Edited, Editor, Order, Swept, sweep
 from prune_export.calibrate.folded import Chain, Folded, Layer
 from prune_export.calibrate.gradients import (
@@ -34,6 +35,7 @@ from prune_export.calibrate.tokens import TokenSet
 from prune_export.calibrate.view import Engines, Means, ModelView
 
 __all__ = [
+    "DENSE_STATES",
     "SITES",
     "AngularDistance",
     "BlockInfluence",
@@ -68,10 +70,12 @@ __all__ = [
     "Swept",
     "TokenSet",
     "Unit",
+    "added_times",
     "as_matrix",
     "block_bytes",
     "gather",
     "gradients",
+    "has_target",
     "inputs_last",
     "inputs_of",
     "linears",

@@ -53,7 +53,8 @@ def pass_cost(
         count = min(statistic.samples or samples, samples)
         tokens = min(statistic.length or length, length)
         bypassed = () if isinstance(statistic, Further) else statistic.bypassed
-        states = (1 + len(bypassed)) * count * tokens * residual * item
+        own = statistic.states if isinstance(statistic, Further) else 1 + len(bypassed)
+        states = own * count * tokens * residual * item
         ram += (arch.layers + 1) * count * residual * item
         if states > machine.ram_bytes // 2:
             disk, moved = disk + 2 * states, moved + 2 * arch.layers * states

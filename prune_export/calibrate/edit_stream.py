@@ -27,6 +27,15 @@ from torch import nn
 from prune_export.arch import Arch
 from prune_export.calibrate.blocks import loaded, threads
 from prune_export.calibrate.cost import BATCH_TOKENS, block_bytes, parked_bytes
+from prune_export.calibrate.dense_stream import (
+    AIMED,
+    DENSE_STATES,
+    Aimed,
+    DenseStream,
+    Entered,
+    added_times,
+    has_target,
+)
 from prune_export.calibrate.resume import Saves, pass_key
 from prune_export.calibrate.sites import Accumulator, Site, Weights, inputs_of, sites_of
 from prune_export.calibrate.skeleton import Call, Skeleton
@@ -102,16 +111,19 @@ def sweep(
     arch: Arch | None = None,
     order: Order = "sequential",
     loss: bool = False,
+    dense: bool = False,
 ) -> Swept:
     """The matrices that `editor` makes while `tokens` pass through the blocks that it has edited.
 
     `order` is `sequential` (each site's inputs come from edited earlier sites of the block too) or
     `block` (all sites of a block see the dense block; it is then computed a second time), as the
-    reference codes of Wanda and SparseGPT have it. With `scratch`, a sweep that is killed goes on
-    from there, and ends in the same matrices bit for bit.
+    reference codes of Wanda and SparseGPT have it. With `dense`, the dense model's states go along,
+    and what gathers (`Aimed`) is told what a matrix has to give to be true to them. With `scratch`,
+    a sweep that is killed goes on from there, and ends in the same matrices bit for bit.
 
     Raises:
         PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
+        ValueError: `dense`, of a model for which `added_times` is None.
     """
     arch = arch or checkpoint.arch()
     check(arch, tokens)
@@ -120,9 +132,9 @@ def sweep(
     with ExitStack() as stack:
         stack.enter_context(threads(machine.threads))
         stack.enter_context(torch.inference_mode())
-        own = [editor.key, order, *(["loss"] if loss else [])]
+        own = [editor.key, order, *(["loss"] if loss else []), *(["dense"] if dense else [])]
         folder = scratch / f"sweep-{pass_key(checkpoint, arch, tokens, machine, *own)}"
-        made = _Sweep(checkpoint, arch, editor, tokens, machine, order, Saves(folder), stack)
+        made = _Sweep(checkpoint, arch, editor, tokens, machine, order, Saves(folder), stack, dense)
         made.asks_loss = loss
         made.run(progress or Silent())
     logs, names = [], {}
@@ -152,6 +164,7 @@ class _Sweep:
         order: Order,
         saves: Saves,
         stack: ExitStack,
+        dense: bool,
     ) -> None:
         self.arch, self.editor, self.saves, self.order = arch, editor, saves, order
         self.ids = tokens.ids
@@ -164,26 +177,35 @@ class _Sweep:
         free = machine.ram_bytes - psutil.Process().memory_info().rss
         free -= 3 * block_bytes(arch, torch.float32)
         states = self.ids.numel() * arch.sizes["residual"] * dtype.itemsize
+        held_states = states * (1 + (DENSE_STATES if dense else 0))
         parked = parked_bytes(arch, self.ids.numel(), dtype)
         if machine.device == "cuda":
             room = machine.gpu_bytes // 2 - 3 * block_bytes(arch, dtype)
-            self.parks = parked + states <= room
-            held = "cuda" if states <= room // 2 else "cpu"
+            self.parks = parked + held_states <= room
+            held = "cuda" if held_states <= room // 2 else "cpu"
         else:
-            self.parks = parked + states <= free
+            self.parks = parked + held_states <= free
             held = "cpu"
         shape = (length, arch.sizes["residual"])
-        if states <= free // 2 or held == "cuda":
-            self.states = stack.enter_context(Buffer(samples, shape, dtype, device=held))
-            self.spare = self.states
-        else:
-            self.states, self.spare = (
-                stack.enter_context(
-                    Buffer(samples, shape, dtype, path=saves.folder / f"{name}.spool")
-                )
-                for name in ("states", "spare")
-            )
-        self.saves.layout = ("states",) if self.states.path is None else ()
+        in_memory = held_states <= free // 2 or held == "cuda"
+
+        def buffer(name: str) -> Buffer:
+            path = None if in_memory else saves.folder / f"{name}.spool"
+            device = held if in_memory else "cpu"
+            return stack.enter_context(Buffer(samples, shape, dtype, path=path, device=device))
+
+        self.states = buffer("states")
+        self.spare = self.states if in_memory else buffer("spare")
+        self.dense: DenseStream | None = None
+        if dense:
+            times = added_times(arch)
+            if times is None:
+                raise ValueError(f"{arch.family}: outputs are not simply added to the states")
+            own = buffer("dense")
+            spare = own if in_memory else buffer("dense-spare")
+            goals = {kind: buffer(f"goal-{kind}") for kind in AIMED}
+            self.dense = DenseStream(self.skeleton, times, own, spare, goals)
+        self.saves.layout = tuple(self._held())
 
     def run(self, progress: Progress) -> None:
         """Goes from where the last save left off to the end."""
@@ -196,16 +218,18 @@ class _Sweep:
             if done:
                 self.saves.restore(self._held())
                 if self.spare is not self.states and done % 2:
-                    self.states, self.spare = self.spare, self.states
+                    self._swap()
             self.skeleton.look_up(self.ids.flatten())
             calls = self.skeleton.calls(self.ids)
             if not done:
                 for start, stop in self._batches():
-                    self.states.write(start, self.skeleton.enter(self.ids[start:stop]))
+                    entered = self.skeleton.enter(self.ids[start:stop])
+                    for buffer in (self.states, *([self.dense.states] if self.dense else [])):
+                        buffer.write(start, entered)
             self.skeleton.forget_rows()
             for layer in loaded(self.skeleton, range(done, self.arch.layers)):
                 _Block(self, layer, calls[layer], task).run()
-                self.states, self.spare = self.spare, self.states
+                self._swap()
                 last = layer + 1 == self.arch.layers
                 if last and self.asks_loss:
                     (self.saves.folder / _LOSS).write_text(repr(self._loss()), encoding="ascii")
@@ -223,7 +247,13 @@ class _Sweep:
         return total / (samples * (length - 1))
 
     def _held(self) -> dict[str, Buffer]:
-        return {"states": self.states} if self.states.path is None else {}
+        held = {"states": self.states} | ({"dense": self.dense.states} if self.dense else {})
+        return {name: buffer for name, buffer in held.items() if buffer.path is None}
+
+    def _swap(self) -> None:
+        self.states, self.spare = self.spare, self.states
+        if self.dense:
+            self.dense.swap()
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         for start in range(0, len(self.ids), self.batch):
@@ -244,6 +274,7 @@ class _Block:
         self.edited: set[str] = set()
         self.here: set[str] = set()
         """The sites at which the windows that are now computed have been seen."""
+        self.entered: Entered | None = None
 
     def run(self) -> None:
         """Edits the block and carries the states through it."""
@@ -254,6 +285,12 @@ class _Block:
                 if found is not None:
                     self.seen[site.name] = found
                     self.sites.setdefault(site.kind, []).append(site)
+            if self.sweep.dense:
+                # While the block is as it was.
+                batches = self.sweep._batches()
+                self.sweep.dense.advance(self.layer, self.call, self.sites, batches)
+                times = self.sweep.dense.times
+                self.entered = Entered(self.skeleton, self.layer, times, hooks)
             for kind, sites in self.sites.items():
                 modules = {
                     self.skeleton.module(tensor) for site in sites for tensor in site.tensors
@@ -310,7 +347,11 @@ class _Block:
             return
         self.here.add(kind)
         for site in self.sites[kind]:
-            self.seen[site.name].see(inputs[site.expert])
+            seen, states = self.seen[site.name], inputs[site.expert]
+            if self.entered and has_target(site) and isinstance(seen, Aimed):
+                seen.aim(states, *self._target(site))
+            else:
+                seen.see(states)
         if self.sweep.order == "block":
             return
         if not self.sweep.parks:
@@ -319,27 +360,46 @@ class _Block:
 
         getcurrent().parent.switch(kind)
 
-    def _forward(self, start: int, stop: int) -> None:
+    def _target(self, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the matrix of a site is to give for the windows that are now computed."""
+        assert self.entered is not None
+        assert self.sweep.dense is not None
+        start = self.entered.at
+        bias: torch.Tensor | None = getattr(self.skeleton.module(site.tensors[0]), "bias", None)
+        return self.sweep.dense.wanted(site.kind, start, self.entered.states(start), bias)
+
+    def _enter(self, start: int, stop: int) -> torch.Tensor:
         inputs = self.sweep.states.read(start, stop).to(self.skeleton.device)
+        if self.entered:
+            self.entered.begin(start, inputs)
+        return inputs
+
+    def _forward(self, start: int, stop: int) -> None:
+        inputs = self._enter(start, stop)
         outputs = self.skeleton.run(self.layer, inputs, self.call)
+        if self.entered:
+            self.entered.forget(start)
         self.sweep.spare.write(start, outputs)
         self.task.advance(inputs.shape[0] * inputs.shape[1])
 
     def _parked(self) -> None:
         from greenlet import greenlet
 
-        waiting = [greenlet(partial(self._forward, *rows)) for rows in self.sweep._batches()]
-        seen_at: list[set[str]] = [set() for _ in waiting]
+        waiting = [
+            (greenlet(partial(self._forward, *rows)), rows[0], set[str]())
+            for rows in self.sweep._batches()
+        ]
         while waiting:
-            left, marks, reached = [], [], set()
-            for one, mark in zip(waiting, seen_at, strict=True):
+            left, reached = [], set()
+            for one, start, mark in waiting:
                 self.here = mark
+                if self.entered:
+                    self.entered.at = start
                 name = one.switch()
                 if not one.dead:
                     reached.add(name)
-                    left.append(one)
-                    marks.append(mark)
-            waiting, seen_at = left, marks
+                    left.append((one, start, mark))
+            waiting = left
             for name in sorted(reached):
                 self._edit(name)
 
@@ -359,7 +419,7 @@ class _Block:
     def _block_order(self) -> None:
         for start, stop in self.sweep._batches():
             self.here = set()
-            inputs = self.sweep.states.read(start, stop).to(self.skeleton.device)
+            inputs = self._enter(start, stop)
             self.skeleton.run(self.layer, inputs, self.call)
         for name in self.sites:
             self._edit(name)

@@ -88,10 +88,17 @@ class ModelView:
             arch=self.arch,
         )
 
-    def sweep(self, editor: Editor, order: Order = "sequential", *, loss: bool = False) -> Swept:
+    def sweep(
+        self,
+        editor: Editor,
+        order: Order = "sequential",
+        *,
+        loss: bool = False,
+        dense: bool = False,
+    ) -> Swept:
         """What `editor` makes of the blocks while the windows pass through the edited ones.
 
-        With `loss`, the edited model's loss as well.
+        With `loss`, the edited model's loss as well; with `dense`, beside the dense model's states.
 
         Raises:
             ValueError: the view was made without calibration data.
@@ -107,6 +114,7 @@ class ModelView:
             arch=self.arch,
             order=order,
             loss=loss,
+            dense=dense,
         )
 
     def gradients(self, reader: GradientReader) -> Gradients:
