@@ -4,10 +4,11 @@
 
 The floor is the sweep itself with nothing to edit: the same windows through the same blocks. Each
 method has a process of its own; within it, floor and method alternate, and medians are compared.
-`scores` gathers scores alone; `cut` scores, cuts and refits in one sweep; of the latter, the time
-of the small solves is said apart. For gradients the floor is the gradient pass that keeps nothing.
-Blocks are alike, so `--blocks 4` measures the first four alone. Ratios are of processor time, which
-other work on the machine disturbs less; wall time is kept too.
+`scores` gathers scores alone; `cut` scores, cuts and refits in one sweep beside the dense model's
+states, `cut own` without these; of the cuts, the time of the small solves is said apart. For
+gradients the floor is the gradient pass that keeps nothing. Blocks are alike, so `--blocks 4`
+measures the first four alone. Ratios are of processor time, which other work on the machine
+disturbs less; wall time is kept too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,13 @@ from prune_export.methods.minitron import Minitron
 from prune_export.methods.structured_wanda import StructuredWanda
 from prune_export.surgery import Drop, rewrite
 
-CASES = ("minitron scores", "minitron cut", "structured_wanda scores", "llm_pruner gradients")
+CASES = (
+    "minitron scores",
+    "minitron cut",
+    "minitron cut own",
+    "structured_wanda scores",
+    "llm_pruner gradients",
+)
 
 
 def main() -> None:
@@ -162,7 +169,8 @@ def work(view: ModelView, case: str, kind: str) -> None:
         view.sweep(_Nothing())
     else:
         cls = Minitron if case.startswith("minitron") else StructuredWanda
-        method = cls(ffn=0.25, heads=0.333)
+        towards = "own" if case.endswith("own") else "auto"
+        method = cls(ffn=0.25, heads=0.333, towards=towards)
         if "scores" in case:
             view.sweep(_width_sweep.Measure(method, view.arch))
         else:

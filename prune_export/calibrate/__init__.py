@@ -6,7 +6,8 @@ from prune_export.calibrate.bypass_loss import BypassLoss, BypassLosses
 from prune_export.calibrate.cost import PassCost, block_bytes, parked_bytes, pass_cost
 from prune_export.calibrate.data import token_set
 from prune_export.calibrate.dense_stream import DENSE_STATES, added_times, has_target
-from prune_export.calibrate.edit_stream import Edited, Editor, Order, Swept, sweep
+from prune_export.calibrate.edit_block import Edited, Editor
+from prune_export.calibrate.edit_stream import Order, Swept, sweep
 from prune_export.calibrate.folded import Chain, Folded, Layer
 from prune_export.calibrate.gradients import (
     GradientReader,

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate.edit_stream import Editor, Order, Swept, sweep
+from prune_export.calibrate.edit_block import Editor
+from prune_export.calibrate.edit_stream import Order, Swept, sweep
 from prune_export.calibrate.gradients import GradientReader, Gradients, gradients
 from prune_export.calibrate.removals import Removals
 from prune_export.calibrate.statistics import Statistic
