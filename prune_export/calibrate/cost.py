@@ -65,7 +65,8 @@ def pass_cost(
         if isinstance(statistic, Further):
             forwards = statistic.forwards
             ram, disk = ram + statistic.ram_bytes, disk + statistic.disk_bytes
-            parked = parked_bytes(arch, count * tokens, torch.float32)
+            dense = statistic.states > 1
+            parked = parked_bytes(arch, count * tokens, torch.float32, dense)
             if statistic.parks and ram + parked <= machine.ram_bytes:
                 ram += parked
             elif statistic.parks:
@@ -92,10 +93,13 @@ def block_bytes(arch: Arch, dtype: torch.dtype) -> int:
     )
 
 
-def parked_bytes(arch: Arch, tokens: int, dtype: torch.dtype) -> int:
-    """What a sweep holds while all windows wait inside a block, at its widest site."""
+def parked_bytes(arch: Arch, tokens: int, dtype: torch.dtype, dense: bool = False) -> int:
+    """What a sweep holds while all windows wait inside a block, at its widest site.
+
+    With `dense` (beside the dense model's states) also what the MLP's output will be added to.
+    """
     residual, inner = arch.sizes["residual"], arch.sizes["residual"]
     for name, size in arch.sizes.items():
         if name.split(".")[0] == "mlp":
             inner = max(inner, size)
-    return tokens * (4 * residual + 2 * inner) * dtype.itemsize
+    return tokens * ((5 if dense else 4) * residual + 2 * inner) * dtype.itemsize

@@ -24,9 +24,8 @@ AIMED: Final = ("attention.out", "mlp.out")
 """Sites that have a target. Experts have none: other tokens are routed to them in the dense model,
 and only the sum of what they give is compared."""
 
-DENSE_STATES: Final = 2 + len(AIMED)
-"""Arrays of states that are held more: the dense model's, one for each site's target, and what the
-edited model's MLP is added to, while its windows wait."""
+DENSE_STATES: Final = 1 + len(AIMED)
+"""Arrays of states that are held more: the dense model's, and one for each site's target."""
 
 _LEAST: Final = 1e-20
 

@@ -151,7 +151,7 @@ class Sweep:
         free -= 3 * block_bytes(arch, torch.float32)
         states = self.ids.numel() * arch.sizes["residual"] * dtype.itemsize
         held_states = states * (1 + (DENSE_STATES if dense else 0))
-        parked = parked_bytes(arch, self.ids.numel(), dtype)
+        parked = parked_bytes(arch, self.ids.numel(), dtype, dense)
         if machine.device == "cuda":
             room = machine.gpu_bytes // 2 - 3 * block_bytes(arch, dtype)
             self.parks = parked + held_states <= room

@@ -14,7 +14,7 @@ from tiny_models import Tiny, logits, random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Means, ModelView, NormShares, TokenSet
+from prune_export.calibrate import Means, ModelView, NormShares, TokenSet, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
@@ -267,6 +267,19 @@ def test_refits_are_least_squares_on_whole_models(
         change = torch.linalg.lstsq(system, missing).solution.T
         torch.testing.assert_close(matrix[:, stays], (plain + change).float(), atol=2e-3, rtol=2e-3)
         module.weight.data.copy_(matrix)
+
+
+def test_a_plan_counts_the_dense_states_too() -> None:
+    arch, tokens = arch_of("llama", **LLAMA), 8 * 64
+    dense, own = (
+        pass_cost(arch, Minitron(ffn=0.5, towards=to).statistics(arch), 8, 64, MACHINE)
+        for to in ("auto", "own")
+    )
+    # Four more arrays of 576 floats a token, and the products of 576 outputs with 1536 inputs.
+    assert dense.ram_bytes - own.ram_bytes == 4 * (4 * tokens * 576 + 576 * 1536)
+    assert dense.flops / own.flops == pytest.approx(3.0 / 1.6)
+    little = replace(MACHINE, ram_bytes=8 * tokens * 576)
+    assert pass_cost(arch, Minitron(ffn=0.5).statistics(arch), 8, 64, little).disk_bytes > 0
 
 
 def arrived(model: Any, path: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
