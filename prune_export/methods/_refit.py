@@ -26,7 +26,8 @@ SmolLM2-135M with 5,000 tokens it is 0.1 for heads and 1 to 3 for channels; the 
 less."""
 
 SHARE: Final = 0.5
-"""How far from the own output to the target it is fitted."""
+"""How far from the own output to the target it is fitted. On SmolLM2-135M at 60 % of its parameters
+0.3 to 0.7 are within 5 % of each other in perplexity, and all of the way is worse (ADR 0018)."""
 
 _ROWS_PER_INPUT: Final = 8
 _LEAST_ROWS: Final = 4096
