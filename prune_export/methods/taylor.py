@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Final
 
 import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, Sums, block_bytes
+from prune_export.calibrate import Further, ModelView, Part, Sums, block_bytes
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _depth, _search
+from prune_export.methods import _depth, _parts, _search
 
 
 @dataclass(frozen=True)
-class Taylor(_depth.Amount):
+class Taylor(_parts.Amount):
     """Drop the blocks with the least sum of |weight x gradient|, the ends being protected.
+
+    With `unit` it is the attention or the MLP of blocks whose own weights are summed, and that
+    goes. The norms around it do not count: some serve both, or stay.
 
     Source: Kim et al., "Shortened LLaMA", arXiv:2402.02834, section 3 ("Taylor+"); the signed
     gradients of all windows are summed before the absolute value, as in its released code.
@@ -75,14 +78,14 @@ class Taylor(_depth.Amount):
 
     def decide(self, model: ModelView) -> Decision:
         arch = model.arch
-        if (known := _depth.listed(self, arch)) is not None:
+        if (known := self.listed(model)) is not None:
             return known
         candidates, remove = self._candidates(arch), self.of(arch)
-        scores = _changes(model)
+        scores = self._changes(model)
         if self.select == "iterative":
-            choice = _search.iterative(model, remove, candidates, _changes)
+            choice = _search.iterative(model, remove, candidates, self._changes, self.unit)
         elif self.select == "greedy":
-            choice = _search.guided(model, remove, candidates, scores)
+            choice = _search.guided(model, remove, candidates, scores, self.unit)
         else:
             choice = _depth.least_blocks(
                 [scores[layer] for layer in candidates],
@@ -90,30 +93,51 @@ class Taylor(_depth.Amount):
                 contiguous=self.contiguous,
                 first=self.protect_first,
             )
-        return _depth.decision(
-            arch,
+        return self.removal(
+            model,
             choice.dropped,
             **choice.log,
             block_scores=scores,
-            block_score_name="sum of |weight x gradient|",
+            block_score_name=f"sum of |weight x gradient| of the {self.unit}",
         )
 
+    def _changes(self, model: ModelView) -> list[float]:
+        found = model.gradients(_Changes(self.unit, model.arch))
+        return [float(found.block(layer)["change"]) for layer in range(model.arch.layers)]
 
-def _changes(model: ModelView) -> list[float]:
-    found = model.gradients(_Changes())
-    return [float(found.block(layer)["change"]) for layer in range(model.arch.layers)]
+
+_ATTENTION: Final = frozenset({"q", "k", "v", "qkv", "o", "norm.q", "norm.k"})
+_AROUND: Final = ("norm.", "shortcut.")
+
+
+def _part(role: str | None) -> Part | None:
+    """Of which part a parameter is a weight; None of neither."""
+    if role is None:
+        return "mlp"  # experts and their router, whose names in memory are not those on the disk
+    own = role.removesuffix(".bias")
+    if own in _ATTENTION:
+        return "attention"
+    return None if own.startswith(_AROUND) else "mlp"
 
 
 @dataclass(frozen=True)
 class _Changes:
-    """Keeps one number of a block: the sum of |weight x gradient| over all of its weights."""
+    """Keeps one number of a block: the sum of |weight x gradient| over its weights, or a part's."""
 
+    part: Part
+    arch: Arch
     kinds: ClassVar[tuple[Any, ...]] = ("sum",)
-    key: ClassVar[str] = "taylor-1"
+
+    @property
+    def key(self) -> str:
+        return "taylor-1" if self.part == "block" else f"taylor-1 {self.part}"
 
     def wants(self, layer: int, name: str) -> bool:
-        del layer, name
-        return True
+        return self.part == "block" or _part(self._roles(layer).get(name)) == self.part
+
+    def _roles(self, layer: int) -> dict[str, str]:
+        prefix = f"{self.arch.table.blocks}.{layer}."
+        return {tensor.name.removeprefix(prefix): tensor.role for tensor in self.arch.block(layer)}
 
     def keep(
         self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]
