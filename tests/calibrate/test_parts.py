@@ -21,8 +21,10 @@ from prune_export.calibrate import (
     TokenSet,
     Unit,
     gather,
+    pass_cost,
     stream,
 )
+from prune_export.calibrate.skeleton import Skeleton
 from prune_export.machine import Machine
 from prune_export.surgery import Overwrite, rewrite
 from tests.calibrate.test_removals import by_hand
@@ -251,3 +253,30 @@ def test_a_silenced_view_is_the_written_model(
         assert found[asked[1]][1] == 0
     again = view.gather(asked)
     assert again[asked[1]][1] > 0, "the view itself is as it was"
+
+
+def test_a_pass_runs_what_its_progress_and_the_plan_say(
+    twin: Callable[..., Any],
+    tokens: TokenSet,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without its attention a block still runs: one block more than without the block."""
+    made = twin("llama")
+    real, ran = Skeleton.run, []
+
+    def counted(self: Skeleton, layer: int, *args: Any) -> torch.Tensor:
+        ran.append(layer)
+        return real(self, layer, *args)
+
+    monkeypatch.setattr(Skeleton, "run", counted)
+    monkeypatch.setattr(stream, "BATCH_TOKENS", {"cpu": 2048})
+    flops = {}
+    for part, expected in (("block", 6 + 3 + 1), ("mlp", 6 + 4 + 2)):
+        ran.clear()
+        asked = BypassLoss((2, 4), part=part)  # type: ignore[arg-type]
+        gather(made.checkpoint, [asked], tokens, machine)
+        assert len(ran) == expected
+        flops[part] = pass_cost(made.arch, [asked], 5, 12, machine).flops
+    plain = pass_cost(made.arch, [BlockInfluence()], 5, 12, machine).flops
+    assert flops["mlp"] - flops["block"] == pytest.approx(plain * 2 / 6)
