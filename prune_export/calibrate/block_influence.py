@@ -19,7 +19,7 @@ class BlockInfluence:
 
     Of a `part`, between the residual states before and after its output is added to them.
 
-    Source: ShortGPT, arXiv:2403.03853, eq. 1; of parts, He et al., arXiv:2406.15786, eq. 1.
+    Source: ShortGPT, arXiv:2403.03853, eq. 1; of parts, He et al., arXiv:2406.15786.
     """
 
     samples: int | None = None

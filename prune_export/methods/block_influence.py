@@ -19,7 +19,7 @@ class BlockInfluenceDrop(_parts.Amount):
     """Drop the blocks with the least influence, wherever they are, or their attention or MLP alone.
 
     Source: Men et al., "ShortGPT", arXiv:2403.03853, eq. 1; for a part of a block: He et al.,
-    "What Matters in Transformers? Not All Attention is Needed", arXiv:2406.15786, section 3.
+    "What Matters in Transformers? Not All Attention is Needed", arXiv:2406.15786.
     Differs: `select` may choose one after another; of equal blocks the deepest goes first;
     `contiguous` takes the run with the least sum. A part's influence is that of adding its output
     to the residual states; where the block adds both parts to what enters it, each is alone.
