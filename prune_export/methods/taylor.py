@@ -1,13 +1,15 @@
 """Removes the blocks whose weights the loss depends on least, by its first-order change.
 
 The gradients are streamed backward, one block in memory, so the score costs one forward and one
-backward pass and no second model.
+backward pass, in which each block is computed again, and no second model. Blocks that are protected
+have no score: the way back ends above the first ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Annotated, Any, ClassVar, Final
 
 import torch
@@ -67,9 +69,10 @@ class Taylor(_parts.Amount):
         if self.layers is not None:
             return ()
         ram = 2 * block_bytes(arch, torch.float32)
+        forwards = 1 + 3 * (arch.layers - self.protect_first) / arch.layers
         if self.select == "one_shot":
-            return (Further(forwards=4, ram_bytes=ram),)
-        return _search.passes(self.select, arch, self.of(arch), 4, ram_bytes=ram)
+            return (Further(forwards=forwards, ram_bytes=ram),)
+        return _search.passes(self.select, arch, self.of(arch), forwards, ram_bytes=ram)
 
     def predict(self, arch: Arch) -> Arch:
         if self.layers is None:
@@ -97,13 +100,19 @@ class Taylor(_parts.Amount):
             model,
             choice.dropped,
             **choice.log,
-            block_scores=scores,
+            block_scores=[score if score < inf else None for score in scores],
             block_score_name=f"sum of |weight x gradient| of the {self.unit}",
         )
 
     def _changes(self, model: ModelView) -> list[float]:
-        found = model.gradients(_Changes(self.unit, model.arch))
-        return [float(found.block(layer)["change"]) for layer in range(model.arch.layers)]
+        """Every block's score in a model, from which some may be gone; infinite at the ends."""
+        layers = model.arch.layers
+        allowed = range(self.protect_first, layers - self.protect_last)
+        found = model.gradients(_Changes(self.unit, model.arch, allowed))
+        return [
+            float(found.block(layer)["change"]) if layer in allowed else inf
+            for layer in range(layers)
+        ]
 
 
 _ATTENTION: Final = frozenset({"q", "k", "v", "qkv", "o", "norm.q", "norm.k"})
@@ -126,13 +135,16 @@ class _Changes:
 
     part: Part
     arch: Arch
+    layers: range
     kinds: ClassVar[tuple[Any, ...]] = ("sum",)
 
     @property
     def key(self) -> str:
-        return "taylor-1" if self.part == "block" else f"taylor-1 {self.part}"
+        return f"taylor-2 {self.part} {self.layers}"
 
     def wants(self, layer: int, name: str) -> bool:
+        if layer not in self.layers:
+            return False
         return self.part == "block" or _part(self._roles(layer).get(name)) == self.part
 
     def _roles(self, layer: int) -> dict[str, str]:
