@@ -85,13 +85,73 @@ def _sparse(run: dict[str, Any]) -> Iterator[str]:
         f"{_perplexity(run['dense']['perplexity'])}. Processor seconds are those of the pruning; "
         "one plain forward pass over the same tokens is 1.\n"
     )
-    yield from _header(["method", "order", "pattern", "perplexity", "forwards", "GiB over imports"])
+    columns = ["method", "order", "pattern", "perplexity", "against llm-compressor's"]
+    yield from _header([*columns, "forwards", "CPU seconds of theirs", "GiB over imports"])
     for row in run["rows"]:
+        if "shuffle" in row:
+            continue
         who = "llm-compressor's " if row["who"] == "peer" else ""
+        ratio, time = row.get("perplexity_over_peer"), row.get("time_over_peer")
         yield _line([
             f"{who}`{row['method']}`", row["order"], row["pattern"].replace("%", " %"),
-            _perplexity(row["perplexity"]), f"{row['forwards']:.2f}",
+            _perplexity(row["perplexity"]), "" if ratio is None else f"{ratio - 1:+.1%}",
+            f"{row['forwards']:.2f}", "" if time is None else f"{time:.2f}×",
             f"{row['peak_over_imports_bytes'] / 2**30:.2f}",
+        ])  # fmt: skip
+    yield from _shuffles(run["rows"])
+
+
+def _shuffles(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What the order of the windows, which only changes the rounding, does to both."""
+    cases = dict.fromkeys((r["method"], r["pattern"]) for r in rows if "shuffle" in r)
+    for method, pattern in cases:
+        both = {
+            who: [
+                row["perplexity"]
+                for row in rows
+                if (row["who"], row["method"], row["pattern"], row["order"])
+                == (who, method, pattern, "block")
+            ]
+            for who in ("ours", "peer")
+        }
+        ours, theirs = (sorted(both[who]) for who in ("ours", "peer"))
+        yield (
+            f"\n`{method}`, {pattern.replace('%', ' %')}, order `block`, with the calibration "
+            f"windows in {len(ours)} orders, which changes nothing but rounding: "
+            f"{ours[0]:.2f} to {ours[-1]:.2f}, mean {sum(ours) / len(ours):.2f}; llm-compressor's "
+            f"{theirs[0]:.2f} to {theirs[-1]:.2f}, mean {sum(theirs) / len(theirs):.2f}."
+        )
+
+
+def _memory(run: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"`{run['method']}` at {run['pattern']} of {run['parameters'] / 1e9:.2f} billion random "
+        f"weights ({run['checkpoint_bytes'] / 2**30:.1f} GiB), {run['samples']} windows of "
+        f"{run['length']} tokens: at most {run['peak_over_imports_bytes'] / 2**30:.2f} GiB over "
+        f"Python and torch, where the plan said {run['planned_bytes'] / 2**30:.2f}; "
+        f"{run['processor_seconds']:.0f} processor seconds."
+    )
+
+
+def _recipes(run: dict[str, Any]) -> Iterator[str]:
+    yield (
+        "As `benchmarks/recipes.py` runs them: the demonstration's text, heals of few steps. "
+        "Decode is against the dense engine of the same kind at "
+        f"{run['workload']['prompt']} + {run['workload']['new']} tokens.\n"
+    )
+    yield from _header(["recipe", "parameters left", "dense", "pruned", "healed", "decode"])
+    for row in run["rows"]:
+        before, after = row["parameters"]
+        found = row["perplexity"]
+        speeds = [
+            f"{one['engine']} {one['ratio']:.2f}× ({one['low']:.2f}–{one['high']:.2f})"
+            for one in row["speed"]
+            if one["phase"] == "decode"
+        ]
+        yield _line([
+            f"`{row['recipe']}`", f"{after / before:.1%}",
+            *(_perplexity(found.get(name)) for name in ("dense", "pruned", "healed")),
+            ", ".join(speeds),
         ])  # fmt: skip
 
 
@@ -141,6 +201,10 @@ SECTIONS: Final[tuple[tuple[str, str, Table], ...]] = (
     ("depth-methods", "Blocks removed", _depth),
     ("structured", "Depth and width at one size", _structured),
     ("sparse-quality", "Zeros", _sparse),
+    ("sparse-memory-wanda", "Memory of Wanda", _memory),
+    ("sparse-memory-sparsegpt", "Memory of SparseGPT", _memory),
+    ("sparse-memory-gblm", "Memory of GBLM", _memory),
+    ("recipes", "Recipes, end to end", _recipes),
     ("ziplm", "A speed asked for and measured", _ziplm),
 )
 

@@ -1,15 +1,8 @@
-"""What a recipe will do to a model, and what that will take, before any weight is read.
-
-Only the config, the safetensors headers and the recipe are looked at, so a plan takes seconds for
-a model of any size, and works for one that is only a config. Whatever can be known to fail, fails
-here as a `PlanError`, with nothing written.
-"""
+"""Makes a plan: each stage is resolved against the shapes before it, and costed."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,143 +18,19 @@ from prune_export.contracts import Cost, Noted, Sparse
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
-from prune_export.recipe import Recipe, Search, Source, Stage, TokenFile, heal_of, templates
-from prune_export.units import GIB, MIB, text_from_bytes
+from prune_export.plan.limits import what_does_not_fit, windows_of
+from prune_export.plan.planned import Plan, PlannedStage, Rates, Size
+from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates
+from prune_export.units import MIB
 
 _PROCESS_BYTES: Final = 700 * MIB
 """Python with torch and transformers imported, with room; every stage's process holds it."""
-
-_CHARACTERS_PER_TOKEN: Final = 4
-"""Of English prose, about; only for an estimate of how many windows a file gives."""
-
-_UNKNOWN_WINDOWS: Final = 1000
-"""What is assumed of a Hub dataset whose recipe does not limit it."""
 
 _TO_COMPARE: Final = ", to compare with"
 """How the note of an engine ends that is only measured against."""
 
 _ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 _REPORT_BYTES: Final = 32 * MIB
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large a model is: blocks, stored parameters and bytes."""
-
-    layers: int
-    parameters: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """One step: what it is, the model before and after it, and what it takes."""
-
-    kind: str
-    name: str
-    parameters: Mapping[str, Any]
-    before: Size
-    after: Size
-    cost: Cost
-    seconds: float
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every step in order, and their peaks and sums."""
-
-    recipe: str
-    model: str
-    family: str
-    stages: tuple[PlannedStage, ...]
-    machine: Machine
-    archs: tuple[Arch, ...]
-    lacking: tuple[PlanError, ...] = ()
-
-    def check(self) -> None:
-        """Refuses a plan that this machine lacks the memory or disk for.
-
-        Raises:
-            PlanError: the first thing that is lacking; `lacking` has all of them.
-        """
-        if self.lacking:
-            raise self.lacking[0]
-
-    @property
-    def peak_ram_bytes(self) -> int:
-        """The most memory that any step's processes hold."""
-        return max((stage.cost.ram_bytes for stage in self.stages), default=0)
-
-    @property
-    def peak_gpu_bytes(self) -> int:
-        """The most GPU memory that any step holds."""
-        return max((stage.cost.gpu_bytes for stage in self.stages), default=0)
-
-    @property
-    def disk_bytes(self) -> int:
-        """What all steps write together: store and result."""
-        return sum(stage.cost.disk_bytes for stage in self.stages)
-
-    @property
-    def seconds(self) -> float:
-        """The estimated time of all steps."""
-        return sum(stage.seconds for stage in self.stages)
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain data."""
-        return {
-            "recipe": self.recipe,
-            "model": self.model,
-            "family": self.family,
-            "peak_ram_bytes": self.peak_ram_bytes,
-            "peak_gpu_bytes": self.peak_gpu_bytes,
-            "disk_bytes": self.disk_bytes,
-            "seconds": round(self.seconds, 1),
-            "machine": dataclasses.asdict(self.machine),
-            "lacking": [f"{error.where}: {error.problem}" for error in self.lacking],
-            "stages": [
-                dataclasses.asdict(stage) | {"parameters": dict(stage.parameters)}
-                for stage in self.stages
-            ],
-        }
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does: multiply-adds a second (counted as 2) and bytes written a second."""
-
-    flops: float
-    disk_bytes: float
-
-    @staticmethod
-    def measure(machine: Machine) -> Rates:
-        """Times small matrix products for about 0.2 s; the disk is taken at 400 MB/s.
-
-        One thread is timed and the fastest product counts, as what else the machine does disturbs
-        the others.
-        """
-        import torch
-
-        size = 512 if machine.device == "cpu" else 4096
-        a = torch.ones(size, size, device=machine.device)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        (a @ a).sum().item()
-        fastest, end = float("inf"), time.perf_counter() + 0.2
-        while time.perf_counter() < end:
-            began = time.perf_counter()
-            (a @ a).sum().item()
-            fastest = min(fastest, time.perf_counter() - began)
-        torch.set_num_threads(threads)
-        together = machine.threads if machine.device == "cpu" else 1
-        # A model's products are smaller and have other work between them. Half of it makes the
-        # bundled demonstration's estimate 9 min 50 s; it took 13 min 26 s.
-        return Rates(together * 2 * size**3 / fastest / 2, 400e6)
-
-    def seconds(self, cost: Cost) -> float:
-        """The time that a cost takes here."""
-        return cost.seconds + cost.flops / self.flops + cost.moved_bytes / self.disk_bytes
 
 
 def make_plan(
@@ -201,7 +70,7 @@ def make_plan(
     stages += planner.verification(archs[0], arch)
     stages.append(planner.result(arch, stages))
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
-    lacking = tuple(_what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out))
+    lacking = tuple(what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out))
     return dataclasses.replace(plan, lacking=lacking)
 
 
@@ -268,7 +137,7 @@ class _Planner:
         cost, note = Cost(), ""
         if statistics:
             source = self._source(stage)
-            samples, length = _windows(source, self.recipe.root), source.length
+            samples, length = windows_of(source, self.recipe.root), source.length
             self._refuse_too_long(f"data.{stage.data}.length", length, arch)
             found = pass_cost(arch, statistics, samples, length, self.machine)
             cost = Cost(
@@ -295,7 +164,7 @@ class _Planner:
         source = self._source(stage)
         self._refuse_too_long(f"data.{stage.data}.length", source.length, arch)
         stage.entry.check(arch, self.machine)
-        samples = _windows(source, self.recipe.root)
+        samples = windows_of(source, self.recipe.root)
         cost = stage.entry.cost(arch, samples * source.length, source.length, self.machine)
         note = f"up to {samples} x {source.length} tokens"
         return self.planned("heal", stage.name, stage.parameters(), arch, arch, cost, note), arch
@@ -376,7 +245,7 @@ class _Planner:
         if verify.quality and verify.quality.perplexity:
             source = self.recipe.data[verify.quality.perplexity]
             self._refuse_too_long(f"data.{verify.quality.perplexity}.length", source.length, dense)
-            tokens = _windows(source, self.recipe.root) * source.length
+            tokens = windows_of(source, self.recipe.root) * source.length
             models = 2 + any(stage.kind == "heal" for stage in self.recipe.stages)
             engines = len(self.recipe.export) if verify.quality.engines else 0
             flops = 2.0 * dense.parameters() * tokens * (models + engines)
@@ -437,62 +306,3 @@ def _together(one: Cost, other: Cost) -> Cost:
         moved_bytes=one.moved_bytes + other.moved_bytes,
         seconds=one.seconds + other.seconds,
     )
-
-
-def _windows(source: Source, root: Path) -> int:
-    """How many windows a source gives: what it asks for, or an estimate from its files' size.
-
-    Raises:
-        PlanError: one of its files is not there, or lies outside of the data root.
-    """
-    patterns = (source.tokens,) if isinstance(source, TokenFile) else getattr(source, "files", ())
-    size = sum(file.stat().st_size for pattern in patterns for file in _matching(root, pattern))
-    if source.samples is not None:
-        return source.samples
-    return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
-
-
-def _matching(root: Path, pattern: str) -> list[Path]:
-    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise PlanError(
-            f"data file {pattern}",
-            f"leaves the data root {root}",
-            "give `--data-root` and write paths relative to it",
-        )
-    found = sorted(root.glob(pattern))
-    if not found:
-        raise PlanError(
-            f"data file {pattern}",
-            f"no such file below {root}",
-            "give `--data-root`, or correct the path",
-        )
-    return found
-
-
-def _what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> Iterator[PlanError]:
-    heaviest = max(plan.stages, key=lambda stage: stage.cost.ram_bytes)
-    if heaviest.cost.ram_bytes > ram_limit:
-        yield PlanError(
-            f"{heaviest.kind} {heaviest.name}",
-            f"needs about {text_from_bytes(heaviest.cost.ram_bytes)} of memory, and "
-            f"{text_from_bytes(ram_limit)} may be used",
-            "use fewer or shorter samples, a smaller batch, or a machine with more; "
-            "`--ram` sets the limit",
-        )
-    if plan.peak_gpu_bytes > plan.machine.gpu_bytes and plan.machine.device == "cuda":
-        yield PlanError(
-            "GPU",
-            f"needs about {text_from_bytes(plan.peak_gpu_bytes)}, the GPU has "
-            f"{text_from_bytes(plan.machine.gpu_bytes)}",
-            "pass `--device cpu`",
-        )
-    for folder in (store, out):
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        if plan.disk_bytes + GIB // 4 > free:
-            yield PlanError(
-                str(folder),
-                f"needs about {text_from_bytes(plan.disk_bytes)} of disk, "
-                f"and {text_from_bytes(free)} are free",
-                "free some, run `prune-export store gc`, or pass `--store`",
-            )

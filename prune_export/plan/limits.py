@@ -1,0 +1,79 @@
+"""What a plan needs of the world: text that is there, and a machine that is large enough."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from prune_export.errors import PlanError
+from prune_export.plan.planned import Plan
+from prune_export.recipe import Source, TokenFile
+from prune_export.units import GIB, text_from_bytes
+
+_CHARACTERS_PER_TOKEN: Final = 4
+"""Of English prose, about; only for an estimate of how many windows a file gives."""
+
+_UNKNOWN_WINDOWS: Final = 1000
+"""What is assumed of a Hub dataset whose recipe does not limit it."""
+
+
+def windows_of(source: Source, root: Path) -> int:
+    """How many windows a source gives: what it asks for, or an estimate from its files' size.
+
+    Raises:
+        PlanError: one of its files is not there, or lies outside of the data root.
+    """
+    patterns = (source.tokens,) if isinstance(source, TokenFile) else getattr(source, "files", ())
+    size = sum(file.stat().st_size for pattern in patterns for file in _matching(root, pattern))
+    if source.samples is not None:
+        return source.samples
+    return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
+
+
+def _matching(root: Path, pattern: str) -> list[Path]:
+    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise PlanError(
+            f"data file {pattern}",
+            f"leaves the data root {root}",
+            "give `--data-root` and write paths relative to it",
+        )
+    found = sorted(root.glob(pattern))
+    if not found:
+        raise PlanError(
+            f"data file {pattern}",
+            f"no such file below {root}",
+            "give `--data-root`, or correct the path",
+        )
+    return found
+
+
+def what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> Iterator[PlanError]:
+    """What this machine lacks for a plan: memory, GPU memory, disk."""
+    heaviest = max(plan.stages, key=lambda stage: stage.cost.ram_bytes)
+    if heaviest.cost.ram_bytes > ram_limit:
+        yield PlanError(
+            f"{heaviest.kind} {heaviest.name}",
+            f"needs about {text_from_bytes(heaviest.cost.ram_bytes)} of memory, and "
+            f"{text_from_bytes(ram_limit)} may be used",
+            "use fewer or shorter samples, a smaller batch, or a machine with more; "
+            "`--ram` sets the limit",
+        )
+    if plan.peak_gpu_bytes > plan.machine.gpu_bytes and plan.machine.device == "cuda":
+        yield PlanError(
+            "GPU",
+            f"needs about {text_from_bytes(plan.peak_gpu_bytes)}, the GPU has "
+            f"{text_from_bytes(plan.machine.gpu_bytes)}",
+            "pass `--device cpu`",
+        )
+    for folder in (store, out):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if plan.disk_bytes + GIB // 4 > free:
+            yield PlanError(
+                str(folder),
+                f"needs about {text_from_bytes(plan.disk_bytes)} of disk, "
+                f"and {text_from_bytes(free)} are free",
+                "free some, run `prune-export store gc`, or pass `--store`",
+            )
