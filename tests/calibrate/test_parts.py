@@ -221,9 +221,10 @@ def test_who_listens_inside_of_blocks_hears_them_once(
 ) -> None:
     made = twin("gpt2")
     alone = gather(made.checkpoint, [NormShares()], tokens, machine)[NormShares()]
-    both = [BlockInfluence(part="mlp"), NormShares(), BypassLoss((1, 4), part="attention")]
+    both = [BlockInfluence(part="attention"), NormShares(), BypassLoss((1, 4), part="attention")]
     found = gather(made.checkpoint, both, tokens, machine)[NormShares()]
     assert alone.keys() == found.keys()
+    assert len(alone) == 2 * made.arch.layers + 1
     assert all(torch.equal(alone[key], found[key]) for key in alone)
 
 
