@@ -1,4 +1,4 @@
-"""What width methods take: seconds beside a plain forward (and backward) pass, and memory.
+"""What width methods and Taylor take: seconds beside a plain pass, and memory.
 
     python benchmarks/width.py MODEL calibration.jsonl --save
 
@@ -6,14 +6,20 @@ The floor is the sweep itself with nothing to edit: the same windows through the
 method has a process of its own; within it, floor and method alternate, and medians are compared.
 `scores` gathers scores alone; `cut` scores, cuts and refits in one sweep beside the dense model's
 states, `cut own` without these; of the cuts, the time of the small solves is said apart. For
-gradients the floor is the gradient pass that keeps nothing. Blocks are alike, so `--blocks 4`
-measures the first four alone. Ratios are of processor time, which other work on the machine
-disturbs less; wall time is kept too.
+gradients the floor is the gradient pass that keeps nothing.
+`… beside autograd` are whole gradient scores beside transformers' own model, in memory and not
+counting its loading: forward and backward over the same windows in the same batches, with the
+gradient of every parameter. `least_ratio` is what the multiplications by matrices alone make of it,
+as a streamed pass computes each block again before it goes back through it.
+Blocks are alike, so `--blocks 4` measures the first four alone (Taylor, which protects the first
+four and the last two unless it is of all blocks, needs more). Ratios are of processor time, which
+other work on the machine disturbs less; wall time is kept too.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -21,28 +27,37 @@ import subprocess
 import sys
 import tempfile
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from _result import save
 from heal import _windows
+from transformers import AutoModelForCausalLM
 
-from prune_export.calibrate import Means, ModelView, TokenSet
+from prune_export.arch import Arch
+from prune_export.calibrate import SITES, Means, ModelView, TokenSet
+from prune_export.calibrate.cost import BATCH_TOKENS
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.methods import _width_sweep
 from prune_export.methods.llm_pruner import LlmPruner
 from prune_export.methods.minitron import Minitron
 from prune_export.methods.structured_wanda import StructuredWanda
+from prune_export.methods.taylor import Taylor
 from prune_export.surgery import Drop, rewrite
 
+BESIDE = " beside autograd"
 CASES = (
     "minitron scores",
     "minitron cut",
     "minitron cut own",
     "structured_wanda scores",
     "llm_pruner gradients",
+    f"llm_pruner{BESIDE}",
+    f"taylor{BESIDE}",
+    f"taylor of all blocks{BESIDE}",
 )
 
 
@@ -155,26 +170,74 @@ def timed(given: argparse.Namespace, case: str, checkpoint: Checkpoint) -> dict[
         "solve_cpu_seconds": statistics.median(seconds["solves"]),
         "cpu_samples": seconds,
         "wall_samples": walls,
+        "least_ratio": least_ratio(method(case), arch) if case.endswith(BESIDE) else None,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
+def method(case: str) -> Any:
+    """The method of a case, with settings that any model bears."""
+    if case.startswith("taylor"):
+        ends = {"protect_first": 0, "protect_last": 0} if "all blocks" in case else {}
+        return Taylor(remove=1, **ends)
+    cls = {"minitron": Minitron, "structured_wanda": StructuredWanda, "llm_pruner": LlmPruner}
+    towards = "own" if case.endswith("own") else "auto"
+    return cls[case.split()[0]](ffn=0.25, heads=0.333, towards=towards)
+
+
+@functools.cache
+def whole(path: Path) -> Any:
+    """The model as transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def autograd(view: ModelView) -> None:
+    """A plain forward and backward pass, with the gradient of every parameter."""
+    means, model = view.calibration(), whole(view.checkpoint.path)
+    torch.set_num_threads(means.machine.threads)
+    model.zero_grad()
+    for ids in means.tokens.ids.split(BATCH_TOKENS["cpu"] // means.tokens.length):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+
+def least_ratio(method: Any, arch: Arch) -> float:
+    """Multiplications by matrices in a streamed gradient pass over those in a plain one."""
+    taylor = isinstance(method, Taylor)
+    first, last = (method.protect_first, method.protect_last) if taylor else (0, 0)
+    sizes = [
+        {t.name: prod(arch.shape(t)) for t in arch.block(layer) if t.role in SITES}
+        for layer in range(arch.layers)
+    ]
+    blocks = [sum(own.values()) for own in sizes]
+    head = arch.sizes["vocab"] * arch.sizes["residual"]
+    own = sum(blocks) + 2 * head  # there, and from the loss back to what enters the head
+    own += 2 * sum(blocks[first:])  # again, and back to what enters each block
+    own += sum(blocks[first : len(blocks) - last])  # back to its weights
+    # Nobody asks for the gradient by what enters the lowest of them.
+    entered = [t for t in arch.block(first) if SITES.get(t.role) == "attention.in"]
+    own -= sum(sizes[first][tensor.name] for tensor in entered)
+    return own / (3 * (sum(blocks) + head))
+
+
 def work(view: ModelView, case: str, kind: str) -> None:
-    if "gradients" in case:
+    if case.endswith(BESIDE):
+        if kind == "floor":
+            autograd(view)
+        elif case.startswith("taylor"):
+            method(case).decide(view)
+        else:
+            method(case).known(view)
+    elif "gradients" in case:
         if kind == "floor":
             view.gradients(_NoGradients())
         else:
-            LlmPruner(ffn=0.25, heads=0.333).known(view)
+            method(case).known(view)
     elif kind == "floor":
         view.sweep(_Nothing())
+    elif "scores" in case:
+        view.sweep(_width_sweep.Measure(method(case), view.arch))
     else:
-        cls = Minitron if case.startswith("minitron") else StructuredWanda
-        towards = "own" if case.endswith("own") else "auto"
-        method = cls(ffn=0.25, heads=0.333, towards=towards)
-        if "scores" in case:
-            view.sweep(_width_sweep.Measure(method, view.arch))
-        else:
-            method.decide(view)
+        method(case).decide(view)
 
 
 if __name__ == "__main__":

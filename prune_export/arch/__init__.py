@@ -81,6 +81,12 @@ class Arch:
         """The module path of the norm after the last block; None where there is none."""
         return self.table.final_norm if holds(self.table.final_norm_when, self.config) else None
 
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP of a block are added to the same states, those that enter."""
+        said = self.table.parallel
+        return holds(said, self.config) if isinstance(said, str) else said
+
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that a checkpoint holds: all but those tied to another."""
         return tuple(tensor for tensor in self.tensors if tensor.tied_to is None)

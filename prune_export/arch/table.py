@@ -142,6 +142,9 @@ class Table(_Frozen):
     `norm` is what the norms on the residual states do before their gain: `rms` divides by the root
     mean square, which a rotation leaves alone; `layer` subtracts the mean first.
 
+    `parallel` says, or on which condition, that a block adds its attention and its MLP to the same
+    states, those that enter it; else its MLP reads what the attention was added to.
+
     `bundled` is the code that a checkpoint of a model type of ours brings along.
 
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
@@ -165,6 +168,7 @@ class Table(_Frozen):
     final_norm: str | None
     final_norm_when: str | None = None
     norm: Literal["rms", "layer"]
+    parallel: bool | str = False
     embeddings: list[str]
     axes: dict[str, Axis]
     layer_sets: dict[str, LayerSet] = Field(default_factory=dict)

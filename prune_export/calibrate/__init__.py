@@ -2,6 +2,7 @@
 
 from prune_export.calibrate.angular_distance import AngularDistance
 from prune_export.calibrate.block_influence import BlockInfluence
+from prune_export.calibrate.bypass import OUTPUTS, Part, Unit
 from prune_export.calibrate.bypass_loss import BypassLoss, BypassLosses
 from prune_export.calibrate.cost import PassCost, block_bytes, parked_bytes, pass_cost
 from prune_export.calibrate.data import token_set
@@ -18,7 +19,7 @@ from prune_export.calibrate.gradients import (
 )
 from prune_export.calibrate.junctions import Grams, JunctionGrams
 from prune_export.calibrate.norm_shares import NormShares, Shares
-from prune_export.calibrate.removals import Part, Removals, Unit, native_dtype
+from prune_export.calibrate.removals import Removals, native_dtype
 from prune_export.calibrate.sites import (
     SITES,
     Gram,
@@ -37,6 +38,7 @@ from prune_export.calibrate.view import Engines, Means, ModelView
 
 __all__ = [
     "DENSE_STATES",
+    "OUTPUTS",
     "SITES",
     "AngularDistance",
     "BlockInfluence",

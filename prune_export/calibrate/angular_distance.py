@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from prune_export.calibrate.bypass import Unit
 from prune_export.calibrate.statistics import Scope
 from prune_export.scores import angles
 
@@ -25,7 +26,7 @@ class AngularDistance:
 
     samples: int | None = None
     length: int | None = None
-    bypassed: ClassVar[tuple[int, ...]] = ()
+    bypassed: ClassVar[tuple[Unit, ...]] = ()
 
     def collector(self, scope: Scope) -> _Collector:
         return _Collector(scope)
@@ -42,7 +43,7 @@ class _Collector:
         if layer == self._scope.layers - 1:
             self._points.write((layer + 1) * self._scope.samples + start, outputs[:, -1])
 
-    def hear(self, dense: float, bypassed: Mapping[int, float]) -> None:
+    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
         del dense, bypassed
 
     def state(self) -> Mapping[str, torch.Tensor]:

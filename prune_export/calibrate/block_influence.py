@@ -1,4 +1,4 @@
-"""Block influence: how much each block turns the residual states, over all tokens."""
+"""Block influence: how much each block, or a part of it, turns the residual states."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from prune_export.calibrate.statistics import Scope
+from prune_export.calibrate.bypass import Part, Unit
+from prune_export.calibrate.statistics import Collector, Scope
 from prune_export.scores import turned
 
 
@@ -16,28 +17,30 @@ from prune_export.scores import turned
 class BlockInfluence:
     """`[layers]` float64: 1 - the mean cosine between what enters a block and what leaves it.
 
-    Source: ShortGPT, arXiv:2403.03853, eq. 1.
+    Of a `part`, between the residual states before and after its output is added to them.
+
+    Source: ShortGPT, arXiv:2403.03853, eq. 1; of parts, He et al., arXiv:2406.15786.
     """
 
     samples: int | None = None
     length: int | None = None
-    bypassed: ClassVar[tuple[int, ...]] = ()
+    part: Part = "block"
+    bypassed: ClassVar[tuple[Unit, ...]] = ()
 
-    def collector(self, scope: Scope) -> _Collector:
-        return _Collector(scope)
+    def collector(self, scope: Scope) -> Collector:
+        return _Collector(scope) if self.part == "block" else _OfPart(scope, self.part)
 
 
-class _Collector:
+class _Turns:
     def __init__(self, scope: Scope) -> None:
         self._tokens = scope.samples * scope.length
         self._sums = torch.zeros(scope.layers, dtype=torch.float64)
 
-    def see(self, layer: int, start: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        del start
-        for before, after in zip(inputs, outputs, strict=True):
-            self._sums[layer] += turned(before, after).sum().cpu()
+    def _add(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        for one, other in zip(before, after, strict=True):
+            self._sums[layer] += turned(one, other).sum().cpu()
 
-    def hear(self, dense: float, bypassed: Mapping[int, float]) -> None:
+    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
         del dense, bypassed
 
     def state(self) -> Mapping[str, torch.Tensor]:
@@ -48,3 +51,21 @@ class _Collector:
 
     def result(self) -> torch.Tensor:
         return self._sums / self._tokens
+
+
+class _Collector(_Turns):
+    def see(self, layer: int, start: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        del start
+        self._add(layer, inputs, outputs)
+
+
+class _OfPart(_Turns):
+    def __init__(self, scope: Scope, part: Part) -> None:
+        super().__init__(scope)
+        self.part: Part = part
+
+    def see(self, layer: int, start: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        del layer, start, inputs, outputs
+
+    def step(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        self._add(layer, before, after)

@@ -1,4 +1,4 @@
-"""The model's loss with each block bypassed, one at a time."""
+"""The model's loss with each block, or a part of each, bypassed, one at a time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
+from prune_export.calibrate.bypass import Part, Unit
 from prune_export.calibrate.statistics import Scope
 
 
 @dataclass(frozen=True)
 class BypassLosses:
-    """Mean next-token losses in nats: of the whole model, and without each of some blocks."""
+    """Mean next-token losses in nats: of the whole model, and without this or that.
+
+    `bypassed` has the losses by block, also where only a part of the block was left out.
+    """
 
     dense: float
     bypassed: Mapping[int, float]
@@ -20,7 +24,7 @@ class BypassLosses:
 
 @dataclass(frozen=True)
 class BypassLoss:
-    """`BypassLosses` for the blocks `layers`.
+    """`BypassLosses` for the blocks `layers`, or for a `part` of each.
 
     All variants go through the blocks together, so that each block is loaded once; blocks before
     the bypassed one are computed once for all. That is about layers / 2 forward passes over the
@@ -32,26 +36,27 @@ class BypassLoss:
     layers: tuple[int, ...]
     samples: int | None = None
     length: int | None = None
+    part: Part = "block"
 
     @property
-    def bypassed(self) -> tuple[int, ...]:
-        return self.layers
+    def bypassed(self) -> tuple[Unit, ...]:
+        return tuple(Unit(layer, self.part) for layer in self.layers)
 
     def collector(self, scope: Scope) -> _Collector:
         del scope
-        return _Collector(self.layers)
+        return _Collector(self.bypassed)
 
 
 class _Collector:
-    def __init__(self, bypassed: tuple[int, ...]) -> None:
+    def __init__(self, bypassed: tuple[Unit, ...]) -> None:
         self._bypassed = bypassed
         self._losses = torch.full((len(bypassed) + 1,), torch.nan, dtype=torch.float64)
 
     def see(self, layer: int, start: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         del layer, start, inputs, outputs
 
-    def hear(self, dense: float, bypassed: Mapping[int, float]) -> None:
-        own = [dense, *(bypassed[layer] for layer in self._bypassed)]
+    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
+        own = [dense, *(bypassed[unit] for unit in self._bypassed)]
         self._losses.copy_(torch.tensor(own, dtype=torch.float64))
 
     def state(self) -> Mapping[str, torch.Tensor]:
@@ -62,4 +67,5 @@ class _Collector:
 
     def result(self) -> BypassLosses:
         dense, *own = self._losses.tolist()
-        return BypassLosses(dense, dict(zip(self._bypassed, own, strict=True)))
+        by_block = {unit.layer: loss for unit, loss in zip(self._bypassed, own, strict=True)}
+        return BypassLosses(dense, by_block)

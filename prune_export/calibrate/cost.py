@@ -10,6 +10,7 @@ from typing import Final
 import torch
 
 from prune_export.arch import Arch
+from prune_export.calibrate.bypass import after
 from prune_export.calibrate.statistics import Further, Statistic
 from prune_export.machine import Machine
 
@@ -60,7 +61,7 @@ def pass_cost(
             disk, moved = disk + 2 * states, moved + 2 * arch.layers * states
         else:
             ram += states
-        blocks = arch.layers + sum(arch.layers - 1 - layer for layer in bypassed)
+        blocks = arch.layers + sum(after(unit, arch.layers) for unit in bypassed)
         forwards = 1.0
         if isinstance(statistic, Further):
             forwards = statistic.forwards

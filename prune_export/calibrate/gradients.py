@@ -55,20 +55,25 @@ class GradientReader(Protocol):
     def keep(
         self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
-        """What is kept of a block: tensors by names of the reader's choice."""
+        """What is kept of a block: tensors by names of the reader's choice.
+
+        Asked only of blocks of which a gradient is wanted.
+        """
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
     """What a reader kept of each block, in files; `loss` is the mean loss in nats a token.
 
-    `names` has the parameter in its block that each stored matrix is, or is a part of.
+    Of blocks below `first` no gradient was wanted, and none was computed. `names` has the parameter
+    in its block that each stored matrix is, or is a part of.
     """
 
     folder: Path
     layers: int
     loss: float
     names: Mapping[str, str]
+    first: int = 0
 
     def block(self, layer: int) -> dict[str, torch.Tensor]:
         """What was kept of one block."""
@@ -123,7 +128,7 @@ def gradients(
         a_pass.run(progress or Silent())
     loss = json.loads((folder / "loss.json").read_text(encoding="utf-8")) / tokens.samples
     names = {tensor.name: a_pass.skeleton.name_in_block(tensor) for tensor in linears(arch)}
-    found = Gradients(folder, arch.layers, loss, names)
+    found = Gradients(folder, arch.layers, loss, names, a_pass.first)
     if temporary:
         weakref.finalize(found, shutil.rmtree, scratch, ignore_errors=True)
     return found
@@ -147,15 +152,23 @@ class _Pass:
         self.dtype = compute_dtype(checkpoint, machine)
         self.skeleton = Skeleton(checkpoint, arch, dtype=self.dtype, device=machine.device)
         self.batch = max(1, BATCH_TOKENS[machine.device] // self.ids.shape[1])
+        wanted = (layer for layer in range(arch.layers) if self._wanted(layer))
+        self.first = next(wanted, arch.layers)
+        """The first block of which a gradient is wanted: there the way back ends."""
+
+    def _wanted(self, layer: int) -> dict[str, torch.nn.Parameter]:
+        parameters = self.skeleton.parameters(layer)
+        return {name: one for name, one in parameters.items() if self.reader.wants(layer, name)}
 
     def run(self, progress: Progress) -> None:
         """Goes from where the last save left off to the end; steps are blocks there and back."""
-        layers, all_tokens = self.arch.layers, self.ids.numel()
-        with progress.task("Gradients", all_tokens * layers * (1 + _BACKWARD)) as task:
+        layers, all_tokens, first = self.arch.layers, self.ids.numel(), self.first
+        steps = layers + _BACKWARD * (layers - first)
+        with progress.task("Gradients", all_tokens * steps) as task:
             done = self.saves.done()
             forward, back = min(done, layers), max(0, done - layers)
             task.advance(all_tokens * (forward + _BACKWARD * back))
-            if back == layers:
+            if done == 2 * layers - first and (self.saves.folder / "loss.json").exists():
                 return
             self.skeleton.look_up(self.ids.flatten())
             calls = self.skeleton.calls(self.ids)
@@ -169,13 +182,14 @@ class _Pass:
                 self.saves.save(layer + 1, {}, {})
             if not back:
                 self._loss()
-            for layer in loaded(self.skeleton, reversed(range(layers - back))):
+            for layer in loaded(self.skeleton, reversed(range(first, layers - back))):
                 self._backward(layer, calls[layer], task)
                 self.saves.save(2 * layers - layer, {}, {})
                 self._path(layer + 1).unlink(missing_ok=True)
                 self._path(layer + 1, "by").unlink(missing_ok=True)
-        for name in ("", "by"):
-            self._path(0, name).unlink(missing_ok=True)
+        for layer in range(first + 1):
+            self._path(layer).unlink(missing_ok=True)
+            self._path(layer, "by").unlink(missing_ok=True)
 
     def _forward(self, layer: int, call: Call, task: Task) -> None:
         with self._file(layer) as states, self._file(layer + 1) as following:
@@ -200,8 +214,7 @@ class _Pass:
     def _backward(self, layer: int, call: Call, task: Task) -> None:
         from safetensors.torch import save_file
 
-        parameters = self.skeleton.parameters(layer)
-        wanted = {name: one for name, one in parameters.items() if self.reader.wants(layer, name)}
+        wanted = self._wanted(layer)
         for one in wanted.values():
             one.requires_grad_()
         kinds = self.reader.kinds
@@ -217,15 +230,20 @@ class _Pass:
             self._file(layer, "by") as below,
         ):
             for start, stop in self._batches(together):
-                inputs = states.read(start, stop).to(self.skeleton.device).requires_grad_()
+                inputs = states.read(start, stop).to(self.skeleton.device)
+                further = [inputs.requires_grad_()] if layer > self.first else []
                 with torch.enable_grad():
                     outputs = self.skeleton.run(layer, inputs, call)
                 by = above.read(start, stop).to(self.skeleton.device)
-                first, *own = torch.autograd.grad(outputs, [inputs, *wanted.values()], by)
-                for name, gradient in zip(wanted, own, strict=True):
+                found = torch.autograd.grad(outputs, [*wanted.values(), *further], by)
+                for name, gradient in zip(wanted, found[: len(wanted)], strict=True):
                     _add(sums[name], gradient.float())
-                below.write(start, first)
+                if further:
+                    below.write(start, found[-1])
                 task.advance(_BACKWARD * inputs.shape[0] * inputs.shape[1])
+        if not wanted:
+            return
+        parameters = self.skeleton.parameters(layer)
         values = {name: one.detach() for name, one in parameters.items()}
         kept = self.reader.keep(layer, sums, values)
         own_bytes = {name: tensor.contiguous().cpu() for name, tensor in kept.items()}

@@ -10,6 +10,7 @@ from typing import ClassVar, Final
 import torch
 
 from prune_export.arch import Arch
+from prune_export.calibrate.bypass import Unit
 from prune_export.calibrate.spool import Buffer
 from prune_export.calibrate.statistics import Scope
 
@@ -28,7 +29,7 @@ class JunctionGrams:
 
     samples: int | None = None
     length: int | None = None
-    bypassed: ClassVar[tuple[int, ...]] = ()
+    bypassed: ClassVar[tuple[Unit, ...]] = ()
 
     def collector(self, scope: Scope) -> _Collector:
         return _Collector(scope)
@@ -101,7 +102,7 @@ class _Collector:
     def _write(self, number: int, role: str) -> None:
         self._buffer.write(number, self._sums.pop(role)[None])
 
-    def hear(self, dense: float, bypassed: Mapping[int, float]) -> None:
+    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
         del dense, bypassed
 
     def state(self) -> Mapping[str, torch.Tensor]:

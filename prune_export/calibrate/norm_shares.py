@@ -8,6 +8,7 @@ from typing import ClassVar, Final
 
 import torch
 
+from prune_export.calibrate.bypass import Unit
 from prune_export.calibrate.statistics import Collector, Scope
 
 _ROLES: Final = ("norm.attn", "norm.attn.out", "norm.mlp", "norm.mlp.out")
@@ -22,7 +23,7 @@ class NormShares:
 
     samples: int | None = None
     length: int | None = None
-    bypassed: ClassVar[tuple[int, ...]] = ()
+    bypassed: ClassVar[tuple[Unit, ...]] = ()
 
     def collector(self, scope: Scope) -> Collector:
         return _Collector(scope)
@@ -50,7 +51,7 @@ class _Collector:
         whole = squares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         self._sums[row] += (squares / whole).sum(0).double().cpu()
 
-    def hear(self, dense: float, bypassed: Mapping[int, float]) -> None:
+    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
         del dense, bypassed
 
     def state(self) -> Mapping[str, torch.Tensor]:

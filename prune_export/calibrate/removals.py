@@ -15,16 +15,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Final, Self
 
 import psutil
 import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.blocks import loaded, threads
-from prune_export.calibrate.bypass import bypassed
+from prune_export.calibrate.bypass import Part, Unit, bypassed
 from prune_export.calibrate.cost import BATCH_TOKENS, block_bytes
 from prune_export.calibrate.resume import pass_key
 from prune_export.calibrate.skeleton import Skeleton
@@ -34,17 +33,6 @@ from prune_export.calibrate.tokens import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
-
-Part = Literal["block", "attention", "mlp"]
-
-
-@dataclass(frozen=True, order=True)
-class Unit:
-    """What can be removed: a block, or its attention or its MLP alone."""
-
-    layer: int
-    part: Part = "block"
-
 
 Removed = tuple[Unit, ...]
 """What a model goes without, in the order of the model."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from prune_export.calibrate.bypass import Part, Unit
 from prune_export.calibrate.spool import Buffer
 
 MakeBuffer = Callable[[str, int, tuple[int, ...], torch.dtype], Buffer]
@@ -41,7 +42,7 @@ class Collector(Protocol):
         Outputs are residual states: those of the last block come before the final norm.
         """
 
-    def hear(self, dense: float, bypassed: Mapping[int, float]) -> None:
+    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
         """Hears mean losses in nats a token; called once, and only where blocks are bypassed."""
 
     def state(self) -> Mapping[str, torch.Tensor]:
@@ -65,11 +66,24 @@ class Listener(Collector, Protocol):
         """Sees the inputs `[…, width]` of the module that holds a block's tensor of a role."""
 
 
+@runtime_checkable
+class Stepper(Collector, Protocol):
+    """A collector that sees the residual step of one part of each block."""
+
+    @property
+    def part(self) -> Part:
+        """The part."""
+
+    def step(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Sees residual states `[batch, length, residual]` without and with what the part adds."""
+
+
 class Statistic(Protocol):
     """A specification of something to gather; equal specifications are gathered once.
 
     It wants the first `samples` windows, cut to their first `length` tokens; None wants all.
-    `bypassed` are the blocks for each of which it wants the loss of the model without that block.
+    `bypassed` are the blocks, or parts of blocks, for each of which it wants the loss of the model
+    without it.
     """
 
     @property
@@ -77,7 +91,7 @@ class Statistic(Protocol):
     @property
     def length(self) -> int | None: ...
     @property
-    def bypassed(self) -> tuple[int, ...]: ...
+    def bypassed(self) -> tuple[Unit, ...]: ...
     def __hash__(self) -> int: ...
     def collector(self, scope: Scope) -> Collector: ...
 

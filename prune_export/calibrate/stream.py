@@ -22,11 +22,12 @@ import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.blocks import loaded, threads
+from prune_export.calibrate.bypass import Steps, Unit, after, bypassed
 from prune_export.calibrate.cost import BATCH_TOKENS, block_bytes
 from prune_export.calibrate.resume import Saves, pass_key
 from prune_export.calibrate.skeleton import Call, Skeleton
 from prune_export.calibrate.spool import Buffer
-from prune_export.calibrate.statistics import Collector, Listener, Scope, Statistic
+from prune_export.calibrate.statistics import Collector, Listener, Scope, Statistic, Stepper
 from prune_export.calibrate.tokens import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
@@ -103,14 +104,14 @@ def compute_dtype(checkpoint: Checkpoint, machine: Machine) -> torch.dtype:
 
 @dataclass
 class _Stream:
-    """Windows on their way: the states of the whole model, and of variants without one block.
+    """Windows on their way: the states of the whole model, and of variants without one unit.
 
-    `lanes` are the variants: None is the whole model, a number the model without that block.
+    `lanes` are the variants: None is the whole model, a unit the model without that.
     """
 
     ids: torch.Tensor
     collectors: Mapping[Statistic, Collector]
-    lanes: tuple[int | None, ...]
+    lanes: tuple[Unit | None, ...]
     states: Buffer
     spare: Buffer | None
     batch: int
@@ -126,27 +127,48 @@ class _Stream:
         target = self.spare or self.states
         count = len(self.ids)
         call = self.calls[layer]
+        # Where a lane parts from the whole model, whose states are still those that enter.
         for lane, without in enumerate(self.lanes):
-            if without == layer:
-                for start, stop in self._batches():
-                    target.write(lane * count + start, self.states.read(start, stop))
-        for lane, without in enumerate(self.lanes):
-            if without is not None and without >= layer:
+            if without is None or without.layer != layer:
                 continue
-            with ExitStack() as hooks:
+            for start, stop in self._batches():
+                states = self.states.read(start, stop)
+                if without.part != "block":
+                    with bypassed(skeleton, layer, (without.part,)):
+                        states = skeleton.run(layer, states.to(skeleton.device), call)
+                    task.advance(states.shape[0] * states.shape[1])
+                target.write(lane * count + start, states)
+        for lane, without in enumerate(self.lanes):
+            if without is not None and without.layer >= layer:
+                continue
+            for start, stop in self._batches():
+                inputs = self.states.read(lane * count + start, lane * count + stop)
+                inputs = inputs.to(skeleton.device)
                 if without is None:
-                    self._listen(skeleton, layer, hooks)
-                for start, stop in self._batches():
-                    inputs = self.states.read(lane * count + start, lane * count + stop)
-                    inputs = inputs.to(skeleton.device)
+                    outputs = self._seen(skeleton, layer, start, inputs)
+                else:
                     outputs = skeleton.run(layer, inputs, call)
-                    if without is None:
-                        for collector in self.collectors.values():
-                            collector.see(layer, start, inputs, outputs)
-                    target.write(lane * count + start, outputs)
-                    task.advance(inputs.shape[0] * inputs.shape[1])
+                target.write(lane * count + start, outputs)
+                task.advance(inputs.shape[0] * inputs.shape[1])
         if self.spare is not None:
             self.states, self.spare = self.spare, self.states
+
+    def _seen(
+        self, skeleton: Skeleton, layer: int, start: int, inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """What a block of the whole model makes of its inputs, before the collectors' eyes."""
+        call = self.calls[layer]
+        steppers = [one for one in self.collectors.values() if isinstance(one, Stepper)]
+        steps = Steps(skeleton, layer, call) if steppers else None
+        with ExitStack() as hooks:
+            self._listen(skeleton, layer, hooks)
+            outputs = steps.run(inputs) if steps else skeleton.run(layer, inputs, call)
+        for collector in self.collectors.values():
+            collector.see(layer, start, inputs, outputs)
+        for stepper in steppers:
+            if steps:
+                stepper.step(layer, *steps.of(stepper.part, inputs, outputs))
+        return outputs
 
     def _listen(self, skeleton: Skeleton, layer: int, hooks: ExitStack) -> None:
         """Lets the listeners among the collectors see what arrives at their modules."""
@@ -162,7 +184,7 @@ class _Stream:
     def finish(self, skeleton: Skeleton) -> None:
         """Tells the collectors the losses of all lanes."""
         count = len(self.ids)
-        losses = {}
+        losses: dict[Unit | None, float] = {}
         for lane, without in enumerate(self.lanes):
             total = sum(
                 skeleton.loss(
@@ -172,7 +194,7 @@ class _Stream:
                 for start, stop in self._batches()
             )
             losses[without] = total / (count * (self.ids.shape[1] - 1))
-        own = {layer: loss for layer, loss in losses.items() if layer is not None}
+        own = {unit: loss for unit, loss in losses.items() if unit is not None}
         for statistic, collector in self.collectors.items():
             if statistic.bypassed:
                 collector.hear(losses[None], own)
@@ -185,7 +207,7 @@ class _Stream:
 
     def work(self, layers: int) -> int:
         """Tokens that go through blocks from beginning to end."""
-        blocks = sum(layers if lane is None else layers - 1 - lane for lane in self.lanes)
+        blocks = sum(layers if lane is None else after(lane, layers) for lane in self.lanes)
         return blocks * self.ids.numel()
 
     def _batches(self) -> Iterator[tuple[int, int]]:
@@ -246,8 +268,7 @@ class _Pass:
             return Scope(self.arch.layers, residual, samples, length, make)
 
         collectors = {statistic: statistic.collector(scope(statistic)) for statistic in statistics}
-        bypassed = sorted({layer for one in statistics for layer in one.bypassed})
-        lanes = (None, *bypassed)
+        lanes = (None, *sorted({unit for one in statistics for unit in one.bypassed}))
         shape, rows = (length, residual), len(lanes) * samples
         states = self._buffer(str(number), "states", rows, shape, self.dtype, states=True)
         spare = None

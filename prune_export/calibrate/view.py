@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from prune_export.arch import Arch
+from prune_export.calibrate.bypass import OUTPUTS, Unit
 from prune_export.calibrate.edit_block import Editor
 from prune_export.calibrate.edit_stream import Order, Swept, sweep
 from prune_export.calibrate.gradients import GradientReader, Gradients, gradients
@@ -174,6 +178,34 @@ class ModelView:
         cut = replace(self.checkpoint, config=config, entries=entries)
         return replace(self, arch=arch, checkpoint=cut, results={})
 
+    def silenced(self, units: Collection[Unit]) -> ModelView:
+        """The view of the model without the attention, or the MLP, of some blocks.
+
+        What writes their outputs is read as zeros; no weight is read or copied.
+
+        Raises:
+            ValueError: the view was made without calibration data.
+        """
+        if not units:
+            return self
+        entries = dict(self.checkpoint.entries)
+        roles = {role for own in OUTPUTS.values() for role in own}
+        outputs = [tensor for tensor in self.arch.tensors if tensor.role in roles]
+        size = max(entries[tensor.name].nbytes for tensor in outputs)
+        scratch = self.calibration().scratch
+        folder = scratch or Path(tempfile.mkdtemp(prefix="zeros-"))
+        holes = _holes(folder, size)
+        for tensor in outputs:
+            if any(
+                unit.layer == tensor.layer and tensor.role in OUTPUTS[unit.part] for unit in units
+            ):
+                own = entries[tensor.name]
+                entries[tensor.name] = replace(own, file=holes, start=0, stop=own.nbytes)
+        checkpoint = replace(self.checkpoint, entries=entries)
+        if scratch is None:
+            weakref.finalize(checkpoint, shutil.rmtree, folder, ignore_errors=True)
+        return replace(self, checkpoint=checkpoint, results={})
+
     def calibration(self) -> Means:
         """The means of further passes.
 
@@ -183,3 +215,14 @@ class ModelView:
         if self.means is None:
             raise ValueError("the view has no calibration data: announce `Further` in `statistics`")
         return self.means
+
+
+def _holes(folder: Path, size: int) -> Path:
+    """A file of zeros that takes no room on the disk; the same one whenever it is asked for."""
+    path = folder / f"zeros-{size}"
+    # It is one of the files by which a killed pass knows its model again: left as it is.
+    if not path.exists() or path.stat().st_size != size:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.truncate(size)
+    return path

@@ -7,15 +7,16 @@ follows it, and also beside a parallel branch. Exporters leave out what multipli
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Unit
+from prune_export.calibrate import OUTPUTS, ModelView, Unit
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.header import TORCH
 from prune_export.contracts import Decision
@@ -31,11 +32,36 @@ Of = Annotated[
     ),
 ]
 
-_OUTPUTS: Final = {
-    "attention": ("o", "o.bias"),
-    "mlp": ("down", "down.bias", "expert.down"),
-}
-"""The roles of what writes a part's output."""
+
+@dataclass(frozen=True)
+class Amount(_depth.Amount):
+    """How many blocks, or parts of blocks; these are keys of the methods that can do both."""
+
+    unit: Of = "block"
+
+    def predict(self, arch: Arch) -> Arch:
+        """The shapes after the cut: they stay where parts go, which are zeros in the files."""
+        if self.unit == "block":
+            return super().predict(arch)
+        if self.layers is not None:
+            arch.kept(self.layers)
+        self.of(arch)
+        return arch
+
+    def note(self, arch: Arch) -> str:
+        """How a part of a block is stored."""
+        if self.unit == "block":
+            return ""
+        return f"{self.of(arch)} x {self.unit} stored as zeros, left out of engines"
+
+    def removal(self, model: ModelView, layers: Iterable[int], **log: Any) -> Decision:
+        """The edits that remove these blocks, or of each the part; the log names them."""
+        units = [Unit(layer, self.unit) for layer in layers]
+        return decision(model.arch, model.checkpoint, units, **log)
+
+    def listed(self, model: ModelView) -> Decision | None:
+        """The decision where the blocks are listed, None where they are to be found."""
+        return None if self.layers is None else self.removal(model, self.layers)
 
 
 def decision(arch: Arch, checkpoint: Checkpoint, units: Collection[Unit], **log: Any) -> Decision:
@@ -50,6 +76,6 @@ def decision(arch: Arch, checkpoint: Checkpoint, units: Collection[Unit], **log:
 
 def _silencing(arch: Arch, checkpoint: Checkpoint, unit: Unit) -> Iterator[Overwrite]:
     for tensor in arch.block(unit.layer):
-        if tensor.role in _OUTPUTS[unit.part]:
+        if tensor.role in OUTPUTS[unit.part]:
             dtype = getattr(torch, TORCH[checkpoint.entries[tensor.name].dtype])
             yield Overwrite(tensor.name, partial(torch.zeros, arch.shape(tensor), dtype=dtype))

@@ -1,4 +1,7 @@
-"""How blocks are chosen by a score: at once, anew after each removal, or guiding the loss."""
+"""How blocks are chosen by a score: at once, anew after each removal, or guiding the loss.
+
+The same goes for their attention or their MLP alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, Unit, native_dtype
+from prune_export.calibrate import Further, ModelView, Part, Unit, native_dtype
 from prune_export.errors import PlanError
 from prune_export.methods import _depth
 from prune_export.methods._greedy import greedy
@@ -24,7 +27,7 @@ Select = Annotated[
 ]
 
 Scores = Callable[[ModelView], Sequence[float]]
-"""Every block's score in a model."""
+"""Every block's score in a model, or that of a part of every block."""
 
 _WINDOWS: Final = (8, 256)
 """Windows and tokens on which losses are measured, and how many blocks are tried a removal."""
@@ -65,18 +68,26 @@ def refuse_run(select: Select, contiguous: bool) -> None:
         )
 
 
-def iterative(model: ModelView, remove: int, allowed: range, scores: Scores) -> _depth.Choice:
-    """The block with the least score, and again without it; each step is logged.
+def iterative(
+    model: ModelView, remove: int, allowed: range, scores: Scores, part: Part = "block"
+) -> _depth.Choice:
+    """The block, or the part of one, with the least score, and again without it.
 
-    Blocks are numbered as in `model`; only those in `allowed` go.
+    Each step is logged. Blocks are numbered as in `model`; only those in `allowed` go.
     """
     order: list[int] = []
     steps: list[dict[str, Any]] = []
     for _ in range(remove):
-        left = model.arch.kept(order) if order else tuple(range(model.arch.layers))
-        found = scores(model.without(order))
+        if part == "block":
+            left = model.arch.kept(order) if order else tuple(range(model.arch.layers))
+            found = dict(zip(left, scores(model.without(order)), strict=True))
+        else:
+            silenced = model.silenced([Unit(layer, part) for layer in order])
+            found = dict(enumerate(scores(silenced)))
         ranked = sorted(
-            (score, -layer) for layer, score in zip(left, found, strict=True) if layer in allowed
+            (score, -layer)
+            for layer, score in found.items()
+            if layer in allowed and layer not in order
         )
         score, layer = ranked[0][0], -ranked[0][1]
         step: dict[str, Any] = {"removed": layer, "score": score}
@@ -87,10 +98,16 @@ def iterative(model: ModelView, remove: int, allowed: range, scores: Scores) -> 
     return _depth.Choice(tuple(order), {"order": order, "steps": steps})
 
 
-def guided(model: ModelView, remove: int, allowed: range, scores: Sequence[float]) -> _depth.Choice:
-    """The blocks without which the measured loss is least, those with low scores tried first."""
+def guided(
+    model: ModelView,
+    remove: int,
+    allowed: range,
+    scores: Sequence[float],
+    part: Part = "block",
+) -> _depth.Choice:
+    """What the measured loss is least without; what has low scores is tried first."""
     samples, length = _WINDOWS
-    guess = {Unit(layer): scores[layer] for layer in allowed}
+    guess = {Unit(layer, part): scores[layer] for layer in allowed}
     dtype = native_dtype(model.calibration().machine)
     with model.removals(samples, length, dtype) as removals:
         found = greedy(

@@ -105,9 +105,11 @@ class UnitReader:
     aggregate: Aggregate = "sum"
 
     def wants(self, layer: int, name: str) -> bool:
-        """The matrices that are read, and the fused ones that hold experts."""
-        own = {_name_in_block(self.arch, tensor) for tensor in self._read(layer)}
-        return name in own or name.endswith(("gate_up_proj", "down_proj"))
+        """The matrices that are read; experts are fused in memory."""
+        read = list(self._read(layer))
+        if any(tensor.expert is not None for tensor in read):
+            return name.endswith(("gate_up_proj", "down_proj")) or self._named(name, read)
+        return self._named(name, read)
 
     def keep(
         self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]
@@ -124,7 +126,16 @@ class UnitReader:
         }
 
     def _read(self, layer: int) -> Iterator[Tensor]:
-        return (tensor for tensor in matrices(self.arch, layer) if tensor.role in self.roles)
+        """The matrices that hold units of the axes: of others no gradient need be computed."""
+        axes = axes_in(self.axes, layer)
+        along = {one for axis in axes for one in unit_axes(self.arch, axis)}
+        for tensor in matrices(self.arch, layer):
+            expert = tensor.expert is not None and f"expert.{layer}" in axes
+            if tensor.role in self.roles and (expert or along & tensor.dims.axes()):
+                yield tensor
+
+    def _named(self, name: str, tensors: Iterable[Tensor]) -> bool:
+        return any(name == _name_in_block(self.arch, tensor) for tensor in tensors)
 
     def _parts(
         self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]
@@ -148,8 +159,9 @@ def of_gradients(found: Gradients, axes: Collection[str]) -> dict[str, torch.Ten
     """The scores that a `UnitReader` kept, of all blocks."""
     scores: dict[str, torch.Tensor] = {}
     for layer in range(found.layers):
-        own = found.block(layer)
-        add_block(scores, {axis: own[axis] for axis in axes if axis in own})
+        if axes_in(axes, layer):
+            own = found.block(layer)
+            add_block(scores, {axis: own[axis] for axis in axes if axis in own})
     return scores
 
 

@@ -1,4 +1,7 @@
-"""Removes the blocks that turn the residual states least, over all tokens (ShortGPT)."""
+"""Removes the blocks that turn the residual states least, over all tokens (ShortGPT).
+
+With `unit: attention` it is the Attention Drop of He et al., with `unit: mlp` their MLP Drop.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,18 @@ from typing import ClassVar
 from prune_export.arch import Arch
 from prune_export.calibrate import BlockInfluence, Further, ModelView, Statistic
 from prune_export.contracts import Decision
-from prune_export.methods import _depth, _search
+from prune_export.methods import _depth, _parts, _search
 
 
 @dataclass(frozen=True)
-class BlockInfluenceDrop(_depth.Amount):
-    """Drop the blocks with the least influence, wherever they are.
+class BlockInfluenceDrop(_parts.Amount):
+    """Drop the blocks with the least influence, wherever they are, or their attention or MLP alone.
 
-    Source: Men et al., "ShortGPT", arXiv:2403.03853, eq. 1.
+    Source: Men et al., "ShortGPT", arXiv:2403.03853, eq. 1; for a part of a block: He et al.,
+    "What Matters in Transformers? Not All Attention is Needed", arXiv:2406.15786.
     Differs: `select` may choose one after another; of equal blocks the deepest goes first;
-    `contiguous` takes the run with the least sum.
+    `contiguous` takes the run with the least sum. A part's influence is that of adding its output
+    to the residual states; where the block adds both parts to what enters it, each is alone.
     """
 
     VERSION: ClassVar[str] = "1"
@@ -38,31 +43,34 @@ class BlockInfluenceDrop(_depth.Amount):
         if self.layers is not None:
             return ()
         if self.select == "one_shot":
-            return (BlockInfluence(),)
+            return (self._statistic(),)
         return _search.passes(self.select, arch, self.of(arch), 1.0)
 
     def decide(self, model: ModelView) -> Decision:
-        if (known := _depth.listed(self, model.arch)) is not None:
+        if (known := self.listed(model)) is not None:
             return known
         remove, every = self.of(model.arch), range(model.arch.layers)
         if self.select == "one_shot":
-            influence = model.stat(BlockInfluence()).tolist()
+            influence = model.stat(self._statistic()).tolist()
             choice = _depth.least_blocks(influence, remove, contiguous=self.contiguous)
         else:
-            influence = _influence(model)
+            influence = self._influence(model)
             if self.select == "iterative":
-                choice = _search.iterative(model, remove, every, _influence)
+                choice = _search.iterative(model, remove, every, self._influence, self.unit)
             else:
-                choice = _search.guided(model, remove, every, influence)
-        return _depth.decision(
-            model.arch,
+                choice = _search.guided(model, remove, every, influence, self.unit)
+        return self.removal(
+            model,
             choice.dropped,
             **choice.log,
             block_scores=influence,
-            block_score_name="block influence, 1 - mean cosine",
+            block_score_name=f"{self.unit} influence, 1 - mean cosine",
         )
 
+    def _statistic(self) -> BlockInfluence:
+        return BlockInfluence(part=self.unit)
 
-def _influence(model: ModelView) -> list[float]:
-    found: list[float] = model.gather([BlockInfluence()])[BlockInfluence()].tolist()
-    return found
+    def _influence(self, model: ModelView) -> list[float]:
+        asked = self._statistic()
+        found: list[float] = model.gather([asked])[asked].tolist()
+        return found

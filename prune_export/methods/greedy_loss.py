@@ -18,12 +18,12 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Further, ModelView, Unit, native_dtype
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _depth, _parts
+from prune_export.methods import _parts
 from prune_export.methods._greedy import greedy
 
 
 @dataclass(frozen=True)
-class GreedyLoss(_depth.Amount):
+class GreedyLoss(_parts.Amount):
     """Drop the blocks whose removal, one after the other, raises the measured loss least.
 
     After each removal the candidates are measured again, in the model without what is already gone.
@@ -40,7 +40,6 @@ class GreedyLoss(_depth.Amount):
 
     VERSION: ClassVar[str] = "1"
 
-    unit: _parts.Of = "block"
     shortlist: Annotated[
         int | None,
         Field(ge=1, description="Candidates measured for each removal; null measures all."),
@@ -83,22 +82,12 @@ class GreedyLoss(_depth.Amount):
     def predict(self, arch: Arch) -> Arch:
         if self.layers is None:
             self._candidates(arch)
-        elif self.unit != "block":
-            arch.kept(self.layers)
-        self.of(arch)
-        return super().predict(arch) if self.unit == "block" else arch
-
-    def note(self, arch: Arch) -> str:
-        """How a part of a block is stored."""
-        if self.unit == "block":
-            return ""
-        return f"{self.of(arch)} x {self.unit} stored as zeros, left out of engines"
+        return super().predict(arch)
 
     def decide(self, model: ModelView) -> Decision:
-        arch, checkpoint = model.arch, model.checkpoint
-        if self.layers is not None:
-            listed = [Unit(layer, self.unit) for layer in self.layers]
-            return _parts.decision(arch, checkpoint, listed)
+        arch = model.arch
+        if (known := self.listed(model)) is not None:
+            return known
         units = [Unit(layer, self.unit) for layer in self._candidates(arch)]
         dtype = native_dtype(model.calibration().machine)
         if self.compute_dtype != "auto":
@@ -121,10 +110,9 @@ class GreedyLoss(_depth.Amount):
         scores: list[Any] = [None] * arch.layers
         for unit, cost in found.first_costs.items():
             scores[unit.layer] = cost
-        return _parts.decision(
-            arch,
-            checkpoint,
-            found.order,
+        return self.removal(
+            model,
+            [unit.layer for unit in found.order],
             order=[unit.layer for unit in found.order],
             steps=[dict(step) for step in found.steps],
             best=[[exp(loss), sorted(unit.layer for unit in gone)] for loss, gone in found.best],

@@ -12,12 +12,14 @@ from prune_export.arch import Arch
 from prune_export.calibrate import BypassLoss, Further, ModelView, Statistic
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _depth, _search
+from prune_export.methods import _depth, _parts, _search
 
 
 @dataclass(frozen=True)
-class Perplexity(_depth.Amount):
+class Perplexity(_parts.Amount):
     """Drop the blocks whose bypass harms perplexity least, the ends being protected.
+
+    With `unit` it is the attention or the MLP of blocks that is bypassed, and goes.
 
     Source: Kim et al., "Shortened LLaMA", arXiv:2402.02834, section 3.
     Differs: all bypasses are computed in one streamed pass; `contiguous` takes the run with the
@@ -58,7 +60,7 @@ class Perplexity(_depth.Amount):
         return candidates
 
     def _statistic(self, arch: Arch) -> BypassLoss:
-        return BypassLoss(tuple(self._candidates(arch)), self.samples, self.length)
+        return BypassLoss(tuple(self._candidates(arch)), self.samples, self.length, self.unit)
 
     def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
         if self.layers is not None:
@@ -71,8 +73,9 @@ class Perplexity(_depth.Amount):
         return (*first, *_search.passes(self.select, arch, self.of(arch), half))
 
     def _losses(self, model: ModelView) -> list[float]:
-        """The loss without each block of a model, from which some may be gone already."""
-        statistic = BypassLoss(tuple(range(model.arch.layers)), self.samples, self.length)
+        """The loss without each unit of a model, from which some may be gone already."""
+        every = tuple(range(model.arch.layers))
+        statistic = BypassLoss(every, self.samples, self.length, self.unit)
         return list(model.gather([statistic])[statistic].bypassed.values())
 
     def predict(self, arch: Arch) -> Arch:
@@ -82,15 +85,15 @@ class Perplexity(_depth.Amount):
 
     def decide(self, model: ModelView) -> Decision:
         arch = model.arch
-        if (known := _depth.listed(self, arch)) is not None:
+        if (known := self.listed(model)) is not None:
             return known
         losses = model.stat(self._statistic(arch))
         candidates, remove = self._candidates(arch), self.of(arch)
         if self.select == "iterative":
-            choice = _search.iterative(model, remove, candidates, self._losses)
+            choice = _search.iterative(model, remove, candidates, self._losses, self.unit)
         elif self.select == "greedy":
             own = [losses.bypassed.get(i, losses.dense) - losses.dense for i in range(arch.layers)]
-            choice = _search.guided(model, remove, candidates, own)
+            choice = _search.guided(model, remove, candidates, own, self.unit)
         else:
             choice = _depth.least_blocks(
                 list(losses.bypassed.values()),
@@ -101,11 +104,11 @@ class Perplexity(_depth.Amount):
         scores: list[Any] = [None] * arch.layers
         for layer, loss in losses.bypassed.items():
             scores[layer] = exp(loss)
-        return _depth.decision(
-            arch,
+        return self.removal(
+            model,
             choice.dropped,
             **choice.log,
             dense_perplexity=exp(losses.dense),
             block_scores=scores,
-            block_score_name="perplexity without the block",
+            block_score_name=f"perplexity without the {self.unit}",
         )

@@ -1,28 +1,33 @@
 """Removes the blocks whose weights the loss depends on least, by its first-order change.
 
 The gradients are streamed backward, one block in memory, so the score costs one forward and one
-backward pass and no second model.
+backward pass, in which each block is computed again, and no second model. Blocks that are protected
+have no score: the way back ends above the first ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from math import inf
+from typing import Annotated, Any, ClassVar, Final
 
 import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, Sums, block_bytes
+from prune_export.calibrate import Further, ModelView, Part, Sums, block_bytes
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _depth, _search
+from prune_export.methods import _depth, _parts, _search
 
 
 @dataclass(frozen=True)
-class Taylor(_depth.Amount):
+class Taylor(_parts.Amount):
     """Drop the blocks with the least sum of |weight x gradient|, the ends being protected.
+
+    With `unit` it is the attention or the MLP of blocks whose own weights are summed, and that
+    goes. The norms around it do not count: some serve both, or stay.
 
     Source: Kim et al., "Shortened LLaMA", arXiv:2402.02834, section 3 ("Taylor+"); the signed
     gradients of all windows are summed before the absolute value, as in its released code.
@@ -64,9 +69,10 @@ class Taylor(_depth.Amount):
         if self.layers is not None:
             return ()
         ram = 2 * block_bytes(arch, torch.float32)
+        forwards = 1 + 3 * (arch.layers - self.protect_first) / arch.layers
         if self.select == "one_shot":
-            return (Further(forwards=4, ram_bytes=ram),)
-        return _search.passes(self.select, arch, self.of(arch), 4, ram_bytes=ram)
+            return (Further(forwards=forwards, ram_bytes=ram),)
+        return _search.passes(self.select, arch, self.of(arch), forwards, ram_bytes=ram)
 
     def predict(self, arch: Arch) -> Arch:
         if self.layers is None:
@@ -75,14 +81,14 @@ class Taylor(_depth.Amount):
 
     def decide(self, model: ModelView) -> Decision:
         arch = model.arch
-        if (known := _depth.listed(self, arch)) is not None:
+        if (known := self.listed(model)) is not None:
             return known
         candidates, remove = self._candidates(arch), self.of(arch)
-        scores = _changes(model)
+        scores = self._changes(model)
         if self.select == "iterative":
-            choice = _search.iterative(model, remove, candidates, _changes)
+            choice = _search.iterative(model, remove, candidates, self._changes, self.unit)
         elif self.select == "greedy":
-            choice = _search.guided(model, remove, candidates, scores)
+            choice = _search.guided(model, remove, candidates, scores, self.unit)
         else:
             choice = _depth.least_blocks(
                 [scores[layer] for layer in candidates],
@@ -90,30 +96,60 @@ class Taylor(_depth.Amount):
                 contiguous=self.contiguous,
                 first=self.protect_first,
             )
-        return _depth.decision(
-            arch,
+        return self.removal(
+            model,
             choice.dropped,
             **choice.log,
-            block_scores=scores,
-            block_score_name="sum of |weight x gradient|",
+            block_scores=[score if score < inf else None for score in scores],
+            block_score_name=f"sum of |weight x gradient| of the {self.unit}",
         )
 
+    def _changes(self, model: ModelView) -> list[float]:
+        """Every block's score in a model, from which some may be gone; infinite at the ends."""
+        layers = model.arch.layers
+        allowed = range(self.protect_first, layers - self.protect_last)
+        found = model.gradients(_Changes(self.unit, model.arch, allowed))
+        return [
+            float(found.block(layer)["change"]) if layer in allowed else inf
+            for layer in range(layers)
+        ]
 
-def _changes(model: ModelView) -> list[float]:
-    found = model.gradients(_Changes())
-    return [float(found.block(layer)["change"]) for layer in range(model.arch.layers)]
+
+_ATTENTION: Final = frozenset({"q", "k", "v", "qkv", "o", "norm.q", "norm.k"})
+_AROUND: Final = ("norm.", "shortcut.")
+
+
+def _part(role: str | None) -> Part | None:
+    """Of which part a parameter is a weight; None of neither."""
+    if role is None:
+        return "mlp"  # experts and their router, whose names in memory are not those on the disk
+    own = role.removesuffix(".bias")
+    if own in _ATTENTION:
+        return "attention"
+    return None if own.startswith(_AROUND) else "mlp"
 
 
 @dataclass(frozen=True)
 class _Changes:
-    """Keeps one number of a block: the sum of |weight x gradient| over all of its weights."""
+    """Keeps one number of a block: the sum of |weight x gradient| over its weights, or a part's."""
 
+    part: Part
+    arch: Arch
+    layers: range
     kinds: ClassVar[tuple[Any, ...]] = ("sum",)
-    key: ClassVar[str] = "taylor-1"
+
+    @property
+    def key(self) -> str:
+        return f"taylor-2 {self.part} {self.layers}"
 
     def wants(self, layer: int, name: str) -> bool:
-        del layer, name
-        return True
+        if layer not in self.layers:
+            return False
+        return self.part == "block" or _part(self._roles(layer).get(name)) == self.part
+
+    def _roles(self, layer: int) -> dict[str, str]:
+        prefix = f"{self.arch.table.blocks}.{layer}."
+        return {tensor.name.removeprefix(prefix): tensor.role for tensor in self.arch.block(layer)}
 
     def keep(
         self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]

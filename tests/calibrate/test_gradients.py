@@ -13,6 +13,7 @@ import torch
 from prune_export.arch.table import tables
 from prune_export.calibrate import Sums, TokenSet, as_matrix, gradients, linears
 from prune_export.calibrate.sites import part_of
+from prune_export.calibrate.skeleton import Skeleton
 from prune_export.machine import Machine
 
 KINDS = ("sum", "abs", "square")
@@ -141,3 +142,71 @@ def test_a_stored_matrix_finds_its_own_gradient(
         expected = as_matrix(tensor, part_of(tensor, whole.grad))
         limit = 2e-4 * float(whole.grad.abs().max()) + 1e-7
         torch.testing.assert_close(found.matrix(tensor), expected, atol=limit, rtol=2e-3)
+
+
+@dataclass
+class Some:
+    """Keeps the sums of the matrices of some blocks."""
+
+    layers: tuple[int, ...]
+    kinds: tuple[Any, ...] = ("sum",)
+    fails_at: int = -1
+
+    @property
+    def key(self) -> str:
+        return f"some {self.layers}"
+
+    def wants(self, layer: int, name: str) -> bool:
+        return layer in self.layers and name.endswith("proj.weight")
+
+    def keep(
+        self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        if layer == self.fails_at:
+            raise KeyboardInterrupt
+        return {name: own["sum"] for name, own in sums.items()}
+
+
+def test_the_way_back_ends_at_the_first_block_of_which_something_is_wanted(
+    twin: Callable[..., Any],
+    tokens: TokenSet,
+    machine: Machine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = twin("llama")
+    whole = gradients(made.checkpoint, Everything(kinds=("sum",)), tokens, machine)
+    real, ran = Skeleton.run, []
+
+    def counted(self: Skeleton, layer: int, *args: Any) -> torch.Tensor:
+        ran.append(layer)
+        return real(self, layer, *args)
+
+    monkeypatch.setattr(Skeleton, "run", counted)
+    found = gradients(made.checkpoint, Some((2, 4)), tokens, machine, scratch=tmp_path / "one")
+    assert ran == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2]
+    assert found.first == 2
+    assert found.loss == whole.loss
+    for layer in (2, 4):
+        for name, sums in found.block(layer).items():
+            expected = whole.block(layer)[f"{name} sum"]
+            torch.testing.assert_close(sums, expected, atol=1e-5, rtol=1e-4)
+    # Killed on its way, it ends in the same bytes; ended, it is not run again.
+    two = tmp_path / "two"
+    with pytest.raises(KeyboardInterrupt):
+        gradients(made.checkpoint, Some((2, 4), fails_at=2), tokens, machine, scratch=two)
+    again = gradients(made.checkpoint, Some((2, 4)), tokens, machine, scratch=two)
+    assert all(torch.equal(again.block(2)[name], own) for name, own in found.block(2).items())
+    ran.clear()
+    gradients(made.checkpoint, Some((2, 4)), tokens, machine, scratch=two)
+    assert not ran
+    assert not list(tmp_path.rglob("*.spool"))
+
+
+def test_of_no_block_wanted_the_loss_is_left(
+    twin: Callable[..., Any], tokens: TokenSet, machine: Machine
+) -> None:
+    made = twin("llama")
+    found = gradients(made.checkpoint, Some(()), tokens, machine)
+    assert found.loss == pytest.approx(made.loss(tokens.ids), rel=1e-5)
+    assert found.first == 6

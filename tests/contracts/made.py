@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -27,7 +27,12 @@ def plain_view(checkpoint: Checkpoint, scratch: Path) -> ModelView:
     return ModelView(checkpoint.arch(), checkpoint, {}, means)
 
 
-def an_instance(cls: Any) -> Any:
+def units_of(cls: Any) -> tuple[str | None, ...]:
+    """What a method can remove, the first by default; (None,) where it has no choice."""
+    return get_args(get_type_hints(cls)["unit"]) if hasattr(cls, "unit") else (None,)
+
+
+def an_instance(cls: Any, unit: str | None = None) -> Any:
     """The entry with its defaults and an amount: one block, or a fraction where it cuts others."""
     fields = {field.name for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
@@ -38,7 +43,7 @@ def an_instance(cls: Any) -> Any:
     # A method that trains does so briefly.
     values |= {name: 2 for name in ("rounds", "steps") if name in fields}
     values |= {name: 0 for name in ("protect_first", "protect_last") if name in fields}
-    return cls(**values)
+    return cls(**values) if unit is None else cls(**values, unit=unit)
 
 
 def view_for(method: Any, checkpoint: Checkpoint, scratch: Path) -> ModelView:

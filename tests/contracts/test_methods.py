@@ -19,9 +19,15 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.recipe.reference import described
 from prune_export.surgery import rewrite
-from tests.contracts.made import alike, an_instance, view_for
+from tests.contracts.made import alike, an_instance, units_of, view_for
 
 ENTRIES = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
+
+UNITS = [
+    (name, unit)
+    for name in registry.names("methods")
+    for unit in units_of(registry.find("methods", name))
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
@@ -35,13 +41,13 @@ def test_an_entry_is_a_frozen_dataclass_that_explains_itself(kind: Any, name: st
 
 
 @pytest.mark.parametrize("model_type", sorted(tables()))
-@pytest.mark.parametrize("name", registry.names("methods"))
+@pytest.mark.parametrize(("name", "unit"), UNITS)
 def test_a_method_leaves_what_it_predicted_and_it_reloads(
-    name: str, model_type: str, tiny: Callable[[str], Checkpoint], tmp_path: Path
+    name: str, unit: str | None, model_type: str, tiny: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:
     checkpoint = tiny(model_type)
     arch = checkpoint.arch()
-    method = an_instance(registry.find("methods", name))
+    method = an_instance(registry.find("methods", name), unit)
     try:
         predicted = method.predict(arch)
     except PlanError as refusal:

@@ -15,6 +15,7 @@ from prune_export.calibrate.sites import as_matrix
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.methods._activations import Activations
+from prune_export.methods._structures import UnitReader
 from prune_export.methods._width_sweep import Measure, added
 from prune_export.methods.llm_pruner import LlmPruner
 from prune_export.methods.minitron import Minitron
@@ -220,3 +221,25 @@ def test_units_that_do_nothing_go_first_and_nothing_changes(method: Any, tmp_pat
         with torch.no_grad():
             logits.append(model(IDS, use_cache=False).logits)
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "axes", "names"),
+    [
+        ("llama", ("mlp.1",), ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
+        ("llama", ("kv.1",), [f"self_attn.{one}_proj" for one in "qkvo"]),
+        ("gpt2", ("kv.1",), ["attn.c_attn", "attn.c_proj"]),
+        ("mixtral", ("moe.1.3",), ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        ("mixtral", ("expert.1",), ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        ("mixtral", ("kv.1",), [f"self_attn.{one}_proj" for one in "qkvo"]),
+        ("llama", ("mlp.2",), []),
+    ],
+)
+def test_gradients_are_wanted_only_of_matrices_that_hold_the_units(
+    model_type: str, axes: tuple[str, ...], names: list[str], made: Any
+) -> None:
+    tiny, _ = made(model_type)
+    reader = UnitReader(tiny.arch, axes, "some", ("sum",), lambda weight, _: weight)
+    block = tiny.model.get_submodule(tiny.arch.table.blocks)[1]
+    wanted = [name for name, _ in block.named_parameters() if reader.wants(1, name)]
+    assert sorted(name.removesuffix(".weight") for name in wanted) == sorted(names)
