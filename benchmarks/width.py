@@ -4,8 +4,9 @@
 
 The floor is the sweep itself with nothing to edit: the same windows through the same blocks. Each
 method has a process of its own; within it, floor and method alternate, and medians are compared.
-`scores` gathers scores alone; `cut` scores, cuts and refits in one sweep; of the latter, the time
-of the small solves is said apart. For gradients the floor is the gradient pass that keeps nothing.
+`scores` gathers scores alone; `cut` scores, cuts and refits in one sweep beside the dense model's
+states, `cut own` without these; of the cuts, the time of the small solves is said apart. For
+gradients the floor is the gradient pass that keeps nothing.
 `… beside autograd` are whole gradient scores beside transformers' own model, in memory and not
 counting its loading: forward and backward over the same windows in the same batches, with the
 gradient of every parameter. `least_ratio` is what the multiplications by matrices alone make of it,
@@ -51,6 +52,7 @@ BESIDE = " beside autograd"
 CASES = (
     "minitron scores",
     "minitron cut",
+    "minitron cut own",
     "structured_wanda scores",
     "llm_pruner gradients",
     f"llm_pruner{BESIDE}",
@@ -179,7 +181,8 @@ def method(case: str) -> Any:
         ends = {"protect_first": 0, "protect_last": 0} if "all blocks" in case else {}
         return Taylor(remove=1, **ends)
     cls = {"minitron": Minitron, "structured_wanda": StructuredWanda, "llm_pruner": LlmPruner}
-    return cls[case.split()[0]](ffn=0.25, heads=0.333)
+    towards = "own" if case.endswith("own") else "auto"
+    return cls[case.split()[0]](ffn=0.25, heads=0.333, towards=towards)
 
 
 @functools.cache

@@ -152,6 +152,10 @@ class Table(_Frozen):
 
     `scaled_embeddings` says that embeddings are multiplied by the square root of the axis
     `residual`; `norm_offset` is what norms add to their stored gain.
+
+    What the projections back give is added to the residual states, times the config key
+    `added_times` where there is one. It is not where it is normalized first (a row with role
+    `norm.attn.out` or `norm.mlp.out`), or where `added_when` is untrue.
     """
 
     family: str
@@ -174,6 +178,8 @@ class Table(_Frozen):
     ignored_tensors: list[str] = Field(default_factory=list)
     scaled_embeddings: bool = False
     norm_offset: float = 0.0
+    added_when: str | None = None
+    added_times: str | None = None
     config: ConfigRules
     tiny: Tiny
     notes: str = ""
@@ -212,6 +218,9 @@ class Table(_Frozen):
                 unknown = keys_of(condition or "") - known
                 if unknown:
                     raise ValueError(f"{row.name}: condition on unknown keys {sorted(unknown)}")
+        unknown = (keys_of(self.added_when or "") | {self.added_times or ""}) - known - {""}
+        if unknown:
+            raise ValueError(f"added_when, added_times: unknown keys {sorted(unknown)}")
         for key, expression in self.config.writes.items():
             unknown = keys_of(expression) - self.axes.keys()
             if unknown:

@@ -6,7 +6,9 @@ from prune_export.calibrate.bypass import OUTPUTS, Part, Unit
 from prune_export.calibrate.bypass_loss import BypassLoss, BypassLosses
 from prune_export.calibrate.cost import PassCost, block_bytes, parked_bytes, pass_cost
 from prune_export.calibrate.data import token_set
-from prune_export.calibrate.edit_stream import Edited, Editor, Order, Swept, sweep
+from prune_export.calibrate.dense_stream import DENSE_STATES, added_times, has_target
+from prune_export.calibrate.edit_block import Edited, Editor
+from prune_export.calibrate.edit_stream import Order, Swept, sweep
 from prune_export.calibrate.folded import Chain, Folded, Layer
 from prune_export.calibrate.gradients import (
     GradientReader,
@@ -35,6 +37,7 @@ from prune_export.calibrate.tokens import TokenSet
 from prune_export.calibrate.view import Engines, Means, ModelView
 
 __all__ = [
+    "DENSE_STATES",
     "OUTPUTS",
     "SITES",
     "AngularDistance",
@@ -70,10 +73,12 @@ __all__ = [
     "Swept",
     "TokenSet",
     "Unit",
+    "added_times",
     "as_matrix",
     "block_bytes",
     "gather",
     "gradients",
+    "has_target",
     "inputs_last",
     "inputs_of",
     "linears",

@@ -54,7 +54,8 @@ def pass_cost(
         count = min(statistic.samples or samples, samples)
         tokens = min(statistic.length or length, length)
         bypassed = () if isinstance(statistic, Further) else statistic.bypassed
-        states = (1 + len(bypassed)) * count * tokens * residual * item
+        own = statistic.states if isinstance(statistic, Further) else 1 + len(bypassed)
+        states = own * count * tokens * residual * item
         ram += (arch.layers + 1) * count * residual * item
         if states > machine.ram_bytes // 2:
             disk, moved = disk + 2 * states, moved + 2 * arch.layers * states
@@ -65,7 +66,8 @@ def pass_cost(
         if isinstance(statistic, Further):
             forwards = statistic.forwards
             ram, disk = ram + statistic.ram_bytes, disk + statistic.disk_bytes
-            parked = parked_bytes(arch, count * tokens, torch.float32)
+            dense = statistic.states > 1
+            parked = parked_bytes(arch, count * tokens, torch.float32, dense)
             if statistic.parks and ram + parked <= machine.ram_bytes:
                 ram += parked
             elif statistic.parks:
@@ -92,10 +94,13 @@ def block_bytes(arch: Arch, dtype: torch.dtype) -> int:
     )
 
 
-def parked_bytes(arch: Arch, tokens: int, dtype: torch.dtype) -> int:
-    """What a sweep holds while all windows wait inside a block, at its widest site."""
+def parked_bytes(arch: Arch, tokens: int, dtype: torch.dtype, dense: bool = False) -> int:
+    """What a sweep holds while all windows wait inside a block, at its widest site.
+
+    With `dense` (beside the dense model's states) also what the MLP's output will be added to.
+    """
     residual, inner = arch.sizes["residual"], arch.sizes["residual"]
     for name, size in arch.sizes.items():
         if name.split(".")[0] == "mlp":
             inner = max(inner, size)
-    return tokens * (4 * residual + 2 * inner) * dtype.itemsize
+    return tokens * ((5 if dense else 4) * residual + 2 * inner) * dtype.itemsize

@@ -103,7 +103,7 @@ class Further:
     `forwards` are passes of `samples` windows, cut to `length` tokens (None: all of them), through
     the whole model; a backward pass counts as two. `ram_bytes` and `disk_bytes` are what they hold
     beyond the states and blocks of a pass, `handy_bytes` what more where there is room; `parks`
-    says that windows wait inside a block (`sweep`).
+    says that windows wait inside a block (`sweep`); `states` are the arrays of states that it has.
     """
 
     forwards: float = 1.0
@@ -114,3 +114,4 @@ class Further:
     parks: bool = False
     seconds: float = 0.0
     handy_bytes: int = 0
+    states: int = 1

@@ -14,7 +14,8 @@ import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.bypass import OUTPUTS, Unit
-from prune_export.calibrate.edit_stream import Editor, Order, Swept, sweep
+from prune_export.calibrate.edit_block import Editor
+from prune_export.calibrate.edit_stream import Order, Swept, sweep
 from prune_export.calibrate.gradients import GradientReader, Gradients, gradients
 from prune_export.calibrate.removals import Removals
 from prune_export.calibrate.statistics import Statistic
@@ -92,10 +93,17 @@ class ModelView:
             arch=self.arch,
         )
 
-    def sweep(self, editor: Editor, order: Order = "sequential", *, loss: bool = False) -> Swept:
+    def sweep(
+        self,
+        editor: Editor,
+        order: Order = "sequential",
+        *,
+        loss: bool = False,
+        dense: bool = False,
+    ) -> Swept:
         """What `editor` makes of the blocks while the windows pass through the edited ones.
 
-        With `loss`, the edited model's loss as well.
+        With `loss`, the edited model's loss as well; with `dense`, beside the dense model's states.
 
         Raises:
             ValueError: the view was made without calibration data.
@@ -111,6 +119,7 @@ class ModelView:
             arch=self.arch,
             order=order,
             loss=loss,
+            dense=dense,
         )
 
     def gradients(self, reader: GradientReader) -> Gradients:

@@ -18,7 +18,16 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, NormShares, Site, Statistic, Swept
+from prune_export.calibrate import (
+    DENSE_STATES,
+    Further,
+    ModelView,
+    NormShares,
+    Site,
+    Statistic,
+    Swept,
+    added_times,
+)
 from prune_export.calibrate.sites import Accumulator
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
@@ -81,7 +90,13 @@ class Width:
         Field(description="Refit the projections after the cut by least squares; `auto` keeps a "
                           "refit only where it is better on held-out tokens."),
     ] = "auto"  # fmt: skip
-
+    towards: Annotated[
+        Literal["auto", "dense", "own"],
+        Field(description="What a refitted projection is to give: what brings the residual states "
+                          "back to those of the `dense` model, or what it gave of all of its `own` "
+                          "inputs; `auto` is `dense` where outputs are simply added to the states "
+                          "(not in Gemma 2 and 3, OLMo 2, SliceGPT's). Experts: always `own`."),
+    ] = "auto"  # fmt: skip
     rescale_norms: Annotated[
         bool,
         Field(description="After a cut of the hidden size, scale each norm's gain so that what "
@@ -98,6 +113,12 @@ class Width:
                 if twice
                 else "got nothing, expected `sparsity` or a fraction of a part",
                 "write for example `sparsity: 0.25` or `ffn: 0.25`",
+            )
+        if self.towards == "dense" and not self.refits():
+            raise PlanError(
+                "towards",
+                "got `dense`, which says what projections are refitted to, but none is refitted",
+                "leave out `towards`, or cut `ffn`, `heads` or `kv_groups` with `compensate: auto`",
             )
         wide = [part for part in self.fractions if part in ("hidden", "experts")]
         if self.per_layer and wide:
@@ -130,6 +151,13 @@ class Width:
     def predict(self, arch: Arch) -> Arch:
         """The shapes after the cut; with `per_layer` they stay, as what goes is zeroed."""
         sizes = self.sizes(arch)
+        if self.towards == "dense" and added_times(arch) is None:
+            raise PlanError(
+                "towards",
+                f"got `dense`, but a {arch.family} model normalizes or turns what is added to its "
+                "residual states",
+                "write `towards: own`, or leave it out",
+            )
         if self.per_layer:
             check_heads(arch, sizes)
             return arch
@@ -142,11 +170,13 @@ class Width:
         if self._measures():
             passes.append(Further(forwards=1.1, parks=True))
         if self.refits():
+            dense = self.aims(arch)
             passes.append(
                 Further(
-                    forwards=1.6,
+                    forwards=3.0 if dense else 1.6,
                     parks=True,
-                    ram_bytes=_width_sweep.refit_bytes(arch, self.sizes(arch)),
+                    ram_bytes=_width_sweep.refit_bytes(arch, self.sizes(arch), dense=dense),
+                    states=1 + DENSE_STATES if dense else 1,
                 )
             )
         return tuple(passes)
@@ -168,7 +198,7 @@ class Width:
         if self.refits():
             samples, length = model.calibration().tokens.ids.shape
             cut = _width_sweep.Cut(self, arch, sizes, known, kept, samples, length)
-            swept = model.sweep(cut)
+            swept = model.sweep(cut, dense=self.aims(arch))
             kept |= _width_sweep.kept_in(arch, swept)
         shares = model.stat(NormShares()) if self._rescales() else None
         own = self.reworked(model, kept, known)
@@ -180,6 +210,10 @@ class Width:
         return self.compensate is not False and bool(
             self.fractions.keys() & {"ffn", "heads", "kv_groups"}
         )
+
+    def aims(self, arch: Arch) -> bool:
+        """Whether projections are refitted towards the dense model's residual states."""
+        return self.towards != "own" and self.refits() and added_times(arch) is not None
 
     def _rescales(self) -> bool:
         """Whether norms are rescaled: the hidden size is cut, and it is not switched off."""

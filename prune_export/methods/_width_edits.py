@@ -198,5 +198,5 @@ def _refits(arch: Arch, swept: Swept) -> Iterator[dict[str, Any]]:
                 yield {
                     "layer": layer,
                     "site": site.name,
-                    **{key: own[key] for key in ("error", "cut_error", "ridge")},
+                    **{key: own[key] for key in ("error", "cut_error", "ridge", "towards")},
                 }

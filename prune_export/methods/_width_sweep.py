@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Edited, Site, Swept, sites_of
+from prune_export.calibrate import Edited, Site, Swept, has_target, sites_of
 from prune_export.calibrate.sites import Accumulator
 from prune_export.methods._refit import Products, refit
 from prune_export.methods._units import spread, unit_axes, unit_shape
@@ -45,6 +45,12 @@ class _Seen:
         for one in (self.scored, self.products):
             if one is not None:
                 one.see(states)
+
+    def aim(self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> None:
+        if self.scored is not None:
+            self.scored.see(states)
+        if self.products is not None:
+            self.products.aim(states, wanted, weights)
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,7 @@ class Cut:
             "error": found.error,
             "cut_error": found.cut,
             "ridge": found.ridge,
+            "towards": "own" if seen.products.crossed is None else "dense",
         }
         return Edited({name: found.weight}, log)
 
@@ -206,18 +213,22 @@ def kept_in(arch: Arch, swept: Swept) -> dict[str, torch.Tensor]:
     return found
 
 
-def refit_bytes(arch: Arch, axes: Mapping[str, int]) -> int:
-    """What a cutting pass holds beyond states and blocks: products, and a solve in float64."""
+def refit_bytes(arch: Arch, axes: Mapping[str, int], *, dense: bool) -> int:
+    """What a cutting pass holds beyond states and blocks: products, and a solve in float64.
+
+    With `dense` those of targets too: they are held of both sites of a block, as matrices are.
+    """
     cut = frozenset(units_cut(arch, axes))
-    most = 0
+    residual, most = arch.sizes["residual"], 0
     for layer in range(arch.layers):
-        squares = []
+        squares, crossed = [], 0
         for site in sites_of(arch, layer):
             if axis_of(arch, site) in cut:
-                shape = arch.shape(site.tensors[0])
-                squares.append((prod(shape) // arch.sizes["residual"]) ** 2)
+                width = prod(arch.shape(site.tensors[0])) // residual
+                squares.append(width**2)
+                crossed += 4 * residual * width if dense and has_target(site) else 0
         if squares:
-            most = max(most, 4 * sum(squares) + 28 * max(squares))
+            most = max(most, 4 * sum(squares) + 28 * max(squares) + crossed)
     return most
 
 

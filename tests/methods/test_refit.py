@@ -66,6 +66,36 @@ def test_a_refit_is_ridge_regression_on_the_rows() -> None:
     torch.testing.assert_close(found.weight.double(), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_refit_towards_a_target_weighs_tokens() -> None:
+    """Weighted ridge regression of the change on the kept inputs, half of the way to the target."""
+    random = torch.Generator().manual_seed(4)
+    rows = torch.randn(32 * 8, 6, generator=random) @ torch.randn(6, 6, generator=random)
+    targets = torch.randn(32 * 8, 4, generator=random)
+    weights = torch.rand(32 * 8, generator=random) + 0.1
+    weight, ridge = torch.randn(4, 6, generator=random), 0.05
+    kept = torch.tensor([True, False, True, True, False, True])
+    made = Products(6, "cpu", tokens=len(rows), samples=32, whole=True)
+    for part in (slice(0, 16), slice(16, 32)):
+        made.aim(rows.view(32, 8, 6)[part], targets.view(32, 8, 4)[part], weights.view(32, 8)[part])
+    found = refit(weight, kept, made, always=True, ridges=[ridge])
+    held = (torch.arange(32) % 8 == 7).repeat_interleave(8)
+    wanted = (rows @ weight.T + targets).double() / 2
+    scales = weights.double().sqrt()[:, None]
+    fitted = rows[~held][:, kept].double() * scales[~held]
+    damping = ridge * float(fitted.square().sum(0).mean())
+    system = torch.cat([fitted, damping**0.5 * torch.eye(4, dtype=torch.float64)])
+    plain = (weight * kept).double()
+    missing = (wanted - rows.double() @ plain.T)[~held] * scales[~held]
+    change = torch.linalg.lstsq(system, torch.cat([missing, torch.zeros(4, 4)])).solution.T
+    expected = plain.clone()
+    expected[:, kept] += change
+    torch.testing.assert_close(found.weight.double(), expected, atol=1e-4, rtol=1e-4)
+    for said, matrix in ((found.error, expected), (found.cut, plain)):
+        off = (rows[held].double() @ matrix.T - wanted[held]) * scales[held]
+        whole = (wanted[held] * scales[held]).square().sum()
+        assert said == pytest.approx(float(off.square().sum() / whole), rel=1e-4)
+
+
 def test_where_a_refit_does_not_help_the_cut_stays_plain() -> None:
     """What is removed has nothing to do with the rest: a fit is to noise."""
     random = torch.Generator().manual_seed(3)
