@@ -11,6 +11,7 @@ they leave out reading and saving the model. All perplexities are measured by th
 Where two pruners do the same arithmetic in another order, a few weights at the edge fall to the
 other side, and what follows from them is another draw of equal quality. `--shuffles` tells how far
 such draws lie apart: the windows come in another order, which changes nothing but the rounding.
+`--permuted` adds 2:4 with `permute: true`, in the one-pass order, beside the same without.
 
 What is finished is kept in `--work`, so a run can be stopped (`--minutes`) and called again; the
 results file is written once all is there.
@@ -75,6 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--shuffles", type=int, default=0, help="of the windows' order, besides")
     parser.add_argument("--shuffled", nargs="+", default=["sparsegpt 50%"], help="what of")
+    parser.add_argument("--permuted", nargs="*", default=[], help="methods of 2:4 to permute too")
     parser.add_argument("--rounds", type=int, default=3, help="of the plain forward pass")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="start nothing after so long")
@@ -99,6 +101,9 @@ def _tasks(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
             if options.peer_python and method in COMPARED:
                 own = {"method": method, "pattern": pattern, "order": "block"}
                 yield f"peer {method} {pattern} block", {"job": "peer", **own}
+    for method in options.permuted:
+        own = {"method": method, "pattern": "2:4", "order": "permuted"}
+        yield f"ours {method} 2:4 permuted", {"job": "ours", **own}
     for again in range(1, options.shuffles + 1):
         for method, pattern in (one.split() for one in options.shuffled):
             own = {"method": method, "pattern": pattern, "order": "block", "shuffle": str(again)}
@@ -188,7 +193,9 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     if ":" in options.pattern:
         keep, of = map(int, options.pattern.split(":"))
         pattern = {"nm": Nm(keep, of)}
-    if options.method != "magnitude":
+    if options.order == "permuted":
+        pattern["permute"] = True
+    elif options.method != "magnitude":
         pattern["order"] = options.order
     method = cls(**pattern)
     tokens = TokenSet.of(_calibration(options))

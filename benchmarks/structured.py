@@ -9,7 +9,9 @@ them). A method is one of the names below, or a YAML list of prune stages like a
 candidates; `to_target` in it is solved for, so that all come to the same number of parameters.
 Every model and every measurement is kept in the store: a run that is killed, or asked for more,
 goes on, and the last call with all methods gives the whole table. One row a method and target;
-what a method refuses is a row too.
+what a method refuses is a row too. `--add-to` takes over the rows of an earlier result, of the same
+settings, that are not measured again; speeds, which are of shapes, are theirs too where a row of
+as many parameters has one.
 """
 
 from __future__ import annotations
@@ -82,13 +84,36 @@ def main() -> None:
     asked.add_argument("--heal-steps", type=int, default=0)
     asked.add_argument("--speed", action="store_true", help="time ONNX engines against dense")
     asked.add_argument("--threads", type=int, default=2)
+    asked.add_argument("--add-to", type=Path, help="an earlier result of the same settings")
     asked.add_argument("--name", default="structured")
     asked.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
     given = asked.parse_args()
     table = _Table.of(given)
     payload = table.measure(given)
+    if given.add_to:
+        payload = joined(json.loads(given.add_to.read_text(encoding="utf-8")), payload)
     if given.save:
         print(save(given.name, payload))
+
+
+def joined(earlier: dict[str, Any], payload: dict[str, Any]) -> dict[str, Any]:
+    """The payload with an earlier one's rows before its own, the rows measured anew left out."""
+    rows = payload["rows"]
+    for key, own in payload.items():
+        if key != "rows" and own != earlier[key]:
+            raise SystemExit(f"--add-to: {key}: got {earlier[key]}, expected {own}; leave it out")
+    before, after = (run["rows"][0]["pruned"] for run in (earlier, payload))
+    if abs(before / after - 1) > 1e-5:
+        raise SystemExit(
+            f"--add-to: dense perplexity: got {before}, expected {after}; leave it out"
+        )
+    anew = {(row["method"], row.get("target")) for row in rows}
+    kept = [row for row in earlier["rows"] if (row["method"], row.get("target")) not in anew]
+    speeds = {row["parameters"]: row["speedup"] for row in rows if "speedup" in row}
+    for row in kept:
+        if row.get("parameters") in speeds:
+            row.setdefault("speedup", speeds[row["parameters"]])
+    return {**payload, "rows": [rows[0], *kept, *rows[1:]], "rows_of": earlier["date"]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,7 +133,7 @@ def summary(weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> d
     rows, columns = (max(1, size // _SAMPLE) for size in scores.shape)
     sample = np.sort(scores[::rows, ::columns].flatten().float().cpu().numpy())
     levels = sample[[round(level * (len(sample) - 1)) for level in _QUANTILES]]
-    nonzero = int(torch.count_nonzero(weight))
+    nonzero = _true(weight != 0)  # torch.count_nonzero takes five times as long
     return {
         "sparsity": 1 - nonzero / weight.numel(),
         "zeros": weight.numel() - nonzero,
