@@ -88,7 +88,7 @@ def _sparse(run: dict[str, Any]) -> Iterator[str]:
     columns = ["method", "order", "pattern", "perplexity", "against llm-compressor's"]
     yield from _header([*columns, "forwards", "CPU seconds of theirs", "GiB over imports"])
     for row in run["rows"]:
-        if "shuffle" in row:
+        if "shuffle" in row or "jitter" in row:
             continue
         who = "llm-compressor's " if row["who"] == "peer" else ""
         ratio, time = row.get("perplexity_over_peer"), row.get("time_over_peer")
@@ -98,29 +98,40 @@ def _sparse(run: dict[str, Any]) -> Iterator[str]:
             f"{row['forwards']:.2f}", "" if time is None else f"{time:.2f}×",
             f"{row['peak_over_imports_bytes'] / 2**30:.2f}",
         ])  # fmt: skip
-    yield from _shuffles(run["rows"])
+    yield from _draws(run["rows"])
 
 
-def _shuffles(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """What the order of the windows, which only changes the rounding, does to both."""
-    cases = dict.fromkeys((r["method"], r["pattern"]) for r in rows if "shuffle" in r)
-    for method, pattern in cases:
-        both = {
-            who: [
-                row["perplexity"]
-                for row in rows
-                if (row["who"], row["method"], row["pattern"], row["order"])
-                == (who, method, pattern, "block")
-            ]
-            for who in ("ours", "peer")
-        }
-        ours, theirs = (sorted(both[who]) for who in ("ours", "peer"))
-        yield (
-            f"\n`{method}`, {pattern.replace('%', ' %')}, order `block`, with the calibration "
-            f"windows in {len(ours)} orders, which changes nothing but rounding: "
-            f"{ours[0]:.2f} to {ours[-1]:.2f}, mean {sum(ours) / len(ours):.2f}; llm-compressor's "
-            f"{theirs[0]:.2f} to {theirs[-1]:.2f}, mean {sum(theirs) / len(theirs):.2f}."
-        )
+_DRAWS: Final = {
+    "shuffle": "the calibration windows in {} orders, which changes nothing but rounding",
+    "jitter": "the dense weights in {} draws, moved by about 1e-6 of themselves",
+}
+
+
+def _draws(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What does not change the problem, but its rounding, does to both."""
+    for kind, words in _DRAWS.items():
+        for method, pattern in dict.fromkeys(
+            (r["method"], r["pattern"]) for r in rows if kind in r
+        ):
+            both = {
+                who: [
+                    row["perplexity"]
+                    for row in rows
+                    if (row["who"], row["method"], row["pattern"], row["order"])
+                    == (who, method, pattern, "block")
+                    and (kind in row or not _DRAWS.keys() & row.keys())
+                ]
+                for who in ("ours", "peer")
+            }
+            ours, theirs = (sorted(both[who]) for who in ("ours", "peer"))
+            yield (
+                f"\n`{method}`, {pattern.replace('%', ' %')}, order `block`, with "
+                f"{words.format(len(ours))}: {_told(ours)}; llm-compressor's {_told(theirs)}."
+            )
+
+
+def _told(found: list[float]) -> str:
+    return f"{found[0]:.2f} to {found[-1]:.2f}, mean {sum(found) / len(found):.2f}"
 
 
 def _memory(run: dict[str, Any]) -> Iterator[str]:

@@ -10,7 +10,9 @@ they leave out reading and saving the model. All perplexities are measured by th
 
 Where two pruners do the same arithmetic in another order, a few weights at the edge fall to the
 other side, and what follows from them is another draw of equal quality. `--shuffles` tells how far
-such draws lie apart: the windows come in another order, which changes nothing but the rounding.
+such draws lie apart: the windows come in another order, which changes nothing but the rounding of
+sums. A pair of weights whose scores are equal to the last bit may still fall the same way in all of
+them, so `--jittered` moves every weight of the dense model by about 1e-6 of itself instead.
 `--permuted` adds 2:4 with `permute: true`, in the one-pass order, beside the same without.
 
 What is finished is kept in `--work`, so a run can be stopped (`--minutes`) and called again; the
@@ -20,6 +22,7 @@ results file is written once all is there.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -76,6 +79,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--shuffles", type=int, default=0, help="of the windows' order, besides")
     parser.add_argument("--shuffled", nargs="+", default=["sparsegpt 50%"], help="what of")
+    parser.add_argument("--jittered", nargs="*", default=[], help="what of, as often as --shuffles")
     parser.add_argument("--permuted", nargs="*", default=[], help="methods of 2:4 to permute too")
     parser.add_argument("--rounds", type=int, default=3, help="of the plain forward pass")
     parser.add_argument("--threads", type=int, default=2)
@@ -86,6 +90,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pattern", help=argparse.SUPPRESS)
     parser.add_argument("--order", help=argparse.SUPPRESS)
     parser.add_argument("--shuffle", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--jitter", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -104,11 +109,12 @@ def _tasks(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
     for method in options.permuted:
         own = {"method": method, "pattern": "2:4", "order": "permuted"}
         yield f"ours {method} 2:4 permuted", {"job": "ours", **own}
-    for again in range(1, options.shuffles + 1):
-        for method, pattern in (one.split() for one in options.shuffled):
-            own = {"method": method, "pattern": pattern, "order": "block", "shuffle": str(again)}
+    for kind, cases in (("shuffle", options.shuffled), ("jitter", options.jittered)):
+        for again, case in itertools.product(range(1, options.shuffles + 1), cases):
+            method, pattern = case.split()
+            own = {"method": method, "pattern": pattern, "order": "block", kind: str(again)}
             for who in ("ours", "peer") if options.peer_python else ("ours",):
-                yield f"{who} {method} {pattern} block {again}", {"job": who, **own}
+                yield f"{who} {method} {pattern} block {kind} {again}", {"job": who, **own}
 
 
 COMPARED = ("wanda", "sparsegpt")
@@ -160,6 +166,26 @@ def _calibration(options: argparse.Namespace) -> Any:
     return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(options.shuffle))]
 
 
+def _model(options: argparse.Namespace) -> Path:
+    """The dense model; each jitter of it is written once."""
+    if not options.jitter:
+        return Path(options.model)
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(options.work, f"model-{options.jitter}")
+    if not (folder / "model.safetensors").exists():
+        random = torch.Generator().manual_seed(options.jitter)
+        tensors = load_file(options.model / "model.safetensors")
+        for tensor in tensors.values():
+            tensor *= 1 + 1e-6 * torch.randn(tensor.shape, generator=random)
+        for file in options.model.glob("*.json"):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, folder)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def _forward(options: argparse.Namespace) -> dict[str, Any]:
     """One plain forward pass of transformers' decoder, no head, weights loaded: the floor."""
     import torch
@@ -198,12 +224,12 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     elif options.method != "magnitude":
         pattern["order"] = options.order
     method = cls(**pattern)
-    tokens = TokenSet.of(_calibration(options))
+    tokens, model = TokenSet.of(_calibration(options)), _model(options)
     machine = Machine.detect(device="cpu", threads=options.threads)
     logs: list[Any] = []
 
     def work() -> None:
-        checkpoint = Checkpoint.open(options.model)
+        checkpoint = Checkpoint.open(model)
         arch = checkpoint.arch()
         means = Means(tokens, machine, options.work / "scratch")
         decision = method.decide(ModelView(arch, checkpoint, {}, means))
@@ -232,12 +258,12 @@ def _peer(options: argparse.Namespace) -> dict[str, Any]:
         keep, of = map(int, options.pattern.split(":"))
         structure, sparsity = f"{of - keep}:{of}", 1 - keep / of  # theirs counts zeros
     recipe = kind(sparsity=sparsity, mask_structure=structure, ignore=["re:.*lm_head"])
-    ids = _calibration(options)
+    ids, model = _calibration(options), _model(options)
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     models: list[Any] = []
 
     def load() -> None:
-        models.append(AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32))
+        models.append(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
 
     def work() -> None:
         llmcompressor.oneshot(
@@ -344,7 +370,7 @@ def _report(options: argparse.Namespace, done: dict[str, Any]) -> None:
         method, pattern, order, *again = rest.split()
         row = {"who": who, "method": method, "pattern": pattern, "order": order, **own}
         if again:
-            row["shuffle"] = int(again[0])
+            row[again[0]] = int(again[1])
         row["forwards"] = own["processor_seconds"] / plain
         text = f"{who:4} {method:12} {pattern:4} {' '.join([order, *again]):12} "
         text += f"{own['perplexity']:8.2f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf, log
+from math import inf, log, prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -151,7 +151,8 @@ def _rows(
             if template.of_grid:
                 outside += 1
             else:
-                note = f"{error.where}: {error.problem}"
+                at_fault = "" if error.where == template.label else f"{error.where}: "
+                note = f"{at_fault}{error.problem}"
                 refused.append({"label": template.label, "note": note})
             continue
         # Different amounts may round to the same sizes.
@@ -170,10 +171,22 @@ def _rows(
             "search",
             "no candidate reaches the target: "
             + "; ".join(f"{one['label']} ({one['note']})" for one in refused)
-            + (f"; {outside} combinations of the grid do not" if outside else ""),
+            + (f"; {outside} combinations of the grid do not" if outside else "")
+            + _outside_of_blocks(arch),
             "choose another target, a wider `tolerance`, or other candidates",
         )
     return rows, refused, outside
+
+
+def _outside_of_blocks(arch: Arch) -> str:
+    """Says so where much of a model is in its embedding and head, which few methods cut."""
+    kept = sum(prod(arch.shape(tensor)) for tensor in arch.stored() if tensor.layer is None)
+    share = kept / arch.parameters()
+    return (
+        f". {share:.0%} of the parameters are outside of the blocks, where only `hidden` cuts"
+        if share > 0.4
+        else ""
+    )
 
 
 def _heal(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
+from tiny_models import random_model
 
+from prune_export.checkpoint import Checkpoint
 from prune_export.errors import StageError
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe, Search, Template
@@ -19,7 +22,7 @@ from prune_export.report import style
 from prune_export.report.pareto import frontier, pareto
 from prune_export.report.reading import CandidateReading, SearchReading
 from prune_export.run import Options, run
-from prune_export.run.search import _going_on, _Row
+from prune_export.run.search import _going_on, _outside_of_blocks, _Row
 from tests.run.test_run import SEARCH, STABLE, hashes
 
 GRID = """\
@@ -112,6 +115,25 @@ def test_an_error_in_a_worker_is_told(tiny_llama: Path, corpus: Path, options: O
     several = broken.replace("validation:", "workers: 2\n      validation:")
     with pytest.raises(StageError, match="window"):
         searched(several, tiny_llama, corpus, options)
+
+
+def test_a_target_that_nothing_reaches_is_refused_with_how_near_each_comes(
+    tiny_llama: Path, corpus: Path, options: Options
+) -> None:
+    far = SHORT.replace("parameters: 0.7, tolerance: 0.2", "parameters: 0.9, tolerance: 0.001")
+    with pytest.raises(StageError, match="no candidate reaches") as refused:
+        searched(far, tiny_llama, corpus, options)
+    named = re.findall(r"(\w+) \(comes only within [+-][\d.]+% of the target\)", str(refused.value))
+    assert named == ["angular_distance", "deepest", "perplexity"]
+
+
+def test_an_embedding_too_large_to_reach_a_target_is_named(tmp_path: Path) -> None:
+    def told(vocab: int) -> str:
+        random_model("llama", {"vocab_size": vocab}, tmp_path / str(vocab))
+        return _outside_of_blocks(Checkpoint.open(tmp_path / str(vocab)).arch())
+
+    assert re.search(r"9\d% of the parameters are outside of the blocks", told(50_000))
+    assert not told(32)
 
 
 @pytest.mark.slow
