@@ -7,15 +7,21 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from typing import Any, Final
 
+import psutil
 import torch
 
 from prune_export.calibrate.skeleton import Skeleton
 
+_KEPT: Final = 256 << 20
+"""Bytes that the C library may keep of what was freed."""
+
 
 def loaded(skeleton: Skeleton, layers: Iterable[int]) -> Iterator[int]:
     """Each of `layers`, loaded into the skeleton; freed again when the next one is asked for."""
-    order = list(layers)
+    order, heap = list(layers), _Heap()
     with ThreadPoolExecutor(1) as reader:
         ahead: Future[dict[str, torch.Tensor]] | None = None
         for at, layer in enumerate(order):
@@ -26,7 +32,7 @@ def loaded(skeleton: Skeleton, layers: Iterable[int]) -> Iterator[int]:
             skeleton.load(layer, tensors)
             yield layer
             skeleton.free(layer)
-            _trim()
+            heap.trim()
 
 
 @contextmanager
@@ -47,11 +53,42 @@ def _read(skeleton: Skeleton, layer: int) -> dict[str, torch.Tensor]:
     return read
 
 
-def _trim() -> None:
-    """Hands freed memory back to the system, where the C library is one that can.
+class _Heap:
+    """What glibc does with freed memory: it keeps some for the next block, and not too much.
 
-    glibc keeps what two threads allocate and free in turns: 30 MB a block of a 2B model, measured.
+    By itself it hands all back at once, and a tenth of a sweep of a small model goes into getting
+    it again, page by page; but of what two threads allocate and free in turns it keeps ever more,
+    30 MB a block of a model of two billion parameters.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
+
+    def __init__(self) -> None:
+        _keep()
+        self._least = _resident()
+
+    def trim(self) -> None:
+        """Hands back what is kept, where it has become much."""
+        trim = getattr(_c_library(), "malloc_trim", None)
+        self._least = min(self._least, _resident())
+        if trim is not None and _resident() - self._least > _KEPT:
+            trim(0)
+            self._least = _resident()
+
+
+def _resident() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+@cache
+def _c_library() -> Any:
+    return ctypes.CDLL(None) if os.name == "posix" else None
+
+
+@cache
+def _keep() -> None:
+    """Lets the end of the heap stay as long as it is no larger than `_KEPT`."""
+    mallopt = getattr(_c_library(), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, _KEPT)
+        # Else setting the other would fix it where it happens to be. This is what it grows to.
+        mallopt(mmap_threshold, 32 << 20)
