@@ -99,6 +99,12 @@ def _sparse(run: dict[str, Any]) -> Iterator[str]:
             f"{row['peak_over_imports_bytes'] / 2**30:.2f}",
         ])  # fmt: skip
     yield from _draws(run["rows"])
+    for case, own in run.get("alternating", {}).items():
+        method, pattern = case.split()
+        yield (
+            f"\n`{method}`, {pattern.replace('%', ' %')}, in one pass, in turns with a plain "
+            f"forward pass in one process: {own['forwards']:.2f} of it."
+        )
 
 
 _DRAWS: Final = {

@@ -13,6 +13,8 @@ other side, and what follows from them is another draw of equal quality. `--shuf
 such draws lie apart: the windows come in another order, which changes nothing but the rounding of
 sums. A pair of weights whose scores are equal to the last bit may still fall the same way in all of
 them, so `--jittered` moves every weight of the dense model by about 1e-6 of itself instead.
+`--alternating` runs a pruning and a plain forward pass in turns, in one process, and takes the median
+of the pairs: what a machine's drift does to one it does to the other.
 `--permuted` adds 2:4 with `permute: true`, in the one-pass order, beside the same without.
 
 What is finished is kept in `--work`, so a run can be stopped (`--minutes`) and called again; the
@@ -27,6 +29,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -81,6 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shuffled", nargs="+", default=["sparsegpt 50%"], help="what of")
     parser.add_argument("--jittered", nargs="*", default=[], help="what of, as often as --shuffles")
     parser.add_argument("--permuted", nargs="*", default=[], help="methods of 2:4 to permute too")
+    parser.add_argument("--alternating", nargs="*", default=[], help="what to take the time of so")
     parser.add_argument("--rounds", type=int, default=3, help="of the plain forward pass")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="start nothing after so long")
@@ -109,6 +113,10 @@ def _tasks(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
     for method in options.permuted:
         own = {"method": method, "pattern": "2:4", "order": "permuted"}
         yield f"ours {method} 2:4 permuted", {"job": "ours", **own}
+    for case in options.alternating:
+        method, pattern = case.split()
+        own = {"method": method, "pattern": pattern, "order": "sequential"}
+        yield f"alternating {method} {pattern}", {"job": "alternating", **own}
     for kind, cases in (("shuffle", options.shuffled), ("jitter", options.jittered)):
         for again, case in itertools.product(range(1, options.shuffles + 1), cases):
             method, pattern = case.split()
@@ -188,6 +196,11 @@ def _model(options: argparse.Namespace) -> Path:
 
 def _forward(options: argparse.Namespace) -> dict[str, Any]:
     """One plain forward pass of transformers' decoder, no head, weights loaded: the floor."""
+    plain = _plain(options)
+    return {"rounds": [_measured(plain) for _ in range(options.rounds)]}
+
+
+def _plain(options: argparse.Namespace) -> Callable[[], None]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -201,7 +214,18 @@ def _forward(options: argparse.Namespace) -> dict[str, Any]:
                 model.base_model(ids[start : start + BATCH], use_cache=False)
 
     model.base_model(ids[:1])  # warm up
-    return {"rounds": [_measured(plain) for _ in range(options.rounds)]}
+    return plain
+
+
+def _alternating(options: argparse.Namespace) -> dict[str, Any]:
+    """Processor seconds of a pruning and of the floor, in turns; the first pair warms up."""
+    plain, pairs = _plain(options), []
+    for _ in range(1 + options.rounds):
+        floor = _measured(plain)["processor_seconds"]
+        pairs.append((_ours(options)["processor_seconds"], floor))
+        shutil.rmtree(options.work / "out")
+    pairs = pairs[1:]
+    return {"pairs": pairs, "forwards": statistics.median(own / floor for own, floor in pairs)}
 
 
 def _ours(options: argparse.Namespace) -> dict[str, Any]:
@@ -317,6 +341,7 @@ def _dense(options: argparse.Namespace) -> dict[str, Any]:
 JOBS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "tokens": _tokens,
     "forward": _forward,
+    "alternating": _alternating,
     "dense": _dense,
     "ours": _ours,
     "peer": _peer,
@@ -363,8 +388,12 @@ def _report(options: argparse.Namespace, done: dict[str, Any]) -> None:
     rounds = sorted(one["processor_seconds"] for one in done["forward"]["rounds"])
     plain, rows = rounds[len(rounds) // 2], []
     print(f"dense {done['dense']['perplexity']:.2f}; a plain forward pass {plain:.1f} CPU s")
+    alternating = {}
     for name, own in done.items():
         who, _, rest = name.partition(" ")
+        if who == "alternating":
+            alternating[rest] = own
+            print(f"{name}: {own['forwards']:.2f} plain forward passes")
         if who not in ("ours", "peer"):
             continue
         method, pattern, order, *again = rest.split()
@@ -388,6 +417,7 @@ def _report(options: argparse.Namespace, done: dict[str, Any]) -> None:
 
     known = {key: done[key] for key in ("tokens", "dense", "forward")}
     settings = {"model": options.model.name, "threads": options.threads, "batch": BATCH}
+    known["alternating"] = alternating
     print(save("sparse-quality", {**settings, **known, "rows": rows}))
 
 
