@@ -13,8 +13,8 @@ other side, and what follows from them is another draw of equal quality. `--shuf
 such draws lie apart: the windows come in another order, which changes nothing but the rounding of
 sums. A pair of weights whose scores are equal to the last bit may still fall the same way in all of
 them, so `--jittered` moves every weight of the dense model by about 1e-6 of itself instead.
-`--alternating` runs a pruning and a plain forward pass in turns, in one process, and takes the median
-of the pairs: what a machine's drift does to one it does to the other.
+`--alternating` runs a pruning and a plain forward pass in turns, in one process, and takes the
+median of the pairs: what a machine's drift does to one it does to the other.
 `--permuted` adds 2:4 with `permute: true`, in the one-pass order, beside the same without.
 
 What is finished is kept in `--work`, so a run can be stopped (`--minutes`) and called again; the
