@@ -83,7 +83,7 @@ def _sparse(run: dict[str, Any]) -> Iterator[str]:
         f"Zeros in every linear weight of the blocks, no healing; {calibration['windows']} windows "
         f"of {calibration['length']} calibration tokens. Patterns are kept:of. Dense: "
         f"{_perplexity(run['dense']['perplexity'])}. Processor seconds are those of the pruning; "
-        "one plain forward pass over the same tokens is 1.\n"
+        "one plain forward pass over the same tokens, at another time, is 1.\n"
     )
     columns = ["method", "order", "pattern", "perplexity", "against llm-compressor's"]
     yield from _header([*columns, "forwards", "CPU seconds of theirs", "GiB over imports"])
@@ -116,23 +116,23 @@ _DRAWS: Final = {
 def _draws(rows: list[dict[str, Any]]) -> Iterator[str]:
     """What does not change the problem, but its rounding, does to both."""
     for kind, words in _DRAWS.items():
-        for method, pattern in dict.fromkeys(
-            (r["method"], r["pattern"]) for r in rows if kind in r
-        ):
-            both = {
-                who: [
-                    row["perplexity"]
-                    for row in rows
-                    if (row["who"], row["method"], row["pattern"], row["order"])
-                    == (who, method, pattern, "block")
-                    and (kind in row or not _DRAWS.keys() & row.keys())
-                ]
-                for who in ("ours", "peer")
-            }
-            ours, theirs = (sorted(both[who]) for who in ("ours", "peer"))
+        found: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
+        for row in rows:
+            if kind in row or not _DRAWS.keys() & row.keys():
+                pruner = row["who"], row["order"]
+                case = found.setdefault((row["method"], row["pattern"]), {})
+                case.setdefault(pruner, []).append(row["perplexity"])
+        for (method, pattern), by in found.items():
+            drawn = {pruner: sorted(own) for pruner, own in by.items() if len(own) > 1}
+            if not drawn:
+                continue
+            count = max(map(len, drawn.values()))
+            told = "; ".join(
+                f"{'llm-compressor' if who == 'peer' else 'ours'}, order `{order}`, {_told(own)}"
+                for (who, order), own in drawn.items()
+            )
             yield (
-                f"\n`{method}`, {pattern.replace('%', ' %')}, order `block`, with "
-                f"{words.format(len(ours))}: {_told(ours)}; llm-compressor's {_told(theirs)}."
+                f"\n`{method}`, {pattern.replace('%', ' %')}, with {words.format(count)}: {told}."
             )
 
 

@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from _measured import measured
 from angular_distance import _write
-from sparse_quality import _measured
 
 LIMITS = {"magnitude": 2.5, "wanda": 2.5, "ria": 2.5, "sparsegpt": 3.5, "gblm": 3.5}
 """GiB."""
@@ -105,7 +105,7 @@ def _memory(options: argparse.Namespace) -> dict[str, Any]:
 
     for folder in (out, scratch):
         shutil.rmtree(folder, ignore_errors=True)
-    measured = _measured(work)
+    taken = measured(work)
     for folder in (out, scratch):
         shutil.rmtree(folder, ignore_errors=True)
     checkpoint = Checkpoint.open(options.at)
@@ -121,7 +121,7 @@ def _memory(options: argparse.Namespace) -> dict[str, Any]:
         "length": options.length,
         "threads": options.threads,
         "planned_bytes": planned.ram_bytes,
-        **measured,
+        **taken,
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import psutil
 import torch
@@ -21,8 +21,8 @@ _KEPT: Final = 256 << 20
 
 def loaded(skeleton: Skeleton, layers: Iterable[int]) -> Iterator[int]:
     """Each of `layers`, loaded into the skeleton; freed again when the next one is asked for."""
-    order, heap = list(layers), _Heap()
-    with ThreadPoolExecutor(1) as reader:
+    order = list(layers)
+    with ThreadPoolExecutor(1) as reader, _Heap() as heap:
         ahead: Future[dict[str, torch.Tensor]] | None = None
         for at, layer in enumerate(order):
             tensors = ahead.result() if ahead else _read(skeleton, layer)
@@ -54,23 +54,29 @@ def _read(skeleton: Skeleton, layer: int) -> dict[str, torch.Tensor]:
 
 
 class _Heap:
-    """What glibc does with freed memory: it keeps some for the next block, and not too much.
+    """What glibc does with freed memory: it keeps some for the next block, and all goes at the end.
 
-    By itself it hands all back at once, and a tenth of a sweep of a small model goes into getting
-    it again, page by page; but of what two threads allocate and free in turns it keeps ever more,
-    30 MB a block of a model of two billion parameters.
+    By default it hands the end of the heap back at once, and a tenth of a sweep of a small model
+    goes into getting it again, page by page; but of what two threads allocate and free in turns it
+    keeps ever more, 30 MB a block of a model of two billion parameters.
     """
 
     def __init__(self) -> None:
         _keep()
         self._least = _resident()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _hand_back()
+
     def trim(self) -> None:
-        """Hands back what is kept, where it has become much."""
-        trim = getattr(_c_library(), "malloc_trim", None)
-        self._least = min(self._least, _resident())
-        if trim is not None and _resident() - self._least > _KEPT:
-            trim(0)
+        """Hands back what is kept, where this process has grown by more than it may be."""
+        now = _resident()
+        self._least = min(self._least, now)
+        if now - self._least > _KEPT:
+            _hand_back()
             self._least = _resident()
 
 
@@ -83,9 +89,15 @@ def _c_library() -> Any:
     return ctypes.CDLL(None) if os.name == "posix" else None
 
 
+def _hand_back() -> None:
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 @cache
 def _keep() -> None:
-    """Lets the end of the heap stay as long as it is no larger than `_KEPT`."""
+    """Lets glibc keep up to `_KEPT` at the end of the heap, in the whole process and for good."""
     mallopt = getattr(_c_library(), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3
