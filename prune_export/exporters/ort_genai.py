@@ -245,7 +245,8 @@ def _run(
     written = work.scratch / f"{name}.json"
     written.write_text(json.dumps(request, sort_keys=True), encoding="utf-8")
     log = work.scratch / f"{name}.log"
-    command = [sys.executable, "-m", f"prune_export.exporters.{program}", str(written)]
+    # Unbuffered (-u): progress comes as it is made, and a traceback stays below what led to it.
+    command = [sys.executable, "-u", "-m", f"prune_export.exporters.{program}", str(written)]
     with (
         log.open("w", encoding="utf-8") as kept,
         subprocess.Popen(
