@@ -44,6 +44,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     **{name: (name, {}) for name in PLAIN},
     "greedy_loss": ("greedy_loss", {}),
     "greedy_loss, not revised": ("greedy_loss", {"revise": False}),
+    "greedy_loss, beam of 3": ("greedy_loss", {"beam": 3}),
     **{
         f"laco, {merge}, {target}": ("laco", {"merge": merge, "target": target})
         for merge in ("rdsc", "last", "drop")
