@@ -100,8 +100,8 @@ def test_tensorrt_gets_sparsity_caches_types_and_shapes(graph: Path, tmp_path: P
     names, options = zip(*wanted.chain(graph, GPU), strict=True)
     assert names == tuple(NAMES[key] for key in ("tensorrt", "cuda", "cpu"))
     assert options[1:] == ({}, {})
-    assert options[0]["trt_sparsity_enable"] == "1"
-    assert (options[0]["trt_fp16_enable"], options[0]["trt_bf16_enable"]) == ("1", "0")
+    assert options[0]["trt_sparsity_enable"] == "True"
+    assert (options[0]["trt_fp16_enable"], options[0]["trt_bf16_enable"]) == ("True", "False")
     assert options[0]["trt_builder_optimization_level"] == "5"
     assert options[0]["trt_profile_min_shapes"] == "ids:1x1,past:1x2x0x4"
     assert options[0]["trt_profile_opt_shapes"] == "ids:1x128,past:1x2x0x4"
@@ -152,6 +152,22 @@ def test_an_absent_provider_is_refused_in_the_plan_and_at_the_session(
     offered.append(NAMES[name])
     with pytest.raises(PlanError, match="needs an NVIDIA GPU"):
         Provider(name).check(CPU)
+
+
+def test_auto_on_a_gpu_that_the_runtime_does_not_know_is_refused_in_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`pip install prune-export[onnx]` on a machine with a GPU brings onnxruntime for CPUs."""
+    import onnxruntime
+
+    offered = ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    Provider().check(CPU)
+    Provider("cpu").check(GPU)
+    with pytest.raises(PlanError, match="install onnxruntime-gpu, or write `provider: cpu`"):
+        Provider().check(GPU)
+    offered.append(NAMES["cuda"])
+    Provider().check(GPU)
 
 
 def test_a_session_that_fell_back_is_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
