@@ -175,6 +175,24 @@ def test_what_cannot_work_is_refused_in_the_plan(monkeypatch: pytest.MonkeyPatch
         Aoti().check(arch(), MACHINE)
 
 
+def test_a_gpu_without_cudas_headers_is_refused_in_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine where all of CUDA came with PyTorch's wheels."""
+    from torch.utils import cpp_extension
+
+    gpu = replace(MACHINE, device="cuda")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    with pytest.raises(PlanError, match="finds no CUDA toolkit\n  install the toolkit"):
+        Aoti().check(arch(), gpu)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    with pytest.raises(PlanError, match=f"{tmp_path} has none"):
+        Aoti().check(arch(), gpu)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    Aoti().check(arch(), gpu)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_computes_what_pytorch_does(tmp_path: Path) -> None:
     settings = {**ENDS, **table_for("llama").tiny.config, "num_hidden_layers": 1}
