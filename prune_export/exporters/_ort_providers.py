@@ -250,6 +250,13 @@ def placement(session: Any, asked: str) -> Placement:
     return Placement(asked, dict(counts.most_common()), tuple(sorted(strayed)))
 
 
+def runtime_version() -> str:
+    """Of the installed onnxruntime, whatever its wheel is called: onnxruntime-gpu is another."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
 def present(key: str) -> bool:
     """Whether the installed onnxruntime has a provider, by its key of `NAMES`."""
     import onnxruntime

@@ -29,7 +29,13 @@ from prune_export.arch.table import table_for
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
-from prune_export.exporters._ort_providers import Profile, Provider, ProviderName, present
+from prune_export.exporters._ort_providers import (
+    Profile,
+    Provider,
+    ProviderName,
+    present,
+    runtime_version,
+)
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
@@ -228,4 +234,6 @@ def _carry(opened: Checkpoint, out: Path) -> None:
 
 
 def _toolchain() -> Mapping[str, str]:
-    return {package: metadata.version(package) for package in ("torch", "transformers", *_PACKAGES)}
+    packages = ("torch", "transformers", "onnx", "onnxscript")
+    versions = {package: metadata.version(package) for package in packages}
+    return versions | {"onnxruntime": runtime_version()}

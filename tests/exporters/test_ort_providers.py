@@ -225,6 +225,27 @@ def test_the_cache_stays_on_the_gpu_where_the_runtime_can_put_it(
     assert [cache_device(key) for key in ("cpu", "cuda", "tensorrt")] == ["cpu", "cuda", "cuda"]
 
 
+def test_a_record_names_the_runtime_whatever_its_wheel_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With onnxruntime-gpu there is a module `onnxruntime` and no distribution of that name."""
+    from importlib import metadata
+
+    import onnxruntime
+
+    from prune_export.exporters import onnx as exporter
+
+    real = metadata.version
+
+    def version(package: str) -> str:
+        if package == "onnxruntime":
+            raise metadata.PackageNotFoundError(package)
+        return real(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert exporter._toolchain()["onnxruntime"] == onnxruntime.__version__
+
+
 def test_the_twin_without_sparsity() -> None:
     assert Onnx().without_sparsity() is None
     assert Onnx(sliding=True).without_sparsity() == Onnx()
