@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from prune_export.errors import PlanError, StageError
+from prune_export.exporters._ort import OrtRunner
 from prune_export.exporters._ort_providers import (
     NAMES,
     Profile,
@@ -223,6 +224,29 @@ def test_the_cache_stays_on_the_gpu_where_the_runtime_can_put_it(
     assert cache_device("tensorrt_rtx") == "cpu", "a plug-in beside a runtime without CUDA"
     offered.append(NAMES["cuda"])
     assert [cache_device(key) for key in ("cpu", "cuda", "tensorrt")] == ["cpu", "cuda", "cuda"]
+
+
+def test_logits_come_back_from_a_gpu_after_the_clock_has_stopped(
+    tiny_graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a session on a GPU, which notes where its outputs are to be."""
+    wanted: dict[str, str] = {}
+    with OrtRunner(tiny_graph, CPU) as runner:
+        real = runner._session.io_binding
+
+        def io_binding() -> Any:
+            binding = real()
+            bind = binding.bind_output
+            binding.bind_output = lambda name, device: (wanted.update({name: device}), bind(name))
+            return binding
+
+        monkeypatch.setattr(runner._session, "io_binding", io_binding)
+        list(runner._pasts(1))  # the cache is made where there is memory
+        runner._device = "cuda"
+        logits, _ = runner.step(np.arange(4, dtype=np.int64)[None])
+    assert set(wanted.values()) == {"cuda"}
+    assert "logits" in wanted
+    assert logits.shape[:2] == (1, 4)
 
 
 def test_a_record_names_the_runtime_whatever_its_wheel_is_called(
