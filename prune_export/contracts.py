@@ -213,6 +213,15 @@ class Placement:
 
 
 @runtime_checkable
+class Limited(Protocol):
+    """A runner whose engine was built for so many sequences at once, and takes no more."""
+
+    @property
+    def most_sequences(self) -> int:
+        """The largest batch of a step."""
+
+
+@runtime_checkable
 class Placed(Protocol):
     """A runner whose runtime hands out the nodes of a graph to several providers."""
 

@@ -202,7 +202,8 @@ class Removals:
 def native_dtype(machine: Machine) -> torch.dtype:
     """Bfloat16 where the hardware multiplies it natively (CUDA, a CPU with AMX), else float32."""
     if machine.device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return torch.bfloat16 if amx() else torch.float32
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from prune_export.errors import PlanError
+from prune_export.exporters._aoti_sparse import call_by_dispatcher
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -86,4 +87,5 @@ def compiled(model: Any, sizes: list[tuple[int, int]], out: Path, *, last: bool)
                 "aoti", f"torch.export cannot follow this model's code: {first:.200}",
                 "export this model with another exporter",
             ) from error  # fmt: skip
+        call_by_dispatcher()
         torch._inductor.aoti_compile_and_package(program, package_path=str(out))

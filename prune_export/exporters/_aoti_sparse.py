@@ -141,6 +141,16 @@ def replaced(
     return done
 
 
+def call_by_dispatcher() -> None:
+    """Lets the compiler call CUTLASS's operator as it calls cuSPARSELt's, by its name.
+
+    Else it calls a C function that PyTorch does not have (2.13), and g++ fails.
+    """
+    from torch._inductor.kernel import mm
+
+    mm.aten__sparse_semi_structured_mm.use_fallback_kernel = True
+
+
 def product(weight: torch.Tensor, kernel: Kernel) -> Any:
     """A function from `x` `[tokens, inputs]` to `x @ weight.T`, by a kernel."""
     return SparseLinear(weight, None, kernel) if kernel != "dense" else _Dense(weight)

@@ -121,11 +121,13 @@ class Provider:
         Raises:
             PlanError: it has not.
         """
-        if self.name not in ("auto", "cpu") and not _present(self.name):
+        key = self.resolved(machine)
+        if key != "cpu" and not present(key):
+            other = "cpu" if self.name == "auto" else "auto"
             raise PlanError(
                 f"onnx.provider: {self.name}",
                 f"the installed onnxruntime offers {', '.join(_offered())}",
-                f"install {_WHEELS[self.name]}, or write `provider: auto`",
+                f"install {_WHEELS[key]}, or write `provider: {other}`",
             )
         if self.name not in ("auto", "cpu") and machine.device == "cpu":
             raise PlanError(
@@ -148,9 +150,9 @@ class Provider:
             "trt_fp16_enable": _text(self.precision == "fp16"),
             "trt_bf16_enable": _text(self.precision == "bf16"),
             "trt_sparsity_enable": _text(self.sparse),
-            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_enable": _text(True),
             "trt_engine_cache_path": cache,
-            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_enable": _text(True),
             "trt_timing_cache_path": cache,
             **{f"trt_profile_{end}_shapes": text for end, text in self._shapes(graph).items()},
         }
@@ -199,7 +201,7 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
     except ImportError as error:
         raise MissingExtra.of("ONNX Runtime", "onnxruntime", "onnx") from error
     key = provider.resolved(machine)
-    if not _present(key):
+    if not present(key):
         raise StageError(
             f"{graph}  {NAMES[key]}",
             f"this onnxruntime offers {', '.join(_offered())}",
@@ -248,7 +250,15 @@ def placement(session: Any, asked: str) -> Placement:
     return Placement(asked, dict(counts.most_common()), tuple(sorted(strayed)))
 
 
-def _present(key: str) -> bool:
+def runtime_version() -> str:
+    """Of the installed onnxruntime, whatever its wheel is called: onnxruntime-gpu is another."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def present(key: str) -> bool:
+    """Whether the installed onnxruntime has a provider, by its key of `NAMES`."""
     import onnxruntime
 
     if key == "tensorrt_rtx":
@@ -311,5 +321,6 @@ def _digest(file: Path) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
-def _text(value: object) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
+def _text(value: str | int | float | bool) -> str:
+    """As options are written: TensorRT's provider takes `True` and `False`, and refuses `1`."""
+    return str(value)

@@ -164,8 +164,9 @@ def quantize(graph: Path, kind: Kind, reached: Mapping[str, Range]) -> Quantized
     model.graph.node.extend(nodes)
     activations = sorted(done - weights.keys())
     scalar = _float_of(next(iter(weights.values()))) if weights else np.dtype(np.float32)
+    least = float(ml_dtypes.finfo(scalar).smallest_subnormal)  # a scale of 0 is refused
     for name in activations:
-        scale = np.array(max(reached[name].top, 1e-6) / _TYPES[kind][2]).astype(scalar)
+        scale = np.array(max(reached[name].top / _TYPES[kind][2], least)).astype(scalar)
         _add(model.graph, f"{name}/scale", scale)
         _add(model.graph, f"{name}/zero", np.zeros((), _TYPES[kind][1]))
     saved = _write(model.graph, graph, weights, kind)

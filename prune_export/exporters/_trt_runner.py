@@ -53,8 +53,9 @@ class Gpu:
 class TrtRunner:
     """An opened engine: feeds ids, keeps the cache on the GPU, times the engine alone.
 
-    `context` is the number of tokens that it was built for. A step's seconds hold the way of its
-    ids to the GPU and the engine's work, not the way of the logits back.
+    `context` and `sequences` are the numbers of tokens and of sequences that it was built for. A
+    step's seconds hold the way of its ids to the GPU and the engine's work, not the way of the
+    logits back.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class TrtRunner:
         *,
         flavor: Flavor,
         context: int,
+        sequences: int,
         host_code: bool,
     ) -> None:
         if machine.device != "cuda":
@@ -73,6 +75,7 @@ class TrtRunner:
                 "verify it on the machine that it was built for, with "
                 "`prune-export verify DIRECTORY --trust-engine`",
             )
+        self.most_sequences = sequences
         self._start(Binding.load(flavor), engine, Gpu(), context=context, host_code=host_code)
 
     def _start(

@@ -68,7 +68,7 @@ class Aoti:
         """Refuses in the plan what cannot work.
 
         Raises:
-            PlanError: there is no C++ compiler, or no GPU for sparse kernels.
+            PlanError: there is no C++ compiler, no GPU for sparse kernels, or no CUDA toolkit.
         """
         del arch
         if not any(map(shutil.which, ("g++", "c++", "clang++"))):
@@ -82,6 +82,8 @@ class Aoti:
                 "needs an NVIDIA GPU: PyTorch has no kernels for sparse weights on a CPU",
                 "leave `sparse` out, or run it on the machine with the GPU",
             )
+        if machine.device == "cuda":
+            _refuse_without_headers()
 
     def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
         """What the export takes: the model whole, its copy in the package, and the compiler."""
@@ -128,6 +130,8 @@ class Aoti:
         for path in (opened.path / "config.json", *opened.side_files()):
             shutil.copyfile(path, out / path.name)
         del model
+        if work.machine.device == "cuda":
+            torch.cuda.empty_cache()  # the package gets memory of its own, not torch's
         error = self._compared(out, ids, expected, work.machine)
         return BuildRecord(
             exporter="aoti",
@@ -215,6 +219,25 @@ class Aoti:
                 "this is a bug of the exporter or the compiler: report it with the model's config",
             )
         return worst
+
+
+def _refuse_without_headers() -> None:
+    """Refuses where PyTorch finds no CUDA: its wheels bring libraries, and not all of the headers.
+
+    Raises:
+        PlanError: there is no toolkit, or one without headers.
+    """
+    import torch
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    if home is None or not (Path(home) / "include" / "cuda_runtime.h").is_file():
+        raise PlanError(
+            "export: aoti",
+            "compiles against CUDA's headers, and "
+            + (f"{home} has none" if home else "PyTorch finds no CUDA toolkit"),
+            f"install the toolkit of CUDA {torch.version.cuda}, and set CUDA_HOME to its directory",
+        )
 
 
 def _read_bytes(model: Any) -> int:

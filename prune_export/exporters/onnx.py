@@ -29,7 +29,13 @@ from prune_export.arch.table import table_for
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
-from prune_export.exporters._ort_providers import Profile, Provider, ProviderName
+from prune_export.exporters._ort_providers import (
+    Profile,
+    Provider,
+    ProviderName,
+    present,
+    runtime_version,
+)
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
@@ -207,7 +213,8 @@ class Onnx:
         from prune_export.exporters import _onnx_check
 
         dtype = getattr(torch, _TORCH[self.precision])
-        if dtype == torch.bfloat16 and machine.device == "cpu":
+        # TensorRT reads this graph too, on a machine whose onnxruntime may know no GPU.
+        if dtype == torch.bfloat16 and not (machine.device == "cuda" and present("cuda")):
             onnx.checker.check_model(str(out / "model.onnx"), full_check=True)
             return "checked as a graph only: ONNX Runtime has no bfloat16 kernels for the CPU"
         if dtype != torch.bfloat16:  # the CPU's float32 accumulation is the stricter test
@@ -227,4 +234,6 @@ def _carry(opened: Checkpoint, out: Path) -> None:
 
 
 def _toolchain() -> Mapping[str, str]:
-    return {package: metadata.version(package) for package in ("torch", "transformers", *_PACKAGES)}
+    packages = ("torch", "transformers", "onnx", "onnxscript")
+    versions = {package: metadata.version(package) for package in packages}
+    return versions | {"onnxruntime": runtime_version()}

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -35,11 +36,12 @@ from prune_export.errors import CheckpointError, MissingExtra, PlanError, StageE
 from prune_export.exporters._genai_graph import decode_bytes
 from prune_export.exporters._genai_runner import GRAPH, open_runner
 from prune_export.exporters._genai_support import corrections, refuse
+from prune_export.exporters._ort_providers import runtime_version
 from prune_export.exporters._trim import Trim
 from prune_export.machine import Machine
 from prune_export.units import MIB
 
-_PACKAGES: Final = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir")
+_PACKAGES: Final = ("onnxruntime-genai", "onnx", "onnx-ir")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_RELATIVE_ERROR: Final = {"fp32": 1e-3, "fp16": 5e-2}
 """Largest logit error as a fraction of the logits' standard deviation."""
@@ -85,6 +87,8 @@ class OrtGenai:
                 metadata.version(package)
             except metadata.PackageNotFoundError as error:
                 raise MissingExtra.of("exporter ort_genai", package, "onnx") from error
+        if find_spec("onnxruntime") is None:  # whichever of its wheels
+            raise MissingExtra.of("exporter ort_genai", "onnxruntime", "onnx")
         version = metadata.version("onnxruntime-genai")
         if not version.startswith("0.18."):
             raise PlanError(
@@ -132,7 +136,8 @@ class OrtGenai:
             graph=GRAPH,
             weight_bytes=decode_bytes(out / GRAPH),
             seconds=perf_counter() - start,
-            toolchain={package: metadata.version(package) for package in _PACKAGES},
+            toolchain={package: metadata.version(package) for package in _PACKAGES}
+            | {"onnxruntime": runtime_version()},
             notes=tuple(filter(None, (Trim.of(source).note(), note))),
         )
 

@@ -215,6 +215,7 @@ class Tensorrt:
             machine,
             flavor=self.flavor,
             context=self.context.most,
+            sequences=self.batch.most,
             host_code=self.version_compatible,
         )
 

@@ -185,7 +185,8 @@ def compute_dtype(asked: str, machine: Machine) -> torch.dtype:
     if asked != "auto":
         return torch.float32 if asked == "float32" else torch.bfloat16
     if machine.device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return torch.bfloat16 if amx() else torch.float32
 

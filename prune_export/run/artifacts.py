@@ -7,6 +7,7 @@ decides whether work is done again.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -86,6 +87,9 @@ class Bench:
                     f"failed: {type(error).__name__}: {error}",
                     f"the log is {log}; what was finished is kept, go on with\n  {self.command}",
                 ) from error
+            finally:
+                if self.machine.device == "cuda":
+                    _hand_back()
 
         forced = not self.force.isdisjoint({key.kind, key.name, f"{key.kind}.{key.name}"})
         before = None if forced else self.store.get(key.id)
@@ -288,6 +292,14 @@ def calibrates(export: Export) -> bool:
 def versions() -> dict[str, str]:
     """What wrote the lock: this tool's version."""
     return {"prune_export": prune_export.__version__}
+
+
+def _hand_back() -> None:
+    """Frees GPU memory that torch only keeps: engines are verified in processes of their own."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _tokenizes(file: Path) -> bool:

@@ -65,6 +65,7 @@ class Desk:
             bench.machine,
             threads=max(1, bench.machine.threads // workers),
             ram_bytes=bench.machine.ram_bytes // workers,
+            gpu_bytes=bench.machine.gpu_bytes // workers,
         )
         return Desk(bench.store.root, machine, bench.force, bench.ignore_keys, bench.command)
 

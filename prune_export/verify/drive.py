@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from prune_export.contracts import Runner
+from prune_export.contracts import Limited, Runner
 from prune_export.errors import VerifyError
 
 CHUNK: Final = 256
@@ -39,13 +39,13 @@ def window_losses(
 
     `ids` int64 `[windows, length]`. A window is fed in chunks through the cache, so that its
     logits are never in memory as a whole. An engine that returns only the last position's logits
-    is fed token by token instead, `batch` windows at once: slower, and its decode path is what is
-    measured then.
+    is fed token by token instead, `batch` windows at once or as many as it takes: slower, and its
+    decode path is what is measured then.
     """
     if not len(ids):
         return []
     whole = _returns_all(runner, ids)
-    step, rows = (CHUNK, 1) if whole else (1, batch)
+    step, rows = (CHUNK, 1) if whole else (1, _at_once(runner, batch))
     losses: list[float] = []
     for first in range(0, len(ids), rows):
         window = ids[first : first + rows]
@@ -59,6 +59,10 @@ def window_losses(
         advance(len(window))
     runner.reset()
     return losses
+
+
+def _at_once(runner: Runner, wanted: int) -> int:
+    return min(wanted, runner.most_sequences) if isinstance(runner, Limited) else wanted
 
 
 def _returns_all(runner: Runner, ids: np.ndarray) -> bool:
@@ -78,14 +82,19 @@ def _losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def cached_logits(runner: Runner, ids: np.ndarray, steps: int) -> np.ndarray:
     """Logits float32 `[windows, positions, vocab]`; the last `steps` tokens are fed one by one.
 
-    The first positions are those of the prompt that the engine returns: all, or the last.
+    The first positions are those of the prompt that the engine returns: all, or the last. The
+    windows go through it together, or as many at once as it takes.
     """
-    prompt = ids.shape[1] - steps
+    prompt, rows = ids.shape[1] - steps, _at_once(runner, len(ids))
+    windows = []
+    for first in range(0, len(ids), rows):
+        some = ids[first : first + rows]
+        runner.reset()
+        parts = [runner.step(some[:, :prompt])[0]]
+        parts += [runner.step(some[:, at : at + 1])[0] for at in range(prompt, ids.shape[1])]
+        windows.append(np.concatenate(parts, axis=1))
     runner.reset()
-    parts = [runner.step(ids[:, :prompt])[0]]
-    parts += [runner.step(ids[:, at : at + 1])[0] for at in range(prompt, ids.shape[1])]
-    runner.reset()
-    return np.concatenate(parts, axis=1)
+    return np.concatenate(windows)
 
 
 def continuations(

@@ -138,3 +138,19 @@ def test_a_killed_search_asks_again_and_goes_on(
         assert measured.block_forwards == 0
         assert measured.losses(QUESTIONS) == expected
         assert measured.head_forwards == 3 * 3
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_only_where_a_gpu_multiplies_it(
+    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch says yes of older GPUs as well, which it lets emulate it."""
+    from prune_export.heal._model import compute_dtype
+
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    gpu = Machine("cuda", 8 << 30, 8 << 30, 1, 80 if native else 75)
+    assert removals.native_dtype(gpu) == compute_dtype("auto", gpu) == dtype

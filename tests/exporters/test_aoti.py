@@ -16,6 +16,7 @@ from prune_export.arch import Arch
 from prune_export.arch.table import table_for
 from prune_export.contracts import Work
 from prune_export.errors import PlanError, StageError
+from prune_export.exporters import _aoti_graph
 from prune_export.exporters import aoti as exporter
 from prune_export.exporters._aoti_sparse import (
     SparseLinear,
@@ -49,7 +50,7 @@ def two_of_four(outputs: int, inputs: int) -> torch.Tensor:
 
 @pytest.fixture
 def kernels_on_cpu() -> Any:
-    """CUTLASS's operator for the CPU, by unpacking: what it computes is what layers rely on."""
+    """The operators for the CPU, CUTLASS's by unpacking: layers rely on what they compute."""
     from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
     def product(mat1: torch.Tensor, meta: torch.Tensor, mat2: torch.Tensor, **_: Any) -> Any:
@@ -58,6 +59,9 @@ def kernels_on_cpu() -> Any:
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("_sparse_semi_structured_mm", product, "CPU")
+    # cuSPARSELt's are the matrix itself, and a product with it.
+    library.impl("_cslt_compress", lambda weight: weight.clone(), "CPU")
+    library.impl("_cslt_sparse_mm", lambda packed, columns, *_: packed @ columns, "CPU")
     yield
     library._destroy()
 
@@ -73,6 +77,28 @@ def test_a_sparse_layer_is_the_dense_one(
         x = torch.randn(*tokens, 64, dtype=torch.bfloat16)
         sparse = SparseLinear(dense.weight, dense.bias, "cutlass")
         torch.testing.assert_close(sparse(x), dense(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["cutlass", "cusparselt"])
+def test_a_sparse_layer_is_compiled(kernel: Any, kernels_on_cpu: Any, tmp_path: Path) -> None:
+    """The compiler treats both operators on a CPU as it does on a GPU."""
+    settings = {**ENDS, **table_for("llama").tiny.config, "num_hidden_layers": 1,
+                "hidden_size": 64, "intermediate_size": 64}  # fmt: skip
+    config = AutoConfig.for_model("llama", **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.copy_(two_of_four(64, 64))
+    ids = torch.arange(12).view(2, 6)
+    wanted = model(ids).logits.detach()
+    layers = dict(candidates(model, model.get_output_embeddings()))
+    assert list(replaced(model, layers, {(64, 64): (kernel, 1.0)})) == list(layers)
+    sizes = _aoti_graph.cache_sizes(model)
+    _aoti_graph.compiled(model, sizes, tmp_path / "model.pt2", last=False)
+    run = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
+    cache = _aoti_graph.empty_cache(sizes, 2, 0, wanted)
+    got, _ = run(ids, torch.ones_like(ids), torch.arange(6).repeat(2, 1), cache)
+    assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
 def test_packed_weights_are_half_and_lose_nothing() -> None:
@@ -173,6 +199,24 @@ def test_what_cannot_work_is_refused_in_the_plan(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(exporter.shutil, "which", lambda name: None)
     with pytest.raises(PlanError, match="needs a C\\+\\+ compiler"):
         Aoti().check(arch(), MACHINE)
+
+
+def test_a_gpu_without_cudas_headers_is_refused_in_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine where all of CUDA came with PyTorch's wheels."""
+    from torch.utils import cpp_extension
+
+    gpu = replace(MACHINE, device="cuda")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    with pytest.raises(PlanError, match="finds no CUDA toolkit\n  install the toolkit"):
+        Aoti().check(arch(), gpu)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    with pytest.raises(PlanError, match=f"{tmp_path} has none"):
+        Aoti().check(arch(), gpu)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    Aoti().check(arch(), gpu)
 
 
 @pytest.mark.slow

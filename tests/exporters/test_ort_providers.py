@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from prune_export.errors import PlanError, StageError
+from prune_export.exporters._ort import OrtRunner
 from prune_export.exporters._ort_providers import (
     NAMES,
     Profile,
@@ -100,8 +101,8 @@ def test_tensorrt_gets_sparsity_caches_types_and_shapes(graph: Path, tmp_path: P
     names, options = zip(*wanted.chain(graph, GPU), strict=True)
     assert names == tuple(NAMES[key] for key in ("tensorrt", "cuda", "cpu"))
     assert options[1:] == ({}, {})
-    assert options[0]["trt_sparsity_enable"] == "1"
-    assert (options[0]["trt_fp16_enable"], options[0]["trt_bf16_enable"]) == ("1", "0")
+    assert options[0]["trt_sparsity_enable"] == "True"
+    assert (options[0]["trt_fp16_enable"], options[0]["trt_bf16_enable"]) == ("True", "False")
     assert options[0]["trt_builder_optimization_level"] == "5"
     assert options[0]["trt_profile_min_shapes"] == "ids:1x1,past:1x2x0x4"
     assert options[0]["trt_profile_opt_shapes"] == "ids:1x128,past:1x2x0x4"
@@ -152,6 +153,22 @@ def test_an_absent_provider_is_refused_in_the_plan_and_at_the_session(
     offered.append(NAMES[name])
     with pytest.raises(PlanError, match="needs an NVIDIA GPU"):
         Provider(name).check(CPU)
+
+
+def test_auto_on_a_gpu_that_the_runtime_does_not_know_is_refused_in_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`pip install prune-export[onnx]` on a machine with a GPU brings onnxruntime for CPUs."""
+    import onnxruntime
+
+    offered = ["CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    Provider().check(CPU)
+    Provider("cpu").check(GPU)
+    with pytest.raises(PlanError, match="install onnxruntime-gpu, or write `provider: cpu`"):
+        Provider().check(GPU)
+    offered.append(NAMES["cuda"])
+    Provider().check(GPU)
 
 
 def test_a_session_that_fell_back_is_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +224,50 @@ def test_the_cache_stays_on_the_gpu_where_the_runtime_can_put_it(
     assert cache_device("tensorrt_rtx") == "cpu", "a plug-in beside a runtime without CUDA"
     offered.append(NAMES["cuda"])
     assert [cache_device(key) for key in ("cpu", "cuda", "tensorrt")] == ["cpu", "cuda", "cuda"]
+
+
+def test_logits_come_back_from_a_gpu_after_the_clock_has_stopped(
+    tiny_graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a session on a GPU, which notes where its outputs are to be."""
+    wanted: dict[str, str] = {}
+    with OrtRunner(tiny_graph, CPU) as runner:
+        real = runner._session.io_binding
+
+        def io_binding() -> Any:
+            binding = real()
+            bind = binding.bind_output
+            binding.bind_output = lambda name, device: (wanted.update({name: device}), bind(name))
+            return binding
+
+        monkeypatch.setattr(runner._session, "io_binding", io_binding)
+        list(runner._pasts(1))  # the cache is made where there is memory
+        runner._device = "cuda"
+        logits, _ = runner.step(np.arange(4, dtype=np.int64)[None])
+    assert set(wanted.values()) == {"cuda"}
+    assert "logits" in wanted
+    assert logits.shape[:2] == (1, 4)
+
+
+def test_a_record_names_the_runtime_whatever_its_wheel_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With onnxruntime-gpu there is a module `onnxruntime` and no distribution of that name."""
+    from importlib import metadata
+
+    import onnxruntime
+
+    from prune_export.exporters import onnx as exporter
+
+    real = metadata.version
+
+    def version(package: str) -> str:
+        if package == "onnxruntime":
+            raise metadata.PackageNotFoundError(package)
+        return real(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert exporter._toolchain()["onnxruntime"] == onnxruntime.__version__
 
 
 def test_the_twin_without_sparsity() -> None:

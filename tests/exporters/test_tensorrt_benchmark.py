@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prune_export.errors import StageError
+from prune_export.exporters._trt_binding import _MODULES
 from prune_export.verify import Engine
 from prune_export.verify.results import Speed
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "tensorrt.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "sparse_engines.py"
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +53,9 @@ def test_it_runs_from_checkpoints_to_a_result(
 ) -> None:
     monkeypatch.setattr(
         sys, "argv",
-        ["tensorrt.py", "--dense", str(tiny_llama), "--sparse", str(tiny_llama), "--quick",
+        ["sparse_engines.py", "--dense", str(tiny_llama), "--sparse", str(tiny_llama), "--quick",
          "--engine", "onnx", "--precision", "fp32", "--work", str(tmp_path / "work"),
-         "--results", str(tmp_path)],
+         "--name", "engines", "--results", str(tmp_path)],
     )  # fmt: skip
     asked: list[tuple[str, str, int]] = []
 
@@ -66,7 +71,7 @@ def test_it_runs_from_checkpoints_to_a_result(
     monkeypatch.setitem(script["main"].__globals__, "measure_speed", measured)
     script["main"]()
     assert asked == [("fp32-0", "fp32-2", 1), ("fp32-1", "fp32-2", 1)]
-    (file,) = tmp_path.glob("*-tensorrt.json")
+    (file,) = tmp_path.glob("*-engines.json")
     found = json.loads(file.read_text())["precisions"]["fp32"]
     assert list(found["speeds"]) == [
         "sparse weights, kernels on against dense weights",
@@ -76,3 +81,55 @@ def test_it_runs_from_checkpoints_to_a_result(
         assert [one["phase"] for one in speeds] == ["prefill", "decode"]
     assert len(found["builds"]) == 3
     assert "no speedup" in capsys.readouterr().out
+
+
+def test_a_precision_that_fails_is_a_result_and_an_exit_code(
+    script: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv",
+        ["sparse_engines.py", "--dense", str(tiny_llama), "--sparse", str(tiny_llama), "--quick",
+         "--engine", "onnx", "--precision", "fp32", "int8", "--work", str(tmp_path / "work"),
+         "--name", "engines", "--results", str(tmp_path)],
+    )  # fmt: skip
+
+    def build(entry: Any, *_: Any) -> Any:
+        raise StageError("here", "no") if entry.precision == "int8" else RuntimeError("out of it")
+
+    monkeypatch.setitem(script["main"].__globals__, "build", build)
+    with pytest.raises(SystemExit, match="1"):
+        script["main"]()
+    (file,) = tmp_path.glob("*-engines.json")
+    found = json.loads(file.read_text())["precisions"]
+    assert found["fp32"]["failed"].rstrip().endswith("RuntimeError: out of it")
+    assert "here" in found["int8"]["failed"]
+
+
+def test_no_script_hides_a_library() -> None:
+    """A script's directory comes first where Python looks for modules."""
+    names = {file.stem for file in SCRIPT.parent.glob("*.py")}
+    assert not names & {name for pair in _MODULES.values() for name in pair}
+    assert not names & (sys.stdlib_module_names | {"torch", "onnx", "onnxruntime", "triton"})
+
+
+def test_each_step_of_the_gpu_run_stands_alone(tmp_path: Path) -> None:
+    """Here none can do anything; all are tried, and named at the end."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *import\\ torch*|*Tensorrt*) exit 0;; esac\nexit 3\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "results").mkdir()
+    done = subprocess.run(
+        ["bash", str(SCRIPT.with_name("run.sh")), str(tmp_path), str(tmp_path)],
+        env={**os.environ, "PYTHON": str(python), "RESULTS": str(tmp_path / "results")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    failed = re.findall("FAILED: (?!exit)(.*)", done.stdout)
+    assert failed == [
+        "tests", "demo", "demo report", "prune to 2 of 4", "prune to 6 of 8", "tensorrt, 2 of 4",
+        "tensorrt, 6 of 8", "rtx, 2 of 4", "rtx, 6 of 8", "sparse kernels", "aoti", "aoti report",
+    ]  # fmt: skip
+    (log,) = (tmp_path / "results").glob("*-gpu-run.log")
+    assert "== demo FAILED: exit code 3" in log.read_text()

@@ -25,12 +25,13 @@ from prune_export.matrices import load, matrices
 
 
 def one_product(path: Path, weight: np.ndarray) -> Path:
-    """A graph of one product in a block, `x` float32 `[tokens, inputs]`."""
+    """A graph of one product in a block, `x` `[tokens, inputs]` of the weight's type."""
     node = onnx.helper.make_node("MatMul", ["x", "model.layers.0.w"], ["y"], "product")
     info = onnx.helper.make_tensor_value_info
+    kind = onnx.helper.np_dtype_to_tensor_dtype(weight.dtype)
     graph = onnx.helper.make_graph(
-        [node], "g", [info("x", onnx.TensorProto.FLOAT, ["tokens", weight.shape[0]])],
-        [info("y", onnx.TensorProto.FLOAT, ["tokens", weight.shape[1]])],
+        [node], "g", [info("x", kind, ["tokens", weight.shape[0]])],
+        [info("y", kind, ["tokens", weight.shape[1]])],
         [onnx.numpy_helper.from_array(weight, "model.layers.0.w")],
     )  # fmt: skip
     model = onnx.helper.make_model(
@@ -64,6 +65,20 @@ def test_a_product_in_8_bits_is_close_and_keeps_its_zeros(
     (got,) = session.run(None, {"x": x})
     wanted = x @ weight
     assert 0 < np.abs(got - wanted).max() / np.abs(wanted).max() < bound
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("top", [0.0, 1e-6, 3e-3])
+def test_no_scale_is_zero_however_small_an_activation(
+    kind: Any, top: float, tmp_path: Path
+) -> None:
+    """float16 has no 1e-6 / 127, and TensorRT refuses a scale of zero."""
+    graph = one_product(tmp_path / "model.onnx", np.ones((8, 8), np.float16))
+    quantize(graph, kind, {"x": Range(top, 1.0)})
+    scales = {one.name: onnx.numpy_helper.to_array(one) for one in load(graph).graph.initializer
+              if one.name.endswith("/scale")}  # fmt: skip
+    assert len(scales) == 2
+    assert all((scale > 0).all() for scale in scales.values())
 
 
 def test_the_loss_to_8_bits_is_measured(tiny_graph: Path, tmp_path: Path) -> None:

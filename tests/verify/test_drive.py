@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,38 @@ def test_cached_logits_are_the_uncached(tiny: Path, machine: Machine, ids: np.nd
         got = drive.cached_logits(runner, ids, 7)
     assert got.shape == whole.shape
     np.testing.assert_allclose(got, whole, atol=2e-5)
+
+
+class Narrow:
+    """A runner whose engine takes two sequences at once."""
+
+    most_sequences = 2
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.batches: list[int] = []
+
+    def reset(self) -> None:
+        self._runner.reset()
+
+    def step(self, ids: np.ndarray) -> tuple[np.ndarray, float]:
+        self.batches.append(len(ids))
+        return self._runner.step(ids)
+
+
+def test_an_engine_is_fed_no_more_sequences_than_it_takes(
+    tiny: Path, machine: Machine, ids: np.ndarray
+) -> None:
+    """Five windows, where whoever measures would feed them together."""
+    with PyTorch(logits="last").open(tiny, machine) as runner:
+        narrow: Any = Narrow(runner)
+        np.testing.assert_allclose(
+            drive.cached_logits(narrow, ids, 7), drive.cached_logits(runner, ids, 7), atol=2e-5
+        )
+        assert drive.window_losses(narrow, ids, lambda _: None) == pytest.approx(
+            drive.window_losses(runner, ids, lambda _: None), abs=1e-5
+        )
+        assert max(narrow.batches) == 2
 
 
 def test_cached_logits_of_last_positions(tiny: Path, machine: Machine, ids: np.ndarray) -> None:

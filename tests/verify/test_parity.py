@@ -54,11 +54,11 @@ def test_same_checkpoint_is_equal(tiny: Path, machine: Machine, ids: np.ndarray)
 @pytest.mark.parametrize(
     ("noise", "passes"),
     [
-        (1e-4, ["fp32", "fp16", "bf16", "int8", "int4"]),
-        (1e-2, ["fp16", "bf16", "int8", "int4"]),
-        (0.15, ["bf16", "int8", "int4"]),
-        (0.4, ["int8", "int4"]),
-        (0.9, ["int4"]),
+        (1e-4, ["fp32", "fp16", "bf16", "int8", "fp8", "int4"]),
+        (1e-2, ["fp16", "bf16", "int8", "fp8", "int4"]),
+        (0.15, ["bf16", "int8", "fp8", "int4"]),
+        (0.4, ["int8", "fp8", "int4"]),
+        (0.9, ["fp8", "int4"]),
     ],
 )
 def test_tolerance_by_precision(noise: float, passes: list[str]) -> None:

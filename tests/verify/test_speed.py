@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +79,34 @@ def test_an_engine_that_dies_ends_the_measurement(
     dense, broken = Engine.pytorch(tiny), Engine.pytorch(tmp_path)
     with pytest.raises(StageError, match="config"):
         measure_speed(dense, broken, [Workload(1, 4, 1)], ids, machine, effort=SHORT)
+
+
+@pytest.mark.parametrize(("device", "steps"), [("cpu", 4), ("cuda", 9)])
+def test_what_is_timed_on_a_gpu_has_run_before(
+    device: Any, steps: int, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without processes: a stand-in that records what it is fed."""
+    fed: list[int] = []
+
+    class Recorder:
+        def __init__(self, *_: Any) -> None: ...
+        def __enter__(self) -> Any:
+            fed.clear()
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+        def ready(self) -> int:
+            return 256
+
+        def time(self, ids: np.ndarray, prompt: int) -> tuple[float, float]:
+            fed.append(ids.shape[1] - prompt)
+            return 1.0, 1.0
+
+    monkeypatch.setattr("prune_export.verify.speed.Session", Recorder)
+    engine = Engine.pytorch(tmp_path)
+    on = replace(machine, device=device, gpu_bytes=1 << 30)
+    measure_speed(engine, engine, [Workload(1, 4, 9)], np.arange(64), on, effort=SHORT)
+    assert fed == [steps] * 3 + [9] * 3 * SHORT.rounds
 
 
 @pytest.mark.parametrize("workload", [Workload(0, 4, 1), Workload(1, 0, 1), Workload(1, 4, 0)])

@@ -1,7 +1,7 @@
 """Times sparse TensorRT engines against dense ones, and against themselves without sparse kernels.
 
-    python benchmarks/gpu/tensorrt.py --dense DIR --sparse DIR --work DIR --precision fp16 fp8
-    python benchmarks/gpu/tensorrt.py … --engine onnx --quick   # does it run at all, anywhere
+    python benchmarks/gpu/sparse_engines.py --dense DIR --sparse DIR --work DIR --precision fp16 fp8
+    python benchmarks/gpu/sparse_engines.py … --engine onnx --quick   # does it run at all, anywhere
 
 `--dense` and `--sparse` are checkpoints of one model; the second's weights hold 2 of 4, or a
 pattern that `--sliding` rewrites. For each precision three engines are built, all else equal: of
@@ -9,7 +9,10 @@ the dense weights; of the sparse ones with sparse kernels forbidden; of the spar
 allowed. Two ratios are measured at every prompt size from 1 to 4096 and in decode: sparse against
 dense, which is what a user gains, and sparse against the same weights without sparse kernels, which
 is what the kernels gain. Where an interval holds 1, the verdict is that there is no speedup. What
-the builder said and which kernels the engine names is in the result; raw samples are kept.
+the builder said and which kernels the engine names is in the result; raw samples are kept. The
+result is written after each precision, with the reason where one failed; the exit code is then 1.
+
+No script in this directory may have the name of a library: Python would import it instead.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import _result
 
+from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Work
 from prune_export.errors import PruneExportError
 from prune_export.machine import Machine
@@ -98,6 +103,7 @@ def build(entry: Any, variant: Variant, out: Path, work: Work) -> Built:
     out.mkdir(parents=True, exist_ok=True)
     scratch = work.scratch / out.name
     scratch.mkdir(parents=True, exist_ok=True)
+    entry.check(Checkpoint.open(variant.checkpoint).arch(), work.machine)
     record = entry.export(variant.checkpoint, out, replace(work, scratch=scratch))
     kept.write_text(json.dumps(asdict(record)), encoding="utf-8")
     return Built(variant, record, out)
@@ -155,7 +161,12 @@ def main() -> None:
         effort = Effort(launches=3, rounds=1, most_launches=3, seconds=1.0)
     work = Work(machine, Silent(), given.work / "scratch")
     found: dict[str, Any] = {}
+    about = {
+        "model": given.sparse.name, "engine": given.engine, "sliding": given.sliding,
+        "minutes": given.minutes, "precisions": found,
+    }  # fmt: skip
     for precision in given.precision:
+        found[precision] = own = {}
         try:
             built = [
                 build(
@@ -164,23 +175,21 @@ def main() -> None:
                 )
                 for at, one in enumerate(variants(given.dense, given.sparse))
             ]  # fmt: skip
-            speeds = dict(compared(built, workloads, machine, effort))
-        except PruneExportError as error:  # another precision may work; what failed is a result
-            found[precision] = {"failed": str(error)}
-            print(f"{precision}: {error}")
-            continue
-        for name, measured in speeds.items():
-            print("\n".join(lines(precision, name, measured)))
-        found[precision] = {
-            "builds": kernels(built),
-            "toolchain": dict(built[-1].record.toolchain),
-            "speeds": {name: to_json(measured) for name, measured in speeds.items()},
-        }
-    about = {
-        "model": given.sparse.name, "engine": given.engine, "sliding": given.sliding,
-        "minutes": given.minutes, "precisions": found,
-    }  # fmt: skip
-    print(_result.save(given.name, about, results=given.results))
+            own["builds"] = kernels(built)
+            own["toolchain"] = dict(built[-1].record.toolchain)
+            own["speeds"] = {}
+            for name, measured in compared(built, workloads, machine, effort):
+                print("\n".join(lines(precision, name, measured)), flush=True)
+                own["speeds"][name] = to_json(measured)
+        except Exception as error:  # another precision may work; what failed is a result
+            own["failed"] = str(error) or type(error).__name__
+            if not isinstance(error, PruneExportError):
+                own["failed"] = traceback.format_exc()
+            print(f"{precision}: {own['failed']}", flush=True)
+        saved = _result.save(given.name, about, results=given.results)
+    print(saved)
+    if any("failed" in own for own in found.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
