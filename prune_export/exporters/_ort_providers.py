@@ -209,6 +209,8 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
         )
     options.add_session_config_entry(RECORD, "1")
     chain = provider.chain(graph, machine)
+    if key == "tensorrt" and importlib.util.find_spec("tensorrt"):
+        importlib.import_module("tensorrt")  # pip's libraries lie where only it finds them
     try:
         if key == "tensorrt_rtx":
             _add_plugin(options, chain[0])

@@ -55,8 +55,29 @@ class Engine:
         return devices is None or machine.device in devices
 
     @property
+    def calibrated(self) -> bool:
+        """Whether its activations are rounded too, by scales that were measured before the build.
+
+        Raises:
+            VerifyError: as `open`.
+        """
+        return bool(getattr(self._entry, "calibrates", False))
+
+    @property
     def _kind(self) -> Any:
         return PyTorch if self.exporter == PYTORCH else registry.find("exporters", self.exporter)
+
+    @property
+    def _entry(self) -> Any:
+        try:
+            return TypeAdapter(self._kind).validate_python(dict(self.parameters))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise VerifyError(
+                f"engine {self.exporter}  {'.'.join(map(str, first['loc']))}",
+                f"got {first['input']!r}: {first['msg']}",
+                "export it again with this version of prune_export",
+            ) from error
 
     def open(self, machine: Machine) -> Runner:
         """A runner for it, in this process.
@@ -66,7 +87,6 @@ class Engine:
             VerifyError: the exporter does not know a parameter of the build record.
             PlanError: no such exporter.
         """
-        kind = self._kind
         if self.runs_code and not self.trusted:
             raise CheckpointError(
                 str(self.path),
@@ -74,16 +94,7 @@ class Engine:
                 "with the store at hand",
                 "pass `--trust-engine` if you trust whoever made it, or export it again",
             )
-        try:
-            exporter = TypeAdapter(kind).validate_python(dict(self.parameters))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise VerifyError(
-                f"engine {self.exporter}  {'.'.join(map(str, first['loc']))}",
-                f"got {first['input']!r}: {first['msg']}",
-                "export it again with this version of prune_export",
-            ) from error
-        runner: Runner = exporter.open(self.path, machine)
+        runner: Runner = self._entry.open(self.path, machine)
         return runner
 
     def to_json(self) -> dict[str, Any]:

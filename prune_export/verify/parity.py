@@ -38,12 +38,13 @@ TOLERANCES: Final = {
     "fp16": Tolerance(1e-1, 1e-3),
     "bf16": Tolerance(5e-1, 1e-2),
     "int8": Tolerance(None, 5e-2),
+    "int8 activations": Tolerance(None, 5e-1),
     "fp8": Tolerance(None, 5e-1),
     "int4": Tolerance(None, None),
 }
-"""Measured on SmolLM2-135M: fp32 7e-5 of a logit, int8 a KL of 5e-3, fp8 0.10, int4 0.19 to 0.53
-nats. An engine that is wired wrongly is off by whole nats in any precision; int4 would often fail
-too, so its loss is stated beside its speed and not judged here."""
+"""Measured on SmolLM2-135M: fp32 7e-5 of a logit, int8 a KL of 5e-3, with int8 activations 0.13,
+fp8 0.10, int4 0.19 to 0.53 nats. An engine that is wired wrongly is off by whole nats in any
+precision; int4 would often fail too, so its loss is stated beside its speed and not judged here."""
 
 
 def measure_parity(
@@ -192,4 +193,4 @@ def _precision(engine: Engine) -> str:
             f"got precision {precision!r}, expected one of {', '.join(TOLERANCES)}",
             "pass the precision whose tolerance is to be used",
         )
-    return precision
+    return "int8 activations" if precision == "int8" and engine.calibrated else precision
