@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +87,25 @@ def test_another_store_ends_in_the_same_bytes(
     first = run(recipe, str(tiny_llama), options)
     fresh = replace(options, out=options.out.with_name("fresh"), store=options.store.with_name("s"))
     assert hashes(run(recipe, str(tiny_llama), fresh).out, *STABLE) == hashes(first.out, *STABLE)
+
+
+def test_one_run_at_a_time_puts_a_result_together(
+    tiny_llama: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command given twice, with the first one still at work."""
+    held = []
+
+    def written(*_: Any) -> None:
+        with (options.out.parent / ".out.lock").open("a") as lock:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.append(lock.name)
+
+    monkeypatch.setattr("prune_export.run.write_report", written)
+    text = "recipe: 1\nstages: [{prune: {method: deepest, remove: 1}}]\n"
+    run(Recipe.parse(text + "verify: {generation: false}\n"), str(tiny_llama), options)
+    assert held
+    assert {path.name for path in options.out.parent.iterdir()} == {"out", "store"}
 
 
 def test_evaluation_text_is_not_trained_on(
