@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from prune_export.errors import StageError
+from prune_export.errors import PlanError, StageError
 
 _MANIFEST: Final = "manifest.json"
 
@@ -88,10 +88,19 @@ def sha256_of_file(file: Path) -> str:
 
 
 class Store:
-    """A directory of artifacts that several processes may use at once."""
+    """A directory of artifacts that several processes may use at once.
+
+    Raises:
+        PlanError: it is not there and cannot be made.
+    """
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(
+                str(root), f"cannot be made: {error.strerror}", "give another `--store`"
+            ) from None
         self.root = root.resolve()
 
     def get(self, artifact_id: str) -> Artifact | None:

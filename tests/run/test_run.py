@@ -160,6 +160,20 @@ def refused(recipe: str, corpus: Path, model: Path, options: Options) -> PlanErr
     return caught.value
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
+    tiny_llama: Path, corpus: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = options.out.with_name("file")
+    file.write_text("no directory")
+    below = refused(RECIPE, corpus, tiny_llama, replace(options, out=file / "out"))
+    assert "is a file" in below.problem
+    assert "--out" in below.fix
+    below = refused(RECIPE, corpus, tiny_llama, replace(options, store=file / "store"))
+    assert "--store" in below.fix
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "may not be written" in refused(RECIPE, corpus, tiny_llama, options).problem
+
+
 def test_what_cannot_work_is_refused_before_anything_is_written(
     tiny_llama: Path, corpus: Path, options: Options
 ) -> None:
