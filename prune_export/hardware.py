@@ -50,14 +50,10 @@ class Planned:
     def sparse_stage(self) -> tuple[int, Stage] | None:
         """The last stage that puts zeros into weights, and its number.
 
-        That is one that prunes and leaves all shapes as they are.
+        Zeros that stand for a part of a block, or for widths, are not meant: engines leave them
+        out.
         """
-        found = [
-            (at, stage)
-            for at, stage in enumerate(self.recipe.stages)
-            if stage.kind == "prune"
-            and self.archs[at].parameters() == self.archs[at + 1].parameters()
-        ]
+        found = [(at, stage) for at, stage in enumerate(self.recipe.stages) if _puts_zeros(stage)]
         return found[-1] if found else None
 
     @property
@@ -69,8 +65,11 @@ class Planned:
 
     @property
     def cuts_structure(self) -> bool:
-        """Whether the result has fewer parameters than the model had."""
-        return self.after.parameters() < self.archs[0].parameters()
+        """Whether engines have fewer parameters than the model had."""
+        fewer = self.after.parameters() < self.archs[0].parameters()
+        return fewer or any(
+            stage.kind == "prune" and not _puts_zeros(stage) for stage in self.recipe.stages
+        )
 
 
 Rule = Callable[[Planned], Iterator[PlanError]]
@@ -160,7 +159,7 @@ def _inputs_divide(planned: Planned) -> Iterator[PlanError]:
     for export, keys in _sparse_exports(planned.recipe):
         if keys.get("sliding"):
             continue
-        for name, inputs in _inputs(planned.after):
+        for name, inputs in _inputs(planned):
             if inputs % NATIVE.of:
                 yield PlanError(
                     f"export.{export.name}.sparse",
@@ -269,10 +268,19 @@ def _most(nm: Nm | None, keys: Mapping[str, Any]) -> float:
     return bound(NATIVE)
 
 
-def _inputs(arch: Arch) -> Iterator[tuple[str, int]]:
-    """The matrices of the blocks with their inputs."""
-    for tensor in linears(arch):
-        yield tensor.name, inputs_of(arch, tensor)
+def _puts_zeros(stage: Stage) -> bool:
+    """Whether a stage is by a sparse method, which is one that takes `nm`."""
+    return stage.kind == "prune" and hasattr(stage.entry, "nm")
+
+
+def _inputs(planned: Planned) -> Iterator[tuple[str, int]]:
+    """The matrices of the blocks that the sparse stage prunes, with their inputs at the end."""
+    assert planned.sparse_stage is not None
+    number, stage = planned.sparse_stage
+    roles = {tensor.role for tensor in stage.entry.targets(planned.archs[number])}
+    for tensor in linears(planned.after):
+        if tensor.role in roles:
+            yield tensor.name, inputs_of(planned.after, tensor)
 
 
 def _keys(nm: Nm) -> str:

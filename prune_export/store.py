@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from prune_export.errors import StageError
+from prune_export.errors import PlanError, StageError
 
 _MANIFEST: Final = "manifest.json"
 
@@ -88,10 +88,19 @@ def sha256_of_file(file: Path) -> str:
 
 
 class Store:
-    """A directory of artifacts that several processes may use at once."""
+    """A directory of artifacts that several processes may use at once.
+
+    Raises:
+        PlanError: it is not there and cannot be made.
+    """
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(
+                str(root), f"cannot be made: {error.strerror}", "give another `--store`"
+            ) from None
         self.root = root.resolve()
 
     def get(self, artifact_id: str) -> Artifact | None:
@@ -130,7 +139,7 @@ class Store:
         """
         if not force and (found := self.get(key.id)) is not None:
             return found
-        with self._locked(key.id, waiting):
+        with locked(self.root / f"{key.id}.lock", waiting):
             if not force and (found := self.get(key.id)) is not None:
                 return found
             return self._built(key, build)
@@ -278,27 +287,6 @@ class Store:
             _write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
         return True
 
-    @contextlib.contextmanager
-    def _locked(self, artifact_id: str, waiting: Callable[[], None]) -> Iterator[None]:
-        path = self.root / f"{artifact_id}.lock"
-        told = False
-        while True:
-            with path.open("a") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | (0 if told else fcntl.LOCK_NB))
-                except BlockingIOError:
-                    waiting()
-                    told = True
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                # The holder before us may have removed the file: then nobody else would see ours.
-                if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                    continue
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-
     def _in_use(self, artifact_id: str) -> bool:
         path = self.root / f"{artifact_id}.lock"
         try:
@@ -309,6 +297,31 @@ class Store:
         except BlockingIOError:
             return True
         return False
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds the file at `path` against all other processes; it is gone afterwards.
+
+    `waiting` is called once if another one holds it.
+    """
+    told = False
+    while True:
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if told else fcntl.LOCK_NB))
+            except BlockingIOError:
+                waiting()
+                told = True
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            # The holder before us may have removed the file: then nobody else would see ours.
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def place(source: Path, target: Path) -> None:

@@ -71,6 +71,28 @@ def test_what_the_hardware_knows_passes() -> None:
         check(recipe(*stages, export=[export]))
 
 
+TRIMMED: list[Any] = [
+    {"method": "block_influence", "remove": 1, "unit": "attention"},
+    {"method": "greedy_loss", "remove": 1, "unit": "mlp"},
+    {"method": "llm_pruner", "ffn": 0.25, "per_layer": True},
+]
+
+
+@pytest.mark.parametrize("keys", TRIMMED, ids=lambda keys: str(keys["method"]))
+def test_zeros_that_engines_leave_out_are_no_sparse_weights(keys: Any) -> None:
+    trims = {"prune": keys}
+    check(recipe(trims, export=["onnx"], at_least=1.2), CPU)
+    check(recipe(prune(sparsity=0.5), trims, export=["onnx"], at_least=1.2), CPU)
+    check(recipe(prune(2, 4), trims))
+
+
+def test_only_inputs_of_pruned_matrices_count() -> None:
+    odd = arch(intermediate_size=50)
+    check(recipe(prune(2, 4, exclude=["down"])), cut=(odd, odd))
+    said = refused(recipe(prune(1, 2)), cut=(odd, odd))
+    assert "down_proj.weight has 50 inputs" in said
+
+
 def test_four_of_eight_without_windows_is_refused_and_six_of_eight_offered() -> None:
     said = refused(recipe(prune(4, 8)))
     assert said.startswith("export.tensorrt.sparse\n  the weights keep 4 of 8")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from prune_export.errors import PlanError
 from prune_export.store import Key, Store, canonical_json, place
 
 KEY = Key("prune", "deepest", "1", {"remove": 2}, ("model-0",), None)
@@ -29,6 +30,12 @@ def write_one(files: Path, scratch: Path) -> Mapping[str, Any]:
 
 def never(files: Path, scratch: Path) -> Mapping[str, Any]:
     raise AssertionError("built again")
+
+
+def test_a_place_that_cannot_be_a_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(PlanError, match=r"cannot be made[\s\S]*--store"):
+        Store(tmp_path / "file" / "store")
 
 
 def test_made_once_and_found_again(tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ class Sparse:
         if (self.sparsity is None) == (self.nm is None):
             raise PlanError(
                 "how many weights",
-                f"got {'neither' if self.nm is None else 'both'} `sparsity` and `nm`, "
-                "expected one of them",
+                f"got {'neither `sparsity` nor `nm`' if self.nm is None else 'both of them'}, "
+                "expected one of `sparsity` and `nm`",
                 "write `sparsity: 0.5`, or `nm: {keep: 2, of: 4}`",
             )
         for key in ("include", "exclude"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ def _matching(root: Path, pattern: str) -> list[Path]:
 
 
 def what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> Iterator[PlanError]:
-    """What this machine lacks for a plan: memory, GPU memory, disk."""
+    """What this machine lacks for a plan: memory, GPU memory, places to write to, disk."""
     heaviest = max(plan.stages, key=lambda stage: stage.cost.ram_bytes)
     if heaviest.cost.ram_bytes > ram_limit:
         yield PlanError(
@@ -67,8 +68,18 @@ def what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> Ite
             f"{text_from_bytes(plan.machine.gpu_bytes)}",
             "pass `--device cpu`",
         )
-    for folder in (store, out):
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # A result is put together beside its place.
+    for folder, option, needed in (
+        (store, "--store", store),
+        (out, "--out", out.absolute().parent),
+    ):
+        existing = next(path for path in (needed, *needed.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            what = "may not be written to" if existing.is_dir() else "is a file, not a directory"
+            yield PlanError(
+                str(folder), f"cannot be made: {existing} {what}", f"give another `{option}`"
+            )
+            continue
         free = shutil.disk_usage(existing).free
         if plan.disk_bytes + GIB // 4 > free:
             yield PlanError(

@@ -273,7 +273,12 @@ def entry_from(cls: Any, body: Mapping[str, Any], document: Document, path: Path
     except ValidationError as error:
         raise _translated(document, path, error) from None
     except PlanError as error:
-        raise RecipeError(document.where(path), error.problem, error.fix) from None
+        # It is about a key (`onnx.sliding`), a value of one (`include: dwn`), or more than one.
+        named, _, value = error.where.partition(":")
+        key = named.rpartition(".")[2]
+        at = (*path, key) if key in body else path
+        subject = "" if key in body and not value else f"{error.where}: "
+        raise RecipeError(document.where(at), subject + error.problem, error.fix) from None
 
 
 def model(document: Document, path: Path_, schema: type[M], body: Any) -> M:

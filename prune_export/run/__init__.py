@@ -25,7 +25,7 @@ from prune_export.run import artifacts
 from prune_export.run.artifacts import Base, Bench
 from prune_export.run.measure import measured
 from prune_export.run.record import report_of
-from prune_export.run.result import LOCK, Result, lock_of, refuse_foreign
+from prune_export.run.result import LOCK, Result, alone, lock_of, refuse_foreign
 from prune_export.run.search import searched
 from prune_export.store import Artifact, Store
 from prune_export.verify import Engine, check_tasks
@@ -141,7 +141,8 @@ def run(
     sets = {name: tokens for name, (_, tokens) in data.items()}
     found = measured(bench, recipe, base, stages, exports, dense, sets, off)
     made = _Made(asked, base, data, stages, searches, exports, found)
-    return _finished(bench, recipe, options.out, made)
+    with alone(options.out):
+        return _finished(bench, recipe, options.out, made)
 
 
 def _without_sparsity(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from prune_export.errors import PlanError
-from prune_export.store import Artifact, place
+from prune_export.store import Artifact, locked, place
 
 LOCK: Final = "prune_recipe.lock.json"
 
@@ -29,6 +30,17 @@ def refuse_foreign(out: Path) -> None:
             "is not empty and was not written by this tool",
             "give another `--out`, or empty it; nothing in it was touched",
         )
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Waits until no other run puts the same result directory together, and keeps others waiting.
+
+    The same command given twice builds every artifact once, and both runs then come here.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f".{out.name}.lock")):
+        yield
 
 
 class Result:
@@ -88,8 +100,11 @@ def lock_of(
 
 def _recover(out: Path) -> None:
     old = out.with_name(f".{out.name}.old")
-    if old.is_dir() and not out.exists():
-        old.rename(out)
+    if not old.is_dir() or out.exists():
+        return
+    with alone(out):
+        if old.is_dir() and not out.exists():
+            old.rename(out)
 
 
 def files_of(folder: Path) -> Iterator[Path]:

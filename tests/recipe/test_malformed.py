@@ -110,6 +110,29 @@ CASES = {
         "bad.yaml:3",
         "exactly one",
     ),
+    "a role that is none": Case(
+        "recipe: 1\nstages:\n  - prune:\n      method: wanda\n      sparsity: 0.5\n"
+        "      include: [dwn]\n",
+        "bad.yaml:6  stages.0.prune.include",
+        "include: dwn: is not a role",
+        "`down`",
+    ),
+    "a key that wants another": Case(
+        "recipe: 1\nstages:\n  - prune:\n      method: wanda\n      sparsity: 0.5\n"
+        "      permute: true\n",
+        "bad.yaml:6  stages.0.prune.permute",
+        "got true without `nm`",
+    ),
+    "a sparse method's neither amount": Case(
+        "recipe: 1\nstages:\n  - prune: {method: wanda}\n",
+        "bad.yaml:3  stages.0.prune",
+        "how many weights: got neither `sparsity` nor `nm`",
+    ),
+    "an exporter's keys that exclude each other": Case(
+        "recipe: 1\nexport:\n  - onnx:\n      precision: int8\n      sliding: true\n",
+        "bad.yaml:5  export.0.onnx.sliding",
+        "int8",
+    ),
     "stage data not defined": Case(
         "recipe: 1\ndata: {calibration: {files: [a]}}\nstages:\n"
         "  - prune: {method: angular_distance, remove: 1, data: calibratoin}\n",

@@ -67,6 +67,13 @@ def test_front_matter_of_a_hub_model() -> None:
     ]
 
 
+def test_blocks_are_named_only_where_some_are_gone() -> None:
+    report = made("no_heal")
+    assert f", pruned to {report['result']['layers']} blocks\n" in model_card(report)
+    report["result"]["layers"] = report["base"]["layers"]
+    assert "pruned to" not in model_card(report)
+
+
 def test_a_relation_is_claimed_only_where_one_is_true() -> None:
     report = made("no_heal")
     report["base"] |= {"model": "org/base", "revision": "a" * 40}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +89,25 @@ def test_another_store_ends_in_the_same_bytes(
     assert hashes(run(recipe, str(tiny_llama), fresh).out, *STABLE) == hashes(first.out, *STABLE)
 
 
+def test_one_run_at_a_time_puts_a_result_together(
+    tiny_llama: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command given twice, with the first one still at work."""
+    held = []
+
+    def written(*_: Any) -> None:
+        with (options.out.parent / ".out.lock").open("a") as lock:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.append(lock.name)
+
+    monkeypatch.setattr("prune_export.run.write_report", written)
+    text = "recipe: 1\nstages: [{prune: {method: deepest, remove: 1}}]\n"
+    run(Recipe.parse(text + "verify: {generation: false}\n"), str(tiny_llama), options)
+    assert held
+    assert {path.name for path in options.out.parent.iterdir()} == {"out", "store"}
+
+
 def test_evaluation_text_is_not_trained_on(
     tiny_llama: Path, tmp_path: Path, corpus: Path, options: Options
 ) -> None:
@@ -137,6 +158,20 @@ def refused(recipe: str, corpus: Path, model: Path, options: Options) -> PlanErr
     assert not options.out.exists()
     assert not list(options.store.glob("*-*"))
     return caught.value
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(
+    tiny_llama: Path, corpus: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = options.out.with_name("file")
+    file.write_text("no directory")
+    below = refused(RECIPE, corpus, tiny_llama, replace(options, out=file / "out"))
+    assert "is a file" in below.problem
+    assert "--out" in below.fix
+    below = refused(RECIPE, corpus, tiny_llama, replace(options, store=file / "store"))
+    assert "--store" in below.fix
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "may not be written" in refused(RECIPE, corpus, tiny_llama, options).problem
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(
