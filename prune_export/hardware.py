@@ -151,6 +151,25 @@ def _zeros_survive(planned: Planned) -> Iterator[PlanError]:
             )
 
 
+def _zeros_come_last(planned: Planned) -> Iterator[PlanError]:
+    """A cut of widths takes channels out of groups, and refits what is left."""
+    if planned.sparse_stage is None or not any(_sparse_exports(planned.recipe)):
+        return
+    number, sparse = planned.sparse_stage
+    for at, stage in enumerate(planned.recipe.stages[number + 1 :], number + 1):
+        before, after = (
+            {(tensor.role, arch.shape(tensor)) for tensor in linears(arch)}
+            for arch in planned.archs[at : at + 2]
+        )
+        if not after <= before:
+            yield PlanError(
+                f"stages.{at}.{stage.kind}: {stage.name}",
+                f"cuts widths after {sparse.name}, which breaks the groups of its pattern, and no "
+                "sparse kernel could run",
+                f"put it before {sparse.name}",
+            )
+
+
 def _inputs_divide(planned: Planned) -> Iterator[PlanError]:
     """Without windows, which pad, a weight's inputs must be whole groups."""
     nm = planned.nm
@@ -238,6 +257,7 @@ def _gate_within_reach(planned: Planned) -> Iterator[PlanError]:
 RULES: Final[Sequence[Rule]] = (
     _pattern_for_tensor_cores,
     _zeros_survive,
+    _zeros_come_last,
     _inputs_divide,
     _gpu_skips_zeros,
     _rtx_knows_the_gpu,

@@ -125,6 +125,18 @@ def test_healing_that_fills_zeros() -> None:
     check(recipe(heal, prune(2, 4)))
 
 
+def test_widths_that_are_cut_after_the_zeros() -> None:
+    stages = (prune(2, 4), {"prune": {"method": "minitron", "ffn": 0.25}})
+    narrow = arch(intermediate_size=32)
+    said = refused(recipe(*stages), cut=(arch(), arch(), narrow))
+    assert "stages.1.prune: minitron" in said
+    assert "put it before magnitude" in said
+    check(recipe(*stages, export=[{"onnx": {}}]), cut=(arch(), arch(), narrow))
+    shallow = arch(num_hidden_layers=1)
+    check(recipe(prune(2, 4), {"prune": {"method": "deepest", "remove": 1}}),
+          cut=(arch(), arch(), shallow))  # fmt: skip
+
+
 def test_inputs_that_are_no_whole_groups() -> None:
     odd = arch(intermediate_size=50)
     said = refused(recipe(prune(2, 4)), cut=(odd, odd))

@@ -49,16 +49,16 @@ class Layer:
     def tensor(self, checkpoint: Checkpoint, arch: Arch, name: str) -> torch.Tensor:
         """A stored tensor of block `of`, folded unless it belongs to a norm, in its own dtype."""
         if arch.by_name[name].role.startswith("norm"):
-            return checkpoint.read(name)
+            return checkpoint.read_finite(name)
         prefix = f"{arch.table.blocks}.{self.of}."
         rest = name.removeprefix(prefix)
         parts = [(f"{arch.table.blocks}.{block}.{rest}", weight) for block, weight in self.weights]
         if len(parts) == 1 and parts[0][1] == 1.0:
-            return checkpoint.read(parts[0][0])
-        first = checkpoint.read(parts[0][0])
+            return checkpoint.read_finite(parts[0][0])
+        first = checkpoint.read_finite(parts[0][0])
         total = torch.zeros(first.shape, dtype=torch.float32)
         for part, weight in parts:
-            total += weight * checkpoint.read(part).float()
+            total += weight * checkpoint.read_finite(part).float()
         return total.to(first.dtype)
 
 

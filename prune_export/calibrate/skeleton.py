@@ -86,7 +86,10 @@ class Skeleton:
     def read(self, tensors: Iterable[Tensor]) -> dict[str, torch.Tensor]:
         """The tensors by their names in memory, as stored; where tied, what they are tied to."""
         return self._names.converted(
-            {tensor.name: self.checkpoint.read(tensor.tied_to or tensor.name) for tensor in tensors}
+            {
+                tensor.name: self.checkpoint.read_finite(tensor.tied_to or tensor.name)
+                for tensor in tensors
+            }
         )
 
     def converted(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

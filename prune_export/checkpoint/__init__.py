@@ -4,11 +4,11 @@ from prune_export.checkpoint.card import card_license
 from prune_export.checkpoint.gguf import gguf_config, import_gguf
 from prune_export.checkpoint.gguf_header import read_gguf_header
 from prune_export.checkpoint.header import Entry
-from prune_export.checkpoint.reader import Checkpoint
+from prune_export.checkpoint.reader import Checkpoint, all_finite
 from prune_export.checkpoint.resolve import resolve_model
 from prune_export.checkpoint.writer import Planned, write_checkpoint
 
 __all__ = [
-    "Checkpoint", "Entry", "Planned", "card_license", "gguf_config", "import_gguf",
+    "Checkpoint", "Entry", "Planned", "all_finite", "card_license", "gguf_config", "import_gguf",
     "read_gguf_header", "resolve_model", "write_checkpoint",
 ]  # fmt: skip

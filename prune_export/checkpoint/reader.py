@@ -174,6 +174,24 @@ class Checkpoint:
         entry = self._entry(name)
         return _read(entry, entry.shape, entry.start, name)
 
+    def read_finite(self, name: str) -> torch.Tensor:
+        """A tensor to compute with: as `read`, and every value of it is a number.
+
+        Raises:
+            CheckpointError: as `read`, or values are NaN or infinite.
+        """
+        import torch
+
+        found = self.read(name)
+        if not all_finite(found):
+            raise CheckpointError(
+                f"{self._entry(name).file}  {name}",
+                f"{int((~torch.isfinite(found)).sum())} of {found.numel()} values are NaN or "
+                "infinite",
+                "this model is broken: download it again, or convert it to a wider dtype",
+            )
+        return found
+
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `[start, stop)` of a tensor's first dimension, nothing else of it being read.
 
@@ -212,6 +230,16 @@ class Checkpoint:
                 f"{self.path}  {name}", "is not a tensor here", did_you_mean(name, self.entries)
             )
         return self.entries[name]
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; 8-bit values are not looked at."""
+    import torch
+
+    if tensor.element_size() == 1:
+        return True
+    # What is not finite makes no finite sum, and a sum takes an eighteenth of the time.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _read(entry: Entry, shape: tuple[int, ...], start: int, name: str) -> torch.Tensor:

@@ -68,7 +68,7 @@ def _outliers(
     outlier: float,
 ) -> float:
     """The share of a block's scores above `outlier` times their mean."""
-    stored = [(tensor, model.checkpoint.read(tensor.name)) for tensor in tensors]
+    stored = [(tensor, model.checkpoint.read_finite(tensor.name)) for tensor in tensors]
     total, count, above = 0.0, 0, 0
     pairs = [
         (as_matrix(tensor, value), norms[tensor.layer, SITES[tensor.role], tensor.expert])

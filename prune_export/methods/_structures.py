@@ -70,7 +70,7 @@ def of_weights(
     for layer in range(arch.layers):
         own = axes_in(axes, layer)
         read = (
-            (tensor, value(model.checkpoint.read(tensor.name).float()))
+            (tensor, value(model.checkpoint.read_finite(tensor.name).float()))
             for tensor in matrices(arch, layer)
         )
         add_block(found, by_unit(arch, own, layer, read))

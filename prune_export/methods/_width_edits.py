@@ -32,7 +32,7 @@ class _Values:
             return self.own[name]()
         if self.swept is not None and name in self.swept.names:
             return self.swept.read(name)
-        return self.model.checkpoint.read(name)
+        return self.model.checkpoint.read_finite(name)
 
 
 def edits(

@@ -56,7 +56,7 @@ class Magnitude(_sparse.Sparse):
         logs, edits, orders = {}, [], {}
         channels = self.channels(model.arch)
         for tensor, find in finders:
-            weight = as_matrix(tensor, model.checkpoint.read(tensor.name))
+            weight = as_matrix(tensor, model.checkpoint.read_finite(tensor.name))
             scores = weight.float().abs()
             free = channels.get(tensor.name)
             if free is not None and self.nm is not None:
@@ -83,7 +83,7 @@ class Magnitude(_sparse.Sparse):
 
         def sizes() -> Iterator[torch.Tensor]:
             for tensor in targets:
-                yield as_matrix(tensor, model.checkpoint.read(tensor.name)).float().abs()
+                yield as_matrix(tensor, model.checkpoint.read_finite(tensor.name)).float().abs()
 
         assert self.sparsity is not None
         total = sum(prod(model.arch.shape(tensor)) for tensor in targets)
@@ -104,6 +104,6 @@ def _in_order(columns: torch.Tensor, nm: Nm, scores: torch.Tensor) -> torch.Tens
 
 def _pruned(model: ModelView, tensor: Tensor, find: Find) -> torch.Tensor:
     """The tensor with its zeros, found again when it is written: cheaper than to keep a mask."""
-    stored = as_matrix(tensor, model.checkpoint.read(tensor.name))
+    stored = as_matrix(tensor, model.checkpoint.read_finite(tensor.name))
     mask = find(stored.float().abs())
     return as_matrix(tensor, put_zeros(stored, mask)).contiguous()

@@ -195,7 +195,7 @@ class _Slicing:
 
     def _stored(self, tensor: Tensor) -> torch.Tensor:
         known = self._model.arch.by_name[tensor.name]
-        return self._model.checkpoint.read(known.tied_to or known.name)
+        return self._model.checkpoint.read_finite(known.tied_to or known.name)
 
     def _dtype(self) -> torch.dtype:
         """What surgery stores a new tensor in: as the first one."""

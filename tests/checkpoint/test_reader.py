@@ -77,6 +77,20 @@ def test_a_file_cut_after_opening_is_noticed(dtypes: Path) -> None:
         checkpoint.read(last)
 
 
+def test_what_is_computed_with_holds_numbers_only(saved: Saved, tmp_path: Path) -> None:
+    shutil.copytree(saved("llama"), tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    good = Checkpoint.open(tmp_path / "model")
+    assert torch.equal(good.read_finite(name), good.read(name))
+    tensors[name][1, 2:4] = torch.tensor([torch.nan, torch.inf])
+    save_file(tensors, file, {"format": "pt"})
+    broken = Checkpoint.open(tmp_path / "model")
+    assert broken.read(name)[1, 2:4].isfinite().sum() == 0
+    with pytest.raises(CheckpointError, match=rf"{name}\n  2 of \d+ values are NaN"):
+        broken.read_finite(name)
+
+
 def test_shards_give_the_same_as_one_file(saved: Saved) -> None:
     one, many = Checkpoint.open(saved("llama")), Checkpoint.open(saved("llama", shard="20KB"))
     assert len(many.files) > 3
