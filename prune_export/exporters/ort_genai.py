@@ -193,11 +193,13 @@ class OrtGenai:
             _run("_genai_trial", request, work, lambda line: None)
         found = json.loads(answer.read_text(encoding="utf-8"))
         if problem := self._problem(found):
-            raise StageError(
-                f"ort_genai: {out}",
-                problem,
-                "use the exporter `onnx` for this model, and report this one",
-            )
+            fix = "use the exporter `onnx` for this model, and report this one"
+            if self.precision == "int8":
+                fix = (
+                    "write `precision: fp32`, as a model that has lost much takes no rounding "
+                    f"(its perplexity tells); where that fails too, {fix}"
+                )
+            raise StageError(f"ort_genai: {out}", problem, fix)
         return (
             f"tried on {found['positions']} positions: largest logit error "
             f"{found['max_error']:.1g}, KL {found['mean_kl']:.1g} nats, same choice "
