@@ -148,6 +148,21 @@ def _size_rows(report: Report) -> list[Row]:
         change = percent_change(before, after)
         tone: Tone = "better" if after < before else "same" if after == before else "worse"
         rows.append(Row("size", label, text(before), text(after), change, tone))
+    return rows + _zero_rows(report)
+
+
+def _zero_rows(report: Report) -> list[Row]:
+    """The zeros of the last stage that made some, unless healing filled them."""
+    rows: list[Row] = []
+    for stage in report.stages:
+        if stage.kind == "heal" and stage.parameters.get("keep_zeros") is False:
+            rows = []
+        if "mask_digest" in stage.log:
+            zeros, weights = (int(stage.log[key]) for key in ("zeros", "weights"))
+            share = f"{100 * zeros / weights:.1f} % of {text_from_count(weights)}"
+            pattern = str(stage.log["pattern"])
+            kept = "no pattern" if pattern.endswith("unstructured") else f"{pattern} kept"
+            rows = [Row("size", f"zeros, {stage.name}", "", share, kept)]
     return rows
 
 

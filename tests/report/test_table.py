@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from variants import HOSTILE, made
 
-from prune_export.report.reading import Report, runs, shorten, text_from_blocks
+from prune_export.report.reading import Report, StageReading, runs, shorten, text_from_blocks
 from prune_export.report.table import (
     Row,
     escape_markdown,
@@ -29,6 +31,26 @@ def test_sizes() -> None:
     assert row("full", "blocks").cells == ("blocks", "30", "24", "−6 (blocks 13–18)")
     assert row("full", "parameters").cells == ("parameters", "134.5M", "113.3M", "−15.8 %")
     assert row("full", "checkpoint").cells[1:] == ("513.13 MiB", "432.11 MiB", "−15.8 %")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keep_zeros", "expected"),
+    [
+        ("2 of 4", None, [("zeros, wanda", "", "50.0 % of 106.2M", "2 of 4 kept")]),
+        ("0.5 unstructured", True, [("zeros, wanda", "", "50.0 % of 106.2M", "no pattern")]),
+        ("2 of 4", False, []),
+    ],
+)
+def test_zeros_are_told_without_an_engine(
+    pattern: str, keep_zeros: bool | None, expected: list[Any]
+) -> None:
+    log = {"pattern": pattern, "zeros": 53_084_160, "weights": 106_168_320, "mask_digest": "a"}
+    stages = [StageReading(0, "prune", "wanda", log=log)]
+    if keep_zeros is not None:
+        stages.append(StageReading(1, "heal", "lora", {"keep_zeros": keep_zeros}))
+    report = replace(Report.of(made("full")), stages=stages)
+    found = [one.cells for one in summary_rows(report) if one.label.startswith("zeros")]
+    assert found == expected
 
 
 def test_quality_is_a_multiple_with_a_paired_interval() -> None:
