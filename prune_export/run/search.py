@@ -155,8 +155,9 @@ def _rows(
                 note = f"{at_fault}{error.problem}"
                 refused.append({"label": template.label, "note": note})
             continue
-        # Different amounts may round to the same sizes.
-        same = repr((template.of_grid and dict(candidate.arch.sizes), candidate.label))
+        # Different amounts of a grid may round to the same sizes; what is written may differ in any
+        # key, and labels do not have them all.
+        same = repr(candidate.stages)
         shape = repr((dict(candidate.arch.sizes), [stage.name for stage in candidate.stages]))
         if (shape if template.of_grid else same) not in known:
             known.add(shape if template.of_grid else same)
@@ -340,10 +341,16 @@ def _to_speed(
 
 def _shaped(bench: Bench, source: Base | Artifact, arch: Arch, after: Arch) -> Artifact:
     """`source` cut to the shapes of `after`, whatever is lost: only its speed matters."""
-    drop = tuple(range(after.layers, arch.layers))
-    sizes = {axis: size for axis, size in after.sizes.items() if arch.sizes[axis] != size}
+    kept = _alike(arch, after)
+    drop = tuple(layer for layer in range(arch.layers) if layer not in kept)
+    sizes = {}
+    for axis, size in after.sizes.items():
+        name, *numbers = axis.split(".")
+        own = ".".join((name, *(str(kept[int(numbers[0])]), *numbers[1:]))) if numbers else name
+        if arch.sizes[own] != size:
+            sizes[own] = size
     key = Key(
-        "shapes", "shapes", _SHAPES_VERSION, {"layers": after.layers, "sizes": sizes}, (source.id,)
+        "shapes", "shapes", _SHAPES_VERSION, {"kept": list(kept), "sizes": sizes}, (source.id,)
     )
 
     def build(files: Path, work: Any) -> Mapping[str, Any]:
@@ -361,3 +368,19 @@ def _shaped(bench: Bench, source: Base | Artifact, arch: Arch, after: Arch) -> A
         return {}
 
     return bench.make(key, "search: a model of these shapes", build)
+
+
+def _alike(arch: Arch, after: Arch) -> tuple[int, ...]:
+    """The first blocks of `arch` that are, in order, of the kinds of those of `after`.
+
+    Mixtures of experts may have blocks without experts, and a cut leaves its own sequence of both.
+    """
+    found: list[int] = []
+    for own in range(arch.layers):
+        if len(found) < after.layers and _kinds(arch, own) == _kinds(after, len(found)):
+            found.append(own)
+    return tuple(found)
+
+
+def _kinds(arch: Arch, layer: int) -> set[str]:
+    return {axis.split(".")[0] for axis in arch.sizes if axis.split(".")[1:2] == [str(layer)]}

@@ -16,13 +16,16 @@ from tiny_models import random_model
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import StageError
 from prune_export.machine import Machine
+from prune_export.progress import Silent
 from prune_export.recipe import Recipe, Search, Template
 from prune_export.recipe.search import Candidate, Target
 from prune_export.report import style
 from prune_export.report.pareto import frontier, pareto
 from prune_export.report.reading import CandidateReading, SearchReading
 from prune_export.run import Options, run
-from prune_export.run.search import _going_on, _outside_of_blocks, _Row
+from prune_export.run.artifacts import Base, Bench
+from prune_export.run.search import _going_on, _outside_of_blocks, _Row, _rows, _shaped
+from prune_export.store import Store
 from tests.run.test_run import SEARCH, STABLE, hashes
 
 GRID = """\
@@ -171,3 +174,32 @@ def test_amounts_that_round_to_the_same_shapes_compete_once() -> None:
     item = ("deepest", {"remove": 1}, "calibration")
     assert Template((item,), of_grid=True).fixed
     assert not Template((("deepest", {"sparsity": "to_target"}, "c"),)).fixed
+
+
+def test_candidates_of_one_label_that_differ_in_another_key_all_compete(
+    tiny_llama: Path, options: Options
+) -> None:
+    item: dict[str, Any] = {"method": "minitron", "ffn": "to_target", "multiple_of": 1}
+    bodies = [item, {**item, "compensate": False}, item]
+    search = Search(
+        Target(parameters=0.9), "ranking", candidates=tuple(({"prune": body},) for body in bodies)
+    )
+    base, opened = Base("tiny", None, tiny_llama, "tiny"), Checkpoint.open(tiny_llama)
+    bench = Bench(Store(options.store), options.machine, Silent())
+    rows, _, _ = _rows(bench, search, base, opened.arch(), opened.nbytes)
+    assert [one.candidate.stages[0].entry.compensate for one in rows] == ["auto", False]
+
+
+def test_a_model_of_other_shapes_has_blocks_of_the_kinds_that_are_left(
+    tmp_path: Path, options: Options
+) -> None:
+    arch = random_model("qwen3_moe", {}, tmp_path / "m").arch
+    bench = Bench(Store(options.store), options.machine, Silent())
+    base = Base("m", None, tmp_path / "m", "m")
+    for dropped, axis, size in (((2, 3, 4), "mlp", 8), ((0, 3), "kv", 1), ((0, 2), "expert", 2)):
+        after = arch.without(dropped)
+        after = after.with_sizes({one: size for one in after.sizes if one.startswith(f"{axis}.")})
+        shaped = Checkpoint.open(_shaped(bench, base, arch, after).path)
+        assert {name: entry.shape for name, entry in shaped.entries.items()} == {
+            tensor.name: after.shape(tensor) for tensor in after.stored()
+        }
