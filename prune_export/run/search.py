@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf, log, prod
+from math import inf, log
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from prune_export.recipe import (
     heal_of,
     rungs_of,
     templates,
+    unreached,
 )
 from prune_export.run import artifacts, crew
 from prune_export.run.artifacts import Base, Bench
@@ -143,7 +144,7 @@ def _rows(
     for template in templates(search):
         try:
             if left is not None:
-                candidate, speedup = _to_size(search, template, arch, left), None
+                candidate, speedup = template.near(arch, left, search.target.tolerance), None
             else:
                 assert wanted is not None
                 candidate, speedup = _to_speed(bench, search, wanted, template, arch, source)
@@ -151,9 +152,7 @@ def _rows(
             if template.of_grid:
                 outside += 1
             else:
-                at_fault = "" if error.where == template.label else f"{error.where}: "
-                note = f"{at_fault}{error.problem}"
-                refused.append({"label": template.label, "note": note})
+                refused.append({"label": template.label, "note": template.why_not(error)})
             continue
         # Different amounts of a grid may round to the same sizes; what is written may differ in any
         # key, and labels do not have them all.
@@ -168,26 +167,9 @@ def _rows(
             f"{len(rows)} candidates are within {search.target.tolerance:.0%} of it"
         )
     if not rows:
-        raise StageError(
-            "search",
-            "no candidate reaches the target: "
-            + "; ".join(f"{one['label']} ({one['note']})" for one in refused)
-            + (f"; {outside} combinations of the grid do not" if outside else "")
-            + _outside_of_blocks(arch),
-            "choose another target, a wider `tolerance`, or other candidates",
-        )
+        told = [f"{one['label']} ({one['note']})" for one in refused]
+        raise StageError("search", *unreached(told, outside, arch))
     return rows, refused, outside
-
-
-def _outside_of_blocks(arch: Arch) -> str:
-    """Says so where much of a model is in its embedding and head, which few methods cut."""
-    kept = sum(prod(arch.shape(tensor)) for tensor in arch.stored() if tensor.layer is None)
-    share = kept / arch.parameters()
-    return (
-        f". {share:.0%} of the parameters are outside of the blocks, where only `hidden` cuts"
-        if share > 0.4
-        else ""
-    )
 
 
 def _heal(
@@ -278,15 +260,6 @@ def _wanted_speedup(bench: Bench, search: Search, source: Base | Artifact) -> fl
             "ask for less",
         )
     return wanted
-
-
-def _to_size(search: Search, template: Template, arch: Arch, left: float) -> Candidate:
-    wanted = left * arch.parameters()
-    candidate = template.to_size(arch, round(wanted))
-    off = candidate.arch.parameters() / wanted - 1
-    if abs(off) > search.target.tolerance:
-        raise PlanError(candidate.label, f"comes only within {off:+.1%} of the target")
-    return candidate
 
 
 def _to_speed(

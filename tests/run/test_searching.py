@@ -14,17 +14,17 @@ from pydantic import TypeAdapter
 from tiny_models import random_model
 
 from prune_export.checkpoint import Checkpoint
-from prune_export.errors import StageError
+from prune_export.errors import PlanError, StageError
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe, Search, Template
-from prune_export.recipe.search import Candidate, Target
+from prune_export.recipe.search import Candidate, Target, outside_of_blocks
 from prune_export.report import style
 from prune_export.report.pareto import frontier, pareto
 from prune_export.report.reading import CandidateReading, SearchReading
-from prune_export.run import Options, run
+from prune_export.run import Options, plan, run
 from prune_export.run.artifacts import Base, Bench
-from prune_export.run.search import _going_on, _outside_of_blocks, _Row, _rows, _shaped
+from prune_export.run.search import _going_on, _Row, _rows, _shaped
 from prune_export.store import Store
 from tests.run.test_run import SEARCH, STABLE, hashes
 
@@ -124,16 +124,26 @@ def test_a_target_that_nothing_reaches_is_refused_with_how_near_each_comes(
     tiny_llama: Path, corpus: Path, options: Options
 ) -> None:
     far = SHORT.replace("parameters: 0.7, tolerance: 0.2", "parameters: 0.9, tolerance: 0.001")
-    with pytest.raises(StageError, match="no candidate reaches") as refused:
-        searched(far, tiny_llama, corpus, options)
+    with pytest.raises(PlanError, match="no candidate reaches") as refused:
+        plan(Recipe.parse(far, root=corpus), str(tiny_llama), options)
     named = re.findall(r"(\w+) \(comes only within [+-][\d.]+% of the target\)", str(refused.value))
     assert named == ["angular_distance", "deepest", "perplexity"]
+
+
+def test_the_plan_shows_the_shapes_of_a_candidate_that_reaches_the_target(
+    tiny_llama: Path, corpus: Path, options: Options
+) -> None:
+    first = "        - prune: {method: block_influence, unit: mlp, sparsity: to_target}\n"
+    text = SHORT.replace("      candidates:\n", "      candidates:\n" + first)
+    planned = plan(Recipe.parse(text, root=corpus), str(tiny_llama), options).stages[0]
+    assert planned.name == "the best of 2 candidates"
+    assert planned.after.layers == 4
 
 
 def test_an_embedding_too_large_to_reach_a_target_is_named(tmp_path: Path) -> None:
     def told(vocab: int) -> str:
         random_model("llama", {"vocab_size": vocab}, tmp_path / str(vocab))
-        return _outside_of_blocks(Checkpoint.open(tmp_path / str(vocab)).arch())
+        return outside_of_blocks(Checkpoint.open(tmp_path / str(vocab)).arch())
 
     assert re.search(r"9\d% of the parameters are outside of the blocks", told(50_000))
     assert not told(32)
