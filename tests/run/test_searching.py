@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from prune_export.recipe.search import Candidate, Target, outside_of_blocks
 from prune_export.report import style
 from prune_export.report.pareto import frontier, pareto
 from prune_export.report.reading import CandidateReading, SearchReading
-from prune_export.run import Options, plan, run
+from prune_export.run import Options, crew, plan, run
 from prune_export.run.artifacts import Base, Bench
+from prune_export.run.crew import Job
 from prune_export.run.search import _going_on, _Row, _rows, _shaped
 from prune_export.store import Store
 from tests.run.test_run import SEARCH, STABLE, hashes
@@ -118,6 +120,24 @@ def test_an_error_in_a_worker_is_told(tiny_llama: Path, corpus: Path, options: O
     several = broken.replace("validation:", "workers: 2\n      validation:")
     with pytest.raises(StageError, match="window"):
         searched(several, tiny_llama, corpus, options)
+
+
+class Deadly:
+    """Kills the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (9,)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_told(options: Options) -> None:
+    search = Search(Target(parameters=0.5), "ranking", workers=2)
+    bench = Bench(Store(options.store), options.machine, Silent(), command="prune-export run it")
+    stages: Any = (Deadly(),)
+    jobs = [Job("a", stages, options.store, "id", {}, "ranking")]
+    with pytest.raises(StageError, match="was killed") as told, crew.hired(search, bench) as each:
+        list(each(jobs, "pruning"))
+    assert "prune-export run it" in str(told.value)
 
 
 def test_a_target_that_nothing_reaches_is_refused_with_how_near_each_comes(
