@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
 from prune_export.plan.limits import what_does_not_fit, windows_of
 from prune_export.plan.planned import Plan, PlannedStage, Rates, Size
-from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates
+from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates, unreached
 from prune_export.units import MIB
 
 _PROCESS_BYTES: Final = 700 * MIB
@@ -175,16 +175,19 @@ class _Planner:
         # Until an engine is timed, a speed is taken to be in proportion to the parameters.
         left = search.target.fraction(self.size(arch).bytes) or 1 / (search.target.speedup or 1.5)
         healer, total, after = heal_of(search), Cost(), None
-        refused: list[PlanError] = []
-        fitting = 0
+        near = inf if search.target.timed else search.target.tolerance
+        told: list[str] = []
+        fixes: list[str] = []
+        fitting = outside = 0
         for template in templates(search):
             try:
-                candidate = template.to_size(arch, round(left * arch.parameters()))
+                candidate = template.near(arch, left, near)
             except PlanError as error:
-                refused.append(error)
-                continue
-            off = candidate.arch.parameters() / (left * arch.parameters()) - 1
-            if template.of_grid and not search.target.timed and abs(off) > search.target.tolerance:
+                outside += template.of_grid
+                told += (
+                    [] if template.of_grid else [f"{template.label} ({template.why_not(error)})"]
+                )
+                fixes += [error.fix] if error.fix else []
                 continue
             fitting += 1
             before = arch
@@ -197,15 +200,8 @@ class _Planner:
                 total = _together(total, step.cost)
             after = after or before
         if after is None:
-            raise (
-                refused[0]
-                if refused
-                else PlanError(
-                    "search  grid",
-                    f"no combination is within {search.target.tolerance:.0%} of the target",
-                    "write other amounts, `to_target` for one of them, or a wider `tolerance`",
-                )
-            )
+            problem, fix = unreached(told, outside, arch)
+            raise PlanError("search", problem, fixes[0] if fixes else fix)
         if search.executor == "ray" and find_spec("ray") is None:
             raise MissingExtra.of("search  executor", "ray", "ray")
         if search.target.timed or search.measure_speed:

@@ -28,6 +28,7 @@ from prune_export.recipe.search import (
     heal_of,
     rungs_of,
     templates,
+    unreached,
 )
 from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
 from prune_export.recipe.stages import Stage, Sweep, Workload
@@ -53,6 +54,7 @@ __all__ = [
     "heal_of",
     "rungs_of",
     "templates",
+    "unreached",
 ]
 
 PUBLISHED_NAME: Final = "prune_recipe.yaml"

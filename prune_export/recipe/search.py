@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, TypeAdapter
@@ -238,6 +239,43 @@ class Template:
             assert refusal is not None
             raise refusal
         return min(found, key=lambda one: abs(one.arch.parameters() - parameters))
+
+    def near(self, arch: Arch, left: float, tolerance: float) -> Candidate:
+        """The candidate that leaves the fraction `left` of the parameters.
+
+        Raises:
+            PlanError: the nearest one is farther from it than `tolerance`.
+        """
+        wanted = left * arch.parameters()
+        candidate = self.to_size(arch, round(wanted))
+        off = candidate.arch.parameters() / wanted - 1
+        if abs(off) > tolerance:
+            raise PlanError(candidate.label, f"comes only within {off:+.1%} of the target")
+        return candidate
+
+    def why_not(self, error: PlanError) -> str:
+        """Why there is no such candidate, to stand after the label."""
+        at_fault = "" if error.where == self.label else f"{error.where}: "
+        return f"{at_fault}{error.problem}"
+
+
+def unreached(told: Sequence[str], outside: int, arch: Arch) -> tuple[str, str]:
+    """What is wrong where no candidate reaches the target, and what to do; `told` is of each."""
+    parts = [*told, f"{outside} combinations of the grid do not"] if outside else told
+    problem = f"no candidate reaches the target: {'; '.join(parts)}{outside_of_blocks(arch)}"
+    other = "other amounts, `to_target` for one of them" if outside else "other candidates"
+    return problem, f"choose another target, a wider `tolerance`, or {other}"
+
+
+def outside_of_blocks(arch: Arch) -> str:
+    """Says so where much of a model is in its embedding and head, which few methods cut."""
+    kept = sum(prod(arch.shape(tensor)) for tensor in arch.stored() if tensor.layer is None)
+    share = kept / arch.parameters()
+    return (
+        f". {share:.0%} of the parameters are outside of the blocks, where only `hidden` cuts"
+        if share > 0.4
+        else ""
+    )
 
 
 def templates(search: Search) -> Iterator[Template]:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,6 +172,12 @@ def _in_processes(search: Search, bench: Bench) -> Iterator[_Work]:
 
         try:
             yield work
+        except BrokenProcessPool:
+            raise StageError(
+                "search  workers",
+                f"one of {search.workers} worker processes was killed, as for want of memory",
+                f"write fewer `workers`; what was finished is kept, go on with\n  {bench.command}",
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf, log, prod
+from math import inf, log
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from prune_export.recipe import (
     heal_of,
     rungs_of,
     templates,
+    unreached,
 )
 from prune_export.run import artifacts, crew
 from prune_export.run.artifacts import Base, Bench
@@ -143,7 +144,7 @@ def _rows(
     for template in templates(search):
         try:
             if left is not None:
-                candidate, speedup = _to_size(search, template, arch, left), None
+                candidate, speedup = template.near(arch, left, search.target.tolerance), None
             else:
                 assert wanted is not None
                 candidate, speedup = _to_speed(bench, search, wanted, template, arch, source)
@@ -151,12 +152,11 @@ def _rows(
             if template.of_grid:
                 outside += 1
             else:
-                at_fault = "" if error.where == template.label else f"{error.where}: "
-                note = f"{at_fault}{error.problem}"
-                refused.append({"label": template.label, "note": note})
+                refused.append({"label": template.label, "note": template.why_not(error)})
             continue
-        # Different amounts may round to the same sizes.
-        same = repr((template.of_grid and dict(candidate.arch.sizes), candidate.label))
+        # Different amounts of a grid may round to the same sizes; what is written may differ in any
+        # key, and labels do not have them all.
+        same = repr(candidate.stages)
         shape = repr((dict(candidate.arch.sizes), [stage.name for stage in candidate.stages]))
         if (shape if template.of_grid else same) not in known:
             known.add(shape if template.of_grid else same)
@@ -167,26 +167,9 @@ def _rows(
             f"{len(rows)} candidates are within {search.target.tolerance:.0%} of it"
         )
     if not rows:
-        raise StageError(
-            "search",
-            "no candidate reaches the target: "
-            + "; ".join(f"{one['label']} ({one['note']})" for one in refused)
-            + (f"; {outside} combinations of the grid do not" if outside else "")
-            + _outside_of_blocks(arch),
-            "choose another target, a wider `tolerance`, or other candidates",
-        )
+        told = [f"{one['label']} ({one['note']})" for one in refused]
+        raise StageError("search", *unreached(told, outside, arch))
     return rows, refused, outside
-
-
-def _outside_of_blocks(arch: Arch) -> str:
-    """Says so where much of a model is in its embedding and head, which few methods cut."""
-    kept = sum(prod(arch.shape(tensor)) for tensor in arch.stored() if tensor.layer is None)
-    share = kept / arch.parameters()
-    return (
-        f". {share:.0%} of the parameters are outside of the blocks, where only `hidden` cuts"
-        if share > 0.4
-        else ""
-    )
 
 
 def _heal(
@@ -279,15 +262,6 @@ def _wanted_speedup(bench: Bench, search: Search, source: Base | Artifact) -> fl
     return wanted
 
 
-def _to_size(search: Search, template: Template, arch: Arch, left: float) -> Candidate:
-    wanted = left * arch.parameters()
-    candidate = template.to_size(arch, round(wanted))
-    off = candidate.arch.parameters() / wanted - 1
-    if abs(off) > search.target.tolerance:
-        raise PlanError(candidate.label, f"comes only within {off:+.1%} of the target")
-    return candidate
-
-
 def _to_speed(
     bench: Bench,
     search: Search,
@@ -340,10 +314,16 @@ def _to_speed(
 
 def _shaped(bench: Bench, source: Base | Artifact, arch: Arch, after: Arch) -> Artifact:
     """`source` cut to the shapes of `after`, whatever is lost: only its speed matters."""
-    drop = tuple(range(after.layers, arch.layers))
-    sizes = {axis: size for axis, size in after.sizes.items() if arch.sizes[axis] != size}
+    kept = _alike(arch, after)
+    drop = tuple(layer for layer in range(arch.layers) if layer not in kept)
+    sizes = {}
+    for axis, size in after.sizes.items():
+        name, *numbers = axis.split(".")
+        own = ".".join((name, *(str(kept[int(numbers[0])]), *numbers[1:]))) if numbers else name
+        if arch.sizes[own] != size:
+            sizes[own] = size
     key = Key(
-        "shapes", "shapes", _SHAPES_VERSION, {"layers": after.layers, "sizes": sizes}, (source.id,)
+        "shapes", "shapes", _SHAPES_VERSION, {"kept": list(kept), "sizes": sizes}, (source.id,)
     )
 
     def build(files: Path, work: Any) -> Mapping[str, Any]:
@@ -361,3 +341,19 @@ def _shaped(bench: Bench, source: Base | Artifact, arch: Arch, after: Arch) -> A
         return {}
 
     return bench.make(key, "search: a model of these shapes", build)
+
+
+def _alike(arch: Arch, after: Arch) -> tuple[int, ...]:
+    """The first blocks of `arch` that are, in order, of the kinds of those of `after`.
+
+    Mixtures of experts may have blocks without experts, and a cut leaves its own sequence of both.
+    """
+    found: list[int] = []
+    for own in range(arch.layers):
+        if len(found) < after.layers and _kinds(arch, own) == _kinds(after, len(found)):
+            found.append(own)
+    return tuple(found)
+
+
+def _kinds(arch: Arch, layer: int) -> set[str]:
+    return {axis.split(".")[0] for axis in arch.sizes if axis.split(".")[1:2] == [str(layer)]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,19 @@ from pydantic import TypeAdapter
 from tiny_models import random_model
 
 from prune_export.checkpoint import Checkpoint
-from prune_export.errors import StageError
+from prune_export.errors import PlanError, StageError
 from prune_export.machine import Machine
+from prune_export.progress import Silent
 from prune_export.recipe import Recipe, Search, Template
-from prune_export.recipe.search import Candidate, Target
+from prune_export.recipe.search import Candidate, Target, outside_of_blocks
 from prune_export.report import style
 from prune_export.report.pareto import frontier, pareto
 from prune_export.report.reading import CandidateReading, SearchReading
-from prune_export.run import Options, run
-from prune_export.run.search import _going_on, _outside_of_blocks, _Row
+from prune_export.run import Options, crew, plan, run
+from prune_export.run.artifacts import Base, Bench
+from prune_export.run.crew import Job
+from prune_export.run.search import _going_on, _Row, _rows, _shaped
+from prune_export.store import Store
 from tests.run.test_run import SEARCH, STABLE, hashes
 
 GRID = """\
@@ -117,20 +122,48 @@ def test_an_error_in_a_worker_is_told(tiny_llama: Path, corpus: Path, options: O
         searched(several, tiny_llama, corpus, options)
 
 
+class Deadly:
+    """Kills the process that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (9,)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_told(options: Options) -> None:
+    search = Search(Target(parameters=0.5), "ranking", workers=2)
+    bench = Bench(Store(options.store), options.machine, Silent(), command="prune-export run it")
+    stages: Any = (Deadly(),)
+    jobs = [Job("a", stages, options.store, "id", {}, "ranking")]
+    with pytest.raises(StageError, match="was killed") as told, crew.hired(search, bench) as each:
+        list(each(jobs, "pruning"))
+    assert "prune-export run it" in str(told.value)
+
+
 def test_a_target_that_nothing_reaches_is_refused_with_how_near_each_comes(
     tiny_llama: Path, corpus: Path, options: Options
 ) -> None:
     far = SHORT.replace("parameters: 0.7, tolerance: 0.2", "parameters: 0.9, tolerance: 0.001")
-    with pytest.raises(StageError, match="no candidate reaches") as refused:
-        searched(far, tiny_llama, corpus, options)
+    with pytest.raises(PlanError, match="no candidate reaches") as refused:
+        plan(Recipe.parse(far, root=corpus), str(tiny_llama), options)
     named = re.findall(r"(\w+) \(comes only within [+-][\d.]+% of the target\)", str(refused.value))
     assert named == ["angular_distance", "deepest", "perplexity"]
+
+
+def test_the_plan_shows_the_shapes_of_a_candidate_that_reaches_the_target(
+    tiny_llama: Path, corpus: Path, options: Options
+) -> None:
+    first = "        - prune: {method: block_influence, unit: mlp, sparsity: to_target}\n"
+    text = SHORT.replace("      candidates:\n", "      candidates:\n" + first)
+    planned = plan(Recipe.parse(text, root=corpus), str(tiny_llama), options).stages[0]
+    assert planned.name == "the best of 2 candidates"
+    assert planned.after.layers == 4
 
 
 def test_an_embedding_too_large_to_reach_a_target_is_named(tmp_path: Path) -> None:
     def told(vocab: int) -> str:
         random_model("llama", {"vocab_size": vocab}, tmp_path / str(vocab))
-        return _outside_of_blocks(Checkpoint.open(tmp_path / str(vocab)).arch())
+        return outside_of_blocks(Checkpoint.open(tmp_path / str(vocab)).arch())
 
     assert re.search(r"9\d% of the parameters are outside of the blocks", told(50_000))
     assert not told(32)
@@ -171,3 +204,32 @@ def test_amounts_that_round_to_the_same_shapes_compete_once() -> None:
     item = ("deepest", {"remove": 1}, "calibration")
     assert Template((item,), of_grid=True).fixed
     assert not Template((("deepest", {"sparsity": "to_target"}, "c"),)).fixed
+
+
+def test_candidates_of_one_label_that_differ_in_another_key_all_compete(
+    tiny_llama: Path, options: Options
+) -> None:
+    item: dict[str, Any] = {"method": "minitron", "ffn": "to_target", "multiple_of": 1}
+    bodies = [item, {**item, "compensate": False}, item]
+    search = Search(
+        Target(parameters=0.9), "ranking", candidates=tuple(({"prune": body},) for body in bodies)
+    )
+    base, opened = Base("tiny", None, tiny_llama, "tiny"), Checkpoint.open(tiny_llama)
+    bench = Bench(Store(options.store), options.machine, Silent())
+    rows, _, _ = _rows(bench, search, base, opened.arch(), opened.nbytes)
+    assert [one.candidate.stages[0].entry.compensate for one in rows] == ["auto", False]
+
+
+def test_a_model_of_other_shapes_has_blocks_of_the_kinds_that_are_left(
+    tmp_path: Path, options: Options
+) -> None:
+    arch = random_model("qwen3_moe", {}, tmp_path / "m").arch
+    bench = Bench(Store(options.store), options.machine, Silent())
+    base = Base("m", None, tmp_path / "m", "m")
+    for dropped, axis, size in (((2, 3, 4), "mlp", 8), ((0, 3), "kv", 1), ((0, 2), "expert", 2)):
+        after = arch.without(dropped)
+        after = after.with_sizes({one: size for one in after.sizes if one.startswith(f"{axis}.")})
+        shaped = Checkpoint.open(_shaped(bench, base, arch, after).path)
+        assert {name: entry.shape for name, entry in shaped.entries.items()} == {
+            tensor.name: after.shape(tensor) for tensor in after.stored()
+        }
