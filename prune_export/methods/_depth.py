@@ -109,34 +109,37 @@ class Choice:
     log: dict[str, Any]
 
 
-def least_run(run_scores: Sequence[float], remove: int, first: int = 0) -> Choice:
-    """The run of blocks with the least score; `run_scores[i]` is of the run from `first + i`."""
+def least_run(run_scores: Sequence[float], remove: int, of: Sequence[int] = ()) -> Choice:
+    """The run of blocks with the least score; `run_scores[i]` is of the run from `of[i]` on.
+
+    `of` are the blocks to choose from, all where none are given.
+    """
+    of = of or range(len(run_scores) + remove - 1)
     order = least(run_scores)
-    start = order[0] + first
+    start = order[0]
     log: dict[str, Any] = {
-        "run_scores": [[first + i, score] for i, score in enumerate(run_scores)],
-        "score": run_scores[order[0]],
+        "run_scores": [[block, score] for block, score in zip(of, run_scores, strict=False)],
+        "score": run_scores[start],
     }
     if len(order) > 1:
-        second = order[1] + first
-        log["runner_up"] = list(range(second, second + remove))
-        log["margin"] = run_scores[order[1]] - run_scores[order[0]]
-    return Choice(tuple(range(start, start + remove)), log)
+        log["runner_up"] = list(of[order[1] : order[1] + remove])
+        log["margin"] = run_scores[order[1]] - run_scores[start]
+    return Choice(tuple(of[start : start + remove]), log)
 
 
 def least_blocks(
-    block_scores: Sequence[float], remove: int, *, contiguous: bool, first: int = 0
+    block_scores: Sequence[float], remove: int, *, contiguous: bool, of: Sequence[int]
 ) -> Choice:
     """The blocks with the least scores, or the run with the least sum.
 
-    `block_scores[i]` is of the block `first + i`.
+    `block_scores[i]` is of the block `of[i]`.
     """
     if contiguous:
-        return least_run(run_sums(block_scores, remove), remove, first)
-    order = [first + i for i in least(block_scores)]
+        return least_run(run_sums(block_scores, remove), remove, of)
+    ranked = least(block_scores)
+    order = [of[i] for i in ranked]
     log: dict[str, Any] = {"order": order}
     if remove < len(order):
         log["runner_up"] = [order[remove]]
-        last, following = order[remove - 1] - first, order[remove] - first
-        log["margin"] = block_scores[following] - block_scores[last]
+        log["margin"] = block_scores[ranked[remove]] - block_scores[ranked[remove - 1]]
     return Choice(tuple(order[:remove]), log)

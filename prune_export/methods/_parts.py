@@ -7,7 +7,7 @@ follows it, and also beside a parallel branch. Exporters leave out what multipli
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from prune_export.calibrate import OUTPUTS, ModelView, Unit
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.header import TORCH
 from prune_export.contracts import Decision
+from prune_export.errors import StageError
 from prune_export.methods import _depth
 from prune_export.surgery import Overwrite
 
@@ -53,6 +54,30 @@ class Amount(_depth.Amount):
         if self.unit == "block":
             return ""
         return f"{self.of(arch)} x {self.unit} stored as zeros, left out of engines"
+
+    def left(self, model: ModelView, layers: Sequence[int]) -> Sequence[int]:
+        """Those of `layers` that still have what is removed: earlier stages may have silenced some.
+
+        Raises:
+            StageError: there are fewer than are to be removed.
+        """
+        if self.unit == "block":
+            return layers
+        found = tuple(layer for layer in layers if not self._silent(model, layer))
+        if len(found) < self.of(model.arch):
+            raise StageError(
+                f"unit: {self.unit}",
+                f"{self.of(model.arch)} are to be removed, and {len(found)} are left to choose "
+                f"from: of {len(layers) - len(found)} blocks it is zero already",
+                "remove fewer, or remove whole blocks",
+            )
+        return found
+
+    def _silent(self, model: ModelView, layer: int) -> bool:
+        outputs = [
+            tensor for tensor in model.arch.block(layer) if tensor.role in OUTPUTS[self.unit]
+        ]
+        return not any(bool(model.checkpoint.read_finite(one.name).any()) for one in outputs)
 
     def removal(self, model: ModelView, layers: Iterable[int], **log: Any) -> Decision:
         """The edits that remove these blocks, or of each the part; the log names them."""

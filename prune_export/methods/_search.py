@@ -5,7 +5,7 @@ The same goes for their attention or their MLP alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import exp
 from typing import Annotated, Any, Final, Literal
 
@@ -69,7 +69,7 @@ def refuse_run(select: Select, contiguous: bool) -> None:
 
 
 def iterative(
-    model: ModelView, remove: int, allowed: range, scores: Scores, part: Part = "block"
+    model: ModelView, remove: int, allowed: Collection[int], scores: Scores, part: Part = "block"
 ) -> _depth.Choice:
     """The block, or the part of one, with the least score, and again without it.
 
@@ -101,7 +101,7 @@ def iterative(
 def guided(
     model: ModelView,
     remove: int,
-    allowed: range,
+    allowed: Collection[int],
     scores: Sequence[float],
     part: Part = "block",
 ) -> _depth.Choice:

@@ -49,16 +49,17 @@ class BlockInfluenceDrop(_parts.Amount):
     def decide(self, model: ModelView) -> Decision:
         if (known := self.listed(model)) is not None:
             return known
-        remove, every = self.of(model.arch), range(model.arch.layers)
+        remove, left = self.of(model.arch), self.left(model, range(model.arch.layers))
         if self.select == "one_shot":
             influence = model.stat(self._statistic()).tolist()
-            choice = _depth.least_blocks(influence, remove, contiguous=self.contiguous)
+            own = [influence[layer] for layer in left]
+            choice = _depth.least_blocks(own, remove, contiguous=self.contiguous, of=left)
         else:
             influence = self._influence(model)
             if self.select == "iterative":
-                choice = _search.iterative(model, remove, every, self._influence, self.unit)
+                choice = _search.iterative(model, remove, left, self._influence, self.unit)
             else:
-                choice = _search.guided(model, remove, every, influence, self.unit)
+                choice = _search.guided(model, remove, left, influence, self.unit)
         return self.removal(
             model,
             choice.dropped,

@@ -88,7 +88,7 @@ class GreedyLoss(_parts.Amount):
         arch = model.arch
         if (known := self.listed(model)) is not None:
             return known
-        units = [Unit(layer, self.unit) for layer in self._candidates(arch)]
+        units = [Unit(layer, self.unit) for layer in self.left(model, self._candidates(arch))]
         dtype = native_dtype(model.calibration().machine)
         if self.compute_dtype != "auto":
             dtype = getattr(torch, self.compute_dtype)

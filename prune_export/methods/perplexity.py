@@ -88,7 +88,7 @@ class Perplexity(_parts.Amount):
         if (known := self.listed(model)) is not None:
             return known
         losses = model.stat(self._statistic(arch))
-        candidates, remove = self._candidates(arch), self.of(arch)
+        candidates, remove = self.left(model, self._candidates(arch)), self.of(arch)
         if self.select == "iterative":
             choice = _search.iterative(model, remove, candidates, self._losses, self.unit)
         elif self.select == "greedy":
@@ -96,10 +96,10 @@ class Perplexity(_parts.Amount):
             choice = _search.guided(model, remove, candidates, own, self.unit)
         else:
             choice = _depth.least_blocks(
-                list(losses.bypassed.values()),
+                [losses.bypassed[layer] for layer in candidates],
                 remove,
                 contiguous=self.contiguous,
-                first=self.protect_first,
+                of=candidates,
             )
         scores: list[Any] = [None] * arch.layers
         for layer, loss in losses.bypassed.items():

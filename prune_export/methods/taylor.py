@@ -83,7 +83,7 @@ class Taylor(_parts.Amount):
         arch = model.arch
         if (known := self.listed(model)) is not None:
             return known
-        candidates, remove = self._candidates(arch), self.of(arch)
+        candidates, remove = self.left(model, self._candidates(arch)), self.of(arch)
         scores = self._changes(model)
         if self.select == "iterative":
             choice = _search.iterative(model, remove, candidates, self._changes, self.unit)
@@ -94,7 +94,7 @@ class Taylor(_parts.Amount):
                 [scores[layer] for layer in candidates],
                 remove,
                 contiguous=self.contiguous,
-                first=self.protect_first,
+                of=candidates,
             )
         return self.removal(
             model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from prune_export import registry
 from prune_export.calibrate import Further, Means, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
-from prune_export.errors import PlanError
+from prune_export.errors import PlanError, StageError
 from prune_export.exporters.onnx import Onnx
 from prune_export.machine import Machine
 from prune_export.methods.angular_distance import AngularDistanceDrop
@@ -69,6 +70,32 @@ def test_the_parts_with_the_least_scores_are_zeroed(name: str, part: Any, tmp_pa
     ]
     blocks = decided(of(name, remove=2), model).log["block_scores"]
     assert blocks[1:] != pytest.approx(scores[1:], rel=1e-2), "a part is not the block"
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("block_influence", {}), ("block_influence", {"select": "iterative"}),
+        ("perplexity", {}), ("perplexity", {"select": "greedy"}), ("taylor", {}),
+        ("greedy_loss", {"samples": 2, "length": 16}),
+    ],
+)  # fmt: skip
+def test_what_an_earlier_stage_silenced_is_not_removed_again(
+    name: str, keys: Any, tmp_path: Path
+) -> None:
+    tiny, model = made(tmp_path)
+    method = of(name, remove=2, unit="attention", **keys)
+    first = decided(method, model)
+    rewrite(model.checkpoint, tiny.arch, first.edits, tmp_path / "once", ram_bytes=1 << 30)
+    once = ModelView(tiny.arch, Checkpoint.open(tmp_path / "once"), {}, model.means)
+    second = decided(method, once)
+    gone, anew = ({layer for layer, _ in one.log["zeroed"]} for one in (first, second))
+    assert len(gone) == len(anew) == 2
+    assert not gone & anew
+    rewrite(once.checkpoint, tiny.arch, second.edits, tmp_path / "twice", ram_bytes=1 << 30)
+    twice = ModelView(tiny.arch, Checkpoint.open(tmp_path / "twice"), {}, model.means)
+    with pytest.raises(StageError, match=r"to be removed, and [12] are left to choose from: of 4"):
+        decided(replace(method, remove=3), twice)
 
 
 @pytest.mark.parametrize("part", PARTS)
