@@ -307,6 +307,15 @@ def _translated(
         )
     if first["type"] in ("missing", "missing_argument"):
         return RecipeError(document.where(path), f"has no `{dotted(first['loc'])}`", "add it")
+    written: Any = document.data
+    for step in at:
+        written = written[step]
+    if written == TO_TARGET:
+        return RecipeError(
+            document.where(at),
+            f"got `{TO_TARGET}`, which stands for a fraction, and this key takes none",
+            "write it where a fraction is expected, such as `sparsity`",
+        )
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     what = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     what = what[0].lower() + what[1:]
@@ -360,6 +369,8 @@ def _advice(first: Any) -> str:
         and 1 <= value <= 100
     ):
         return f"write `{value / 100:g}` for {value:g} %"
+    if first["type"] in ("tuple_type", "list_type") and isinstance(value, str | int | float):
+        return f"write a list: `[{value}]`"
     if first["type"] == "literal_error":
         return did_you_mean(
             str(value),

@@ -110,6 +110,14 @@ CASES = {
         "bad.yaml:3",
         "exactly one",
     ),
+    "a word for a list": Case(
+        GOOD.replace(
+            "method: angular_distance, remove: 1", "method: wanda, sparsity: 0.5, include: down"
+        ),
+        "bad.yaml:7  stages.0.prune.include",
+        "got 'down'",
+        "write a list: `[down]`",
+    ),
     "a role that is none": Case(
         "recipe: 1\nstages:\n  - prune:\n      method: wanda\n      sparsity: 0.5\n"
         "      include: [dwn]\n",

@@ -62,6 +62,11 @@ BROKEN = {
     "no target": ("{parameters: 0.75}", "{tolerance: 0.1}", "exactly one of"),
     "no mark": ("deepest, sparsity: to_target", "deepest, sparsity: 0.2", "0 times"),
     "two marks": ("block_influence, remove: 1", "block_influence, sparsity: to_target", "2 times"),
+    "mark of a number": (
+        "deepest, sparsity: to_target",
+        "deepest, remove: to_target",
+        "a fraction",
+    ),
     "method": ("method: deepest", "method: deepst", "`deepst`"),
     "key": ("remove: 1}", "remov: 1}", "`remov` is not a key"),
     "data": ("validation: ranking", "validation: rankin", "'rankin', which `data` does not"),
