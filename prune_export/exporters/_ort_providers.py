@@ -82,7 +82,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Provider:
-    """A provider as an export asks for it.
+    """A provider as an export asks for it; `auto` takes the GPU where the runtime knows it.
 
     Raises:
         PlanError: sparse kernels of a provider that has none.
@@ -113,7 +113,16 @@ class Provider:
         """The key of `NAMES` that is meant on this machine."""
         if self.name != "auto":
             return self.name
-        return "cuda" if machine.device == "cuda" else "cpu"
+        # pip brings the onnxruntime for CPUs, and no machine should need another to begin with.
+        # It knows no bfloat16.
+        gpu = machine.device == "cuda" and (present("cuda") or self.precision == "bf16")
+        return "cuda" if gpu else "cpu"
+
+    def note(self, machine: Machine) -> str:
+        """Says so where a GPU is left alone that nobody chose to leave alone; else empty."""
+        if self.name != "auto" or machine.device != "cuda" or self.resolved(machine) == "cuda":
+            return ""
+        return f"on the CPU: the GPU needs {_WHEELS['cuda']} in the place of onnxruntime"
 
     def check(self, machine: Machine) -> None:
         """Refuses in the plan a provider that this onnxruntime doesn't have.

@@ -72,7 +72,10 @@ class Onnx:
 
     provider: Annotated[
         ProviderName,
-        Field(description="who runs it here: `auto` is `cuda` on a machine with a GPU, else `cpu`"),
+        Field(
+            description="who runs it here: `auto` is `cuda` where the machine has a GPU and "
+            "onnxruntime knows it (onnxruntime-gpu), else `cpu`"
+        ),
     ] = "auto"
     sparse: Annotated[
         bool,
@@ -171,6 +174,7 @@ class Onnx:
                 f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
                 *([trim.note()] if trim else ()),
                 note,
+                *filter(None, (self._provider().note(work.machine),)),
                 *(slid.notes() if slid else ()),
             ),
             sparsity={"asked": True, "proven": None} if self.sparse else {},

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from prune_export.errors import VerifyError
 from prune_export.machine import Machine
-from prune_export.progress import Progress, Silent, Task
+from prune_export.progress import Progress, Silent
 from prune_export.verify.compare import Comparison, compare
 from prune_export.verify.engine import Engine
 from prune_export.verify.results import Phase, Speed, Workload
@@ -87,11 +87,14 @@ def measure_speed(
     samples = {(workload, phase): _Samples() for workload in workloads for phase in PHASES}
     bench = _Bench(dense, pruned, workloads, ids, machine, np.random.default_rng(seed))
     start = time.monotonic()
-    with (progress or Silent()).task(f"speed of {name}", effort.seconds) as task:
+    with (progress or Silent()).task(f"speed of {name}", effort.launches) as task:
         for launch in range(effort.most_launches):
             left = effort.seconds - (time.monotonic() - start)
             share = left / max(1, effort.launches - launch)
-            bench.launch(samples, effort.rounds, share, task)
+            for done in bench.launch(samples, effort.rounds, share):
+                # Launches beyond these are for intervals that are too wide still.
+                if launch < effort.launches:
+                    task.advance(done)
             if launch + 1 >= effort.launches:
                 found = [one.compared(seed) for one in samples.values()]
                 late = time.monotonic() - start >= effort.seconds
@@ -114,9 +117,12 @@ class _Bench:
     machine: Machine
     random: np.random.Generator
 
-    def launch(self, samples: _AllSamples, rounds: int, seconds: float, task: Task) -> None:
-        """Fresh processes and up to `rounds` rounds, within `seconds` but at least one."""
-        start = told = time.monotonic()
+    def launch(self, samples: _AllSamples, rounds: int, seconds: float) -> Iterator[float]:
+        """Fresh processes and up to `rounds` rounds, within `seconds` but at least one.
+
+        Yields after each round how much of the launch that was; all together are 1.
+        """
+        start, left = time.monotonic(), 1.0
         for one in samples.values():
             for launches in one.seconds.values():
                 launches.append([])
@@ -132,9 +138,9 @@ class _Bench:
                     for role in self.random.permutation(ROLES):
                         with self._session(held, str(role)) as session:
                             self._sample(session, str(role), group, samples)
-                now = time.monotonic()
-                task.advance(now - told)
-                told = now
+                yield 1 / rounds
+                left -= 1 / rounds
+        yield left
 
     def _sample(
         self, session: Session, role: str, group: Sequence[Workload], samples: _AllSamples

@@ -129,7 +129,7 @@ def test_the_other_providers_chains(graph: Path) -> None:
         return [name for name, _ in provider.chain(graph, machine)]
 
     assert names(Provider(), CPU) == [NAMES["cpu"]]
-    assert names(Provider(), GPU) == [NAMES["cuda"], NAMES["cpu"]]
+    assert names(Provider("cuda"), GPU) == [NAMES["cuda"], NAMES["cpu"]]
     assert names(Provider("cpu"), GPU) == [NAMES["cpu"]]
     rtx = Provider("tensorrt_rtx").chain(graph, GPU)
     assert [name for name, _ in rtx] == [NAMES["tensorrt_rtx"], NAMES["cpu"]]
@@ -155,20 +155,25 @@ def test_an_absent_provider_is_refused_in_the_plan_and_at_the_session(
         Provider(name).check(CPU)
 
 
-def test_auto_on_a_gpu_that_the_runtime_does_not_know_is_refused_in_the_plan(
-    monkeypatch: pytest.MonkeyPatch,
+def test_auto_leaves_a_gpu_alone_that_the_runtime_does_not_know_and_says_so(
+    graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`pip install prune-export[onnx]` on a machine with a GPU brings onnxruntime for CPUs."""
     import onnxruntime
 
-    offered = ["CPUExecutionProvider"]
+    offered = [NAMES["cpu"]]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
-    Provider().check(CPU)
-    Provider("cpu").check(GPU)
+    auto = Provider()
+    auto.check(GPU)
+    assert (auto.resolved(CPU), auto.note(CPU)) == ("cpu", "")
+    assert auto.resolved(GPU) == "cpu"
+    assert "the GPU needs onnxruntime-gpu" in auto.note(GPU)
+    assert Provider("cpu").note(GPU) == ""
+    assert session(graph, auto, GPU).get_providers() == [NAMES["cpu"]]
     with pytest.raises(PlanError, match="install onnxruntime-gpu, or write `provider: cpu`"):
-        Provider().check(GPU)
+        Provider(precision="bf16").check(GPU)
     offered.append(NAMES["cuda"])
-    Provider().check(GPU)
+    assert (auto.resolved(GPU), auto.note(GPU)) == ("cuda", "")
 
 
 def test_a_session_that_fell_back_is_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
