@@ -238,6 +238,13 @@ class Template:
         if not found:
             assert refusal is not None
             raise refusal
+        if all(one.arch.parameters() == arch.parameters() for one in found):
+            raise PlanError(
+                self.label,
+                "leaves every shape as it is, with zeros that engines may leave out, so that no "
+                "amount brings it to a size or a speed",
+                "leave it out of the search, or let it remove whole blocks or uniform widths",
+            )
         return min(found, key=lambda one: abs(one.arch.parameters() - parameters))
 
     def near(self, arch: Arch, left: float, tolerance: float) -> Candidate:

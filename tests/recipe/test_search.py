@@ -160,6 +160,22 @@ def test_every_candidate_comes_as_near_as_it_can(tmp_path: Path) -> None:
     assert one.arch.layers == nearest
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "block_influence, unit: attention, sparsity: to_target",
+        "llm_pruner, ffn: to_target, per_layer: true",
+    ],
+)
+def test_what_only_leaves_zeros_has_no_size(cut: str, tmp_path: Path) -> None:
+    """Engines of its shapes would be as slow as the dense one, and count as what was asked for."""
+    text = GOOD.replace("deepest, sparsity: to_target", cut)
+    (stage,) = Recipe.parse(text, root=tmp_path).stages
+    one, _ = templates(stage.entry)
+    with pytest.raises(PlanError, match="leaves every shape as it is"):
+        one.to_size(small_arch(), 1)
+
+
 def test_a_written_search_reads_back_the_same(tmp_path: Path) -> None:
     recipe = Recipe.parse(GOOD, root=tmp_path)
     again = Recipe.parse(recipe.to_yaml(), root=tmp_path)
