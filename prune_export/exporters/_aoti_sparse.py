@@ -144,11 +144,13 @@ def replaced(
 def call_by_dispatcher() -> None:
     """Lets the compiler call CUTLASS's operator as it calls cuSPARSELt's, by its name.
 
-    Else it calls a C function that PyTorch does not have (2.13), and g++ fails.
+    Else it calls a C function that PyTorch does not have (2.13), and g++ fails. Other releases of
+    PyTorch may know the operator by another name: then they decide.
     """
     from torch._inductor.kernel import mm
 
-    mm.aten__sparse_semi_structured_mm.use_fallback_kernel = True
+    if known := getattr(mm, "aten__sparse_semi_structured_mm", None):
+        known.use_fallback_kernel = True
 
 
 def product(weight: torch.Tensor, kernel: Kernel) -> Any:

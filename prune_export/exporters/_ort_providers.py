@@ -17,6 +17,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -218,8 +219,11 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
         )
     options.add_session_config_entry(RECORD, "1")
     chain = provider.chain(graph, machine)
-    if key == "tensorrt" and importlib.util.find_spec("tensorrt"):
-        importlib.import_module("tensorrt")  # pip's libraries lie where only it finds them
+    if key == "tensorrt":
+        # Pip's libraries lie where only this module finds them. Without it, or where they do not
+        # load, the provider looks for others, and what comes of that is told below.
+        with suppress(ImportError, OSError):
+            importlib.import_module("tensorrt")
     try:
         if key == "tensorrt_rtx":
             _add_plugin(options, chain[0])

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from prune_export.arch import Arch
+from prune_export.calibrate import native_dtype
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import MissingExtra, StageError
 from prune_export.heal._masked import Base, mask
@@ -184,11 +185,7 @@ def compute_dtype(asked: str, machine: Machine) -> torch.dtype:
     """
     if asked != "auto":
         return torch.float32 if asked == "float32" else torch.bfloat16
-    if machine.device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float32
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if amx() else torch.float32
+    return native_dtype(machine)
 
 
 def require(needed_by: str, *packages: str) -> None:

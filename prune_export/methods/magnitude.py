@@ -104,6 +104,6 @@ def _in_order(columns: torch.Tensor, nm: Nm, scores: torch.Tensor) -> torch.Tens
 
 def _pruned(model: ModelView, tensor: Tensor, find: Find) -> torch.Tensor:
     """The tensor with its zeros, found again when it is written: cheaper than to keep a mask."""
-    stored = as_matrix(tensor, model.checkpoint.read_finite(tensor.name))
+    stored = as_matrix(tensor, model.checkpoint.read(tensor.name))
     mask = find(stored.float().abs())
     return as_matrix(tensor, put_zeros(stored, mask)).contiguous()

@@ -7,7 +7,6 @@ known here without an edit, and the JSON Schema for editors is made from the sam
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,8 +15,9 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from prune_export import registry
 from prune_export.errors import PlanError, RecipeError, did_you_mean
-from prune_export.recipe.document import Document, Path_, dotted
+from prune_export.recipe.document import Document, Path_
 from prune_export.recipe.grid import TO_TARGET
+from prune_export.recipe.refusals import translated
 from prune_export.recipe.search import Search, marks
 from prune_export.recipe.sources import SOURCES, Frozen, Source
 from prune_export.recipe.stages import Stage, Sweep, Workload, plain
@@ -271,7 +271,7 @@ def entry_from(cls: Any, body: Mapping[str, Any], document: Document, path: Path
     try:
         return TypeAdapter(cls).validate_python(body)
     except ValidationError as error:
-        raise _translated(document, path, error) from None
+        raise translated(document, path, error) from None
     except PlanError as error:
         # It is about a key (`onnx.sliding`), a value of one (`include: dwn`), or more than one.
         named, _, value = error.where.partition(":")
@@ -290,96 +290,7 @@ def model(document: Document, path: Path_, schema: type[M], body: Any) -> M:
     try:
         return schema.model_validate(body)
     except ValidationError as error:
-        raise _translated(document, path, error, schema) from None
-
-
-def _translated(
-    document: Document, path: Path_, error: ValidationError, schema: type[BaseModel] | None = None
-) -> RecipeError:
-    first = error.errors()[0]
-    at: Path_ = (*path, *(step for step in first["loc"] if step in _steps(document, path, first)))
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _keys_at(schema, first["loc"][:-1]) if schema else ()
-        return RecipeError(
-            document.where(at),
-            f"`{first['loc'][-1]}` is not a key here",
-            did_you_mean(str(first["loc"][-1]), known),
-        )
-    if first["type"] in ("missing", "missing_argument"):
-        return RecipeError(document.where(path), f"has no `{dotted(first['loc'])}`", "add it")
-    written: Any = document.data
-    for step in at:
-        written = written[step]
-    if written == TO_TARGET:
-        return RecipeError(
-            document.where(at),
-            f"got `{TO_TARGET}`, which stands for a fraction, and this key takes none",
-            "write it where a fraction is expected, such as `sparsity`",
-        )
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    what = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    what = what[0].lower() + what[1:]
-    return RecipeError(
-        document.where(at), f"got {first['input']!r:.80}: {what}{more}", _advice(first)
-    )
-
-
-def _steps(document: Document, path: Path_, first: Any) -> list[str | int]:
-    """The steps of a pydantic location that are keys of the document."""
-    data: Any = document.data
-    for step in path:
-        data = data[step] if not isinstance(data, dict) or step in data else {}
-    steps: list[str | int] = []
-    for step in first["loc"]:
-        if (isinstance(data, dict) and step in data) or (
-            isinstance(data, list) and isinstance(step, int) and step < len(data)
-        ):
-            data = data[step]
-        else:
-            continue
-        steps.append(step)
-    return steps
-
-
-def _keys_at(schema: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    current: Any = schema
-    for step in path:
-        if isinstance(step, int):
-            continue
-        field = current.model_fields.get(step)
-        parts = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        current = next(
-            (p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)), current
-        )
-    return list(current.model_fields)
-
-
-def _advice(first: Any) -> str:
-    limits = first.get("ctx") or {}
-    value = first["input"]
-    if isinstance(value, str) and (pair := re.fullmatch(r"(\d+):(\d+)", value)):
-        kept, of = pair.groups()
-        return (
-            f"write `{{keep: {kept}, of: {of}}}`: some write the kept weights first, some the zeros"
-        )
-    if (
-        first["type"] in ("less_than", "less_than_equal")
-        and isinstance(value, int | float)
-        and limits.get("lt", limits.get("le")) == 1
-        and 1 <= value <= 100
-    ):
-        return f"write `{value / 100:g}` for {value:g} %"
-    if first["type"] in ("tuple_type", "list_type") and isinstance(value, str | int | float):
-        return f"write a list: `[{value}]`"
-    if first["type"] == "literal_error":
-        return did_you_mean(
-            str(value),
-            [
-                word.strip("'")
-                for word in str(limits.get("expected", "")).replace(" or ", ", ").split(", ")
-            ],
-        )
-    return ""
+        raise translated(document, path, error, schema) from None
 
 
 def _mapping(document: Document, path: Path_) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _size_rows(report: Report) -> list[Row]:
 
 
 def _zero_rows(report: Report) -> list[Row]:
-    """The zeros of the last stage that made some, unless healing filled them."""
+    """What the last stage that made zeros left, unless healing filled them."""
     rows: list[Row] = []
     for stage in report.stages:
         if stage.kind == "heal" and stage.parameters.get("keep_zeros") is False:
@@ -162,7 +162,7 @@ def _zero_rows(report: Report) -> list[Row]:
             share = f"{100 * zeros / weights:.1f} % of {text_from_count(weights)}"
             pattern = str(stage.log["pattern"])
             kept = "no pattern" if pattern.endswith("unstructured") else f"{pattern} kept"
-            rows = [Row("size", f"zeros, {stage.name}", "", share, kept)]
+            rows = [Row("size", f"zeros made by {stage.name}", "", share, kept)]
     return rows
 
 

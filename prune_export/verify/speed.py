@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,10 +91,9 @@ def measure_speed(
         for launch in range(effort.most_launches):
             left = effort.seconds - (time.monotonic() - start)
             share = left / max(1, effort.launches - launch)
-            for done in bench.launch(samples, effort.rounds, share):
-                # Launches beyond these are for intervals that are too wide still.
-                if launch < effort.launches:
-                    task.advance(done)
+            # Launches beyond these are for intervals that are too wide still.
+            told = task.advance if launch < effort.launches else _unheard
+            bench.launch(samples, effort.rounds, share, told)
             if launch + 1 >= effort.launches:
                 found = [one.compared(seed) for one in samples.values()]
                 late = time.monotonic() - start >= effort.seconds
@@ -104,6 +103,10 @@ def measure_speed(
         _speed(name, workload, phase, one, _bound(dense, pruned), seed)
         for (workload, phase), one in samples.items()
     ]
+
+
+def _unheard(done: float) -> None:
+    del done
 
 
 @dataclass
@@ -117,10 +120,12 @@ class _Bench:
     machine: Machine
     random: np.random.Generator
 
-    def launch(self, samples: _AllSamples, rounds: int, seconds: float) -> Iterator[float]:
+    def launch(
+        self, samples: _AllSamples, rounds: int, seconds: float, advance: Callable[[float], None]
+    ) -> None:
         """Fresh processes and up to `rounds` rounds, within `seconds` but at least one.
 
-        Yields after each round how much of the launch that was; all together are 1.
+        `advance` hears after each round how much of the launch that was, 1 in all.
         """
         start, left = time.monotonic(), 1.0
         for one in samples.values():
@@ -138,9 +143,9 @@ class _Bench:
                     for role in self.random.permutation(ROLES):
                         with self._session(held, str(role)) as session:
                             self._sample(session, str(role), group, samples)
-                yield 1 / rounds
+                advance(1 / rounds)
                 left -= 1 / rounds
-        yield left
+        advance(left)
 
     def _sample(
         self, session: Session, role: str, group: Sequence[Workload], samples: _AllSamples

@@ -190,6 +190,25 @@ def test_a_session_that_fell_back_is_refused(graph: Path, monkeypatch: pytest.Mo
         session(graph, Provider("tensorrt"), GPU)
 
 
+@pytest.mark.parametrize("body", ["", "raise OSError('libnvinfer.so.10: cannot open')"])
+def test_tensorrts_module_is_loaded_first_and_may_fail(
+    body: str, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It brings the libraries of pip's TensorRT along; where they do not load, that is told."""
+    import onnxruntime
+
+    (tmp_path / "tensorrt.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'loaded')!r}).touch()\n{body}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(NAMES.values()))
+    with pytest.raises(StageError, match="TensorrtExecutionProvider"):
+        session(graph, Provider("tensorrt"), GPU)
+    assert (tmp_path / "loaded").exists()
+    sys.modules.pop("tensorrt", None)
+
+
 def test_a_plug_in_without_a_gpu_is_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 

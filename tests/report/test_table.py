@@ -36,8 +36,8 @@ def test_sizes() -> None:
 @pytest.mark.parametrize(
     ("pattern", "keep_zeros", "expected"),
     [
-        ("2 of 4", None, [("zeros, wanda", "", "50.0 % of 106.2M", "2 of 4 kept")]),
-        ("0.5 unstructured", True, [("zeros, wanda", "", "50.0 % of 106.2M", "no pattern")]),
+        ("2 of 4", None, [("zeros made by wanda", "", "50.0 % of 106.2M", "2 of 4 kept")]),
+        ("0.5 unstructured", True, [("zeros made by wanda", "", "50.0 % of 106.2M", "no pattern")]),
         ("2 of 4", False, []),
     ],
 )

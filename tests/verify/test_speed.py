@@ -1,5 +1,8 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 
 from prune_export.errors import StageError, VerifyError
 from prune_export.machine import Machine
+from prune_export.progress import Silent
 from prune_export.verify.compare import compare
 from prune_export.verify.engine import Engine
 from prune_export.verify.results import Speed, Workload
@@ -107,6 +111,45 @@ def test_what_is_timed_on_a_gpu_has_run_before(
     on = replace(machine, device=device, gpu_bytes=1 << 30)
     measure_speed(engine, engine, [Workload(1, 4, 9)], np.arange(64), on, effort=SHORT)
     assert fed == [steps] * 3 + [9] * 3 * SHORT.rounds
+
+
+def test_progress_ends_at_all_launches(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where launches take longer than they should, and where more than these are needed."""
+    told: list[tuple[float | None, list[float]]] = []
+    noise = np.random.default_rng(0)
+
+    class Quick:
+        def __init__(self, *_: Any) -> None: ...
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+        def ready(self) -> int:
+            return 256
+
+        def time(self, ids: np.ndarray, prompt: int) -> tuple[float, float]:
+            return 1.0, float(noise.random())
+
+    class Heard(Silent):
+        @contextmanager
+        def task(self, label: str, total: float | None = None) -> Iterator[Any]:
+            done: list[float] = []
+            told.append((total, done))
+            yield SimpleNamespace(advance=done.append, note=print)
+
+    monkeypatch.setattr("prune_export.verify.speed.Session", Quick)
+    engine = Engine.pytorch(tmp_path)
+    for seconds in (0.0, 60.0):
+        effort = replace(SHORT, rounds=3, launches=2, most_launches=5, seconds=seconds)
+        workloads = [Workload(1, 4, 1)]
+        measure_speed(
+            engine, engine, workloads, np.arange(64), machine, effort=effort, progress=Heard()
+        )
+    assert [total for total, _ in told] == [2, 2]
+    assert [sum(done) for _, done in told] == pytest.approx([2, 2])
+    assert len(told[0][1]) < len(told[1][1])
 
 
 @pytest.mark.parametrize("workload", [Workload(0, 4, 1), Workload(1, 0, 1), Workload(1, 4, 0)])
