@@ -38,7 +38,7 @@ def translated(
         )
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     what = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    what = what[0].lower() + what[1:]
+    what = (what[0].lower() + what[1:]).replace("valid tuple", "list")
     return RecipeError(
         document.where(at), f"got {first['input']!r:.80}: {what}{more}", _advice(first)
     )
@@ -51,9 +51,9 @@ def _follow(data: Any, steps: Sequence[str | int]) -> tuple[tuple[str | int, ...
     """
     known: list[str | int] = []
     for step in steps:
-        if isinstance(data, dict) and step in data:
-            data = data[step]
-        elif isinstance(data, list) and isinstance(step, int) and step < len(data):
+        if (isinstance(data, dict) and step in data) or (
+            isinstance(data, list) and isinstance(step, int) and step < len(data)
+        ):
             data = data[step]
         else:
             continue
