@@ -44,7 +44,7 @@ def translated(
     )
 
 
-def _follow(data: Any, steps: Sequence[str | int]) -> tuple[tuple[str | int, ...], Any]:
+def _follow(data: Any, steps: Sequence[Any]) -> tuple[tuple[str | int, ...], Any]:
     """The steps that lead on in the data, others left out, and what stands where they end.
 
     Pydantic names alternatives of a type as steps, and a search's parts are checked as stages.
