@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -13,7 +13,11 @@ from prune_export.exporters._aoti_sparse import call_by_dispatcher
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
-_SIZES = {"batch": 2, "new": 3, "past": 5}  # none is 0 or 1, which torch.export would fix
+EXAMPLE: Final = {"batch": 2, "new": 3, "past": 6}
+"""Sizes that are traced: none is 0 or 1, which torch.export would fix, and 8 does not divide
+`new + past`. CUDA's attention pads a mask that is not aligned; were this one aligned, every length
+would be taken to be.
+"""
 
 
 class Step(nn.Module):
@@ -63,7 +67,7 @@ def compiled(model: Any, sizes: list[tuple[int, int]], out: Path, *, last: bool)
         PlanError: torch.export cannot follow this model's code.
     """
     weight = next(model.parameters())
-    batch, new, past = _SIZES.values()
+    batch, new, past = EXAMPLE.values()
     ids = torch.zeros(batch, new, dtype=torch.long, device=weight.device)
     mask = torch.ones(batch, past + new, dtype=torch.long, device=weight.device)
     positions = torch.arange(past, past + new, device=weight.device).repeat(batch, 1)

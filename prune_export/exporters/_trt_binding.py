@@ -124,7 +124,7 @@ USED: Final[Mapping[str, tuple[str, ...]]] = {
 
 USED_OF_RTX: Final[Mapping[str, tuple[str, ...]]] = {
     "ComputeCapability": ("CURRENT",),
-    "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
+    "DynamicShapesKernelSpecializationStrategy": ("EAGER", "NONE"),
     "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
     "IRuntimeConfig": ("dynamic_shapes_kernel_specialization_strategy",),
 }

@@ -165,7 +165,7 @@ class TrtRunner:
     def _context(self, profile: int) -> Any:
         """The execution context of a profile; each keeps its own, so that nothing is switched."""
         if profile not in self._contexts:
-            context = self._engine.create_execution_context(*self._settings())
+            context = self._engine.create_execution_context(*self._settings(profile))
             if context is None:
                 raise self._failed("finds no memory to run in")
             if not context.set_optimization_profile_async(profile, self._gpu.queue):
@@ -174,12 +174,17 @@ class TrtRunner:
             self._contexts[profile] = context
         return self._contexts[profile]
 
-    def _settings(self) -> Iterator[Any]:
-        """TensorRT-RTX is to compile kernels at once, not beside what is being timed."""
+    def _settings(self, profile: int) -> Iterator[Any]:
+        """TensorRT-RTX is not to compile kernels beside what is being timed.
+
+        A prompt's shape comes again and gets kernels of its own, at once. A decode step's cache has
+        a new shape each time, for which there are kernels that fit any.
+        """
         if self._binding.features.compiles_at_start:
             settings = self._engine.create_runtime_config()
             kinds = self._binding.module.DynamicShapesKernelSpecializationStrategy
-            settings.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
+            kind = kinds.NONE if profile == DECODE else kinds.EAGER
+            settings.dynamic_shapes_kernel_specialization_strategy = kind
             yield settings
 
     def _make_room(self, batch: int) -> None:

@@ -101,6 +101,13 @@ def test_a_sparse_layer_is_compiled(kernel: Any, kernels_on_cpu: Any, tmp_path: 
     assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
+def test_the_mask_that_is_exported_is_not_aligned_by_chance() -> None:
+    """CUDA's attention pads a mask unless 8 divides its rows; what is traced holds for all."""
+    sizes = _aoti_graph.EXAMPLE
+    assert (sizes["new"] + sizes["past"]) % 8
+    assert min(sizes.values()) > 1
+
+
 def test_packed_weights_are_half_and_lose_nothing() -> None:
     from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 

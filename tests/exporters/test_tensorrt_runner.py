@@ -35,6 +35,9 @@ class Standin:
         INPUT = 1
         OUTPUT = 2
 
+    class DynamicShapesKernelSpecializationStrategy(Enum):
+        LAZY, EAGER, NONE = range(3)
+
     class Runtime:
         def __init__(self, logger: Any) -> None: ...
         def deserialize_cuda_engine(self, file: bytes) -> Any:
@@ -63,8 +66,12 @@ class Standin:
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
             return tuple(d if isinstance(d, int) else -1 for d in self.all[name].shape)
 
-        def create_execution_context(self) -> Any:
+        def create_runtime_config(self) -> Any:
+            return SimpleNamespace(dynamic_shapes_kernel_specialization_strategy=None)
+
+        def create_execution_context(self, settings: Any = None) -> Any:
             self.made.append(Standin.Context(self))
+            self.made[-1].settings = settings
             return self.made[-1]
 
     class Context:
@@ -119,10 +126,14 @@ class Cpu:
 
 @pytest.fixture
 def runner(split_graph: Path, tmp_path: Path) -> TrtRunner:
-    file = tmp_path / ENGINE
-    file.write_text(str(split_graph))
+    return started(split_graph, tmp_path / ENGINE, "tensorrt", 11)
+
+
+def started(graph: Path, file: Path, flavor: binding.Flavor, major: int) -> TrtRunner:
+    file.write_text(str(graph))
     made = TrtRunner.__new__(TrtRunner)
-    library: Any = binding.Binding(Standin, "tensorrt", "11.4", binding.FEATURES["tensorrt", 11])
+    features = binding.FEATURES[flavor, major]
+    library: Any = binding.Binding(Standin, flavor, f"{major}.4", features)
     gpu: Any = Cpu()
     made._start(library, file, gpu, context=16, host_code=False)
     return made
@@ -145,6 +156,21 @@ def test_the_runner_carries_the_cache_from_step_to_step(
         assert [(one.profile, one.steps) for one in made] == [(0, 6), (1, 4)]
         one, other = (set(runner._buffers[name]) for name in list(runner._buffers)[:2])
         assert not one & other
+
+
+def test_rtx_compiles_for_prompts_and_never_for_the_cache_of_a_decode_step(
+    split_graph: Path, tmp_path: Path
+) -> None:
+    runner = started(split_graph, tmp_path / ENGINE, "rtx", 1)
+    ids = np.zeros((2, 3), np.int64)
+    with runner:
+        runner.step(ids)
+        runner.step(ids[:, :1])
+        kinds = [
+            one.settings.dynamic_shapes_kernel_specialization_strategy.name
+            for one in runner._engine.made
+        ]
+    assert kinds == ["EAGER", "NONE"]
 
 
 def test_the_runner_refuses_what_the_engine_was_not_built_for(runner: TrtRunner) -> None:
