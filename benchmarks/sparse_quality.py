@@ -77,7 +77,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16, help="of the evaluation")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--shuffles", type=int, default=0, help="of the windows' order, besides")
-    parser.add_argument("--shuffled", nargs="+", default=["sparsegpt 50%"], help="what of")
+    parser.add_argument("--shuffled", nargs="*", default=["sparsegpt 50%"], help="what of")
     parser.add_argument("--jittered", nargs="*", default=[], help="what of, as often as --shuffles")
     parser.add_argument("--permuted", nargs="*", default=[], help="methods of 2:4 to permute too")
     parser.add_argument("--alternating", nargs="*", default=[], help="what to take the time of so")

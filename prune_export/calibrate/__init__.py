@@ -10,6 +10,7 @@ from prune_export.calibrate.dense_stream import DENSE_STATES, added_times, has_t
 from prune_export.calibrate.edit_block import Edited, Editor
 from prune_export.calibrate.edit_stream import Order, Swept, sweep
 from prune_export.calibrate.folded import Chain, Folded, Layer
+from prune_export.calibrate.foreseen import Corrected
 from prune_export.calibrate.gradients import (
     GradientReader,
     Gradients,
@@ -46,6 +47,7 @@ __all__ = [
     "BypassLosses",
     "Chain",
     "Collector",
+    "Corrected",
     "Edited",
     "Editor",
     "Engines",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from prune_export.calibrate.dense_stream import Aimed, Entered, has_target
+from prune_export.calibrate.foreseen import Foresees, foresee
 from prune_export.calibrate.sites import Accumulator, Site, inputs_of, sites_of
 from prune_export.calibrate.skeleton import Call
 from prune_export.progress import Task
@@ -50,8 +51,11 @@ class Arrived(Exception):
 class Block:
     """One block: its sites, what is seen at them, and the windows' way through it."""
 
-    def __init__(self, a_sweep: Sweep, layer: int, call: Call, task: Task) -> None:
+    def __init__(
+        self, a_sweep: Sweep, layer: int, call: Call, head_call: Call | None, task: Task
+    ) -> None:
         self.sweep, self.layer, self.call, self.task = a_sweep, layer, call, task
+        self.head_call = head_call
         self.skeleton, self.editor = a_sweep.skeleton, a_sweep.editor
         self.seen: dict[str, Accumulator] = {}
         self.sites: dict[str, list[Site]] = {}
@@ -78,6 +82,8 @@ class Block:
                 self.sweep.dense.advance(self.layer, self.call, self.sites, batches)
                 times = self.sweep.dense.times
                 self.entered = Entered(self.skeleton, self.layer, times, hooks)
+            if self.head_call:
+                self._foresee(self.head_call)
             for kind, sites in self.sites.items():
                 modules = {
                     self.skeleton.module(tensor) for site in sites for tensor in site.tensors
@@ -99,6 +105,17 @@ class Block:
             name = next(iter(self.seen))
             raise RuntimeError(f"block {self.layer}: no inputs arrived at {name}")
         self._store()
+
+    def _foresee(self, call: Call) -> None:
+        """Shows what wants it what arrives while the block is as it was."""
+        wanted = {}
+        for kind in list(self.sites)[1:]:  # before the first nothing is edited
+            for site in self.sites[kind]:
+                seen = self.seen[site.name]
+                if isinstance(seen, Foresees):
+                    wanted[self.skeleton.module(site.tensors[0])] = seen
+        if wanted:
+            foresee(self.skeleton, self.layer, call, wanted, self.sweep.heads())
 
     def _arrive(self, kind: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         del module

@@ -33,9 +33,10 @@ from prune_export.calibrate.dense_stream import (
     added_times,
 )
 from prune_export.calibrate.edit_block import Block, Editor
+from prune_export.calibrate.foreseen import HEAD
 from prune_export.calibrate.resume import Saves, pass_key
 from prune_export.calibrate.sites import Weights
-from prune_export.calibrate.skeleton import Skeleton
+from prune_export.calibrate.skeleton import Call, Skeleton
 from prune_export.calibrate.spool import Buffer
 from prune_export.calibrate.stream import check, compute_dtype
 from prune_export.calibrate.tokens import TokenSet
@@ -194,6 +195,9 @@ class Sweep:
                     self._swap()
             self.skeleton.look_up(self.ids.flatten())
             calls = self.skeleton.calls(self.ids)
+            head_calls: list[Call | None] = [None] * len(calls)
+            if self.order == "sequential":
+                head_calls = [*self.skeleton.calls(self.ids[:, :HEAD])]
             if not done:
                 for start, stop in self.batches():
                     entered = self.skeleton.enter(self.ids[start:stop])
@@ -201,7 +205,7 @@ class Sweep:
                         buffer.write(start, entered)
             self.skeleton.forget_rows()
             for layer in loaded(self.skeleton, range(done, self.arch.layers)):
-                Block(self, layer, calls[layer], task).run()
+                Block(self, layer, calls[layer], head_calls[layer], task).run()
                 self._swap()
                 last = layer + 1 == self.arch.layers
                 if last and self.asks_loss:
@@ -227,6 +231,16 @@ class Sweep:
         self.states, self.spare = self.spare, self.states
         if self.dense:
             self.dense.swap()
+
+    def heads(self) -> Iterator[torch.Tensor]:
+        """The first tokens of all windows `[samples, HEAD, residual]`, some windows at once."""
+        device, rows = self.skeleton.device, max(1, self.batch * self.ids.shape[1] // HEAD)
+        held: list[torch.Tensor] = []
+        for start, stop in self.batches():
+            held.append(self.states.read(start, stop)[:, :HEAD].to(device))
+            if stop == len(self.ids) or sum(map(len, held)) >= rows:
+                yield torch.cat(held)
+                held = []
 
     def batches(self) -> Iterator[tuple[int, int]]:
         """First and last window, exclusive, of what goes through a block at once."""

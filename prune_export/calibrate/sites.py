@@ -69,9 +69,14 @@ class Squares:
     """Sums of squares by input, float32: Wanda's norms."""
 
     def __init__(self, width: int, device: str) -> None:
-        self.sums = torch.zeros(width, device=device)
+        self._sums = torch.zeros(width, device=device)
         self.samples = 0
         self.tokens = 0
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """`[in]`; what is seen later is added to it."""
+        return self._sums
 
     def see(self, states: torch.Tensor) -> None:
         rows = states.flatten(0, -2).float()
@@ -79,7 +84,7 @@ class Squares:
         step = 64 if rows.device.type == "cpu" else 16384
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
-            self.sums += part.square().sum(0)
+            self._sums += part.square().sum(0)
         self.samples += states.shape[0]
         self.tokens += rows.shape[0]
 

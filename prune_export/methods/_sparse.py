@@ -17,6 +17,7 @@ from pydantic import Field
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import (
     SITES,
+    Corrected,
     Edited,
     Further,
     ModelView,
@@ -38,6 +39,9 @@ from prune_export.nm import Nm
 from prune_export.surgery import Edit, Overwrite
 
 Roles = tuple[str, ...]
+
+_CORRECTED: Final = ("attention.out", "mlp.out")
+"""Sites whose inputs pruned matrices of the same block have made."""
 
 NO_SPEEDUP: Final = (
     "zeros without a pattern make the model smaller only when compressed: no maintained runtime "
@@ -240,8 +244,11 @@ class Masker:
 
     def watch(self, site: Site, width: int, device: str) -> Squares | None:
         """Norms of the inputs, where one of the site's matrices is pruned."""
-        wanted = any(tensor.name in self.targets for tensor in site.tensors)
-        return Squares(width, device) if wanted else None
+        if not any(tensor.name in self.targets for tensor in site.tensors):
+            return None
+        # To an expert, other tokens would be routed.
+        corrected = site.kind in _CORRECTED and site.expert is None
+        return Corrected(width, device) if corrected else Squares(width, device)
 
     def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Squares) -> Edited:
         """The matrices with zeros in them."""

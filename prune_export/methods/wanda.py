@@ -22,11 +22,12 @@ class Wanda(_sparse.Calibrated):
 
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
     arXiv:2306.11695, section 3.
-    Differs: by default each matrix sees what the pruned earlier ones of its block give, which also
-    saves the second forward pass; counts are exact where scores are equal.
+    Differs: by default each matrix sees what the pruned earlier ones of its block give, its norms
+    corrected from some tokens (`calibrate.foreseen`), which saves the second forward pass; counts
+    are exact where scores are equal.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     def decide(self, model: ModelView) -> Decision:
         return _sparse.masked(self, model, score)

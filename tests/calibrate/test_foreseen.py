@@ -1,0 +1,119 @@
+"""Norms corrected by what a block would give unedited, against sweeps that see just that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from prune_export.arch.table import tables
+from prune_export.calibrate import (
+    Corrected,
+    Edited,
+    Order,
+    Site,
+    Squares,
+    TokenSet,
+    edit_stream,
+    foreseen,
+    sweep,
+)
+from prune_export.machine import Machine
+
+DENSE = sorted(name for name, table in tables().items() if "expert" not in table.axes)
+
+
+@dataclass
+class Shrinks:
+    """Makes the first outputs of every matrix small, and keeps the norms that it saw."""
+
+    kind: type[Squares]
+    sums: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    key: str = "shrinks"
+
+    def watch(self, site: Site, width: int, device: str) -> Squares:
+        return self.kind(width, device)
+
+    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Squares) -> Edited:
+        self.sums[site.layer, site.kind] = seen.sums.clone()
+        made = {name: weight.clone() for name, weight in weights.items()}
+        for weight in made.values():
+            weight[: len(weight) // 2] *= 0.3
+        return Edited(made, {})
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edit_stream, "BATCH_TOKENS", {"cpu": 24})
+
+
+def first_block(
+    made: Any, tokens: TokenSet, machine: Machine, kind: type[Squares], order: Order
+) -> dict[str, torch.Tensor]:
+    editor = Shrinks(kind)
+    sweep(made.checkpoint, editor, tokens, machine, order=order)
+    return {kind: sums for (layer, kind), sums in editor.sums.items() if layer == 0}
+
+
+@pytest.mark.parametrize("mode", ["parked", "repeated"])
+@pytest.mark.parametrize("model_type", DENSE)
+def test_whole_windows_give_the_norms_of_the_unedited_block(
+    twin: Callable[..., Any],
+    tokens: TokenSet,
+    machine: Machine,
+    model_type: str,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if mode == "repeated":
+        monkeypatch.setattr(edit_stream, "parked_bytes", lambda *_: 1 << 60)
+    assert tokens.ids.shape[1] < foreseen.HEAD
+    made = twin(model_type)
+    unedited = first_block(made, tokens, machine, Squares, "block")
+    edited = first_block(made, tokens, machine, Squares, "sequential")
+    found = first_block(made, tokens, machine, Corrected, "sequential")
+    differs = 0
+    for kind, sums in found.items():
+        expected = (unedited[kind] + 0.1 * edited[kind]) / 1.1
+        torch.testing.assert_close(sums, expected, rtol=2e-3, atol=1e-5)
+        differs += not torch.allclose(edited[kind], unedited[kind], rtol=0.05)
+    assert differs >= 2, "edits must matter here"
+
+
+def test_heads_stand_for_their_windows(
+    twin: Callable[..., Any], tokens: TokenSet, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = twin("llama")
+    unedited = first_block(made, tokens, machine, Squares, "block")["attention.out"]
+    edited = first_block(made, tokens, machine, Squares, "sequential")["attention.out"]
+    for module in (foreseen, edit_stream):
+        monkeypatch.setattr(module, "HEAD", 5)
+    found = first_block(made, tokens, machine, Corrected, "sequential")["attention.out"]
+    off, before = (found / unedited).log().abs(), (edited / unedited).log().abs()
+    assert 0 < off.mean() < 0.5 * before.mean()
+
+
+def test_a_channel_that_the_heads_do_not_reach_stays_about_as_it_is() -> None:
+    seen = Corrected(3, "cpu")
+    seen.foresee(torch.tensor([[[0.0, 2.0, 0.0]]]).expand(1, foreseen.HEAD, 3))
+    window = torch.zeros(1, 4 * foreseen.HEAD, 3)
+    window[:, :, 1] = 1.0
+    window[:, foreseen.HEAD :, 0] = 3.0  # only after the head
+    seen.see(window)
+    plain = window.square().sum((0, 1))
+    assert seen.sums[0] == plain[0]
+    assert seen.sums[1] == pytest.approx(float(plain[1]) * 4.1 / 1.1)
+    assert seen.sums[2] == 0
+
+
+def test_in_block_order_nothing_is_corrected(
+    twin: Callable[..., Any], tokens: TokenSet, machine: Machine
+) -> None:
+    made = twin("llama")
+    plain = first_block(made, tokens, machine, Squares, "block")
+    found = first_block(made, tokens, machine, Corrected, "block")
+    for kind, sums in found.items():
+        assert torch.equal(sums, plain[kind])
