@@ -88,7 +88,8 @@ def train(
                 "exp_avg": state.tensors[f"{name}|mean"].to(parameter.device),
                 "exp_avg_sq": state.tensors[f"{name}|square"].to(parameter.device),
             }
-    accelerator = Accelerator(cpu=run.device == "cpu")
+    # The model is where it is to be; what accelerate chose once holds for the whole process.
+    accelerator = Accelerator(cpu=run.device == "cpu", device_placement=False)
     model, optimizer = accelerator.prepare(trainee.model, adam)
     model.train()
     losses, spent = list(state.losses), state.seconds

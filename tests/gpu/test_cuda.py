@@ -11,6 +11,7 @@ import torch
 from prune_export.calibrate import AngularDistance, BlockInfluence, TokenSet, gather
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Work
+from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
 from prune_export.progress import Silent
@@ -35,6 +36,16 @@ def test_statistics_equal_the_cpus(tiny_llama: Path, tokens: TokenSet) -> None:
     on_gpu = gather(checkpoint, wanted, tokens, Machine.detect(device="cuda"))
     for statistic in wanted:
         torch.testing.assert_close(on_gpu[statistic], on_cpu[statistic], atol=1e-4, rtol=1e-3)
+
+
+def test_lora_heals_as_on_the_cpu(tiny_llama: Path, tokens: TokenSet, tmp_path: Path) -> None:
+    healer = Lora(rank=4, steps=4, batch=4, micro_batch=2, learning_rate=5e-3, dropout=0.0)
+    losses = []
+    for device in ("cpu", "cuda"):
+        work = Work(Machine.detect(device=device), Silent(), tmp_path / f"scratch-{device}")
+        record = healer.heal(tiny_llama, tokens, tmp_path / device, work)
+        losses.append([row[1] for row in record.log["loss"]])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
 
 
 def test_qlora_heals_and_reloads(tiny_llama: Path, tokens: TokenSet, tmp_path: Path) -> None:
