@@ -19,7 +19,7 @@ from prune_export.calibrate.sites import Accumulator, Squares
 from prune_export.calibrate.skeleton import Call, Skeleton
 
 HEAD: Final = 64
-"""Tokens of each window that are computed without edits: a short way into many texts."""
+"""Tokens of each window that are computed without edits: a short way into many texts (ADR 0019)."""
 
 _USUAL: Final = 0.1
 """Share of what a channel has on average that is added to both sides of a ratio: a channel that is

@@ -386,8 +386,9 @@ def sweep_cost(arch: Arch, order: Order, *, grams: bool = False, permutes: bool 
         held += 12 * matrix_weights
     if permutes and grams:
         held += 4 * widest**2
+    # In one pass, the windows' heads as well, where norms are corrected by them.
     return Further(
-        forwards=1 if order == "sequential" else 2,
+        forwards=2 if order == "block" else 1 if grams else 1.1,
         parks=order == "sequential",
         ram_bytes=held,
         disk_bytes=_item_bytes(arch) * total,
