@@ -13,6 +13,7 @@ from typing import Any, Final
 from unittest import mock
 
 import torch
+import torch.utils._device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -151,6 +152,8 @@ def pretended() -> Iterator[None]:
         own = tensor(data, **named)
         return own if device is None else own.to(device)
 
+    # What a default device is for is looked up once, by torch's own functions.
+    torch.utils._device._device_constructors()
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     with ExitStack() as stack:
         for name, answer in _answers().items():
