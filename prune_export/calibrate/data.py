@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,25 @@ from prune_export.calibrate.documents import (
 from prune_export.calibrate.packing import Document, Ids, Windows
 from prune_export.calibrate.tokens import TokenSet
 from prune_export.errors import PlanError
-from prune_export.progress import Progress, Silent, Task
+from prune_export.progress import Progress, Silent, SilentTask, Task
 from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
 
 POOL: Final = 10_000
 """Local text is read up to this many windows, or as many as are wanted; then some are drawn."""
+
+VOCABULARIES: Final = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
+)  # fmt: skip
+"""Files of which a tokenizer has one."""
+
+READ: Final = 4_000_000
+"""Characters of a source that are read at most to see whether it has enough: a few seconds."""
+
+_LONG_TOKEN: Final = 5
+"""Characters that tokens of prose, code and numbers stay below on average."""
+
+_FURTHER: Final = 8
+"""How many times as much is read where that was not enough: documents are short, or left out."""
 
 _BATCH_CHARACTERS: Final = 1_000_000
 
@@ -55,6 +70,48 @@ def token_set(
         return _tokenised(source, tokenizer, root, exclude, task)
 
 
+def refuse_short(
+    source: LocalText | TokenFile,
+    tokenizer: Path,
+    root: Path,
+    *,
+    exclude: frozenset[str] = frozenset(),
+    documents: bool = False,
+) -> frozenset[str]:
+    """Refuses text or tokens that hold too few windows, reading no more than it takes to see.
+
+    What `READ` characters do not show passes. Returns hashes of documents that the set is sure to
+    use, where `documents` asks for them; it may use others too.
+
+    Raises:
+        PlanError: as `token_set` does.
+    """
+    if isinstance(source, TokenFile):
+        return frozenset(_saved(source, root, exclude).documents)
+    found = Tokenizer.load(tokenizer)
+    _refuse_no_room(source, found)
+    files = local_files(source, root)
+    needed = source.samples or 1
+    pool = None if source.samples is None else max(needed, POOL)
+    read_all = documents and not (source.packing == "stream" and source.samples)
+    most = READ if read_all else min(READ, _LONG_TOKEN * needed * source.length)
+    if needed * source.length > READ and _is_long(local_texts(files, source.column)):
+        return frozenset()
+    while True:
+        reader = _Reader(local_texts(files, source.column), exclude, SilentTask())
+        first = _First(most)
+        texts = first.of(reader.kept(empty=source.packing == "stream"))
+        made = _windows(source, texts, found, pool if documents else needed)
+        if len(made.ids) >= needed:
+            sure = first.whole or source.packing == "stream"
+            return frozenset(made.documents) if documents and sure else frozenset()
+        if first.whole:
+            _refuse_few(source, made, reader)
+        if most == READ:
+            return frozenset()
+        most = min(READ, _FURTHER * most)
+
+
 def _tokenised(
     source: HubDataset | LocalText,
     directory: Path,
@@ -64,8 +121,7 @@ def _tokenised(
 ) -> TokenSet:
     how = source.packing or "packed"
     tokenizer = Tokenizer.load(directory)
-    if source.length <= len(tokenizer.prefix):
-        raise PlanError("data  length", f"got {source.length}, too short for a window", "raise it")
+    _refuse_no_room(source, tokenizer)
     origin: dict[str, Any] = {
         "packing": how,
         "length": source.length,
@@ -92,7 +148,20 @@ def _tokenised(
     reader = _Reader(texts, exclude, task)
     # Empty lines count in a stream: WikiText's protocol joins them too.
     kept = reader.kept(empty=how == "stream")
-    found = _windows(source, how, kept, tokenizer, pool)
+    found = _windows(source, kept, tokenizer, pool)
+    _refuse_few(source, found, reader)
+    origin |= {"documents_read": reader.read, "documents_excluded": reader.excluded}
+    origin["windows_available"] = found.available
+    documents = tuple(hash_ for hash_ in found.documents if hash_ != hash_of(""))
+    return TokenSet.of(torch.from_numpy(found.ids.astype(np.int64)), documents, origin)
+
+
+def _refuse_no_room(source: HubDataset | LocalText, tokenizer: Tokenizer) -> None:
+    if source.length <= len(tokenizer.prefix):
+        raise PlanError("data  length", f"got {source.length}, too short for a window", "raise it")
+
+
+def _refuse_few(source: HubDataset | LocalText, found: Windows, reader: _Reader) -> None:
     if len(found.ids) < (source.samples or 1):
         raise PlanError(
             f"data  {_named(source)}",
@@ -103,23 +172,18 @@ def _tokenised(
             if found.available
             else "write a smaller `length`, or add text",
         )
-    origin |= {"documents_read": reader.read, "documents_excluded": reader.excluded}
-    origin["windows_available"] = found.available
-    documents = tuple(hash_ for hash_ in found.documents if hash_ != hash_of(""))
-    return TokenSet.of(torch.from_numpy(found.ids.astype(np.int64)), documents, origin)
 
 
 def _windows(
     source: HubDataset | LocalText,
-    how: str,
     texts: Iterator[tuple[str, str]],
     tokenizer: Tokenizer,
     pool: int | None,
 ) -> Windows:
-    if how == "stream":
+    if source.packing == "stream":
         return packing.stream(texts, tokenizer.text, length=source.length, samples=source.samples)
     documents = tokenizer.documents(texts)
-    if how == "windows":
+    if source.packing == "windows":
         return packing.windows(
             documents,
             length=source.length,
@@ -165,6 +229,33 @@ class _Reader:
                 yield name, text
 
 
+@dataclass
+class _First:
+    """The first `left` characters of texts, the last text cut; `whole` says that it was them all.
+
+    A text that is cut keeps its hash.
+    """
+
+    left: int
+    whole: bool = field(default=True, init=False)
+
+    def of(self, texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        for name, text in texts:
+            self.whole = len(text) <= self.left
+            if self.whole or self.left:
+                yield name, text[: self.left]
+            if not self.whole:
+                return
+            self.left -= len(text)
+
+
+def _is_long(texts: Iterable[str]) -> bool:
+    """Whether texts have more than `READ` characters."""
+    first = _First(READ)
+    deque(first.of(("", text) for text in texts), maxlen=0)
+    return not first.whole
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A model's tokenizer: `prefix` is what it puts before any text, `separator` its end of text.
@@ -176,6 +267,11 @@ class Tokenizer:
     prefix: tuple[int, ...]
     separator: tuple[int, ...]
     hash: str
+
+    @staticmethod
+    def lies_in(directory: Path) -> bool:
+        """Whether a directory holds a tokenizer of any kind."""
+        return any((directory / name).is_file() for name in VOCABULARIES)
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:

@@ -18,6 +18,7 @@ from prune_export.contracts import Cost, Noted, Sparse
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
+from prune_export.plan.data import refuse_too_little
 from prune_export.plan.limits import what_does_not_fit, windows_of
 from prune_export.plan.planned import Plan, PlannedStage, Rates, Size
 from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates, unreached
@@ -69,6 +70,7 @@ def make_plan(
     stages += planner.exports(whole)
     stages += planner.verification(archs[0], arch)
     stages.append(planner.result(arch, stages))
+    refuse_too_little(recipe, checkpoint.path)
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
     lacking = tuple(what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out))
     return dataclasses.replace(plan, lacking=lacking)
