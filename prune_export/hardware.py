@@ -87,11 +87,13 @@ def refuse_impossible(planned: Planned) -> None:
 
 
 def windows_note(planned: Planned, export: Export) -> str:
-    """What an export by sliding windows can gain at most; empty for one without them."""
-    if not export.parameters().get("sliding") or planned.nm is None:
+    """What sliding windows rewrite for an export, and gain at most; empty for one without them."""
+    if not export.parameters().get("sliding"):
         return ""
-    windows = windows_for(planned.nm)
-    if windows is None or _inside_native(planned.nm):
+    if planned.sparse_stage is None:
+        return "windows for what the model itself keeps as 2N-2 of 2N: no stage makes a pattern"
+    windows = windows_for(planned.nm) if planned.nm else None
+    if planned.nm is None or windows is None or _inside_native(planned.nm):
         return ""
     note = f"{planned.nm} in windows: at most {bound(windows):.2f}x of dense"
     return note if windows == planned.nm else f"{note}, and {windows} would be as fast"
@@ -136,9 +138,43 @@ def _needs_windows(nm: Nm, *, own: bool) -> tuple[str, str]:
     return problem, f"{fix}; or prune with {_keys(NATIVE)} (at most {bound(NATIVE):.2f}x)"
 
 
+def _windows_find_zeros(planned: Planned) -> Iterator[PlanError]:
+    """Windows rewrite 2N-2 of 2N; a stage that leaves something else gives them nothing to do.
+
+    Without such a stage the model itself may have the zeros, which no plan knows.
+    """
+    if planned.sparse_stage is None:
+        return
+    name, nm = planned.sparse_stage[1].name, planned.nm
+    instead = f"prune with {_keys(_BETTER)}"
+    for export in planned.recipe.export:
+        where = f"export.{export.name}.sliding"
+        if not export.parameters().get("sliding"):
+            continue
+        if nm is None:
+            yield PlanError(
+                where,
+                f"{name} leaves zeros without a pattern, and sliding windows rewrite 2N-2 of 2N",
+                f"{instead} instead of `sparsity:`, or leave `sliding` out",
+            )
+        elif _inside_native(nm):
+            yield PlanError(
+                where,
+                f"the weights keep {nm}, which sparse tensor cores take as it is: there is nothing "
+                "to rewrite",
+                "leave `sliding` out",
+            )
+        elif windows_for(nm) is None:
+            yield PlanError(
+                where,
+                f"the weights keep {nm}, and sliding windows rewrite 2N-2 of 2N, up to 14 of 16",
+                f"{instead}, or leave `sliding` out",
+            )
+
+
 def _zeros_survive(planned: Planned) -> Iterator[PlanError]:
     """Healing fills zeros unless it is told to keep them."""
-    if planned.sparse_stage is None or not any(_sparse_exports(planned.recipe)):
+    if planned.sparse_stage is None or not _needs_zeros(planned.recipe):
         return
     number, sparse = planned.sparse_stage
     for at, stage in enumerate(planned.recipe.stages[number + 1 :], number + 1):
@@ -153,7 +189,7 @@ def _zeros_survive(planned: Planned) -> Iterator[PlanError]:
 
 def _zeros_come_last(planned: Planned) -> Iterator[PlanError]:
     """A cut of widths takes channels out of groups, and refits what is left."""
-    if planned.sparse_stage is None or not any(_sparse_exports(planned.recipe)):
+    if planned.sparse_stage is None or not _needs_zeros(planned.recipe):
         return
     number, sparse = planned.sparse_stage
     for at, stage in enumerate(planned.recipe.stages[number + 1 :], number + 1):
@@ -256,6 +292,7 @@ def _gate_within_reach(planned: Planned) -> Iterator[PlanError]:
 
 RULES: Final[Sequence[Rule]] = (
     _pattern_for_tensor_cores,
+    _windows_find_zeros,
     _zeros_survive,
     _zeros_come_last,
     _inputs_divide,
@@ -271,6 +308,12 @@ def _sparse_exports(recipe: Recipe) -> Iterator[tuple[Export, Mapping[str, Any]]
         keys = export.parameters()
         if keys.get("sparse"):
             yield export, keys
+
+
+def _needs_zeros(recipe: Recipe) -> bool:
+    """Whether an export is of use only if the zeros are where the pattern has them."""
+    asked = ("sparse", "sliding")
+    return any(export.parameters().get(key) for export in recipe.export for key in asked)
 
 
 def _inside_native(nm: Nm) -> bool:

@@ -109,6 +109,41 @@ def test_a_pattern_that_no_windows_take() -> None:
         assert "`nm: {keep: 6, of: 8}` and write `sliding: true`" in said
 
 
+@pytest.mark.parametrize("engine", ["onnx", "tensorrt"])
+def test_windows_that_have_nothing_to_rewrite(engine: str) -> None:
+    windows = [{engine: {"sliding": True}}]
+    where = f"export.{engine}.sliding\n  "
+    said = refused(recipe(prune(sparsity=0.5), export=windows))
+    assert said.startswith(f"{where}magnitude leaves zeros without a pattern")
+    assert "`nm: {keep: 6, of: 8}` instead of `sparsity:`, or leave `sliding` out" in said
+    for keep, of in ((2, 4), (1, 2), (1, 8), (2, 8)):
+        said = refused(recipe(prune(keep, of), export=windows))
+        assert said.startswith(f"{where}the weights keep {keep} of {of}, which sparse tensor cores")
+        assert said.endswith("leave `sliding` out")
+    said = refused(recipe(prune(15, 16), export=windows))
+    assert said.startswith(f"{where}the weights keep 15 of 16, and sliding windows rewrite 2N-2")
+    for keep, of in ((6, 8), (4, 8), (3, 4), (14, 16)):
+        check(recipe(prune(keep, of), export=windows))
+
+
+def test_zeros_that_windows_would_not_find_any_more() -> None:
+    windows = [{"onnx": {"sliding": True}}]
+    heal = {"heal": {"method": "lora", "steps": 1, "keep_zeros": False}}
+    assert "fills the zeros" in refused(recipe(prune(6, 8), heal, export=windows))
+    stages = (prune(6, 8), {"prune": {"method": "minitron", "ffn": 0.25}})
+    narrow = arch(intermediate_size=32)
+    said = refused(recipe(*stages, export=windows), cut=(arch(), arch(), narrow))
+    assert "breaks the groups of its pattern" in said
+
+
+def test_windows_of_a_model_that_has_the_zeros_itself() -> None:
+    """No weight is read for a plan: it says that no stage makes them."""
+    asked = recipe({"prune": {"method": "deepest", "remove": 1}}, export=[WINDOWS])
+    check(asked)
+    said = windows_note(Planned(asked, (arch(), arch()), AMPERE), asked.export[0])
+    assert said.endswith("no stage makes a pattern")
+
+
 def test_zeros_without_a_pattern() -> None:
     ticket = {"prune": {"method": "iterative_magnitude", "sparsity": 0.5}}
     assert "iterative_magnitude leaves zeros" in refused(recipe(ticket))
@@ -152,7 +187,6 @@ def test_the_note_says_what_windows_gain() -> None:
 
     assert note(6, 8) == "6 of 8 in windows: at most 1.33x of dense"
     assert note(4, 6) == "4 of 6 in windows: at most 1.50x of dense"
-    assert note(2, 4) == ""
 
 
 @pytest.mark.parametrize("machine", [TURING, CPU])
