@@ -77,21 +77,23 @@ def refuse_short(
     *,
     exclude: frozenset[str] = frozenset(),
     documents: bool = False,
+    least: int = 1,
 ) -> frozenset[str]:
     """Refuses text or tokens that hold too few windows, reading no more than it takes to see.
 
-    What `READ` characters do not show passes. Returns hashes of documents that the set is sure to
+    Where the source leaves their number open, `least` must be there. What `READ` characters do not
+    show passes. Returns hashes of documents that the set is sure to
     use, where `documents` asks for them; it may use others too.
 
     Raises:
         PlanError: as `token_set` does.
     """
     if isinstance(source, TokenFile):
-        return frozenset(_saved(source, root, exclude).documents)
+        return frozenset(_saved(source, root, exclude, least).documents)
     found = Tokenizer.load(tokenizer)
     _refuse_no_room(source, found)
     files = local_files(source, root)
-    needed = source.samples or 1
+    needed = source.samples or least
     pool = None if source.samples is None else max(needed, POOL)
     read_all = documents and not (source.packing == "stream" and source.samples)
     most = READ if read_all else min(READ, _LONG_TOKEN * needed * source.length)
@@ -106,7 +108,7 @@ def refuse_short(
             sure = first.whole or source.packing == "stream"
             return frozenset(made.documents) if documents and sure else frozenset()
         if first.whole:
-            _refuse_few(source, made, reader)
+            _refuse_few(source, made, reader, least)
         if most == READ:
             return frozenset()
         most = min(READ, _FURTHER * most)
@@ -161,15 +163,17 @@ def _refuse_no_room(source: HubDataset | LocalText, tokenizer: Tokenizer) -> Non
         raise PlanError("data  length", f"got {source.length}, too short for a window", "raise it")
 
 
-def _refuse_few(source: HubDataset | LocalText, found: Windows, reader: _Reader) -> None:
-    if len(found.ids) < (source.samples or 1):
+def _refuse_few(
+    source: HubDataset | LocalText, found: Windows, reader: _Reader, least: int = 1
+) -> None:
+    if len(found.ids) < (source.samples or least):
         raise PlanError(
             f"data  {_named(source)}",
             f"holds {found.available} windows of {source.length} tokens in {reader.read} documents"
             f" ({reader.excluded} left out because another set uses them), "
-            f"expected {source.samples or 'at least 1'}",
+            f"expected {source.samples or f'at least {least}'}",
             f"write `samples: {found.available}`, a smaller `length`, or add text"
-            if found.available
+            if found.available >= least
             else "write a smaller `length`, or add text",
         )
 
@@ -347,7 +351,7 @@ def _tokenizer_hash(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _saved(source: TokenFile, root: Path, exclude: frozenset[str]) -> TokenSet:
+def _saved(source: TokenFile, root: Path, exclude: frozenset[str], least: int = 1) -> TokenSet:
     where = f"data tokens  {source.tokens}"
     found = TokenSet.load(inside(root, source.tokens, where)[0])
     shared = exclude.intersection(found.documents)
@@ -357,13 +361,15 @@ def _saved(source: TokenFile, root: Path, exclude: frozenset[str]) -> TokenSet:
             f"shares {len(shared)} documents with the evaluation data",
             "make the token file from other text",
         )
-    samples = source.samples or found.samples
+    samples = source.samples or max(found.samples, least)
     if found.samples < samples or found.length < source.length:
         raise PlanError(
             where,
             f"holds {found.samples} windows of {found.length} tokens, expected {samples} of "
             f"{source.length}",
-            f"write `samples: {found.samples}` and `length: {found.length}`, or less",
+            f"write `samples: {found.samples}` and `length: {found.length}`, or less"
+            if found.samples >= least
+            else "make the token file of more text",
         )
     if (samples, source.length) == (found.samples, found.length):
         return found

@@ -7,10 +7,14 @@ from typing import Final
 
 from prune_export.calibrate import Tokenizer, refuse_short
 from prune_export.errors import PlanError
-from prune_export.recipe import LocalText, Recipe, TokenFile
+from prune_export.recipe import LocalText, Recipe, TokenFile, heal_of
 
 CALIBRATION: Final = "calibration"
 """The data that exporters calibrate with, where a recipe names a source so."""
+
+
+_HEALING_WINDOWS: Final = 2
+"""One to train on, and one to measure with."""
 
 
 def sets_of(recipe: Recipe) -> tuple[tuple[str, bool], ...]:
@@ -38,6 +42,14 @@ def refuse_too_little(recipe: Recipe, model: Path) -> None:
     Raises:
         PlanError: some are too short, or cannot be read.
     """
+    heals = _healing(recipe)
+    for name in sorted(heals):
+        if recipe.data[name].samples == 1:
+            raise PlanError(
+                f"{recipe.name}  data.{name}.samples",
+                "is 1, and healing needs one window to train on and one to measure with",
+                f"write `samples: {_HEALING_WINDOWS}` or more",
+            )
     there = Tokenizer.lies_in(model)
     seen: frozenset[str] = frozenset()
     for name, judges in sets_of(recipe):
@@ -45,8 +57,22 @@ def refuse_too_little(recipe: Recipe, model: Path) -> None:
         if not (isinstance(source, TokenFile) or (there and isinstance(source, LocalText))):
             continue
         try:
-            found = refuse_short(source, model, recipe.root, exclude=seen, documents=judges)
+            found = refuse_short(
+                source,
+                model,
+                recipe.root,
+                exclude=seen,
+                documents=judges,
+                least=_HEALING_WINDOWS if name in heals else 1,
+            )
         except PlanError as error:
             where = f"{recipe.name}  data.{name}"
             raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
         seen |= found if judges else frozenset()
+
+
+def _healing(recipe: Recipe) -> frozenset[str]:
+    """The data that healing trains on, of searches as well."""
+    stages = [heal_of(one.entry) if one.kind == "search" else one for one in recipe.stages]
+    found = {one.data for one in stages if one is not None and one.kind == "heal"}
+    return frozenset(found & recipe.data.keys())

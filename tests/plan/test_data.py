@@ -134,6 +134,25 @@ def test_saved_tokens_that_are_too_few(tiny_llama: Path, tmp_path: Path, options
         assert "holds 3 windows of 32 tokens" in said
 
 
+def test_healing_needs_a_window_to_measure_with(
+    tiny_llama: Path, corpus: Path, tmp_path: Path, options: Options
+) -> None:
+    (tmp_path / "a.txt").write_text("Some text. " * 4, encoding="utf-8")
+    one = text("a.txt", samples=None)
+    said = refused(recipe(tmp_path, HEAL, healing=one), tiny_llama, options)
+    assert "holds 1 windows of 32 tokens in 1 documents" in said
+    assert said.endswith("expected at least 2\n  write a smaller `length`, or add text")
+    assert plan(recipe(tmp_path, PRUNE, calibration=one), str(tiny_llama), options).stages
+    with pytest.raises(PlanError, match=r"data\.healing\.samples\n  is 1, and healing needs"):
+        asked = recipe(corpus, HEAL, healing=text("healing.jsonl", samples=1))
+        plan(asked, str(tiny_llama), options)
+    TokenSet.of(torch.zeros(1, 32, dtype=torch.int64)).save(tmp_path / "a.safetensors")
+    tokens = {"tokens": "a.safetensors", "length": 32}
+    said = refused(recipe(tmp_path, HEAL, healing=tokens), tiny_llama, options)
+    assert "holds 1 windows of 32 tokens, expected 2 of 32" in said
+    assert said.endswith("make the token file of more text")
+
+
 def test_without_a_tokenizer_a_plan_is_made_all_the_same(
     tiny_llama: Path, corpus: Path, tmp_path: Path, options: Options
 ) -> None:
