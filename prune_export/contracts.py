@@ -19,6 +19,7 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Further, ModelView, Statistic, TokenSet
 from prune_export.machine import Machine
 from prune_export.progress import Progress
+from prune_export.silenced import Silenced
 from prune_export.surgery import Edit
 
 
@@ -98,6 +99,21 @@ class Noted(Protocol):
 
     def note(self, arch: Arch) -> str:
         """What a reader of the plan must know, in a few words; empty where it is nothing."""
+
+
+@runtime_checkable
+class Silencing(Protocol):
+    """What a method has besides where it keeps zero what earlier stages zeroed of blocks.
+
+    After a method without it, nothing is known of such zeros in the plan.
+    """
+
+    def silenced(self, arch: Arch, known: Silenced) -> Silenced:
+        """What is known after it, of a model `arch` before it.
+
+        Raises:
+            PlanError: it is to zero more parts than can be left.
+        """
 
 
 @dataclass(frozen=True)

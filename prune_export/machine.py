@@ -19,9 +19,9 @@ import psutil
 class Machine:
     """The means for the work.
 
-    `ram_bytes` is the budget for a process, Python and torch included; `gpu_bytes` is 0 without a
-    CUDA device; `threads` is the number of compute threads; `capability` is ten times the GPU's
-    compute capability (89 for 8.9), 0 without one.
+    `ram_bytes` is the budget for a process, Python and torch included; `gpu_bytes` is that for what
+    is on the GPU, 0 without a CUDA device; `threads` is the number of compute threads; `capability`
+    is ten times the GPU's compute capability (89 for 8.9), 0 without one.
     """
 
     device: Literal["cpu", "cuda"]
@@ -34,22 +34,29 @@ class Machine:
     def detect(
         *, device: str | None = None, ram_bytes: int | None = None, threads: int | None = None
     ) -> Machine:
-        """This machine; RAM is what is available now unless given, in bytes."""
-        gpu_bytes = _gpu_bytes() if device != "cpu" else 0
-        chosen: Literal["cpu", "cuda"] = "cuda" if gpu_bytes and device != "cpu" else "cpu"
+        """This machine; memory is what is free now, on the GPU too; RAM may be given, in bytes."""
+        gpu_bytes = _free_gpu_bytes() if device != "cpu" else None
+        chosen: Literal["cpu", "cuda"] = "cpu" if gpu_bytes is None else "cuda"
         return Machine(
             device=chosen,
             ram_bytes=ram_bytes or int(psutil.virtual_memory().available),
-            gpu_bytes=gpu_bytes,
+            gpu_bytes=gpu_bytes or 0,
             threads=threads or len(os.sched_getaffinity(0)),
             capability=_capability() if chosen == "cuda" else 0,
         )
 
 
-def _gpu_bytes() -> int:
+def _free_gpu_bytes() -> int | None:
+    """What other processes leave of the GPU's memory; None without a GPU.
+
+    What torch has in this process and does not use counts as free.
+    """
     import torch
 
-    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info(0)
+    return int(free + torch.cuda.memory_reserved(0) - torch.cuda.memory_allocated(0))
 
 
 def _capability() -> int:

@@ -27,7 +27,9 @@ class Progress(Protocol):
         """Shows one line that stays."""
 
 
-class _SilentTask:
+class SilentTask:
+    """Shows nothing."""
+
     def advance(self, steps: float = 1) -> None:
         del steps
 
@@ -41,7 +43,7 @@ class Silent:
     @contextmanager
     def task(self, label: str, total: float | None = None) -> Iterator[Task]:
         del label, total
-        yield _SilentTask()
+        yield SilentTask()
 
     def say(self, text: str) -> None:
         del text

@@ -5,7 +5,7 @@ from prune_export.calibrate.block_influence import BlockInfluence
 from prune_export.calibrate.bypass import OUTPUTS, Part, Unit
 from prune_export.calibrate.bypass_loss import BypassLoss, BypassLosses
 from prune_export.calibrate.cost import PassCost, block_bytes, parked_bytes, pass_cost
-from prune_export.calibrate.data import token_set
+from prune_export.calibrate.data import Tokenizer, refuse_short, token_set
 from prune_export.calibrate.dense_stream import DENSE_STATES, added_times, has_target
 from prune_export.calibrate.edit_block import Edited, Editor
 from prune_export.calibrate.edit_stream import Order, Swept, sweep
@@ -74,6 +74,7 @@ __all__ = [
     "Sums",
     "Swept",
     "TokenSet",
+    "Tokenizer",
     "Unit",
     "added_times",
     "as_matrix",
@@ -87,6 +88,7 @@ __all__ = [
     "native_dtype",
     "parked_bytes",
     "pass_cost",
+    "refuse_short",
     "sites_of",
     "spooled_bytes",
     "sweep",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,25 @@ from prune_export.calibrate.documents import (
 from prune_export.calibrate.packing import Document, Ids, Windows
 from prune_export.calibrate.tokens import TokenSet
 from prune_export.errors import PlanError
-from prune_export.progress import Progress, Silent, Task
+from prune_export.progress import Progress, Silent, SilentTask, Task
 from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
 
 POOL: Final = 10_000
 """Local text is read up to this many windows, or as many as are wanted; then some are drawn."""
+
+VOCABULARIES: Final = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
+)  # fmt: skip
+"""Files of which a tokenizer has one."""
+
+READ: Final = 4_000_000
+"""Characters of a source that are read at most to see whether it has enough: a few seconds."""
+
+_LONG_TOKEN: Final = 5
+"""Characters that tokens of prose, code and numbers stay below on average."""
+
+_FURTHER: Final = 8
+"""How many times as much is read where that was not enough: documents are short, or left out."""
 
 _BATCH_CHARACTERS: Final = 1_000_000
 
@@ -55,6 +70,50 @@ def token_set(
         return _tokenised(source, tokenizer, root, exclude, task)
 
 
+def refuse_short(
+    source: LocalText | TokenFile,
+    tokenizer: Path,
+    root: Path,
+    *,
+    exclude: frozenset[str] = frozenset(),
+    documents: bool = False,
+    least: int = 1,
+) -> frozenset[str]:
+    """Refuses text or tokens that hold too few windows, reading no more than it takes to see.
+
+    Where the source leaves their number open, `least` must be there. What `READ` characters do not
+    show passes. Returns hashes of documents that the set is sure to
+    use, where `documents` asks for them; it may use others too.
+
+    Raises:
+        PlanError: as `token_set` does.
+    """
+    if isinstance(source, TokenFile):
+        return frozenset(_saved(source, root, exclude, least).documents)
+    found = Tokenizer.load(tokenizer)
+    _refuse_no_room(source, found)
+    files = local_files(source, root)
+    needed = source.samples or least
+    pool = None if source.samples is None else max(needed, POOL)
+    read_all = documents and not (source.packing == "stream" and source.samples)
+    most = READ if read_all else min(READ, _LONG_TOKEN * needed * source.length)
+    if needed * source.length > READ and _is_long(local_texts(files, source.column)):
+        return frozenset()
+    while True:
+        reader = _Reader(local_texts(files, source.column), exclude, SilentTask())
+        first = _First(most)
+        texts = first.of(reader.kept(empty=source.packing == "stream"))
+        made = _windows(source, texts, found, pool if documents else needed)
+        if len(made.ids) >= needed:
+            sure = first.whole or source.packing == "stream"
+            return frozenset(made.documents) if documents and sure else frozenset()
+        if first.whole:
+            _refuse_few(source, made, reader, least)
+        if most == READ:
+            return frozenset()
+        most = min(READ, _FURTHER * most)
+
+
 def _tokenised(
     source: HubDataset | LocalText,
     directory: Path,
@@ -64,8 +123,7 @@ def _tokenised(
 ) -> TokenSet:
     how = source.packing or "packed"
     tokenizer = Tokenizer.load(directory)
-    if source.length <= len(tokenizer.prefix):
-        raise PlanError("data  length", f"got {source.length}, too short for a window", "raise it")
+    _refuse_no_room(source, tokenizer)
     origin: dict[str, Any] = {
         "packing": how,
         "length": source.length,
@@ -92,34 +150,44 @@ def _tokenised(
     reader = _Reader(texts, exclude, task)
     # Empty lines count in a stream: WikiText's protocol joins them too.
     kept = reader.kept(empty=how == "stream")
-    found = _windows(source, how, kept, tokenizer, pool)
-    if len(found.ids) < (source.samples or 1):
-        raise PlanError(
-            f"data  {_named(source)}",
-            f"holds {found.available} windows of {source.length} tokens in {reader.read} documents"
-            f" ({reader.excluded} left out because another set uses them), "
-            f"expected {source.samples or 'at least 1'}",
-            f"write `samples: {found.available}`, a smaller `length`, or add text"
-            if found.available
-            else "write a smaller `length`, or add text",
-        )
+    found = _windows(source, kept, tokenizer, pool)
+    _refuse_few(source, found, reader)
     origin |= {"documents_read": reader.read, "documents_excluded": reader.excluded}
     origin["windows_available"] = found.available
     documents = tuple(hash_ for hash_ in found.documents if hash_ != hash_of(""))
     return TokenSet.of(torch.from_numpy(found.ids.astype(np.int64)), documents, origin)
 
 
+def _refuse_no_room(source: HubDataset | LocalText, tokenizer: Tokenizer) -> None:
+    if source.length <= len(tokenizer.prefix):
+        raise PlanError("data  length", f"got {source.length}, too short for a window", "raise it")
+
+
+def _refuse_few(
+    source: HubDataset | LocalText, found: Windows, reader: _Reader, least: int = 1
+) -> None:
+    if len(found.ids) < (source.samples or least):
+        raise PlanError(
+            f"data  {_named(source)}",
+            f"holds {found.available} windows of {source.length} tokens in {reader.read} documents"
+            f" ({reader.excluded} left out because another set uses them), "
+            f"expected {source.samples or f'at least {least}'}",
+            f"write `samples: {found.available}`, a smaller `length`, or add text"
+            if found.available >= least
+            else "write a smaller `length`, or add text",
+        )
+
+
 def _windows(
     source: HubDataset | LocalText,
-    how: str,
     texts: Iterator[tuple[str, str]],
     tokenizer: Tokenizer,
     pool: int | None,
 ) -> Windows:
-    if how == "stream":
+    if source.packing == "stream":
         return packing.stream(texts, tokenizer.text, length=source.length, samples=source.samples)
     documents = tokenizer.documents(texts)
-    if how == "windows":
+    if source.packing == "windows":
         return packing.windows(
             documents,
             length=source.length,
@@ -165,6 +233,33 @@ class _Reader:
                 yield name, text
 
 
+@dataclass
+class _First:
+    """The first `left` characters of texts, the last text cut; `whole` says that it was them all.
+
+    A text that is cut keeps its hash.
+    """
+
+    left: int
+    whole: bool = field(default=True, init=False)
+
+    def of(self, texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        for name, text in texts:
+            self.whole = len(text) <= self.left
+            if self.whole or self.left:
+                yield name, text[: self.left]
+            if not self.whole:
+                return
+            self.left -= len(text)
+
+
+def _is_long(texts: Iterable[str]) -> bool:
+    """Whether texts have more than `READ` characters."""
+    first = _First(READ)
+    deque(first.of(("", text) for text in texts), maxlen=0)
+    return not first.whole
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A model's tokenizer: `prefix` is what it puts before any text, `separator` its end of text.
@@ -176,6 +271,11 @@ class Tokenizer:
     prefix: tuple[int, ...]
     separator: tuple[int, ...]
     hash: str
+
+    @staticmethod
+    def lies_in(directory: Path) -> bool:
+        """Whether a directory holds a tokenizer of any kind."""
+        return any((directory / name).is_file() for name in VOCABULARIES)
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
@@ -251,7 +351,7 @@ def _tokenizer_hash(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _saved(source: TokenFile, root: Path, exclude: frozenset[str]) -> TokenSet:
+def _saved(source: TokenFile, root: Path, exclude: frozenset[str], least: int = 1) -> TokenSet:
     where = f"data tokens  {source.tokens}"
     found = TokenSet.load(inside(root, source.tokens, where)[0])
     shared = exclude.intersection(found.documents)
@@ -261,13 +361,15 @@ def _saved(source: TokenFile, root: Path, exclude: frozenset[str]) -> TokenSet:
             f"shares {len(shared)} documents with the evaluation data",
             "make the token file from other text",
         )
-    samples = source.samples or found.samples
+    samples = source.samples or max(found.samples, least)
     if found.samples < samples or found.length < source.length:
         raise PlanError(
             where,
             f"holds {found.samples} windows of {found.length} tokens, expected {samples} of "
             f"{source.length}",
-            f"write `samples: {found.samples}` and `length: {found.length}`, or less",
+            f"write `samples: {found.samples}` and `length: {found.length}`, or less"
+            if found.samples >= least
+            else "make the token file of more text",
         )
     if (samples, source.length) == (found.samples, found.length):
         return found

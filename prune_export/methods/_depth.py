@@ -12,6 +12,7 @@ from prune_export.arch import Arch
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.scores import least, run_sums
+from prune_export.silenced import Silenced
 from prune_export.surgery import Drop
 
 Sparsity = Annotated[
@@ -82,6 +83,13 @@ class Amount:
         will be is not known without data.
         """
         return arch.without(self.layers or deepest(arch.layers, self.of(arch)))
+
+    def silenced(self, arch: Arch, known: Silenced) -> Silenced:
+        """Which parts of the blocks that are left are zero."""
+        if self.layers is not None:
+            return known.without(arch.kept(self.layers))
+        remove = self.of(arch)
+        return known.without_some(remove, arch.layers - remove)
 
 
 def deepest(layers: int, remove: int) -> range:

@@ -20,8 +20,9 @@ from prune_export.calibrate import OUTPUTS, ModelView, Unit
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.header import TORCH
 from prune_export.contracts import Decision
-from prune_export.errors import StageError
+from prune_export.errors import PlanError, StageError
 from prune_export.methods import _depth
+from prune_export.silenced import Silenced
 from prune_export.surgery import Overwrite
 
 Of = Annotated[
@@ -48,6 +49,32 @@ class Amount(_depth.Amount):
             arch.kept(self.layers)
         self.of(arch)
         return arch
+
+    def silenced(self, arch: Arch, known: Silenced) -> Silenced:
+        """Which parts of blocks are zero after it.
+
+        Raises:
+            PlanError: after earlier stages there cannot be as many left as are to be removed.
+        """
+        if self.unit == "block":
+            return super().silenced(arch, known)
+        places = known.of(self.unit)
+        if self.layers is not None:
+            return known.replaced(self.unit, places.listed(self.layers))
+        allowed, remove = self._candidates(arch), self.of(arch)
+        gone = places.least_in(allowed)
+        if len(allowed) - gone < remove:
+            raise PlanError(
+                f"unit: {self.unit}",
+                f"{remove} are to be removed, and at most {len(allowed) - gone} are left to choose "
+                f"from: of {gone} blocks it is zero after earlier stages",
+                "remove fewer, or remove whole blocks",
+            )
+        return known.replaced(self.unit, places.chosen(remove, allowed))
+
+    def _candidates(self, arch: Arch) -> range:
+        """The blocks to choose from; methods that protect some have fewer."""
+        return range(arch.layers)
 
     def note(self, arch: Arch) -> str:
         """How a part of a block is stored."""

@@ -20,6 +20,7 @@ from prune_export.calibrate import Folded, Further, ModelView, TokenSet, block_b
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.methods import _collapse, _depth
+from prune_export.silenced import Silenced
 from prune_export.surgery import Drop, Edit, Overwrite
 
 
@@ -72,6 +73,11 @@ class Laco(_depth.Amount):
     ] = None
     samples: Annotated[int, Field(ge=1, description="Calibration windows to compare on.")] = 10
     length: Annotated[int, Field(ge=2, description="Tokens of each window.")] = 64
+
+    def silenced(self, arch: Arch, known: Silenced) -> Silenced:
+        """Nothing is known: a folded layer has matrices of several."""
+        del arch, known
+        return Silenced()
 
     def __post_init__(self) -> None:
         """Refuses what contradicts itself.

@@ -1,11 +1,13 @@
 """What a recipe will do to a model, and what that will take, before any weight is read.
 
-Only the config, the safetensors headers and the recipe are looked at, so a plan takes seconds for
-a model of any size, and works for one that is only a config. Whatever can be known to fail, fails
+Only the config, the safetensors headers, the recipe and as much text as shows that there is enough
+are looked at, so a plan takes seconds for a model of any size, and works for one that is only a
+config. Whatever can be known to fail, fails
 here as a `PlanError`, with nothing written.
 """
 
+from prune_export.plan.data import CALIBRATION, sets_of
 from prune_export.plan.making import make_plan
 from prune_export.plan.planned import Plan, PlannedStage, Rates, Size
 
-__all__ = ["Plan", "PlannedStage", "Rates", "Size", "make_plan"]
+__all__ = ["CALIBRATION", "Plan", "PlannedStage", "Rates", "Size", "make_plan", "sets_of"]

@@ -64,9 +64,9 @@ def what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> Ite
     if plan.peak_gpu_bytes > plan.machine.gpu_bytes and plan.machine.device == "cuda":
         yield PlanError(
             "GPU",
-            f"needs about {text_from_bytes(plan.peak_gpu_bytes)}, the GPU has "
-            f"{text_from_bytes(plan.machine.gpu_bytes)}",
-            "pass `--device cpu`",
+            f"needs about {text_from_bytes(plan.peak_gpu_bytes)}, and "
+            f"{text_from_bytes(plan.machine.gpu_bytes)} of its memory are free",
+            "end what else is on it, or pass `--device cpu`",
         )
     # A result is put together beside its place.
     for folder, option, needed in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import inf, prod
@@ -14,13 +15,15 @@ from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.calibrate import pass_cost
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Cost, Noted, Sparse
+from prune_export.contracts import Cost, Noted, Silencing, Sparse
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
+from prune_export.plan.data import refuse_too_little
 from prune_export.plan.limits import what_does_not_fit, windows_of
 from prune_export.plan.planned import Plan, PlannedStage, Rates, Size
 from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates, unreached
+from prune_export.silenced import Silenced
 from prune_export.units import MIB
 
 _PROCESS_BYTES: Final = 700 * MIB
@@ -58,10 +61,13 @@ def make_plan(
     arch = checkpoint.arch(ignore_keys=ignore_keys)
     planner = _Planner(recipe, checkpoint, machine, Rates.measure(machine))
     stages, archs = [], [arch]
+    silenced = Silenced()
     if imported:
         stages.append(planner.imported(arch))
     for index, stage in enumerate(recipe.stages):
-        planned, arch = planner.stage(index, stage, arch)
+        before = arch
+        planned, arch = planner.stage(index, stage, before)
+        silenced = planner.silenced(index, stage, before, silenced)
         stages.append(planned)
         archs.append(arch)
     whole = Planned(recipe, tuple(archs), machine)
@@ -69,6 +75,7 @@ def make_plan(
     stages += planner.exports(whole)
     stages += planner.verification(archs[0], arch)
     stages.append(planner.result(arch, stages))
+    refuse_too_little(recipe, checkpoint.path)
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
     lacking = tuple(what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out))
     return dataclasses.replace(plan, lacking=lacking)
@@ -123,12 +130,31 @@ class _Planner:
         return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
 
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
-        where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.name}"
-        try:
+        with self._named(index, stage):
             return {"prune": self._prune, "heal": self._heal, "search": self._search}[stage.kind](
                 stage, arch
             )
+
+    def silenced(self, index: int, stage: Stage, arch: Arch, known: Silenced) -> Silenced:
+        """Which parts of blocks are zero after a stage; nothing is known after one that may fill.
+
+        Raises:
+            PlanError: the stage is to zero more than can be left.
+        """
+        if stage.kind == "heal" and getattr(stage.entry, "keep_zeros", False) is not False:
+            return known
+        if stage.kind == "prune" and isinstance(stage.entry, Silencing):
+            with self._named(index, stage):
+                return stage.entry.silenced(arch, known)
+        return Silenced()
+
+    @contextmanager
+    def _named(self, index: int, stage: Stage) -> Iterator[None]:
+        """Inside, an error says which stage it is of."""
+        try:
+            yield
         except PlanError as error:
+            where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.name}"
             raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
 
     def _prune(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:

@@ -88,6 +88,11 @@ class Export:
         """The entry's fields as plain data, defaults included."""
         return plain(self.entry)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether it reads calibration data."""
+        return bool(getattr(self.entry, "calibrates", False))
+
 
 def sources(document: Document) -> dict[str, Source]:
     """The `data` section.

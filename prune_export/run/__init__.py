@@ -10,14 +10,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
 from prune_export.contracts import Sparse
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
-from prune_export.plan import Plan, make_plan
+from prune_export.plan import CALIBRATION, Plan, make_plan, sets_of
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage
 from prune_export.report import write_report
@@ -32,10 +32,6 @@ from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
 
 __all__ = ["Plan", "RunResult", "make_plan", "plan", "run"]
-
-
-CALIBRATION: Final = "calibration"
-"""The data that exporters calibrate with, where a recipe names a source so."""
 
 
 @dataclass(frozen=True)
@@ -173,24 +169,12 @@ def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
 
 def _data(bench: Bench, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
     """The token sets that the recipe uses; none shares a document with what it is judged by."""
-    used = {name for stage in recipe.stages for name in stage.uses if name in recipe.data}
-    if any(map(artifacts.calibrates, recipe.export)):
-        used |= {CALIBRATION} & recipe.data.keys()
-    ranking = {stage.data for stage in recipe.stages if stage.kind == "search"}
-    quality = recipe.verify.quality
-    evaluation = quality.perplexity if quality else None
     data = {}
     seen: tuple[str, ...] = ()
-    if evaluation:
-        data[evaluation] = artifacts.tokens(
-            bench, evaluation, recipe.data[evaluation], recipe.root, base
-        )
-        seen = data[evaluation][1].documents
-    for name in sorted(ranking - {evaluation}):
+    for name, judges in sets_of(recipe):
         data[name] = artifacts.tokens(bench, name, recipe.data[name], recipe.root, base, seen)
-        seen = (*seen, *data[name][1].documents)
-    for name in sorted(used - ranking - {evaluation}):
-        data[name] = artifacts.tokens(bench, name, recipe.data[name], recipe.root, base, seen)
+        if judges:
+            seen = (*seen, *data[name][1].documents)
     return data
 
 

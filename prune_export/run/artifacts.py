@@ -261,7 +261,7 @@ def exported(
 
     `tokens` reach exporters that calibrate, and are part of what their engines depend on.
     """
-    read = tokens if calibrates(export) else None
+    read = tokens if export.calibrates else None
     key = Key(
         "export",
         export.name,
@@ -282,11 +282,6 @@ def exported(
         }
 
     return bench.make(key, f"export: {export.name}{of}", build)
-
-
-def calibrates(export: Export) -> bool:
-    """Whether an export reads calibration data."""
-    return bool(getattr(export.entry, "calibrates", False))
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,8 @@ import torch
 from prune_export.errors import StageError
 from prune_export.machine import Machine
 from prune_export.progress import Silent
+from prune_export.recipe import Recipe
+from prune_export.run import artifacts
 from prune_export.run.artifacts import Bench
 from prune_export.run.crew import Desk
 from prune_export.store import Key, Store
@@ -35,6 +37,17 @@ def test_memory_is_handed_back_after_each_artifact(
     with pytest.raises(StageError, match="CUDA out of memory"):
         bench.make(Key("test", "bad", "1", {}, ()), "bad", bad)
     assert len(freed) == times
+
+
+def test_what_is_free_of_a_gpu_decides_no_artifact(tiny_llama: Path, tmp_path: Path) -> None:
+    """A run goes on from what another made while less, or more, of it was free."""
+    stage = Recipe.parse("recipe: 1\nstages: [{prune: {method: deepest, remove: 1}}]").stages[0]
+    made = []
+    for free in (1 << 30, 80 << 30):
+        bench = Bench(Store(tmp_path / "store"), Machine("cpu", 8 << 30, free, 1), Silent())
+        made.append(artifacts.pruned(bench, stage, tiny_llama, "model-0", None))
+    assert made[0].id == made[1].id
+    assert len(list((tmp_path / "store").glob("prune-*"))) == 1
 
 
 def test_workers_share_a_gpus_memory(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""The commands that list what there is: recipes, methods, and the keys of both."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from prune_export import registry
+from prune_export.cli import console, options
+from prune_export.errors import PlanError, RecipeError, did_you_mean
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this bundled recipe.")] = None,
+    json: options.Json = False,
+) -> None:
+    """List the bundled recipes, or print one.
+
+    prune-export recipes
+    prune-export recipes demo > mine.yaml
+    """
+    from prune_export.recipe import Recipe, bundled
+
+    known = bundled()
+    if name is None:
+        found = {key: Recipe.load(key).description for key in known}
+        if json:
+            console.print_json(found)
+        else:
+            console.table(
+                "", ["recipe", "what it does"], list(found.items()), wrapped=[1], left=[0, 1]
+            )
+    elif name in known:
+        typer.echo(known[name].read_text(encoding="utf-8"), nl=False)
+    else:
+        raise RecipeError(name, "is not a bundled recipe", did_you_mean(name, known))
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one with its keys.")] = None,
+    json: options.Json = False,
+) -> None:
+    """List the pruning methods, healers and exporters, or show one with its keys.
+
+    prune-export methods
+    prune-export methods angular_distance
+    """
+    from prune_export.recipe.reference import described
+
+    known = {kind: registry.names(kind) for kind in registry.KINDS}
+    if name is None:
+        found = [described(kind, entry) for kind in known for entry in known[kind]]
+        if json:
+            keys = ("kind", "name", "summary")
+            console.print_json([{key: getattr(entry, key) for key in keys} for entry in found])
+        else:
+            shown = [(entry.name, entry.kind, entry.summary) for entry in found]
+            console.table("", ["name", "kind", "what it does"], shown, wrapped=[2], left=[0, 1, 2])
+        return
+    kinds = [kind for kind in known if name in known[kind]]
+    if not kinds:
+        every = [entry for entries in known.values() for entry in entries]
+        raise PlanError(name, "nothing is registered under this name", did_you_mean(name, every))
+    entry = described(kinds[0], name)
+    if json:
+        console.print_json(dataclasses.asdict(entry))
+        return
+    typer.echo(entry.text + "\n")
+    rows = [(key.name, key.type, key.default, key.help) for key in entry.keys]
+    console.table(
+        "", ["key", "type", "default", "meaning"], rows, wrapped=[1, 3], left=[0, 1, 2, 3]
+    )
+
+
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors that complete and check YAML.
+
+    prune-export schema > prune_recipe.schema.json
+    """
+    from prune_export.recipe.reference import json_schema
+
+    console.print_json(json_schema())

@@ -1,0 +1,78 @@
+"""Which data a recipe reads, and whether there is enough of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from prune_export.calibrate import Tokenizer, refuse_short
+from prune_export.errors import PlanError
+from prune_export.recipe import LocalText, Recipe, TokenFile, heal_of
+
+CALIBRATION: Final = "calibration"
+"""The data that exporters calibrate with, where a recipe names a source so."""
+
+
+_HEALING_WINDOWS: Final = 2
+"""One to train on, and one to measure with."""
+
+
+def sets_of(recipe: Recipe) -> tuple[tuple[str, bool], ...]:
+    """The data that a recipe uses, in the order in which they are made, and which of them judge.
+
+    What judges comes first: no set may share a document with those that judge before it.
+    """
+    used = {name for stage in recipe.stages for name in stage.uses if name in recipe.data}
+    if any(export.calibrates for export in recipe.export):
+        used |= {CALIBRATION} & recipe.data.keys()
+    ranking = {stage.data for stage in recipe.stages if stage.kind == "search"}
+    quality = recipe.verify.quality
+    evaluation = {quality.perplexity} if quality and quality.perplexity else set()
+    judges = (*evaluation, *sorted(ranking - evaluation))
+    others = sorted(used - ranking - evaluation)
+    return (*((name, True) for name in judges), *((name, False) for name in others))
+
+
+def refuse_too_little(recipe: Recipe, model: Path) -> None:
+    """Refuses data that hold fewer windows than a recipe asks for.
+
+    Known of saved tokens, and of local text where the tokenizer lies in the directory `model`. The
+    Hub's data are not looked at, nor is more text read than takes a few seconds.
+
+    Raises:
+        PlanError: some are too short, or cannot be read.
+    """
+    heals = _healing(recipe)
+    for name in sorted(heals):
+        if recipe.data[name].samples == 1:
+            raise PlanError(
+                f"{recipe.name}  data.{name}.samples",
+                "is 1, and healing needs one window to train on and one to measure with",
+                f"write `samples: {_HEALING_WINDOWS}` or more",
+            )
+    there = Tokenizer.lies_in(model)
+    seen: frozenset[str] = frozenset()
+    for name, judges in sets_of(recipe):
+        source = recipe.data[name]
+        if not (isinstance(source, TokenFile) or (there and isinstance(source, LocalText))):
+            continue
+        try:
+            found = refuse_short(
+                source,
+                model,
+                recipe.root,
+                exclude=seen,
+                documents=judges,
+                least=_HEALING_WINDOWS if name in heals else 1,
+            )
+        except PlanError as error:
+            where = f"{recipe.name}  data.{name}"
+            raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
+        seen |= found if judges else frozenset()
+
+
+def _healing(recipe: Recipe) -> frozenset[str]:
+    """The data that healing trains on, of searches as well."""
+    stages = [heal_of(one.entry) if one.kind == "search" else one for one in recipe.stages]
+    found = {one.data for one in stages if one is not None and one.kind == "heal"}
+    return frozenset(found & recipe.data.keys())
