@@ -241,13 +241,14 @@ class Masker:
     score: Score
     compare: Compare = "row"
     channels: Mapping[str, Channels] = field(default_factory=dict)
+    corrects: bool = False
 
     def watch(self, site: Site, width: int, device: str) -> Squares | None:
         """Norms of the inputs, where one of the site's matrices is pruned."""
         if not any(tensor.name in self.targets for tensor in site.tensors):
             return None
         # To an expert, other tokens would be routed.
-        corrected = site.kind in _CORRECTED and site.expert is None
+        corrected = self.corrects and site.kind in _CORRECTED and site.expert is None
         return Corrected(width, device) if corrected else Squares(width, device)
 
     def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Squares) -> Edited:
@@ -267,13 +268,21 @@ class Masker:
 
 
 def masked(
-    method: Calibrated, model: ModelView, score: Score, compare: Compare = "row"
+    method: Calibrated,
+    model: ModelView,
+    score: Score,
+    compare: Compare = "row",
+    *,
+    corrects: bool = False,
 ) -> Decision:
-    """The decision of a method that puts zeros where `score` is least."""
+    """The decision of a method that puts zeros where `score` is least.
+
+    With `corrects`, norms in the true order are corrected for the noise of pruning (ADR 0019).
+    """
     amounts, why = method.amounts(model)
     names = frozenset(tensor.name for tensor in method.targets(model.arch))
     key, channels = key_of(method, amounts), method.channels(model.arch)
-    masker = Masker(key, names, amounts, score, compare, channels)
+    masker = Masker(key, names, amounts, score, compare, channels, corrects)
     return swept_decision(method, model, model.sweep(masker, method.order), why)
 
 
@@ -386,9 +395,8 @@ def sweep_cost(arch: Arch, order: Order, *, grams: bool = False, permutes: bool 
         held += 12 * matrix_weights
     if permutes and grams:
         held += 4 * widest**2
-    # In one pass, the windows' heads as well, where norms are corrected by them.
     return Further(
-        forwards=2 if order == "block" else 1 if grams else 1.1,
+        forwards=1 if order == "sequential" else 2,
         parks=order == "sequential",
         ram_bytes=held,
         disk_bytes=_item_bytes(arch) * total,

@@ -43,7 +43,7 @@ class Gblm(_sparse.Calibrated):
     each matrix sees what the pruned earlier ones of its block give.
     """
 
-    VERSION: ClassVar[str] = "2"
+    VERSION: ClassVar[str] = "1"
 
     norm: Annotated[
         Literal["l1", "l2"],

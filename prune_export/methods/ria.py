@@ -28,7 +28,7 @@ class Ria(_sparse.Calibrated):
     exact where scores are equal.
     """
 
-    VERSION: ClassVar[str] = "2"
+    VERSION: ClassVar[str] = "1"
 
     power: Annotated[
         float, Field(ge=0, description="Exponent of the input's norm; 0 ignores the data.")

@@ -30,7 +30,7 @@ class Wanda(_sparse.Calibrated):
     VERSION: ClassVar[str] = "2"
 
     def decide(self, model: ModelView) -> Decision:
-        return _sparse.masked(self, model, score)
+        return _sparse.masked(self, model, score, corrects=True)
 
 
 def score(weight: torch.Tensor, seen: Squares, tensor: Tensor | None = None) -> torch.Tensor:
