@@ -91,7 +91,8 @@ class Gblm(_sparse.Calibrated):
             gradient = found.matrix(tensor).to(weight.device).contiguous()
             return score(weight, seen, gradient, self.share(seen.tokens, windows))
 
-        return _sparse.masked(self, model, own)
+        # Without gradients it is Wanda; with them, correcting the norms gains nothing (ADR 0019).
+        return _sparse.masked(self, model, own, corrects=not self.alpha)
 
     def share(self, tokens: int, windows: int) -> float:
         """What `Norms` are multiplied by beside a root mean square over `tokens` of the input.
