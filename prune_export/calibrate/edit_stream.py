@@ -237,7 +237,7 @@ class Sweep:
         device, rows = self.skeleton.device, max(1, self.batch * self.ids.shape[1] // HEAD)
         held: list[torch.Tensor] = []
         for start, stop in self.batches():
-            held.append(self.states.read(start, stop)[:, :HEAD].to(device))
+            held.append(self.states.heads(start, stop, HEAD).to(device))
             if stop == len(self.ids) or sum(map(len, held)) >= rows:
                 yield torch.cat(held)
                 held = []

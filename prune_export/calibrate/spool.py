@@ -48,11 +48,25 @@ class Buffer:
         if self._memory is not None:
             return self._memory[start:stop]
         found = torch.empty(stop - start, *self.shape, dtype=self.dtype)
-        view, offset = _bytes(found), start * self._row_bytes
+        self._fill(found, start)
+        return found
+
+    def heads(self, start: int, stop: int, length: int) -> torch.Tensor:
+        """As `read`, of each row the first `length` entries, or all if they are fewer."""
+        if self._memory is not None:
+            return self._memory[start:stop, :length]
+        length = min(length, self.shape[0])
+        found = torch.empty(stop - start, length, *self.shape[1:], dtype=self.dtype)
+        for row, own in enumerate(found, start):
+            self._fill(own, row)
+        return found
+
+    def _fill(self, tensor: torch.Tensor, row: int) -> None:
+        """Reads into a tensor what the file has from a row on."""
+        view, offset = _bytes(tensor), row * self._row_bytes
         while view:
             count = os.preadv(self._file, [view], offset)
             view, offset = view[count:], offset + count
-        return found
 
     def write(self, start: int, rows: torch.Tensor) -> None:
         """Writes `rows` from row `start` on."""

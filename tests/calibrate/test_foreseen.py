@@ -109,6 +109,18 @@ def test_a_channel_that_the_heads_do_not_reach_stays_about_as_it_is() -> None:
     assert seen.sums[2] == 0
 
 
+def test_states_in_files_give_the_same(
+    twin: Callable[..., Any], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = twin("llama")
+    for module in (foreseen, edit_stream):
+        monkeypatch.setattr(module, "HEAD", 5)
+    roomy = first_block(made, tokens, Machine("cpu", 8 << 30, 0, 1), Corrected, "sequential")
+    tight = first_block(made, tokens, Machine("cpu", 1, 0, 1), Corrected, "sequential")
+    for kind, sums in roomy.items():
+        torch.testing.assert_close(tight[kind], sums)
+
+
 def test_in_block_order_nothing_is_corrected(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine
 ) -> None:

@@ -21,6 +21,16 @@ def test_rows_come_back_as_written(tmp_path: Path, dtype: torch.dtype, in_file: 
         assert buffer.nbytes == rows.nbytes
 
 
+@pytest.mark.parametrize("in_file", [False, True])
+def test_heads_are_the_first_entries_of_rows(tmp_path: Path, in_file: bool) -> None:
+    path = tmp_path / "rows" if in_file else None
+    with Buffer(5, (4, 3), torch.float32, path=path) as buffer:
+        rows = torch.randn(5, 4, 3)
+        buffer.write(0, rows)
+        assert torch.equal(buffer.heads(1, 4, 2), rows[1:4, :2])
+        assert torch.equal(buffer.heads(0, 5, 9), rows)
+
+
 def test_a_file_keeps_its_rows_after_it_is_closed(tmp_path: Path) -> None:
     rows = torch.randn(4, 2)
     with Buffer(4, (2,), torch.float32, path=tmp_path / "rows") as buffer:
