@@ -26,7 +26,7 @@ from prune_export.heal._model import compute_dtype, plain, quiet, trainee
 from prune_export.heal._settings import Quantization, Settings
 from prune_export.heal._state import State, write_whole
 from prune_export.heal._targets import linear_weights, targets
-from prune_export.heal._train import Run, held_out_loss, own_randomness, train
+from prune_export.heal._train import Run, held_out_loss, own_randomness, refuse_diverged, train
 from prune_export.heal._zeros import kept_zeros, refuse_filled
 from prune_export.surgery import Edit, rewrite
 
@@ -86,6 +86,7 @@ def heal(
             state = train(student, windows, settings, run, state, work=work, key=key)
         losses = dict(state.held_out)
         losses["trained"] = held_out_loss(student.model, held_out, 1, run.device)
+        refuse_diverged(losses["trained"], settings.steps, settings)  # by the last step of all
         began = time.monotonic()
         edits = merged(
             source,

@@ -110,13 +110,7 @@ def train(
                 del logits
                 accelerator.backward(part)
                 loss += part.item()
-            if not math.isfinite(loss):
-                raise StageError(
-                    f"healing  step {step + 1}",
-                    f"the loss became {loss}, expected a finite number",
-                    f"lower `learning_rate` (it is {settings.learning_rate:g}), or lengthen "
-                    "`warmup`",
-                )
+            refuse_diverged(loss, step + 1, settings)
             for parameter in parameters.values():
                 # That of a block which every micro-batch left out.
                 if parameter.grad is None:
@@ -157,6 +151,20 @@ class _Pause:
     def after(self, began: float, ended: float) -> _Pause:
         least = max(_LEAST_PAUSE_SECONDS, _PAUSE_TO_SAVE * (ended - began))
         return _Pause(self.every, ended, least)
+
+
+def refuse_diverged(loss: float, step: int, settings: Settings) -> None:
+    """Refuses a loss that is not a number any more, seen in or after a step.
+
+    Raises:
+        StageError: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise StageError(
+            f"healing  step {step}",
+            f"the loss became {loss}, expected a finite number",
+            f"lower `learning_rate` (it is {settings.learning_rate:g}), or lengthen `warmup`",
+        )
 
 
 def held_out_loss(

@@ -222,10 +222,14 @@ def test_shards_are_those_of_the_source(tmp_path: Path, heal: Heal) -> None:
     assert len(set(maps[0].values())) > 2
 
 
-def test_a_diverging_run_stops_and_says_why(tmp_path: Path, heal: Heal) -> None:
+@pytest.mark.parametrize("steps", [QUICK["steps"], 1])
+def test_a_diverging_run_stops_and_says_why(steps: int, tmp_path: Path, heal: Heal) -> None:
+    """With one step, no later one sees what it did."""
     source = save_tiny(tmp_path / "model", "llama")
+    diverging = QUICK | {"learning_rate": 1e30, "steps": steps}
     with pytest.raises(StageError, match="lower `learning_rate`"):
-        heal(Lora(**QUICK | {"learning_rate": 1e30}, schedule="constant"), source)
+        heal(Lora(**diverging, schedule="constant"), source)
+    assert not any(tmp_path.glob("out*")), "nothing is written"
 
 
 def test_one_window_is_too_few(tmp_path: Path, heal: Heal) -> None:
