@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Final, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -124,6 +124,10 @@ class HealRecord:
     trained_tokens: int
     seconds: float
     log: Mapping[str, Any] = field(default_factory=dict)
+
+
+HEALING_WINDOWS: Final = 2
+"""The fewest windows that healing needs: one to train on, and one to measure with."""
 
 
 class Healer(Protocol):

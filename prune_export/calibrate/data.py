@@ -31,9 +31,10 @@ POOL: Final = 10_000
 """Local text is read up to this many windows, or as many as are wanted; then some are drawn."""
 
 VOCABULARIES: Final = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+    "tekken.json", "sentencepiece.bpe.model",
 )  # fmt: skip
-"""Files of which a tokenizer has one."""
+"""Files of which a tokenizer has one at least, and which say what ids a text has."""
 
 READ: Final = 4_000_000
 """Characters of a source that are read at most to see whether it has enough: a few seconds."""
@@ -82,8 +83,8 @@ def refuse_short(
     """Refuses text or tokens that hold too few windows, reading no more than it takes to see.
 
     Where the source leaves their number open, `least` must be there. What `READ` characters do not
-    show passes. Returns hashes of documents that the set is sure to
-    use, where `documents` asks for them; it may use others too.
+    show passes. Returns hashes of documents that the set is sure to use, where `documents` asks for
+    them; it may use others too.
 
     Raises:
         PlanError: as `token_set` does.
@@ -343,9 +344,8 @@ def _prefix(backend: Any) -> tuple[int, ...]:
 
 
 def _tokenizer_hash(directory: Path) -> str:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
     digest = hashlib.sha256()
-    for name in names:
+    for name in VOCABULARIES:
         if (directory / name).is_file():
             digest.update(name.encode() + b"\0" + bytes.fromhex(_sha256(directory / name)))
     return digest.hexdigest()

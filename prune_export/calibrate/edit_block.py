@@ -51,11 +51,8 @@ class Arrived(Exception):
 class Block:
     """One block: its sites, what is seen at them, and the windows' way through it."""
 
-    def __init__(
-        self, a_sweep: Sweep, layer: int, call: Call, head_call: Call | None, task: Task
-    ) -> None:
+    def __init__(self, a_sweep: Sweep, layer: int, call: Call, task: Task) -> None:
         self.sweep, self.layer, self.call, self.task = a_sweep, layer, call, task
-        self.head_call = head_call
         self.skeleton, self.editor = a_sweep.skeleton, a_sweep.editor
         self.seen: dict[str, Accumulator] = {}
         self.sites: dict[str, list[Site]] = {}
@@ -82,8 +79,8 @@ class Block:
                 self.sweep.dense.advance(self.layer, self.call, self.sites, batches)
                 times = self.sweep.dense.times
                 self.entered = Entered(self.skeleton, self.layer, times, hooks)
-            if self.head_call:
-                self._foresee(self.head_call)
+            if self.sweep.order == "sequential":
+                self._foresee()
             for kind, sites in self.sites.items():
                 modules = {
                     self.skeleton.module(tensor) for site in sites for tensor in site.tensors
@@ -106,7 +103,7 @@ class Block:
             raise RuntimeError(f"block {self.layer}: no inputs arrived at {name}")
         self._store()
 
-    def _foresee(self, call: Call) -> None:
+    def _foresee(self) -> None:
         """Shows what wants it what arrives while the block is as it was."""
         wanted = {}
         for kind in list(self.sites)[1:]:  # before the first nothing is edited
@@ -115,6 +112,7 @@ class Block:
                 if isinstance(seen, Foresees):
                     wanted[self.skeleton.module(site.tensors[0])] = seen
         if wanted:
+            call = self.sweep.head_calls[self.layer]
             foresee(self.skeleton, self.layer, call, wanted, self.sweep.heads())
 
     def _arrive(self, kind: str, module: nn.Module, args: tuple[Any, ...]) -> None:

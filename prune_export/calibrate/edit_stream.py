@@ -143,6 +143,7 @@ class Sweep:
         self.arch, self.editor, self.saves, self.order = arch, editor, saves, order
         self.ids = tokens.ids
         self.asks_loss = False
+        self.head_calls: list[Call] = []
         dtype = compute_dtype(checkpoint, machine)
         self.skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
         self.weights = Weights(self.skeleton)
@@ -195,9 +196,7 @@ class Sweep:
                     self._swap()
             self.skeleton.look_up(self.ids.flatten())
             calls = self.skeleton.calls(self.ids)
-            head_calls: list[Call | None] = [None] * len(calls)
-            if self.order == "sequential":
-                head_calls = [*self.skeleton.calls(self.ids[:, :HEAD])]
+            self.head_calls = self.skeleton.calls(self.ids[:, :HEAD])
             if not done:
                 for start, stop in self.batches():
                     entered = self.skeleton.enter(self.ids[start:stop])
@@ -205,7 +204,7 @@ class Sweep:
                         buffer.write(start, entered)
             self.skeleton.forget_rows()
             for layer in loaded(self.skeleton, range(done, self.arch.layers)):
-                Block(self, layer, calls[layer], head_calls[layer], task).run()
+                Block(self, layer, calls[layer], task).run()
                 self._swap()
                 last = layer + 1 == self.arch.layers
                 if last and self.asks_loss:

@@ -17,7 +17,7 @@ import torch
 from prune_export.arch import Arch
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import HealRecord, Work
+from prune_export.contracts import HEALING_WINDOWS, HealRecord, Work
 from prune_export.errors import StageError
 from prune_export.heal._layerdrop import left_out
 from prune_export.heal._memory import fit
@@ -130,11 +130,11 @@ def _decided(
 ) -> tuple[Run, str]:
     """What this run does, as an earlier run of the same work decided it, and the work's key."""
     samples = len(tokens.ids)
-    if samples < 2:
+    if samples < HEALING_WINDOWS:
         raise StageError(
             "healing data",
             f"got {samples} window{'s' * (samples != 1)} of {tokens.length} tokens, expected at "
-            "least 2: one to train on, one to measure with",
+            f"least {HEALING_WINDOWS}: one to train on, one to measure with",
             "give more text, or a shorter `length`",
         )
     dtype = compute_dtype(settings.compute_dtype, work.machine)

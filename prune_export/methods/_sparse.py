@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import gcd, prod
+from math import gcd
 from typing import Annotated, Any, Final, Literal
 
 import torch
@@ -25,14 +25,12 @@ from prune_export.calibrate import (
     Site,
     Squares,
     Swept,
-    block_bytes,
     inputs_of,
     linears,
-    sites_of,
 )
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError, did_you_mean
-from prune_export.methods import _free_channels, _owl
+from prune_export.methods import _free_channels, _owl, _sweep_cost
 from prune_export.methods._free_channels import Channels
 from prune_export.methods._mask import Amount, Compare, put_zeros, summary
 from prune_export.nm import Nm
@@ -174,7 +172,7 @@ class Sparse:
 
     def statistics(self, arch: Arch) -> tuple[Further, ...]:
         """The passes that OWL takes."""
-        return (sweep_cost(arch, "sequential"),) if self.allocation == "owl" else ()
+        return (_sweep_cost.of(arch, "sequential"),) if self.allocation == "owl" else ()
 
     def predict(self, arch: Arch) -> Arch:
         """The shapes stay.
@@ -223,7 +221,7 @@ class Calibrated(Sparse):
         """The passes that `decide` runs."""
         return (
             *super().statistics(arch),
-            sweep_cost(arch, self.order, permutes=self.permute),
+            _sweep_cost.of(arch, self.order, permutes=self.permute),
         )
 
 
@@ -367,43 +365,3 @@ def check_widths(nm: Nm, widths: Mapping[str, int]) -> None:
         f"({len(bad)} of {len(widths)} matrices)",
         (f"write {offers[0]}, or " if offers else "") + "`exclude` the role of these matrices",
     )
-
-
-def sweep_cost(arch: Arch, order: Order, *, grams: bool = False, permutes: bool = False) -> Further:
-    """What a sweep holds and writes; `grams` says that it holds the inputs' Gram matrices.
-
-    The matrices of a site are copied in float32; of one at a time there are scores, what finds
-    their limit, and a mask. A block's new matrices wait to be stored. With Gram matrices, those of
-    a block's sites are there together, one is being factored, and weights are changed in copies.
-    """
-    site_weights = matrix_weights = widest = squares = total = 0
-    for layer in range(arch.layers):
-        here = 0
-        for site in sites_of(arch, layer):
-            sizes = [prod(arch.shape(tensor)) for tensor in site.tensors]
-            site_weights = max(site_weights, sum(sizes))
-            matrix_weights = max(matrix_weights, *sizes)
-            width = inputs_of(arch, site.tensors[0])
-            widest, here = max(widest, width), here + width**2
-            total += sum(sizes)
-        squares = max(squares, here)
-    held = block_bytes(arch, torch.float32) + 4 * site_weights + 13 * matrix_weights
-    if grams:
-        held += 4 * squares + 8 * widest**2 + 4 * site_weights + 8 * matrix_weights
-    if permutes:
-        # The scores of a matrix, input by input, and in two orders.
-        held += 12 * matrix_weights
-    if permutes and grams:
-        held += 4 * widest**2
-    return Further(
-        forwards=1 if order == "sequential" else 2,
-        parks=order == "sequential",
-        ram_bytes=held,
-        disk_bytes=_item_bytes(arch) * total,
-    )
-
-
-def _item_bytes(arch: Arch) -> int:
-    """Bytes of a stored weight, as far as the config says."""
-    dtype = str(arch.config.get("dtype") or arch.config.get("torch_dtype") or "float32")
-    return 2 if dtype.rpartition(".")[2] in ("float16", "bfloat16") else 4

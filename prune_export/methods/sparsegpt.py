@@ -17,7 +17,7 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Edited, Further, Gram, ModelView, Site
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _free_channels, _obs, _sparse
+from prune_export.methods import _free_channels, _obs, _sparse, _sweep_cost
 from prune_export.methods._free_channels import Channels
 from prune_export.methods._mask import Amount, summary
 from prune_export.nm import Nm
@@ -55,7 +55,7 @@ class SparseGpt(_sparse.Calibrated):
             )
 
     def statistics(self, arch: Arch) -> tuple[Further, ...]:
-        own = _sparse.sweep_cost(arch, self.order, grams=True, permutes=self.permute)
+        own = _sweep_cost.of(arch, self.order, grams=True, permutes=self.permute)
         return (*_sparse.Sparse.statistics(self, arch), own)
 
     def decide(self, model: ModelView) -> Decision:

@@ -2,8 +2,7 @@
 
 Only the config, the safetensors headers, the recipe and as much text as shows that there is enough
 are looked at, so a plan takes seconds for a model of any size, and works for one that is only a
-config. Whatever can be known to fail, fails
-here as a `PlanError`, with nothing written.
+config. Whatever can be known to fail, fails here as a `PlanError`, with nothing written.
 """
 
 from prune_export.plan.data import CALIBRATION, sets_of

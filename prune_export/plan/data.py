@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Final
 
 from prune_export.calibrate import Tokenizer, refuse_short
+from prune_export.contracts import HEALING_WINDOWS
 from prune_export.errors import PlanError
 from prune_export.recipe import LocalText, Recipe, TokenFile, heal_of
 
 CALIBRATION: Final = "calibration"
 """The data that exporters calibrate with, where a recipe names a source so."""
-
-
-_HEALING_WINDOWS: Final = 2
-"""One to train on, and one to measure with."""
 
 
 def sets_of(recipe: Recipe) -> tuple[tuple[str, bool], ...]:
@@ -48,7 +45,7 @@ def refuse_too_little(recipe: Recipe, model: Path) -> None:
             raise PlanError(
                 f"{recipe.name}  data.{name}.samples",
                 "is 1, and healing needs one window to train on and one to measure with",
-                f"write `samples: {_HEALING_WINDOWS}` or more",
+                f"write `samples: {HEALING_WINDOWS}` or more",
             )
     there = Tokenizer.lies_in(model)
     seen: frozenset[str] = frozenset()
@@ -63,7 +60,7 @@ def refuse_too_little(recipe: Recipe, model: Path) -> None:
                 recipe.root,
                 exclude=seen,
                 documents=judges,
-                least=_HEALING_WINDOWS if name in heals else 1,
+                least=HEALING_WINDOWS if name in heals else 1,
             )
         except PlanError as error:
             where = f"{recipe.name}  data.{name}"

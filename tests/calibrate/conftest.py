@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prune_export.arch import Arch
 from prune_export.arch.table import table_for
-from prune_export.calibrate import TokenSet
+from prune_export.calibrate import TokenSet, edit_stream
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 
@@ -94,3 +94,17 @@ def twin(tmp_path: Path) -> Callable[..., Twin]:
         return Twin(model.eval(), checkpoint, checkpoint.arch())
 
     return make
+
+
+@pytest.fixture
+def small_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows at once, so that five make a ragged last batch."""
+    monkeypatch.setattr(edit_stream, "BATCH_TOKENS", {"cpu": 24})
+
+
+@pytest.fixture
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a sweep goes, given by `indirect`: `repeated` is for want of room to park in."""
+    if request.param == "repeated":
+        monkeypatch.setattr(edit_stream, "parked_bytes", lambda *_: 1 << 60)
+    return str(request.param)

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import Edited, Order, Site, TokenSet, edit_stream, resume, sweep
+from prune_export.calibrate import Edited, Order, Site, TokenSet, resume, sweep
 from prune_export.calibrate.dense_stream import added_times, has_target
 from prune_export.calibrate.sites import sites_of
 from prune_export.machine import Machine
+
+pytestmark = pytest.mark.usefixtures("small_sweeps")
 
 
 @dataclass
@@ -59,12 +61,6 @@ class Bends:
         return Edited({n: w * factor for n, w in weights.items()}, {"factor": factor})
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows at once, so that five make a ragged last batch."""
-    monkeypatch.setattr(edit_stream, "BATCH_TOKENS", {"cpu": 24})
-
-
 def caught(model: Any, blocks: str, layer: int, path: str, ids: torch.Tensor) -> Any:
     """What enters and leaves a block, and what a matrix in it gives."""
     block, found = model.get_submodule(blocks)[layer], {}
@@ -103,7 +99,7 @@ def modes() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("model_type", "said", "mode"), modes())
+@pytest.mark.parametrize(("model_type", "said", "mode"), modes(), indirect=["mode"])
 def test_a_target_brings_the_states_back_to_the_dense_models(
     twin: Callable[..., Any],
     tokens: TokenSet,
@@ -111,7 +107,6 @@ def test_a_target_brings_the_states_back_to_the_dense_models(
     model_type: str,
     said: dict[str, Any],
     mode: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = twin(model_type, **said)
     times = added_times(made.arch)
@@ -119,8 +114,6 @@ def test_a_target_brings_the_states_back_to_the_dense_models(
         with pytest.raises(ValueError, match="not simply added"):
             sweep(made.checkpoint, Bends(), tokens, machine, dense=True)
         return
-    if mode == "repeated":
-        monkeypatch.setattr(edit_stream, "parked_bytes", lambda *_: 1 << 60)
     if mode == "spooled":
         machine = replace(machine, ram_bytes=0)
     order: Order = "block" if mode == "block" else "sequential"

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from prune_export.arch.table import tables
 from prune_export.calibrate import (
     Corrected,
     Edited,
@@ -22,8 +21,9 @@ from prune_export.calibrate import (
     sweep,
 )
 from prune_export.machine import Machine
+from tests.calibrate.test_sweep import DENSE
 
-DENSE = sorted(name for name, table in tables().items() if "expert" not in table.axes)
+pytestmark = pytest.mark.usefixtures("small_sweeps")
 
 
 @dataclass
@@ -45,11 +45,6 @@ class Shrinks:
         return Edited(made, {})
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edit_stream, "BATCH_TOKENS", {"cpu": 24})
-
-
 def first_block(
     made: Any, tokens: TokenSet, machine: Machine, kind: type[Squares], order: Order
 ) -> dict[str, torch.Tensor]:
@@ -58,7 +53,7 @@ def first_block(
     return {kind: sums for (layer, kind), sums in editor.sums.items() if layer == 0}
 
 
-@pytest.mark.parametrize("mode", ["parked", "repeated"])
+@pytest.mark.parametrize("mode", ["parked", "repeated"], indirect=True)
 @pytest.mark.parametrize("model_type", DENSE)
 def test_whole_windows_give_the_norms_of_the_unedited_block(
     twin: Callable[..., Any],
@@ -66,10 +61,7 @@ def test_whole_windows_give_the_norms_of_the_unedited_block(
     machine: Machine,
     model_type: str,
     mode: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if mode == "repeated":
-        monkeypatch.setattr(edit_stream, "parked_bytes", lambda *_: 1 << 60)
     assert tokens.ids.shape[1] < foreseen.HEAD
     made = twin(model_type)
     unedited = first_block(made, tokens, machine, Squares, "block")

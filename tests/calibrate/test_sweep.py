@@ -18,13 +18,14 @@ from prune_export.calibrate import (
     Order,
     Site,
     TokenSet,
-    edit_stream,
     linears,
     resume,
     sites_of,
     sweep,
 )
 from prune_export.machine import Machine
+
+pytestmark = pytest.mark.usefixtures("small_sweeps")
 
 
 @dataclass
@@ -47,12 +48,6 @@ class Halves:
     def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Gram) -> Edited:
         self.grams[site.layer, site.name] = seen.sums.clone()
         return Edited({n: w / 2 for n, w in weights.items()}, {"tokens": seen.tokens})
-
-
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows at once, so that five make a ragged last batch."""
-    monkeypatch.setattr(edit_stream, "BATCH_TOKENS", {"cpu": 24})
 
 
 def by_hand(made: Any, ids: torch.Tensor, order: Order) -> dict[tuple[int, str], torch.Tensor]:
@@ -92,7 +87,7 @@ DENSE = sorted(name for name, table in tables().items() if "expert" not in table
 MOE = sorted(tables().keys() - set(DENSE))
 
 
-@pytest.mark.parametrize("mode", ["parked", "repeated", "block"])
+@pytest.mark.parametrize("mode", ["parked", "repeated", "block"], indirect=True)
 @pytest.mark.parametrize("model_type", DENSE)
 def test_an_editor_sees_the_inputs_of_the_edited_model(
     twin: Callable[..., Any],
@@ -100,11 +95,8 @@ def test_an_editor_sees_the_inputs_of_the_edited_model(
     machine: Machine,
     model_type: str,
     mode: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = twin(model_type)
-    if mode == "repeated":
-        monkeypatch.setattr(edit_stream, "parked_bytes", lambda *_: 1 << 60)
     order: Order = "block" if mode == "block" else "sequential"
     editor = Halves()
     swept = sweep(made.checkpoint, editor, tokens, machine, order=order)
@@ -118,7 +110,7 @@ def test_an_editor_sees_the_inputs_of_the_edited_model(
     assert swept.logs[0]["mlp.out"]["tokens"] == tokens.ids.numel()
 
 
-@pytest.mark.parametrize("mode", ["parked", "repeated", "block"])
+@pytest.mark.parametrize("mode", ["parked", "repeated", "block"], indirect=True)
 @pytest.mark.parametrize("model_type", MOE)
 def test_an_expert_sees_the_tokens_routed_to_it(
     twin: Callable[..., Any],
@@ -126,11 +118,8 @@ def test_an_expert_sees_the_tokens_routed_to_it(
     machine: Machine,
     model_type: str,
     mode: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = twin(model_type)
-    if mode == "repeated":
-        monkeypatch.setattr(edit_stream, "parked_bytes", lambda *_: 1 << 60)
     editor = Halves()
     swept = sweep(
         made.checkpoint, editor, tokens, machine, order="block" if mode == "block" else "sequential"

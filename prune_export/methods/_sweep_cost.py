@@ -1,0 +1,50 @@
+"""What a sweep that prunes block by block takes, from shapes alone."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from prune_export.arch import Arch
+from prune_export.calibrate import Further, Order, block_bytes, inputs_of, sites_of
+
+
+def of(arch: Arch, order: Order, *, grams: bool = False, permutes: bool = False) -> Further:
+    """What a sweep holds and writes; `grams` says that it holds the inputs' Gram matrices.
+
+    The matrices of a site are copied in float32; of one at a time there are scores, what finds
+    their limit, and a mask. A block's new matrices wait to be stored. With Gram matrices, those of
+    a block's sites are there together, one is being factored, and weights are changed in copies.
+    """
+    site_weights = matrix_weights = widest = squares = total = 0
+    for layer in range(arch.layers):
+        here = 0
+        for site in sites_of(arch, layer):
+            sizes = [prod(arch.shape(tensor)) for tensor in site.tensors]
+            site_weights = max(site_weights, sum(sizes))
+            matrix_weights = max(matrix_weights, *sizes)
+            width = inputs_of(arch, site.tensors[0])
+            widest, here = max(widest, width), here + width**2
+            total += sum(sizes)
+        squares = max(squares, here)
+    held = block_bytes(arch, torch.float32) + 4 * site_weights + 13 * matrix_weights
+    if grams:
+        held += 4 * squares + 8 * widest**2 + 4 * site_weights + 8 * matrix_weights
+    if permutes:
+        # The scores of a matrix, input by input, and in two orders.
+        held += 12 * matrix_weights
+    if permutes and grams:
+        held += 4 * widest**2
+    return Further(
+        forwards=1 if order == "sequential" else 2,
+        parks=order == "sequential",
+        ram_bytes=held,
+        disk_bytes=_item_bytes(arch) * total,
+    )
+
+
+def _item_bytes(arch: Arch) -> int:
+    """Bytes of a stored weight, as far as the config says."""
+    dtype = str(arch.config.get("dtype") or arch.config.get("torch_dtype") or "float32")
+    return 2 if dtype.rpartition(".")[2] in ("float16", "bfloat16") else 4
