@@ -10,8 +10,9 @@ import json
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from prune_export.errors import CheckpointError, PruneExportError
 
@@ -43,7 +44,7 @@ def open_regular(
     what: str = "a file",
     *,
     error: type[PruneExportError] = CheckpointError,
-) -> BinaryIO:
+) -> BufferedReader:
     """`path`, opened for reading; never waits, whatever stands there.
 
     `limit_bytes` bounds the file's length, None leaves it open (data that is read in pieces).

@@ -256,7 +256,7 @@ def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     full = checkpoint.full_config()
     config = CONFIG_MAPPING[full["model_type"]].from_dict(full)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
 
 
 def _rebuild_buffers(model: Any, module: nn.Module, device: str) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
+from prune_export.files import read_json_object
 from prune_export.modeling import register
 
-LONGEST_JSON_BYTES: Final = 100_000_000
 _NESTED: Final = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 
 
@@ -19,28 +18,9 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: the file cannot be read, is far too long, or is not a JSON object.
+        CheckpointError: the file cannot be read, is far too long or deep, or is no JSON object.
     """
-    try:
-        size = file.stat().st_size
-        if size > LONGEST_JSON_BYTES:
-            raise CheckpointError(
-                str(file), f"has {size} bytes, at most {LONGEST_JSON_BYTES} are allowed"
-            )
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(str(file), f"cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            str(file), f"is not JSON: {error}", "fetch or write the file again"
-        ) from None
-    if not isinstance(found, dict):
-        raise CheckpointError(
-            str(file),
-            f"is a JSON {type(found).__name__}, expected an object",
-            "fetch or write the file again",
-        )
-    return found
+    return read_json_object(file)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import psutil
 from prune_export.arch import Arch
 from prune_export.checkpoint.config import full_config
 from prune_export.checkpoint.gguf_header import GgufHeader, read_gguf_header
+from prune_export.checkpoint.loading import load_model, load_tokenizer
 from prune_export.checkpoint.reader import Checkpoint
 from prune_export.checkpoint.writer import SHARD_BYTES, Planned, write_checkpoint
 from prune_export.errors import CheckpointError, MissingExtra, PlanError, UnsupportedArch
@@ -60,15 +62,20 @@ def import_gguf(
         place = Path(stack.enter_context(TemporaryDirectory(prefix="prune-export-")))
         arch = Arch.from_config(_config(file, header), ignore_keys=ignore_keys)
         _refuse_small_memory(file, header)
-        model = _dequantized(file)
+        # Alone in a folder: what lies beside it is not part of it, and would be read.
+        alone = place / "gguf" / "model.gguf"
+        alone.parent.mkdir()
+        alone.symlink_to(file.resolve())
+        model = _dequantized(alone, file)
         config = json.loads(model.config.to_json_string())
         config["architectures"] = [type(model).__name__]
         for key in _DEAD_KEYS:
             config.pop(key, None)
         weights = model.state_dict()
         _refuse_difference(file, weights, arch)
-        _save_tokenizer(file, place)
-        model.generation_config.save_pretrained(place)
+        saved = place / "saved"
+        _save_tokenizer(alone, saved)
+        model.generation_config.save_pretrained(saved)
         return write_checkpoint(
             out,
             config,
@@ -76,7 +83,7 @@ def import_gguf(
                 Planned(tensor.name, "F32", arch.shape(tensor), partial(weights.get, tensor.name))
                 for tensor in arch.stored()
             ],
-            side_files=sorted(place.iterdir()),
+            side_files=sorted(saved.iterdir()),
             max_shard_bytes=max_shard_bytes,
             progress=told,
         )
@@ -105,6 +112,12 @@ def _config(file: Path, header: GgufHeader) -> dict[str, Any]:
             f"{file}  general.architecture",
             f"got {header.architecture!r}, which transformers does not read: {error}",
             _ORIGINAL,
+        ) from error
+    except Exception as error:
+        # Whatever its reader raises on odd metadata, it is the file's fault.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            str(file), f"transformers cannot read its metadata: {reason:.200}", _ORIGINAL
         ) from error
     config = {key: value for key, value in config.items() if key not in _DEAD_KEYS}
     _refuse_ignored_rope(file, header, config)
@@ -143,17 +156,16 @@ def _refuse_small_memory(file: Path, header: GgufHeader) -> None:
         )
 
 
-def _dequantized(file: Path) -> Any:
+def _dequantized(alone: Path, file: Path) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import GgufConfig
 
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        str(file.resolve().parent),
-        gguf_file=file.resolve().name,
+    model, loaded = load_model(
+        alone.parent,
+        gguf_file=alone.name,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
-        local_files_only=True,
     )
     missing = sorted(loaded["missing_keys"])
     if missing:
@@ -178,11 +190,7 @@ def _refuse_difference(file: Path, weights: Mapping[str, Any], arch: Arch) -> No
 
 
 def _save_tokenizer(file: Path, place: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(file.resolve().parent), gguf_file=file.resolve().name, local_files_only=True
-    )
+    tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
     tokenizer.save_pretrained(place)
     settings = place / "tokenizer_config.json"
     kept = json.loads(settings.read_text(encoding="utf-8"))
@@ -218,7 +226,7 @@ def _quiet(task: Task | None = None) -> Iterator[None]:
     try:
         with (
             warnings.catch_warnings(),
-            _swapped(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+            _swapped(gguf, "GGUFReader", _shared(gguf.GGUFReader)),
             _swapped(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
             _swapped(reading, "tqdm", counted),
         ):
@@ -228,6 +236,16 @@ def _quiet(task: Task | None = None) -> Iterator[None]:
         noise.setLevel(level)
         if bars:
             told.enable_progress_bar()
+
+
+def _shared(reader: Callable[..., Any]) -> Callable[..., Any]:
+    """`reader`, which opens each file once, however it is named."""
+    once = cache(reader)
+
+    def opened(path: object, *rest: Any) -> Any:
+        return once(os.path.realpath(str(path)), *rest)
+
+    return opened
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from prune_export.errors import CheckpointError, MissingExtra
+from prune_export.files import open_regular
 
 MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -25,6 +26,10 @@ _FORMATS: Final = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f"
                    10: "<Q", 11: "<q", 12: "<d"}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _DEEPEST: Final = 4
+_MOST: Final = 4_000_000
+"""Entries, such as texts of a vocabulary, that are stepped through one by one."""
+_MOST_DIMS: Final = 8
+_LONGEST_TEXT: Final = 100_000_000
 _AGAIN: Final = "the file is damaged or was not fully downloaded: fetch it again"
 
 
@@ -59,7 +64,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
         raise MissingExtra.of(str(file), "gguf", "gguf") from None
     try:
         with (
-            file.open("rb") as stream,
+            open_regular(file, None, "a GGUF file") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             size = len(data)
@@ -67,17 +72,16 @@ def read_gguf_header(file: Path) -> GgufHeader:
             metadata, infos = _read(cursor)
     except (OSError, ValueError) as error:  # mmap answers ValueError to an empty file
         raise CheckpointError(str(file), f"cannot be read as GGUF: {error}", _AGAIN) from None
-    if int(metadata.get("split.count", 1)) > 1:
+    parts = _natural(file, metadata, "split.count", 1)
+    if parts > 1:
         raise CheckpointError(
             str(file),
-            f"is one of {metadata['split.count']} parts, expected a whole model",
+            f"is one of {parts} parts, expected a whole model",
             "join the parts with llama.cpp's `llama-gguf-split --merge FIRST OUT`",
         )
     if not isinstance(metadata.get("general.architecture"), str):
         raise CheckpointError(str(file), "does not name its general.architecture", _AGAIN)
-    align = int(metadata.get("general.alignment", 32))
-    if align < 1:
-        raise CheckpointError(str(file), f"got general.alignment {align}, expected 1 or more")
+    align = _natural(file, metadata, "general.alignment", 32, least=1)
     begin = -(-cursor.at // align) * align
     for name, (shape, kind, offset) in infos.items():
         try:
@@ -98,6 +102,20 @@ def read_gguf_header(file: Path) -> GgufHeader:
     return GgufHeader(metadata, {name: shape for name, (shape, _, _) in infos.items()})
 
 
+def _natural(
+    file: Path, metadata: Mapping[str, int | float | str], key: str, default: int, least: int = 0
+) -> int:
+    """A whole number of the metadata, whatever type it has there."""
+    found = metadata.get(key, default)
+    if type(found) is not int or not least <= found < 2**31:
+        raise CheckpointError(
+            f"{file}  {key}",
+            f"got {found!r:.60}, expected a whole number of {least} or more",
+            _AGAIN,
+        )
+    return found
+
+
 _Infos = dict[str, tuple[tuple[int, ...], int, int]]
 
 
@@ -114,7 +132,7 @@ def _read(cursor: _Cursor) -> tuple[dict[str, int | float | str], _Infos]:
             f"is GGUF version {version}, expected one of {list(_VERSIONS)} (little endian)",
             "convert it with a current llama.cpp",
         )
-    tensor_count, pair_count = int(cursor.number(10)), int(cursor.number(10))
+    tensor_count, pair_count = cursor.count(), cursor.count()
     metadata: dict[str, int | float | str] = {}
     for _ in range(pair_count):
         key = cursor.text()
@@ -124,7 +142,10 @@ def _read(cursor: _Cursor) -> tuple[dict[str, int | float | str], _Infos]:
     infos: _Infos = {}
     for _ in range(tensor_count):
         name = cursor.text()
-        sizes = [int(cursor.number(10)) for _ in range(int(cursor.number(4)))]
+        dims = int(cursor.number(4))
+        if dims > _MOST_DIMS:
+            raise cursor.damaged(f"{dims} dimensions of {name[:60]!a}, at most {_MOST_DIMS} are")
+        sizes = [int(cursor.number(10)) for _ in range(dims)]
         infos[name] = (tuple(reversed(sizes)), int(cursor.number(4)), int(cursor.number(10)))
     return metadata, infos
 
@@ -138,9 +159,9 @@ class _Cursor:
         self.at = 0
 
     def take(self, count: int) -> bytes:
-        found = self.data[self.at : self.at + count]
-        self._skip(count)
-        return found
+        start = self.at
+        self._skip(count)  # first, or a wrong count would copy the whole file
+        return self.data[start : self.at]
 
     def number(self, kind: int) -> int | float:
         found: int | float = struct.unpack(
@@ -149,7 +170,22 @@ class _Cursor:
         return found
 
     def text(self) -> str:
-        return self.take(int(self.number(10))).decode("utf-8", errors="replace")
+        length = int(self.number(10))
+        if length > _LONGEST_TEXT:
+            raise self.damaged(f"a text of {length} bytes, at most {_LONGEST_TEXT} are")
+        return self.take(length).decode("utf-8", errors="replace")
+
+    def count(self) -> int:
+        """How many of something follow."""
+        found = int(self.number(10))
+        if found > _MOST:
+            raise self.damaged(f"{found} entries, at most {_MOST} are")
+        return found
+
+    def damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            str(self.file), f"announces {what} allowed (near byte {self.at})", _AGAIN
+        )
 
     def value(self, kind: int, depth: int = 0) -> int | float | str | None:
         """A scalar or a string; None for an array, which is stepped over."""
@@ -165,6 +201,8 @@ class _Cursor:
         if inner in _FORMATS:
             self._skip(count * struct.calcsize(_FORMATS[inner]))
             return None
+        if count > _MOST:
+            raise self.damaged(f"{count} entries, at most {_MOST} are")
         for _ in range(count):
             if inner == _STRING:
                 self._skip(int(self.number(10)))

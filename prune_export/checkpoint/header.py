@@ -10,7 +10,7 @@ Source: https://github.com/huggingface/safetensors, README "Format".
 from __future__ import annotations
 
 import json
-import stat
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.errors import CheckpointError, did_you_mean
+from prune_export.files import open_regular
 
 BITS: Final[Mapping[str, int]] = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16,
@@ -115,15 +116,8 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 def _raw_header(file: Path) -> tuple[dict[str, Any], int]:
     """The parsed header, and the byte at which the tensors begin."""
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise CheckpointError(
-            str(file), f"cannot be read: {error.strerror}", "fetch the missing file"
-        ) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(str(file), "is not a regular file, expected a safetensors file")
-    with file.open("rb") as stream:
+    with open_regular(file, None, "a safetensors file") as stream:
+        size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)
         if len(prefix) < 8:
             raise CheckpointError(
@@ -137,11 +131,10 @@ def _raw_header(file: Path) -> tuple[dict[str, Any], int]:
                 "this is not a safetensors file; convert the model with transformers "
                 "(`save_pretrained`)",
             )
-        if 8 + length > status.st_size:
+        if 8 + length > size:
             raise CheckpointError(
                 str(file),
-                f"is truncated: announces a header of {length} bytes, the file has "
-                f"{status.st_size}",
+                f"is truncated: announces a header of {length} bytes, the file has {size}",
                 _AGAIN,
             )
         text = stream.read(length)

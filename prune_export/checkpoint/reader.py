@@ -2,11 +2,13 @@
 
 Opening reads `config.json`, the index and the headers of the safetensors files, and nothing else;
 it needs neither torch nor transformers. Shard files may be symbolic links (the Hub's cache is made
-of them), but names in an index must stay inside the directory.
+of them), but names in an index must stay inside the directory; the small files beside them must
+be the model's own (`side`).
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from prune_export.arch import Arch
 from prune_export.arch.table import Table, tables
 from prune_export.checkpoint.config import full_config, read_config, read_json
 from prune_export.checkpoint.header import FLOATS, TORCH, Entry, read_header
+from prune_export.checkpoint.side import refuse_adapter, side_files
 from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
+from prune_export.files import is_regular, open_regular, shown
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +39,6 @@ CONVERT: Final = (
     "convert it once where you trust it: `AutoModelForCausalLM.from_pretrained(SOURCE)"
     ".save_pretrained(TARGET)` with transformers writes safetensors"
 )
-SIDE_NAMES: Final = frozenset({
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "merges.txt", "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model",
-    "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json", "tokenizer.model",
-    "tokenizer.model.v3", "tokenizer_config.json", "vocab.json", "vocab.txt",
-})  # fmt: skip
-SIDE_STEMS: Final = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,8 @@ class Checkpoint:
         path = Path(path)
         _refuse_files(path)
         config = read_config(path)
+        refuse_adapter(path)
+        side_files(path)  # what cannot be carried along is refused before any work
         if not weights:
             return Checkpoint(path, MappingProxyType(config), MappingProxyType({}))
         entries = _entries(path)
@@ -211,13 +210,11 @@ class Checkpoint:
         """Files to carry along, sorted: tokenizer, chat template, generation config, licence.
 
         The card and everything unknown stay behind: they describe, or belong to, another model.
+
+        Raises:
+            CheckpointError: one is a link out of the directory, no regular file, or far too long.
         """
-        return tuple(
-            found
-            for found in sorted(self.path.iterdir())
-            if found.is_file()
-            and (found.name in SIDE_NAMES or found.name.upper().startswith(SIDE_STEMS))
-        )
+        return side_files(self.path)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -253,7 +250,7 @@ def _read(entry: Entry, shape: tuple[int, ...], start: int, name: str) -> torch.
         )
     tensor = torch.empty(shape, dtype=getattr(torch, TORCH[entry.dtype]))
     view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    with entry.file.open("rb", buffering=0) as stream:
+    with open_regular(entry.file, None, "a safetensors file") as stream:
         stream.seek(start)
         while view:
             count = stream.readinto(view)
@@ -269,10 +266,11 @@ def _read(entry: Entry, shape: tuple[int, ...], start: int, name: str) -> torch.
 
 def _refuse_files(path: Path) -> None:
     """Says what to do when the path is not a directory."""
-    if path.is_dir():
+    # os.path's answer False where a name is too long or holds a null byte; a Path raises.
+    if os.path.isdir(path):
         return
-    if not path.exists():
-        raise CheckpointError(str(path), "does not exist", "give a model directory")
+    if not os.path.exists(path):
+        raise CheckpointError(shown(path), "does not exist", "give a model directory")
     if path.suffix == ".gguf":
         raise CheckpointError(
             str(path),
@@ -324,10 +322,10 @@ def _sharded(path: Path) -> dict[str, Entry]:
         _refuse_outside(index, name, shard)
     entries: dict[str, Entry] = {}
     for shard in sorted(set(listed.values())):
-        if not (path / shard).exists():
+        if not is_regular(path / shard):
             raise CheckpointError(
                 f"{index}  {shard}",
-                "is a shard that does not exist",
+                "is a shard that does not exist, or is no regular file",
                 f"fetch {shard} into {path}",
             )
         found = read_header(path / shard)

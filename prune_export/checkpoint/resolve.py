@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.checkpoint.config import read_json
-from prune_export.checkpoint.reader import CONVERT, INDEX, PICKLES, SIDE_NAMES, SIDE_STEMS, SINGLE
+from prune_export.checkpoint.reader import CONVERT, INDEX, PICKLES, SINGLE
+from prune_export.checkpoint.side import ADAPTER, MERGE, SIDE_NAMES, SIDE_STEMS
 from prune_export.errors import CheckpointError, PlanError, PruneExportError
 
 _ID: Final = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@\s]+))?")
@@ -94,6 +95,8 @@ def _refuse_without_safetensors(name: str, revision: str | None, endpoint: str |
         # Not reached: the cache may have the model, and if not, the download says so.
         return
     stored = {sibling.rfilename for sibling in info.siblings or ()}
+    if ADAPTER in stored and "config.json" in stored:
+        raise CheckpointError(name, "holds a PEFT adapter beside the model's own weights", MERGE)
     if SINGLE in stored or INDEX in stored:
         return
     quantized = sorted(file for file in stored if file.endswith(".gguf"))

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from prune_export.checkpoint.header import BITS, TORCH, Entry, nbytes
 from prune_export.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from prune_export.errors import CheckpointError, PlanError
+from prune_export.files import open_regular
 from prune_export.progress import Progress, Silent, Task
 from prune_export.units import text_from_bytes
 
@@ -148,7 +149,7 @@ def write_checkpoint(
                     _write(target, shard.header)
                     _append(target, shard.tensors, task)
         for side in side_files:
-            with _file(out / side.name, files) as target, side.open("rb", buffering=0) as source:
+            with _file(out / side.name, files) as target, open_regular(side) as source:
                 _copy(source.fileno(), target, 0, side.stat().st_size, side)
         jsons = {"config.json": config} | ({INDEX: _index(shards, total)} if shards[1:] else {})
         for name, value in jsons.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.loading import NO_ADAPTER
 from prune_export.exporters._genai_trim import cut, leaves_out, narrow
 from prune_export.exporters._trim import Trim
 
@@ -52,6 +53,8 @@ def _prepare(builder: Any, trim: Trim) -> list[int]:
     def loaded(*given: Any, **named: Any) -> Any:
         # The builder folds constants into weights in the checkpoint's dtype; in bfloat16 Gemma's
         # `1 + weight` loses most of its digits.
+        # It says nothing of adapters, and would trust code where an option said so.
+        named |= {"trust_remote_code": False, "adapter_kwargs": dict(NO_ADAPTER)}
         model = load(*given, dtype="float32", **named)
         for one in chosen:
             cut(model, one)

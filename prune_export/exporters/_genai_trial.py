@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from prune_export.checkpoint.loading import load_config, load_model, load_tokenizer
 from prune_export.exporters._genai_runner import OgRunner, open_runner
 from prune_export.machine import Machine
 
@@ -55,10 +56,8 @@ def main(request: dict[str, Any]) -> None:
 
 
 def _ids(source: Path) -> np.ndarray:
-    from transformers import AutoConfig, AutoTokenizer
-
-    config = AutoConfig.from_pretrained(source)
-    tokens = AutoTokenizer.from_pretrained(source)(_TEXT)["input_ids"]
+    config = load_config(source)
+    tokens = load_tokenizer(source)(_TEXT)["input_ids"]
     if max(tokens) >= config.vocab_size or len(tokens) < 2 * _STEPS:
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, _POSITIONS).tolist()
     length = min(_POSITIONS, int(getattr(config, "max_position_embeddings", _POSITIONS)))
@@ -67,9 +66,8 @@ def _ids(source: Path) -> np.ndarray:
 
 def _pytorch(source: Path) -> Callable[[np.ndarray], np.ndarray]:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model = load_model(source, dtype=torch.float32).eval()
 
     def logits(ids: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

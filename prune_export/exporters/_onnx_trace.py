@@ -138,7 +138,10 @@ def weightless(config: Any, dtype: torch.dtype) -> Any:
     try:
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=dtype, attn_implementation="eager"
+                copy.deepcopy(config),
+                dtype=dtype,
+                attn_implementation="eager",
+                trust_remote_code=False,
             )
         model.tie_weights()
     finally:

@@ -8,6 +8,8 @@ from typing import Final
 import numpy as np
 
 from prune_export.calibrate import TokenSet
+from prune_export.checkpoint.loading import load_tokenizer
+from prune_export.errors import CheckpointError
 
 WINDOWS: Final = 16
 LENGTH: Final = 512
@@ -44,11 +46,9 @@ def calibration(
 
 
 def _encoded(checkpoint: Path) -> np.ndarray | None:
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    except (OSError, ValueError, KeyError):
+        tokenizer = load_tokenizer(checkpoint)
+    except CheckpointError:
         return None
     ids = [token for text in _TEXT for token in tokenizer(text)["input_ids"]]
     return np.array([ids[:LENGTH]], np.int64)

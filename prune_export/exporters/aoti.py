@@ -20,6 +20,7 @@ from pydantic import Field
 
 from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.loading import load_model
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import PlanError, StageError
 from prune_export.machine import Machine
@@ -164,9 +165,8 @@ class Aoti:
 
     def _loaded(self, checkpoint: Path, machine: Machine) -> Any:
         import torch
-        from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_model(
             checkpoint, dtype=getattr(torch, _TORCH[self.precision]), attn_implementation="sdpa"
         )
         return model.eval().requires_grad_(False).to(machine.device)

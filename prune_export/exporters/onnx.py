@@ -27,6 +27,7 @@ from pydantic import Field
 from prune_export.arch import Arch
 from prune_export.arch.table import table_for
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.loading import load_config
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.exporters._ort_providers import (
@@ -135,7 +136,6 @@ class Onnx:
         """
         start = perf_counter()
         import torch
-        from transformers import AutoConfig
 
         from prune_export.exporters import _onnx_stamp, _onnx_trace, _onnx_weights
         from prune_export.exporters._onnx_widths import Fit
@@ -144,7 +144,7 @@ class Onnx:
         opened = Checkpoint.open(checkpoint)
         trim = Trim.of(opened)
         blocks = table_for(str(opened.config.get("model_type"))).blocks
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = load_config(checkpoint)
         dtype = getattr(torch, _TORCH[self.precision])
         last = self.logits == "last"
         out.mkdir(parents=True, exist_ok=True)

@@ -258,6 +258,7 @@ def _run(
         log.open("w", encoding="utf-8") as kept,
         subprocess.Popen(
             command,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -15,6 +15,7 @@ import torch
 from prune_export.arch import Arch
 from prune_export.calibrate import native_dtype
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.loading import load_model
 from prune_export.errors import MissingExtra, StageError
 from prune_export.heal._masked import Base, mask
 from prune_export.heal._settings import Quantization, Settings
@@ -135,8 +136,6 @@ def trainee(
 
 def _frozen(path: Path, device: str, dtype: torch.dtype, quantization: Quantization | None) -> Any:
     """The plain or 4-bit model of a directory, frozen, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"device_map": {"": 0 if device == "cuda" else "cpu"}}
     if quantization is not None:
         from transformers import BitsAndBytesConfig
@@ -147,7 +146,7 @@ def _frozen(path: Path, device: str, dtype: torch.dtype, quantization: Quantizat
             bnb_4bit_use_double_quant=quantization.double,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    model = load_model(path, dtype=dtype, **options)
     for module in _quantized_modules(model).values():
         # In evaluation, on a CPU with bfloat16 instructions, bitsandbytes repacks the weights in
         # place and rounds their scales to bfloat16: what is trained on must stay as it is.
@@ -160,8 +159,6 @@ def plain(path: Path, nbytes: int, machine: Machine, scratch: Path) -> torch.nn.
 
     This is how anybody would load the result, and so how it is measured.
     """
-    from transformers import AutoModelForCausalLM
-
     room = machine.gpu_bytes if machine.device == "cuda" else machine.ram_bytes
     options: dict[str, Any] = {"device_map": {"": 0 if machine.device == "cuda" else "cpu"}}
     if nbytes > 0.8 * room:
@@ -173,7 +170,7 @@ def plain(path: Path, nbytes: int, machine: Machine, scratch: Path) -> torch.nn.
             "max_memory": limits,
             "offload_folder": str(scratch / "offload"),
         }
-    model = AutoModelForCausalLM.from_pretrained(path, **options)
+    model = load_model(path, **options)
     return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
 
 

@@ -22,6 +22,7 @@ from prune_export.calibrate import as_matrix
 from prune_export.calibrate.sites import part_of
 from prune_export.calibrate.skeleton import Skeleton
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.loading import load_model
 from prune_export.errors import StageError
 from prune_export.progress import Task
 
@@ -53,13 +54,9 @@ class Student:
     """A model in float32 in memory, its stored matrices by name, and the zeros that they keep."""
 
     def __init__(self, checkpoint: Checkpoint, arch: Arch, device: str) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.arch, self.device = arch, device
         with _no_bars():
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.path, dtype=torch.float32
-            ).to(device)
+            self.model: Any = load_model(checkpoint.path, dtype=torch.float32).to(device)
         names = Skeleton(checkpoint, arch, dtype=torch.float32, device="cpu").name_in_memory
         own = dict(self.model.named_parameters(remove_duplicate=False))
         self.places = {tensor.name: own[names(tensor)] for tensor in arch.stored()}
@@ -87,7 +84,9 @@ class Student:
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            fresh = AutoModelForCausalLM.from_config(self.model.config, dtype=torch.float32)
+            fresh = AutoModelForCausalLM.from_config(
+                self.model.config, dtype=torch.float32, trust_remote_code=False
+            )
         self.load(dict(fresh.named_parameters()))
 
     def apply(self) -> None:

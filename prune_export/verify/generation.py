@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from prune_export.checkpoint.loading import load_ends, load_tokenizer
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
 from prune_export.verify.engine import Engine
@@ -54,9 +55,7 @@ def measure_generation(
     `tokenizer` is a directory with the tokenizer; a prompt goes through its chat template where it
     has one. A text ends before the first end-of-sequence token.
     """
-    from transformers import AutoTokenizer
-
-    spoken = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    spoken = load_tokenizer(tokenizer)
     fed = [_encoded(spoken, prompt) for prompt in prompts]
     steps = max(map(len, fed)) - min(map(len, fed)) + new - 1
     with (
@@ -64,7 +63,7 @@ def measure_generation(
         Session(engine, machine) as session,
     ):
         said = session.continuations(fed, new, task)
-    ends = {spoken.eos_token_id, *_ends(tokenizer)}
+    ends = {spoken.eos_token_id, *load_ends(tokenizer)}
     cut = [_until(tokens, ends) for tokens in said]
     texts = [str(spoken.decode(tokens, skip_special_tokens=True)) for tokens in cut]
     return judge(name, prompts, cut, texts)
@@ -125,16 +124,6 @@ def _encoded(tokenizer: Any, prompt: str) -> list[int]:
     turns = [{"role": "user", "content": prompt}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     return [int(token) for token in ids]
-
-
-def _ends(directory: Path) -> set[int]:
-    """The end-of-sequence tokens of the generation config, if it has one."""
-    from transformers import GenerationConfig
-
-    if not (directory / "generation_config.json").is_file():
-        return set()
-    ends = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
 
 
 def _until(tokens: Sequence[int], ends: set[int | None]) -> list[int]:

@@ -13,10 +13,10 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
+from prune_export.checkpoint.loading import load_config, load_model
 from prune_export.contracts import Runner
 from prune_export.errors import MissingExtra
 from prune_export.machine import Machine
-from prune_export.modeling import register
 
 _DTYPES = {
     "float32": torch.float32,
@@ -53,19 +53,13 @@ class _PyTorchRunner:
     """See `contracts.Runner`."""
 
     def __init__(self, path: Path, machine: Machine, how: PyTorch) -> None:
-        from transformers import AutoModelForCausalLM
-
-        register()
-
         torch.set_num_threads(machine.threads)
         dtype: Any = _DTYPES[how.precision]
         self._closing = ExitStack()
         with ExitStack() as stack:
             fits = fits_in_memory(path, machine, dtype)
             placement = {} if fits else _offload(path, machine, stack)
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, local_files_only=True, trust_remote_code=False, **placement
-            ).eval()
+            model = load_model(path, dtype=dtype, **placement).eval()
             self._closing = stack.pop_all()
         self._model = model.to(machine.device) if fits else model
         self._device = machine.device
@@ -119,11 +113,7 @@ def fits_in_memory(path: Path, machine: Machine, dtype: Any = torch.float32) -> 
 
 
 def _stored_as_float32(path: Path) -> bool:
-    from transformers import AutoConfig
-
-    register()
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return bool(config.dtype == torch.float32)
+    return bool(load_config(path).dtype == torch.float32)
 
 
 def _offload(path: Path, machine: Machine, stack: ExitStack) -> dict[str, Any]:

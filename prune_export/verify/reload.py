@@ -102,6 +102,7 @@ def _run(checkpoint: Path, machine: Machine) -> dict[str, Any]:
             *code,
         ],
         env=environment,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=_TIMEOUT_SECONDS,

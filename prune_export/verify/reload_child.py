@@ -44,6 +44,7 @@ def check(directory: Path, ram_bytes: int, *, own_code: bool = False) -> dict[st
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=own_code,
+            adapter_kwargs={"subfolder": "\0"},  # no PEFT adapter beside it is picked up
             **placement,
         )
         model.eval()

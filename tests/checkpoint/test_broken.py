@@ -87,12 +87,12 @@ def _(path: Path) -> None:
     (path / "config.json").write_text("{")
 
 
-@case("config.json is not text", "config.json", "is not JSON")
+@case("config.json is not text", "config.json", "is not UTF-8")
 def _(path: Path) -> None:
     (path / "config.json").write_bytes(b"\xff\xfe\x00")
 
 
-@case("config.json is nested without end", "config.json", "is not JSON")
+@case("config.json is nested without end", "config.json", "is nested deeper")
 def _(path: Path) -> None:
     (path / "config.json").write_text("[" * 200_000)
 
@@ -102,7 +102,7 @@ def _(path: Path) -> None:
     (path / "config.json").write_text("[]")
 
 
-@case("config.json is a directory", "cannot be read: Is a directory")
+@case("config.json is a directory", "is a directory")
 def _(path: Path) -> None:
     (path / "config.json").unlink()
     (path / "config.json").mkdir()
@@ -178,7 +178,7 @@ def _(path: Path) -> None:
     (path / ONE).write_bytes(b"")
 
 
-@case("a pipe", "is not a regular file")
+@case("a pipe", "is a pipe")
 def _(path: Path) -> None:
     (path / ONE).unlink()
     os.mkfifo(path / ONE)

@@ -101,8 +101,9 @@ def test_shards_give_the_same_as_one_file(saved: Saved) -> None:
 
 
 def test_links_as_in_the_hubs_cache_are_followed(saved: Saved, tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
-    blobs.mkdir()
+    repository = tmp_path / "models--an--owner"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, file in enumerate(sorted(saved("llama", shard="20KB").iterdir())):
         shutil.copy(file, blobs / str(number))
