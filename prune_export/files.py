@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
@@ -134,7 +135,7 @@ def parse_json(
         raise error(where, f"is not JSON: {problem}", again) from None
     if not isinstance(found, dict):
         raise error(where, f"is a JSON {type(found).__name__}, expected an object", again)
-    if text.count("[") + text.count("{") > DEEPEST and _deeper(found, DEEPEST):
+    if text.count("[") + text.count("{") > DEEPEST and is_deeper(found, DEEPEST):
         raise error(where, f"is nested deeper than {DEEPEST} levels", again)
     if _SURROGATE.search(text) and _has_surrogates(found):
         raise error(where, "holds half of a surrogate pair, which is no character", again)
@@ -157,15 +158,15 @@ def read_json_object(
     return parse_json(text, shown(path), error=error)
 
 
-def _deeper(data: Any, depth: int) -> bool:
+def is_deeper(data: Any, depth: int) -> bool:
     """Whether lists and objects lie in one another more than `depth` times; level by level."""
-    level: list[Any] = [data]
+    level: list[Any] = [data] if isinstance(data, Mapping | list | tuple) else []
     for _ in range(depth):
         level = [
             inner
             for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+            if isinstance(inner, Mapping | list | tuple)
         ]
         if not level:
             return False

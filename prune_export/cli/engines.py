@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from prune_export import registry
 from prune_export.calibrate import TokenSet, token_set
@@ -36,6 +37,9 @@ from prune_export.verify import (
     tokens_without_text,
 )
 from prune_export.verify.results import Verification, Workload
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+"""A file or folder beside report.json, and no path that leads away from there."""
 
 
 def exported(
@@ -223,7 +227,16 @@ def _engines(directory: Path, trust: bool, store: Path) -> dict[str, Engine]:
 def _exports(directory: Path) -> list[ExportReading]:
     """What the report of a result directory says of its engines; nothing where it has none."""
     file = directory / "report.json"
-    return Report.load(file).exports if file.is_file() else []
+    found = Report.load(file).exports if file.exists() else []
+    for number, export in enumerate(found):
+        for key, name in (("directory", export.directory), ("graph", export.graph)):
+            if name and not _NAME.fullmatch(name):
+                raise CheckpointError(
+                    f"{file}  exports.{number}.{key}",
+                    f"got {name!r:.80}, expected the name of something in the result's directory",
+                    "do not use this result: a sound report names what lies beside it",
+                )
+    return found
 
 
 def _record(export: ExportReading) -> BuildRecord:

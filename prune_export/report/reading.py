@@ -6,7 +6,6 @@ perplexity) comes from what the report holds, so a reader can recompute it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,16 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prune_export.errors import CheckpointError
+from prune_export.files import REPORT_BYTES, read_json_object
+from prune_export.report.door import (
+    Count,
+    Data,
+    Layers,
+    Log,
+    Seconds,
+    Target,
+    refuse_unbounded,
+)
 from prune_export.verify.results import Perplexity, Verification
 
 
@@ -34,9 +43,9 @@ class Base:
     """The model that was pruned; only one from the Hub has a `revision`, its commit."""
 
     model: str
-    parameters: int
-    bytes: int
-    layers: int
+    parameters: Count
+    bytes: Count
+    layers: Layers
     id: str = ""
     license: str | None = None
     dtype: str = ""
@@ -52,9 +61,9 @@ class Base:
 class Size:
     """What the published checkpoint holds."""
 
-    parameters: int
-    bytes: int
-    layers: int
+    parameters: Count
+    bytes: Count
+    layers: Layers
 
 
 @dataclass(frozen=True)
@@ -66,10 +75,10 @@ class StageReading:
     name: str
     parameters: dict[str, Any] = field(default_factory=dict)
     id: str = ""
-    seconds: float | None = None
-    parameters_after: int | None = None
-    bytes_after: int | None = None
-    log: dict[str, Any] = field(default_factory=dict)
+    seconds: Seconds | None = None
+    parameters_after: Count | None = None
+    bytes_after: Count | None = None
+    log: Log = field(default_factory=dict)
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -108,7 +117,7 @@ class CandidateReading:
 class SearchReading:
     """A search: what every candidate was brought to, and how they compared; the best is first."""
 
-    target: dict[str, Any]
+    target: Target
     candidates: list[CandidateReading]
     validation: str = ""
     outside: int = 0
@@ -141,8 +150,8 @@ class ExportReading:
     version: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
     graph: str = ""
-    weight_bytes: int | None = None
-    seconds: float | None = None
+    weight_bytes: Count | None = None
+    seconds: Seconds | None = None
     toolchain: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     sparsity: dict[str, Any] = field(default_factory=dict)
@@ -160,7 +169,7 @@ class Report:
     result: Size
     stages: list[StageReading] = field(default_factory=list)
     exports: list[ExportReading] = field(default_factory=list)
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    data: dict[str, Data] = field(default_factory=dict)
     searches: list[SearchReading] = field(default_factory=list)
     verification: Verification | None = None
     machine: dict[str, Any] = field(default_factory=dict)
@@ -175,6 +184,7 @@ class Report:
         """
         if isinstance(source, Report):
             return source
+        refuse_unbounded(source)
         try:
             return TypeAdapter(Report).validate_python(_with_nan(source))
         except ValidationError as error:
@@ -192,15 +202,7 @@ class Report:
         Raises:
             CheckpointError: no such file, not JSON, or not a report.
         """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                str(path),
-                f"cannot be read as JSON: {error}",
-                "give the report.json that a run wrote",
-            ) from error
-        return Report.of(data)
+        return Report.of(read_json_object(path, "the report of a run", REPORT_BYTES))
 
     @property
     def prunes(self) -> list[StageReading]:
@@ -247,11 +249,14 @@ def _with_nan(report: Any) -> Any:
         return report
     found = dict(checks)
     for part in ("perplexity", "parity", "speed", "sweep", "gates"):
+        entries = checks.get(part) or []
+        if not isinstance(entries, list):
+            continue  # for the schema to refuse
         found[part] = [
             {key: _nan_for_null(value) for key, value in entry.items()}
             if isinstance(entry, Mapping)
             else entry
-            for entry in checks.get(part) or ()
+            for entry in entries
         ]
     return {**report, "verification": found}
 
@@ -304,7 +309,15 @@ def perplexity_change(before: Perplexity | None, after: Perplexity | None) -> Ch
     if not paired or not all(map(math.isfinite, differences)):
         return Change(ratio)
     mean, error = _mean_and_error(differences)
-    return Change(ratio, math.exp(mean - 1.96 * error), math.exp(mean + 1.96 * error))
+    return Change(ratio, _exp(mean - 1.96 * error), _exp(mean + 1.96 * error))
+
+
+def _exp(value: float) -> float:
+    """E to the power of a value, infinite where that is no number any more."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:

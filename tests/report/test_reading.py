@@ -61,7 +61,7 @@ def test_a_file_that_is_no_report(tmp_path: Path, text: str) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is missing"):
         Report.load(tmp_path / "none.json")
 
 
