@@ -228,6 +228,6 @@ def _too_long(
 ) -> PruneExportError:
     return error(
         where,
-        f"has {size:,} bytes, expected {what} of at most {limit:,}",
+        f"has {size:,} bytes, expected at most {limit:,} for {what}",
         "check that it is the right file",
     )

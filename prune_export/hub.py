@@ -7,9 +7,8 @@ token is given, or found as huggingface_hub finds it; it goes into request heade
 from __future__ import annotations
 
 import glob
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +17,16 @@ from typing import Final
 from pydantic import ValidationError
 
 from prune_export.checkpoint import Checkpoint
+from prune_export.credentials import refuse_secrets
 from prune_export.errors import CheckpointError, PublishError
+from prune_export.files import (
+    CARD_BYTES,
+    REPORT_BYTES,
+    open_regular,
+    read_json_object,
+    read_regular,
+)
+from prune_export.modeling import FOLDER
 from prune_export.progress import Progress, Silent
 from prune_export.units import text_from_bytes
 from prune_export.verify.results import Verification
@@ -26,10 +34,11 @@ from prune_export.verify.results import Verification
 FILE_LIMIT_BYTES: Final = 50_000_000_000
 """The Hub's documented limit for one file; transformers shards below it."""
 
+_CODE: Final = ("configuration_sliced.py", "modeling_sliced.py")
 _OURS: Final = (
     "README.md", "prune_recipe.yaml", "prune_recipe.lock.json", "report.json", "report.html",
     "verify.json", "model.safetensors.index.json", "config.json", "figures/*.png",
-    "configuration_sliced.py", "modeling_sliced.py",
+    *_CODE,
 )  # fmt: skip
 _ENGINE: Final = (
     "config.json", "genai_config.json", "*.onnx", "*.onnx_data", "*.onnx.data",
@@ -38,17 +47,7 @@ _ENGINE: Final = (
 _BOUND: Final = ("*.plan", "*.engine", "*.trt")
 """Engines that only the machine which built them can run, and that may carry host code."""
 
-_TEXT: Final = frozenset({".json", ".md", ".yaml", ".html", ".txt", ".jinja", ""})
-_SECRETS: Final = {
-    "a Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}\b",
-    "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})\b",
-    "an AWS access key": rb"\bAKIA[0-9A-Z]{16}\b",
-    "an API key": rb"\b(?:sk|nvapi|xox[abprs])-[A-Za-z0-9_-]{24,}",
-    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-}
-_CHUNK: Final = 1 << 22
-_OVERLAP: Final = 256
-
+_UNVERIFIED: Final = "mend the recipe and run it again, or publish with force"
 _WHOLE: Final = "publish the whole `out/` directory of a run"
 _REVISION: Final = re.compile(r"(?!refs/)[A-Za-z0-9][\w./-]*")
 
@@ -94,14 +93,15 @@ def publish(
     Raises:
         PublishError: the directory is not fit for it, or the Hub refuses.
     """
-    _check_names(repo_id, revision)
+    check_names(repo_id, revision)
     checkpoint = _checkpoint(directory)
     folders = _engine_folders(directory)
     files, left_out = _chosen(checkpoint, folders, machine_bound=engines)
     _check_files(directory, files)
+    _check_code(directory, files)
     if not force:
         _check_verified(directory)
-    _check_secrets(directory, files, token)
+    refuse_secrets(directory, files, token)
     total = sum((directory / name).stat().st_size for name in files)
     found = Published(repo_id, "", "", tuple(files), tuple(left_out), total)
     progress = progress or Silent()
@@ -111,7 +111,7 @@ def publish(
         return found
     token = _token(token)
     _check_online()
-    _check_secrets(directory, files, token)
+    refuse_secrets(directory, files, token)
     progress.say(f"Uploading {size} to {repo_id}")
     stale = ("*.safetensors", "model.safetensors.index.json", "figures/*",
              *(f"{folder}/*" for folder in folders))  # fmt: skip
@@ -123,7 +123,12 @@ def publish(
     return Published(repo_id, url, commit, tuple(files), tuple(left_out), total)
 
 
-def _check_names(repo_id: str, revision: str | None) -> None:
+def check_names(repo_id: str, revision: str | None = None) -> None:
+    """Refuses a repository id or a branch that the Hub would refuse.
+
+    Raises:
+        PublishError: naming it.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -143,9 +148,9 @@ def _check_names(repo_id: str, revision: str | None) -> None:
 def _engine_folders(directory: Path) -> tuple[str, ...]:
     """The folders that report.json says hold engines."""
     try:
-        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        report = read_json_object(directory / "report.json", "a report", REPORT_BYTES)
         names = [str(one["directory"]) for one in report["exports"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, KeyError, TypeError):
         return ()
     return tuple(name for name in names if re.fullmatch(r"[\w-]+", name))
 
@@ -203,6 +208,7 @@ def _check_files(directory: Path, files: list[str]) -> None:
         path = directory / name
         if path.is_symlink() or not path.resolve().is_relative_to(directory.resolve()):
             raise PublishError(str(path), "is a link", "copy the file into the directory")
+        open_regular(path, None, "a file to publish", error=PublishError).close()
         size = path.stat().st_size
         if size > FILE_LIMIT_BYTES:
             raise PublishError(
@@ -212,15 +218,35 @@ def _check_files(directory: Path, files: list[str]) -> None:
             )
 
 
+def _check_code(directory: Path, files: list[str]) -> None:
+    """Refuses code that is not, byte for byte, what this version writes beside a checkpoint.
+
+    Raises:
+        PublishError: naming the file.
+    """
+    for name in _CODE:
+        if name not in files:
+            continue
+        ours = (FOLDER / name).read_bytes()
+        if read_regular(directory / name, CARD_BYTES, "code", error=PublishError) != ours:
+            raise PublishError(
+                str(directory / name),
+                "is not the code that this version of prune_export writes, and who loads the "
+                "model would run it",
+                "remove it and run the recipe again, or publish with the version that wrote it",
+            )
+
+
 def _check_verified(directory: Path) -> None:
     file = directory / "verify.json"
     try:
-        checks = Verification.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        problem = "was not verified (no verify.json)"
-    except (OSError, ValueError, ValidationError):
+        found = read_json_object(file, "a verification", REPORT_BYTES) if file.exists() else None
+        checks = None if found is None else Verification.from_json(found)
+    except (CheckpointError, ValidationError):
         problem = "has a verify.json that cannot be read"
     else:
+        if checks is None:
+            raise PublishError(str(directory), "was not verified (no verify.json)", _UNVERIFIED)
         if checks.ok:
             return
         failed = [f"gate {gate.what}: claimed {gate.claimed:g}, measured {gate.measured:g}"
@@ -228,40 +254,7 @@ def _check_verified(directory: Path) -> None:
         failed += [f"parity of {one.engine}" for one in checks.parity if not one.ok]
         failed += [] if checks.reload.ok else ["reload"]
         problem = "failed verification: " + "; ".join(failed)
-    raise PublishError(
-        str(directory), problem, "mend the recipe and run it again, or publish with force"
-    )
-
-
-def _check_secrets(directory: Path, files: list[str], token: str | None) -> None:
-    """Refuses text that holds a credential; the error says where, and never what."""
-    kinds = dict(_SECRETS)
-    if token:
-        kinds["the token of this upload"] = re.escape(token.encode())
-    patterns = {what: re.compile(pattern) for what, pattern in kinds.items()}
-    for name in files:
-        if Path(name).suffix not in _TEXT:
-            continue
-        for line, text in _chunks(directory / name):
-            for what, pattern in patterns.items():
-                if match := pattern.search(text):
-                    where = line + text.count(b"\n", 0, match.start())
-                    raise PublishError(
-                        f"{directory / name}:{where}",
-                        f"holds what looks like {what}",
-                        "remove it and revoke it; nothing was uploaded",
-                    )
-
-
-def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number of its first line, bytes) of overlapping pieces, so that no match is cut in two."""
-    line, tail = 1, b""
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            text = tail + block
-            yield line, text
-            tail = text[-_OVERLAP:]
-            line += text.count(b"\n", 0, len(text) - len(tail))
+    raise PublishError(str(directory), problem, _UNVERIFIED)
 
 
 def _token(given: str | None) -> str:
@@ -312,7 +305,7 @@ def _upload(
             failure = PublishError(
                 repo_id,
                 "exists and is public, expected a private repository",
-                "write `publish: {private: false}`, or make the repository private",
+                "publish with `--public`, or make the repository private",
             )
         else:
             if revision not in (None, "main"):

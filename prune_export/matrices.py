@@ -15,7 +15,10 @@ from typing import Any, Final
 import numpy as np
 
 from prune_export.errors import CheckpointError
+from prune_export.files import read_regular
 
+_LONGEST_GRAPH: Final = 2**31
+"""Protobuf's own bound."""
 _KEEP_ZEROS: Final = frozenset(
     {"Cast", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear"}
 )
@@ -118,8 +121,9 @@ def load(graph: Path) -> Any:
     """
     import onnx
 
+    text = read_regular(graph, _LONGEST_GRAPH, "an ONNX graph")
     try:
-        return onnx.load(str(graph), load_external_data=False)
+        return onnx.load_model_from_string(text)
     except Exception as error:  # protobuf's own class has no public stubs
         raise CheckpointError(
             str(graph), f"is not an ONNX graph: {error}", "export again"
@@ -137,10 +141,17 @@ def array_of(tensor: Any, folder: Path) -> np.ndarray:
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         inline: np.ndarray = onnx.numpy_helper.to_array(tensor)
         return inline
-    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     place = {entry.key: entry.value for entry in tensor.external_data}
-    file, offset = folder / place["location"], int(place.get("offset", 0))
+    try:
+        kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        file, offset = folder / place["location"], int(place.get("offset", 0))
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            str(folder), f"says of {tensor.name} no type or place: {error}", "export again"
+        ) from None
     length = prod(tensor.dims) * kind.itemsize
+    if offset < 0 or min(tensor.dims, default=0) < 0:
+        raise CheckpointError(str(file), f"has a negative place for {tensor.name}", "export again")
     if not file.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(
             str(file), f"is outside of the graph's directory, but {tensor.name} names it", ""

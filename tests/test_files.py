@@ -34,12 +34,12 @@ def test_reads_a_regular_file_and_one_behind_a_link(tmp_path: Path) -> None:
 def test_refuses_a_file_over_its_bound(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.write_bytes(b"text")
-    with pytest.raises(CheckpointError, match="has 4 bytes, expected a card of at most 3"):
+    with pytest.raises(CheckpointError, match="has 4 bytes, expected at most 3 for a card"):
         read_regular(file, 3, "a card")
 
 
 def test_a_file_without_a_true_length_is_bounded_too() -> None:
-    with pytest.raises(CheckpointError, match="expected a file of at most 10"):
+    with pytest.raises(CheckpointError, match="expected at most 10 for a file"):
         read_regular("/proc/cpuinfo", 10)
 
 

@@ -15,9 +15,10 @@ import pytest
 from fake_hub import GOOD, READ_ONLY, WRONG, FakeHub, Repo
 from safetensors.numpy import save_file
 
-from prune_export import hub
+from prune_export import credentials, hub
 from prune_export.errors import PublishError
 from prune_export.hub import publish
+from prune_export.modeling import FOLDER
 from prune_export.report import write_report
 
 FULL = Path(__file__).parent / "report" / "full.json"
@@ -344,9 +345,55 @@ def test_secrets_stop_the_upload(result: Path, name: str, secret: str, what: str
     assert secret.rpartition(" ")[2][4:] not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("tokenizer.model", b"\x0a\x2b\x0a" + bytes([len(SECRET)]) + SECRET.encode() + b"\x15\0\0"),
+        ("vocab.txt", b"\xff\xfe" + SECRET.encode("utf-16-le")),
+        ("onnx/model.onnx", b"\x08\x0a\x12\x07" + SECRET.encode() + b"\x00\xff"),
+        ("figures/summary.png", b"\x89PNG\r\n\x1a\ntEXtComment\0" + SECRET.encode() + b"\0"),
+        ("genai/layers.json", b'{"a": "' + SECRET.encode() + b'"}'),
+    ],
+)
+def test_secrets_in_files_that_are_not_called_text(result: Path, name: str, data: bytes) -> None:
+    (result / name).write_bytes(data)
+    with pytest.raises(PublishError, match="a Hugging Face token"):
+        publish(result, "me/model", dry_run=True)
+
+
+def test_secrets_in_the_metadata_of_weights(result: Path) -> None:
+    file = result / "model-00001-of-00002.safetensors"
+    weight = np.arange(4000, dtype=np.float32)
+    save_file({"a": weight}, file, metadata={"by": SECRET})
+    with pytest.raises(PublishError, match="a Hugging Face token"):
+        publish(result, "me/model", dry_run=True)
+    # Weights themselves are numbers, whatever they spell.
+    spelt = np.frombuffer((SECRET + "0" * 3).encode()[:36], np.float32)
+    save_file({"a": np.resize(spelt, 4000)}, file)
+    assert publish(result, "me/model", dry_run=True).files
+
+
+@pytest.mark.parametrize("name", ["modeling_sliced.py", "configuration_sliced.py"])
+def test_a_strangers_code_under_our_names_is_refused(result: Path, name: str) -> None:
+    ours = (FOLDER / name).read_bytes()
+    (result / name).write_bytes(ours)
+    assert name in publish(result, "me/model", dry_run=True).files
+    (result / name).write_bytes(ours + b"\nimport os\n")
+    with pytest.raises(PublishError, match=r"is not the code that this version") as caught:
+        publish(result, "me/model", dry_run=True, force=True)
+    assert caught.value.where.endswith(name)
+
+
+def test_a_pipe_among_the_files_does_not_hang(result: Path) -> None:
+    (result / "report.html").unlink()
+    os.mkfifo(result / "report.html")
+    with pytest.raises(PublishError, match="is a pipe"):
+        publish(result, "me/model", dry_run=True)
+
+
 def test_a_secret_across_two_pieces_is_found(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_CHUNK", 1000)
-    monkeypatch.setattr(hub, "_OVERLAP", 64)
+    monkeypatch.setattr(credentials, "_CHUNK", 1000)
+    monkeypatch.setattr(credentials, "_OVERLAP", 64)
     for shift in (0, 10, 30):
         text = "x\n" * 490 + " " * shift + SECRET + "\n" * 3000
         (result / "tokenizer.json").write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from typing import Any, Final, Self
 import torch
 
 from prune_export.errors import CheckpointError
+from prune_export.files import open_regular
 
 _KEY: Final = "prune_export.tokens"
 _VERSION: Final = 1
@@ -76,13 +77,22 @@ class TokenSet:
         from safetensors import SafetensorError, safe_open
 
         fix = "write it again with this tool (`TokenSet.save`)"
+        open_regular(path, None, "a token set").close()
         try:
             with safe_open(path, framework="pt") as file:
                 known = json.loads((file.metadata() or {})[_KEY])
                 ids = file.get_tensor("ids")
             fingerprint, documents = str(known["fingerprint"]), tuple(known["documents"])
             provenance = dict(known["provenance"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            RecursionError,
+            OverflowError,
+        ) as error:
             raise CheckpointError(str(path), f"is not a token set: {error}", fix) from None
         if (
             ids.dtype != torch.int64

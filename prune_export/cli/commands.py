@@ -13,7 +13,7 @@ from prune_export.cli import console, options
 from prune_export.cli.listing import methods, recipes, schema
 from prune_export.cli.showing import show_plan, show_report
 from prune_export.cli.storing import store_app
-from prune_export.errors import VerifyError
+from prune_export.errors import PlanError, VerifyError
 from prune_export.units import text_from_bytes, text_from_seconds
 
 app = typer.Typer(
@@ -62,6 +62,10 @@ def run(
     ] = None,
     ignore_config_key: options.IgnoreKeys = None,
     push_to: Annotated[str | None, typer.Option(help="Publish the result to `owner/name`.")] = None,
+    publish: Annotated[
+        bool, typer.Option(help="Publish the result to where the recipe proposes.")
+    ] = False,
+    public: Annotated[bool, typer.Option(help="Create that repository as public.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only print the plan.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -81,6 +85,7 @@ def run(
     from prune_export.run import run as run_recipe
 
     loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
+    repo = _destination(loaded.publish.repo, push_to, publish=publish)
     chosen = Options(
         out=out,
         store=options.store_directory(store),
@@ -97,9 +102,12 @@ def run(
         console.print_json(result.report)
     else:
         show_report(result.report, result.out)
-    repo = push_to or loaded.publish.repo
     if repo:
-        _publish(result.out, repo, private=loaded.publish.private, force=False, quiet=quiet)
+        # The recipe's own word for it counts only where its repository was asked for.
+        open_to_all = public or (not push_to and not loaded.publish.private)
+        _publish(result.out, repo, private=not open_to_all, force=False, quiet=quiet)
+    elif loaded.publish.repo and not (quiet or json):
+        typer.echo(f"not published: the recipe proposes {loaded.publish.repo} (`--publish`)")
     if result.failed:
         gate = result.failed[0]
         raise VerifyError(
@@ -328,6 +336,25 @@ def publish(
     _publish(
         directory, repo, private=not public, force=force, quiet=quiet, dry_run=dry_run, as_json=json
     )
+
+
+def _destination(proposed: str | None, push_to: str | None, *, publish: bool) -> str | None:
+    """The repository to publish to; None unless the command line asks for it.
+
+    Raises:
+        PlanError: `--publish`, and the recipe proposes none.
+        PublishError: it is no name of a repository.
+    """
+    from prune_export.hub import check_names
+
+    repo = push_to or (proposed if publish else None)
+    if publish and repo is None:
+        raise PlanError(
+            "--publish", "the recipe proposes no repository", "write `--push-to owner/name`"
+        )
+    if repo is not None:
+        check_names(repo)
+    return repo
 
 
 def _publish(

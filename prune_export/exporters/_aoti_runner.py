@@ -2,28 +2,58 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
-from prune_export.errors import StageError
+from prune_export.errors import CheckpointError, StageError
 from prune_export.exporters._aoti_graph import Cache, empty_cache
+from prune_export.files import read_json_object
 from prune_export.machine import Machine
 
 PACKAGE: Final = "model.pt2"
 ABOUT: Final = "aoti.json"
 
 
+class _About(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    device: str
+    torch: str
+    dtype: Literal["float32", "float16", "bfloat16"]
+    cache: list[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]]
+
+
+_ABOUT: Final = TypeAdapter(_About)
+
+
+def _read_about(file: Path) -> dict[str, Any]:
+    """What `export` wrote beside the package.
+
+    Raises:
+        CheckpointError: a key is missing, or of another type.
+    """
+    about = read_json_object(file, "an engine's description")
+    try:
+        return dict(_ABOUT.validate_python(about))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"{file}  {'.'.join(map(str, first['loc']))}", first["msg"], "export the engine again"
+        ) from None
+
+
 class AotiRunner:
     """See `contracts.Runner`."""
 
     def __init__(self, path: Path, machine: Machine) -> None:
-        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+        about = _read_about(path / ABOUT)
         if about["device"] != machine.device:
             raise StageError(
                 str(path / PACKAGE),

@@ -15,13 +15,16 @@ from typing import Any, Final, Self
 import numpy as np
 
 from prune_export.contracts import Placement, Runner
+from prune_export.errors import CheckpointError
 from prune_export.exporters._ort import OrtRunner, session_for
 from prune_export.exporters._ort_providers import NAMES, Provider, placement
+from prune_export.files import read_json_object
 from prune_export.machine import Machine
 
 GRAPH: Final = "model.onnx"
 CONFIG: Final = "genai_config.json"
 PROVIDER: Final = Provider("cpu")
+_LARGEST_HEAD: Final = 65_536
 _ROOM: Final = 256  # positions by which a full cache grows
 
 
@@ -30,11 +33,33 @@ def open_runner(path: Path, machine: Machine) -> Runner:
 
     fp16 graphs have no attention that appends in place; their cache is handed on instead.
     """
-    config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    if config["search"]["past_present_share_buffer"]:
+    shared, head_size = _read_config(path)
+    if shared:
         return GenaiRunner(path, machine)
-    decoder = config["model"]["decoder"]
-    return OrtRunner(path / GRAPH, machine, provider=PROVIDER, head_size=int(decoder["head_size"]))
+    return OrtRunner(path / GRAPH, machine, provider=PROVIDER, head_size=head_size)
+
+
+def _read_config(path: Path) -> tuple[bool, int]:
+    """Whether the cache is appended to in place, and the size of a head.
+
+    Raises:
+        CheckpointError: the directory's genai_config.json does not say so, or not with such values.
+    """
+    file = path / CONFIG
+    config = read_json_object(file, "onnxruntime-genai's configuration of an engine")
+    try:
+        shared = config["search"]["past_present_share_buffer"]
+        head_size = config["model"]["decoder"]["head_size"]
+    except (KeyError, TypeError, IndexError):
+        shared = head_size = None
+    if type(shared) is not bool or type(head_size) is not int or not 0 < head_size <= _LARGEST_HEAD:
+        raise CheckpointError(
+            str(file),
+            f"got past_present_share_buffer {shared!r:.40} and head_size {head_size!r:.40}, "
+            f"expected a yes or no and a size up to {_LARGEST_HEAD}",
+            "export the engine again",
+        )
+    return shared, head_size
 
 
 class GenaiRunner:
@@ -42,8 +67,7 @@ class GenaiRunner:
 
     def __init__(self, path: Path, machine: Machine) -> None:
         self._session = session_for(path / GRAPH, machine, provider=PROVIDER)
-        decoder = json.loads((path / CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
-        self._head_size = int(decoder["head_size"])
+        self._head_size = _read_config(path)[1]
         # Blocks may have different numbers of heads.
         self._past = {
             entry.name: int(entry.shape[1])

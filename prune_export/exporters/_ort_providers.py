@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -81,6 +82,13 @@ class Profile:
             )
 
 
+_REACHES_OUT: Final = re.compile(
+    r"(?:^|_)(?:paths?|folder|files?|filename|libs?|library|plugins?|dump|prefix|bytestream|stream"
+    r"|external|ep_context)(?:_|$)"
+)
+"""Options by which a provider opens files, loads libraries, or takes addresses in memory."""
+
+
 @dataclass(frozen=True)
 class Provider:
     """A provider as an export asks for it; `auto` takes the GPU where the runtime knows it.
@@ -96,6 +104,13 @@ class Provider:
     options: Mapping[str, str | int | float | bool] | None = None
 
     def __post_init__(self) -> None:
+        for key in self.options or ():
+            if _REACHES_OUT.search(key):
+                raise PlanError(
+                    f"onnx.provider_options.{key}",
+                    "names a file, a library or an address, which a recipe or a report may not",
+                    "leave it out; engines and their caches have places of their own",
+                )
         if self.sparse and self.name != "tensorrt":
             raise PlanError(
                 "onnx.sparse",

@@ -15,6 +15,7 @@ from typing import Any, Final
 import yaml
 
 from prune_export.errors import RecipeError
+from prune_export.files import read_regular_text
 
 MAX_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 24
@@ -65,22 +66,7 @@ def read(file: Path) -> Document:
     Raises:
         RecipeError: it cannot be read, is too large, or is not plain YAML.
     """
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise RecipeError(
-                str(file),
-                f"is {file.stat().st_size:,} bytes, expected at most {MAX_BYTES:,}",
-                "a recipe is a page of text; is this the right file?",
-            )
-        text = file.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise RecipeError(
-            str(file), f"cannot be read: {error.strerror}", "check the path"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            str(file), f"is not UTF-8 (byte {error.start})", "save it as UTF-8 text"
-        ) from None
+    text = read_regular_text(file, MAX_BYTES, "a recipe, a page of text", error=RecipeError)
     return parse(text, str(file))
 
 

@@ -160,7 +160,7 @@ _SECTIONS = {
     "stages": "What is done to the checkpoint, in order: `prune`, `heal` and `search`.",
     "export": "Engines that are made of the last checkpoint.",
     "verify": "What is measured, and what must hold.",
-    "publish": "Where the result goes.",
+    "publish": "Where the result may go; nothing is uploaded unless the command line asks for it.",
 }
 
 

@@ -71,10 +71,16 @@ class Verify(Frozen):
 
 
 class Publish(Frozen):
-    """Where the result goes."""
+    """Where the result may go; only `--publish` or `--push-to` on the command line sends it."""
 
-    repo: Annotated[str | None, Field(description="`owner/name` on the Hub.")] = None
-    private: Annotated[bool, Field(description="Create it as private.")] = True
+    repo: Annotated[
+        str | None,
+        Field(description="Proposes `owner/name` on the Hub: `run --publish` uploads to it."),
+    ] = None
+    private: Annotated[
+        bool,
+        Field(description="Create it as private; `--push-to` does unless `--public` is given."),
+    ] = True
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from prune_export import registry
 from prune_export.contracts import BuildRecord, Runner
 from prune_export.errors import CheckpointError, VerifyError
+from prune_export.files import open_regular
 from prune_export.machine import Machine
 from prune_export.verify.pytorch import PyTorch
 
@@ -94,6 +95,7 @@ class Engine:
                 "with the store at hand",
                 "pass `--trust-engine` if you trust whoever made it, or export it again",
             )
+        _refuse_special(self.path)
         runner: Runner = self._entry.open(self.path, machine)
         return runner
 
@@ -115,3 +117,16 @@ class Engine:
             data["weight_bytes"],
             data["trusted"],
         )
+
+
+def _refuse_special(directory: Path) -> None:
+    """Refuses an engine's or a checkpoint's directory with a pipe, a device or a socket in it.
+
+    Engines are opened by libraries that read whatever stands under a name, for ever if need be.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    for file in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if not file.is_dir():
+            open_regular(file, None, "a file of an engine").close()

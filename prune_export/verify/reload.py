@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from prune_export.arch.table import tables
+from prune_export.checkpoint.config import read_config
 from prune_export.errors import VerifyError
+from prune_export.files import CARD_BYTES, read_regular
 from prune_export.machine import Machine
 from prune_export.modeling import FOLDER
 from prune_export.progress import Progress, Silent
@@ -72,13 +74,13 @@ def measure_reload(
 
 def _brings_our_code(checkpoint: Path) -> bool:
     """Whether its model type is one of ours, and all code in it is our own file for that type."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = read_config(checkpoint)
     table = tables().get(config["model_type"])
     bundled = table.bundled if table else None
     if bundled is None:
         return False
     ours = {name: (FOLDER / name).read_bytes() for name in bundled.files}
-    found = {file.name: file.read_bytes() for file in checkpoint.glob("*.py")}
+    found = {file.name: read_regular(file, CARD_BYTES, "code") for file in checkpoint.glob("*.py")}
     return found == ours and config.get("auto_map") == bundled.auto_map()
 
 

@@ -120,7 +120,7 @@ def test_a_made_up_cache_whose_blobs_lead_elsewhere_is_refused(
         (lambda place: place.symlink_to("/tmp"), "outside the model's directory"),
         (os.mkfifo, "is a pipe"),
         (Path.mkdir, "is a directory"),
-        (lambda place: os.truncate(_made(place), 200_000_000), "expected a file of the tokenizer"),
+        (lambda place: os.truncate(_made(place), 200_000_000), "for a file of the tokenizer"),
     ],
 )  # fmt: skip
 def test_what_is_no_file_is_refused_at_once(

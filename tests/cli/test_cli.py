@@ -140,6 +140,44 @@ def test_plan_run_and_store(cli: Any, tiny_llama: Path, recipe: Path, tmp_path: 
     assert json.loads(cli("publish", out, "--repo", "a/b", "--dry-run", "--json")[1])
 
 
+def test_a_recipe_alone_never_publishes(
+    cli: Any, tiny_llama: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def upload(directory: Path, repo: str, *, private: bool, **_: object) -> str:
+        asked.append((repo, private))
+        return f"published {repo}"
+
+    monkeypatch.setattr("prune_export.hub.publish", upload)  # the Hub is another machine
+    proposing = DEEPEST + "publish: {repo: stranger/model, private: false}\n"
+    recipe.write_text(proposing, encoding="utf-8")
+    run = ("run", recipe, "-m", tiny_llama, "-o", tmp_path / "out", "--store", tmp_path / "store")
+    status, shown, said = cli(*run)
+    assert status == 0, said
+    assert not asked and "not published: the recipe proposes stranger/model" in shown
+    assert cli(*run, "--push-to", "me/model", "-q")[0] == 0
+    assert cli(*run, "--push-to", "me/model", "--public", "-q")[0] == 0
+    assert cli(*run, "--publish", "-q")[0] == 0
+    assert asked == [("me/model", True), ("me/model", False), ("stranger/model", False)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--publish",), "the recipe proposes no repository"),
+        (("--push-to", "model"), "is not a repository id"),
+    ],
+)
+def test_a_wrong_destination_is_refused_before_any_work(
+    cli: Any, recipe: Path, tiny_llama: Path, tmp_path: Path, flags: tuple[str, ...], says: str
+) -> None:
+    status, _, said = cli("run", recipe, "-m", tiny_llama, "-o", tmp_path / "out", *flags,
+                          "--store", tmp_path / "store")  # fmt: skip
+    assert status != 0 and says in said
+    assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()
+
+
 def test_a_failed_gate_is_exit_1_and_keeps_the_result(
     cli: Any, tiny_llama: Path, corpus: Path, tmp_path: Path
 ) -> None:

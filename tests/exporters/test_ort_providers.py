@@ -234,6 +234,22 @@ def test_sparse_kernels_are_tensorrts_alone(name: Any) -> None:
 def test_options_need_their_provider_and_a_profile_must_hold_its_prompt() -> None:
     with pytest.raises(PlanError, match="write which provider they are for"):
         Onnx(provider_options={"device_id": 1})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["trt_extra_plugin_lib_paths", "trt_engine_cache_path", "trt_onnx_model_folder_path",
+     "trt_dump_subgraphs", "gpu_external_alloc", "user_compute_stream", "trt_onnx_bytestream",
+     "trt_ep_context_file_path", "nv_runtime_cache_path"],
+)  # fmt: skip
+def test_options_that_reach_out_of_the_runtime_are_refused(key: str) -> None:
+    with pytest.raises(PlanError, match="names a file, a library or an address"):
+        Onnx(provider="tensorrt", provider_options={key: "x"})
+
+
+def test_other_options_of_a_provider_pass() -> None:
+    options = {"trt_max_workspace_size": 1, "device_id": 0, "cudnn_conv_algo_search": "HEURISTIC"}
+    assert Onnx(provider="tensorrt", provider_options=options).provider_options == options
     with pytest.raises(PlanError, match="write `length: 512` or more"):
         Profile(prompt=512, length=100)
 
