@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
+from prune_export.calibrate import Tokenizer
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
 from prune_export.verify.engine import Engine
@@ -68,6 +71,22 @@ def measure_generation(
     cut = [_until(tokens, ends) for tokens in said]
     texts = [str(spoken.decode(tokens, skip_special_tokens=True)) for tokens in cut]
     return judge(name, prompts, cut, texts)
+
+
+def refuse_unknown_prompts(tokenizer: Path, vocabulary: int) -> None:
+    """Refuses a tokenizer whose prompts hold a token that a model with `vocabulary` ids lacks.
+
+    Raises:
+        PlanError: a token was added, and the embedding not resized.
+    """
+    try:
+        found = Tokenizer.load(tokenizer)
+        fed = [_encoded(found.backend, prompt) for prompt in PROMPTS]
+    except Exception:
+        # Not about ids: whatever is wrong with it, those who need it say so.
+        return
+    everything = np.array([token for prompt in fed for token in prompt])
+    found.refuse_unknown(everything, vocabulary, "verify.generation  a prompt")
 
 
 def judge(
