@@ -40,7 +40,7 @@ from prune_export.calibrate.sites import (
 )
 from prune_export.calibrate.statistics import Collector, Further, Scope, Statistic
 from prune_export.calibrate.stream import gather, refuse_unknown
-from prune_export.calibrate.tokenizer import Tokenizer
+from prune_export.calibrate.tokenizer import Tokenizer, refuse_unknown_tokens
 from prune_export.calibrate.tokens import TokenSet
 from prune_export.calibrate.view import Engines, Means, ModelView
 
@@ -100,6 +100,7 @@ __all__ = [
     "pass_cost",
     "refuse_short",
     "refuse_unknown",
+    "refuse_unknown_tokens",
     "refuse_unreadable",
     "sites_of",
     "spooled_bytes",

@@ -18,7 +18,7 @@ from prune_export.calibrate.conversations import Conversation
 from prune_export.calibrate.data_files import inside, local_files
 from prune_export.calibrate.documents import Text, hash_of, hub_revision, hub_texts, local_texts
 from prune_export.calibrate.packing import Windows
-from prune_export.calibrate.tokenizer import Tokenizer
+from prune_export.calibrate.tokenizer import Tokenizer, refuse_unknown_tokens
 from prune_export.calibrate.tokens import TokenSet
 from prune_export.errors import PlanError
 from prune_export.files import shown
@@ -99,7 +99,7 @@ def refuse_short(
         first = _First(most)
         texts = first.of(reader.kept(empty=source.packing == "stream"))
         made = _windows(source, texts, found, pool if documents else needed)
-        found.refuse_unknown(made.ids, vocabulary, f"data  {_named(source)}")
+        refuse_unknown_tokens(found.backend, made.ids, vocabulary, f"data  {_named(source)}")
         if len(made.ids) >= needed:
             sure = first.whole or source.packing == "stream"
             return frozenset(made.documents) if documents and sure else frozenset()
@@ -183,7 +183,7 @@ def _tokenised(
     kept = reader.kept(empty=how == "stream")
     found = _windows(source, kept, tokenizer, pool)
     _refuse_few(source, found, reader)
-    tokenizer.refuse_unknown(found.ids, vocabulary, f"data  {_named(source)}")
+    refuse_unknown_tokens(tokenizer.backend, found.ids, vocabulary, f"data  {_named(source)}")
     origin |= {"documents_read": reader.read, "documents_excluded": reader.excluded}
     origin["windows_available"] = found.available
     origin |= _protocol(source, tokenizer, conversations=reader.conversations)

@@ -100,22 +100,25 @@ class Tokenizer:
                 said = None if said is None else said[len(self.prefix) :]
             yield Document(name, ids, said)
 
-    def refuse_unknown(self, ids: np.ndarray, vocabulary: int | None, where: str) -> None:
-        """Refuses ids that the embedding of a model with `vocabulary` rows does not have.
 
-        Raises:
-            PlanError: there is one; a token was added, and the embedding was not resized.
-        """
-        last = int(ids.max()) if ids.size else -1
-        if vocabulary is not None and last >= vocabulary:
-            name = self.backend.convert_ids_to_tokens(last)
-            raise PlanError(
-                where,
-                f"holds the token {name!r} with id {last}, but the model's embedding has only "
-                f"{vocabulary} rows",
-                "resize the embedding (`model.resize_token_embeddings(len(tokenizer))`) and save "
-                "the model again, or take the added token out of the tokenizer",
-            )
+def refuse_unknown_tokens(
+    backend: Any, ids: np.ndarray, vocabulary: int | None, where: str
+) -> None:
+    """Refuses ids that the embedding of a model with `vocabulary` rows does not have.
+
+    Raises:
+        PlanError: there is one; a token was added, and the embedding was not resized.
+    """
+    last = int(ids.max()) if ids.size else -1
+    if vocabulary is not None and last >= vocabulary:
+        name = backend.convert_ids_to_tokens(last)
+        raise PlanError(
+            where,
+            f"holds the token {name!r} with id {last}, but the model's embedding has only "
+            f"{vocabulary} rows",
+            "resize the embedding (`model.resize_token_embeddings(len(tokenizer))`) and save the "
+            "model again, or take the added token out of the tokenizer",
+        )
 
 
 def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from prune_export.calibrate import Tokenizer
+from prune_export.calibrate import Tokenizer, refuse_unknown_tokens
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
 from prune_export.verify.engine import Engine
@@ -66,6 +66,7 @@ def measure_generation(
         (progress or Silent()).task(f"generation of {name}", steps) as task,
         Session(engine, machine) as session,
     ):
+        _refuse_unknown(spoken, fed, session.ready())
         said = session.continuations(fed, new, task)
     ends = {spoken.eos_token_id, *_ends(tokenizer)}
     cut = [_until(tokens, ends) for tokens in said]
@@ -80,13 +81,17 @@ def refuse_unknown_prompts(tokenizer: Path, vocabulary: int) -> None:
         PlanError: a token was added, and the embedding not resized.
     """
     try:
-        found = Tokenizer.load(tokenizer)
-        fed = [_encoded(found.backend, prompt) for prompt in PROMPTS]
+        backend = Tokenizer.load(tokenizer).backend
+        fed = [_encoded(backend, prompt) for prompt in PROMPTS]
     except Exception:
         # Not about ids: whatever is wrong with it, those who need it say so.
         return
-    everything = np.array([token for prompt in fed for token in prompt])
-    found.refuse_unknown(everything, vocabulary, "verify.generation  a prompt")
+    _refuse_unknown(backend, fed, vocabulary)
+
+
+def _refuse_unknown(backend: Any, fed: Sequence[Sequence[int]], vocabulary: int) -> None:
+    every = np.array([token for prompt in fed for token in prompt], np.int64)
+    refuse_unknown_tokens(backend, every, vocabulary, "verify.generation  prompts")
 
 
 def judge(

@@ -145,7 +145,7 @@ def test_broken_gzip_is_named_by_file_and_line(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize("half", ["\\ud800", "x\\udfff", "\\udc00\\ud800"])
 def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, half: str) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "w1"}\n{"text": "%s"}\n' % half)
+    file.write_text('{"text": "w1"}\n{"text": "HALF"}\n'.replace("HALF", half))
     assert "a.jsonl:2\n  holds \\ud" in refusal(file)
     file.write_text('{"text": "\\ud83d\\ude00"}\n')
     assert read(file) == ["😀"]
