@@ -207,7 +207,7 @@ def test_what_a_template_cannot_do_is_said(tmp_path: Path) -> None:
 def test_code_in_a_template_is_not_run(tmp_path: Path) -> None:
     attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     tokenizer = saved(tmp_path / "t", attack)
-    with pytest.raises(PlanError, match="refuses these messages.*unsafe"):
+    with pytest.raises(PlanError, match=r"refuses these messages.*unsafe"):
         token_set(written(tmp_path, *TWO), tokenizer, tmp_path)
 
 
