@@ -5,7 +5,13 @@ from prune_export.calibrate.block_influence import BlockInfluence
 from prune_export.calibrate.bypass import OUTPUTS, Part, Unit
 from prune_export.calibrate.bypass_loss import BypassLoss, BypassLosses
 from prune_export.calibrate.cost import PassCost, block_bytes, parked_bytes, pass_cost
-from prune_export.calibrate.data import Tokenizer, refuse_short, token_set
+from prune_export.calibrate.data import (
+    changed_since_first,
+    refuse_short,
+    refuse_unreadable,
+    token_set,
+)
+from prune_export.calibrate.data_files import inside, local_files
 from prune_export.calibrate.dense_stream import DENSE_STATES, added_times, has_target
 from prune_export.calibrate.edit_block import Edited, Editor
 from prune_export.calibrate.edit_stream import Order, Swept, sweep
@@ -33,7 +39,8 @@ from prune_export.calibrate.sites import (
     sites_of,
 )
 from prune_export.calibrate.statistics import Collector, Further, Scope, Statistic
-from prune_export.calibrate.stream import gather
+from prune_export.calibrate.stream import gather, refuse_unknown
+from prune_export.calibrate.tokenizer import Tokenizer, refuse_unknown_tokens
 from prune_export.calibrate.tokens import TokenSet
 from prune_export.calibrate.view import Engines, Means, ModelView
 
@@ -79,16 +86,22 @@ __all__ = [
     "added_times",
     "as_matrix",
     "block_bytes",
+    "changed_since_first",
     "gather",
     "gradients",
     "has_target",
     "inputs_last",
     "inputs_of",
+    "inside",
     "linears",
+    "local_files",
     "native_dtype",
     "parked_bytes",
     "pass_cost",
     "refuse_short",
+    "refuse_unknown",
+    "refuse_unknown_tokens",
+    "refuse_unreadable",
     "sites_of",
     "spooled_bytes",
     "sweep",

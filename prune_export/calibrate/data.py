@@ -6,35 +6,27 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from prune_export.calibrate import packing
-from prune_export.calibrate.documents import (
-    hash_of,
-    hub_revision,
-    hub_texts,
-    inside,
-    local_files,
-    local_texts,
-)
-from prune_export.calibrate.packing import Document, Ids, Windows
+from prune_export.calibrate import decoding, packing
+from prune_export.calibrate.conversations import Conversation
+from prune_export.calibrate.data_files import inside, local_files
+from prune_export.calibrate.documents import Text, hash_of, hub_revision, hub_texts, local_texts
+from prune_export.calibrate.packing import Windows
+from prune_export.calibrate.tokenizer import Tokenizer, refuse_unknown_tokens
 from prune_export.calibrate.tokens import TokenSet
 from prune_export.errors import PlanError
+from prune_export.files import shown
 from prune_export.progress import Progress, Silent, SilentTask, Task
 from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
 
 POOL: Final = 10_000
 """Local text is read up to this many windows, or as many as are wanted; then some are drawn."""
-
-VOCABULARIES: Final = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
-    "tekken.json", "sentencepiece.bpe.model",
-)  # fmt: skip
-"""Files of which a tokenizer has one at least, and which say what ids a text has."""
 
 READ: Final = 4_000_000
 """Characters of a source that are read at most to see whether it has enough: a few seconds."""
@@ -45,8 +37,6 @@ _LONG_TOKEN: Final = 5
 _FURTHER: Final = 8
 """How many times as much is read where that was not enough: documents are short, or left out."""
 
-_BATCH_CHARACTERS: Final = 1_000_000
-
 
 def token_set(
     source: Source,
@@ -54,21 +44,24 @@ def token_set(
     root: Path,
     *,
     exclude: frozenset[str] = frozenset(),
+    vocabulary: int | None = None,
     progress: Progress | None = None,
 ) -> TokenSet:
     """The windows that a source describes; the same files and seed give the same set.
 
     `tokenizer` is a directory that holds one, `root` what relative paths start from. Documents
     whose hash is in `exclude` are left out: so text for healing never overlaps the evaluation's.
+    `vocabulary` is how many ids the model knows.
 
     Raises:
-        PlanError: a path leaves `root`, text is missing or too short, or the Hub is unreachable.
+        PlanError: a path leaves `root`, text is missing, too short or no text, the Hub is
+            unreachable, or a token is none of the model's.
         MissingExtra: the source needs an optional package.
     """
     if isinstance(source, TokenFile):
-        return _saved(source, root, exclude)
+        return _saved(source, root, exclude, vocabulary)
     with (progress or Silent()).task("Tokenising") as task:
-        return _tokenised(source, tokenizer, root, exclude, task)
+        return _tokenised(source, tokenizer, root, exclude, vocabulary, task)
 
 
 def refuse_short(
@@ -79,6 +72,7 @@ def refuse_short(
     exclude: frozenset[str] = frozenset(),
     documents: bool = False,
     least: int = 1,
+    vocabulary: int | None = None,
 ) -> frozenset[str]:
     """Refuses text or tokens that hold too few windows, reading no more than it takes to see.
 
@@ -90,21 +84,22 @@ def refuse_short(
         PlanError: as `token_set` does.
     """
     if isinstance(source, TokenFile):
-        return frozenset(_saved(source, root, exclude, least).documents)
+        return frozenset(_saved(source, root, exclude, vocabulary, least).documents)
     found = Tokenizer.load(tokenizer)
     _refuse_no_room(source, found)
-    files = local_files(source, root)
+    files = _seen(source, root)
     needed = source.samples or least
     pool = None if source.samples is None else max(needed, POOL)
     read_all = documents and not (source.packing == "stream" and source.samples)
     most = READ if read_all else min(READ, _LONG_TOKEN * needed * source.length)
-    if needed * source.length > READ and _is_long(local_texts(files, source.column)):
+    if needed * source.length > READ and _is_long(local_texts(files, source)):
         return frozenset()
     while True:
-        reader = _Reader(local_texts(files, source.column), exclude, SilentTask())
+        reader = _Reader(local_texts(files, source), exclude, SilentTask())
         first = _First(most)
         texts = first.of(reader.kept(empty=source.packing == "stream"))
         made = _windows(source, texts, found, pool if documents else needed)
+        refuse_unknown_tokens(found.backend, made.ids, vocabulary, f"data  {_named(source)}")
         if len(made.ids) >= needed:
             sure = first.whole or source.packing == "stream"
             return frozenset(made.documents) if documents and sure else frozenset()
@@ -115,11 +110,46 @@ def refuse_short(
         most = min(READ, _FURTHER * most)
 
 
+def refuse_unreadable(source: LocalText, root: Path) -> None:
+    """Refuses local files that are not there or are no text, where there is no tokenizer yet.
+
+    Raises:
+        PlanError: as `token_set` does, of the beginning of each file and the first document.
+    """
+    next(local_texts(_seen(source, root), source), None)
+
+
+def changed_since_first(source: Source, tokenizer: Path, root: Path) -> bool:
+    """Whether this source gives other tokens than the first version of this package gave.
+
+    That had a byte order mark in the text, and no prefix but in the first window of a stream.
+    """
+    if isinstance(source, TokenFile):
+        return False
+    if source.packing == "stream" and source.prefix == "every" and Tokenizer.load(tokenizer).prefix:
+        return True
+    return isinstance(source, LocalText) and any(
+        decoding.marked(file)
+        for file in local_files(source, root)
+        if file.name.endswith((".txt", ".txt.gz"))
+    )
+
+
+def _seen(source: LocalText, root: Path) -> list[Path]:
+    """The files of a source, each of which begins as text in the source's encoding does."""
+    files = local_files(source, root)
+    for file in files:
+        if not file.name.endswith(".parquet"):
+            decoding.refuse_no_text(file, source.encoding)
+    return files
+
+
 def _tokenised(
     source: HubDataset | LocalText,
     directory: Path,
     root: Path,
     exclude: frozenset[str],
+    vocabulary: int | None,
     task: Task,
 ) -> TokenSet:
     how = source.packing or "packed"
@@ -146,17 +176,36 @@ def _tokenised(
     else:
         files = local_files(source, root)
         origin["files"] = {str(file.relative_to(root)): _sha256(file) for file in files}
-        texts = local_texts(files, source.column)
+        texts = local_texts(files, source)
         pool = None if pool is None else max(pool, POOL)
     reader = _Reader(texts, exclude, task)
     # Empty lines count in a stream: WikiText's protocol joins them too.
     kept = reader.kept(empty=how == "stream")
     found = _windows(source, kept, tokenizer, pool)
     _refuse_few(source, found, reader)
+    refuse_unknown_tokens(tokenizer.backend, found.ids, vocabulary, f"data  {_named(source)}")
     origin |= {"documents_read": reader.read, "documents_excluded": reader.excluded}
     origin["windows_available"] = found.available
+    origin |= _protocol(source, tokenizer, conversations=reader.conversations)
     documents = tuple(hash_ for hash_ in found.documents if hash_ != hash_of(""))
-    return TokenSet.of(torch.from_numpy(found.ids.astype(np.int64)), documents, origin)
+    counted = None if found.counted is None else torch.from_numpy(found.counted)
+    return TokenSet.of(torch.from_numpy(found.ids.astype(np.int64)), documents, origin, counted)
+
+
+def _protocol(
+    source: HubDataset | LocalText, tokenizer: Tokenizer, *, conversations: bool
+) -> dict[str, Any]:
+    """What is to be known of the windows beyond the keys that every set has."""
+    found: dict[str, Any] = {}
+    if isinstance(source, LocalText) and source.encoding:
+        found["encoding"] = source.encoding
+    if conversations:
+        template = str(tokenizer.backend.get_chat_template())
+        found["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+        found["loss_on"] = source.loss_on
+    elif source.packing == "stream" and tokenizer.prefix:
+        found["prefix"] = f"{source.prefix} window"
+    return found
 
 
 def _refuse_no_room(source: HubDataset | LocalText, tokenizer: Tokenizer) -> None:
@@ -181,13 +230,33 @@ def _refuse_few(
 
 def _windows(
     source: HubDataset | LocalText,
-    texts: Iterator[tuple[str, str]],
+    texts: Iterator[tuple[str, Text]],
     tokenizer: Tokenizer,
     pool: int | None,
 ) -> Windows:
-    if source.packing == "stream":
-        return packing.stream(texts, tokenizer.text, length=source.length, samples=source.samples)
-    documents = tokenizer.documents(texts)
+    first = next(texts, None)
+    given: Iterator[tuple[str, Any]] = texts if first is None else chain([first], texts)
+    stream, talk = source.packing == "stream", first and isinstance(first[1], Conversation)
+    if talk:
+        only = source.loss_on == "assistant"
+        documents = tokenizer.conversations(given, assistant_only=only)
+    elif first and source.loss_on != "all":
+        raise PlanError(
+            f"data  {_named(source)}",
+            f"holds text, and `loss_on: {source.loss_on}` is for conversations",
+            "leave `loss_on` out, or give a column `messages`",
+        )
+    elif stream:
+        return packing.stream(
+            given,
+            tokenizer.text,
+            length=source.length,
+            samples=source.samples,
+            prefix=tokenizer.prefix,
+            prefix_each=source.prefix == "every",
+        )
+    else:
+        documents = tokenizer.documents(given)
     if source.packing == "windows":
         return packing.windows(
             documents,
@@ -201,10 +270,11 @@ def _windows(
         documents,
         length=source.length,
         samples=source.samples,
-        pool=pool,
-        seed=source.seed,
+        pool=source.samples if stream else pool,
+        seed=None if stream else source.seed,
         prefix=tokenizer.prefix,
-        separator=tokenizer.separator,
+        # A chat template says itself how a turn ends.
+        separator=() if talk else tokenizer.separator,
     )
 
 
@@ -212,16 +282,30 @@ def _windows(
 class _Reader:
     """Counts documents while it hands them on."""
 
-    texts: Iterable[str]
+    texts: Iterable[Text]
     exclude: frozenset[str]
     task: Task
     read: int = field(default=0, init=False)
     excluded: int = field(default=0, init=False)
+    conversations: bool = field(default=False, init=False)
 
-    def kept(self, *, empty: bool) -> Iterator[tuple[str, str]]:
-        """(hash, text) of each document that is not excluded; `empty` keeps empty ones."""
-        for text in self.texts:
-            if not text.strip():
+    def kept(self, *, empty: bool) -> Iterator[tuple[str, Text]]:
+        """(hash, text) of each document that is not excluded; `empty` keeps empty ones.
+
+        Raises:
+            PlanError: some are text and others conversations.
+        """
+        for number, text in enumerate(self.texts):
+            talk = isinstance(text, Conversation)
+            if number and talk != self.conversations:
+                raise PlanError(
+                    text.where if isinstance(text, Conversation) else f"data  document {number}",
+                    "is a conversation, and the ones before it are text" if talk
+                    else "is text, and the ones before it are conversations",
+                    "give each kind a source of its own",
+                )  # fmt: skip
+            self.conversations = talk
+            if isinstance(text, str) and not text.strip():
                 if empty:
                     yield hash_of(""), text
                 continue
@@ -238,121 +322,37 @@ class _Reader:
 class _First:
     """The first `left` characters of texts, the last text cut; `whole` says that it was them all.
 
-    A text that is cut keeps its hash.
+    A text that is cut keeps its hash; a conversation is not cut.
     """
 
     left: int
     whole: bool = field(default=True, init=False)
 
-    def of(self, texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    def of(self, texts: Iterable[tuple[str, Text]]) -> Iterator[tuple[str, Text]]:
         for name, text in texts:
             self.whole = len(text) <= self.left
             if self.whole or self.left:
-                yield name, text[: self.left]
+                yield name, text if isinstance(text, Conversation) else text[: self.left]
             if not self.whole:
                 return
             self.left -= len(text)
 
 
-def _is_long(texts: Iterable[str]) -> bool:
+def _is_long(texts: Iterable[Text]) -> bool:
     """Whether texts have more than `READ` characters."""
     first = _First(READ)
     deque(first.of(("", text) for text in texts), maxlen=0)
     return not first.whole
 
 
-@dataclass(frozen=True)
-class Tokenizer:
-    """A model's tokenizer: `prefix` is what it puts before any text, `separator` its end of text.
-
-    `hash` tells two tokenizers apart: a sha256 of its vocabulary and rules.
-    """
-
-    backend: Any
-    prefix: tuple[int, ...]
-    separator: tuple[int, ...]
-    hash: str
-
-    @staticmethod
-    def lies_in(directory: Path) -> bool:
-        """Whether a directory holds a tokenizer of any kind."""
-        return any((directory / name).is_file() for name in VOCABULARIES)
-
-    @staticmethod
-    def load(directory: Path) -> Tokenizer:
-        """The tokenizer of a model directory; no code from it is run.
-
-        Raises:
-            PlanError: there is none, or transformers cannot read it.
-        """
-        from transformers import AutoTokenizer
-
-        try:
-            backend = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
-            # tokenizers raises bare Exception on a broken file; AutoTokenizer many kinds.
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise PlanError(
-                f"{directory}  tokenizer",
-                f"cannot be read: {reason:.300}",
-                "copy tokenizer.json and tokenizer_config.json of the model into its directory",
-            ) from error
-        return Tokenizer(
-            backend,
-            _prefix(backend),
-            () if backend.eos_token_id is None else (int(backend.eos_token_id),),
-            _tokenizer_hash(directory),
-        )
-
-    def text(self, text: str) -> Ids:
-        """One text's ids, with what the tokenizer adds to any text in front."""
-        plain = self.backend(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.asarray([*self.prefix, *plain], np.int32)
-
-    def documents(self, texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
-        """Each text's ids, nothing added, tokenised in batches."""
-        for batch in _batches(texts):
-            encoded = self.backend(
-                [text for _, text in batch], add_special_tokens=False, verbose=False
-            )["input_ids"]
-            for (name, _), ids in zip(batch, encoded, strict=True):
-                yield Document(name, np.asarray(ids, np.int32))
-
-
-def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch: list[tuple[str, str]] = []
-    characters = 0
-    for item in texts:
-        batch.append(item)
-        characters += len(item[1])
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _prefix(backend: Any) -> tuple[int, ...]:
-    plain = backend("a", add_special_tokens=False)["input_ids"]
-    full = backend("a")["input_ids"]
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return tuple(int(id_) for id_ in full[:start])
-    return ()
-
-
-def _tokenizer_hash(directory: Path) -> str:
-    digest = hashlib.sha256()
-    for name in VOCABULARIES:
-        if (directory / name).is_file():
-            digest.update(name.encode() + b"\0" + bytes.fromhex(_sha256(directory / name)))
-    return digest.hexdigest()
-
-
-def _saved(source: TokenFile, root: Path, exclude: frozenset[str], least: int = 1) -> TokenSet:
-    where = f"data tokens  {source.tokens}"
+def _saved(
+    source: TokenFile,
+    root: Path,
+    exclude: frozenset[str],
+    vocabulary: int | None = None,
+    least: int = 1,
+) -> TokenSet:
+    where = f"data tokens  {shown(source.tokens)}"
     found = TokenSet.load(inside(root, source.tokens, where)[0])
     shared = exclude.intersection(found.documents)
     if shared:
@@ -371,13 +371,28 @@ def _saved(source: TokenFile, root: Path, exclude: frozenset[str], least: int = 
             if found.samples >= least
             else "make the token file of more text",
         )
+    last = int(found.ids.max()) if found.ids.numel() else -1
+    if vocabulary is not None and last >= vocabulary:
+        raise PlanError(
+            where,
+            f"holds token id {last}, but the model's embedding has only {vocabulary} rows",
+            "make the tokens with this model's tokenizer, or resize the embedding",
+        )
     if (samples, source.length) == (found.samples, found.length):
         return found
+    counted = None if found.counted is None else found.counted[:samples, : source.length]
+    if counted is not None and not bool(counted[:, 1:].any(dim=1).all()):
+        raise PlanError(
+            where,
+            f"has windows in whose first {source.length} tokens the assistant says nothing",
+            f"write `length: {found.length}`, or make the token file again with this length",
+        )
     return TokenSet.of(
         found.ids[:samples, : source.length],
         found.documents,
         {"cut_from": found.fingerprint, "samples": samples, "length": source.length}
         | {"origin": dict(found.provenance)},
+        counted,
     )
 
 

@@ -1,90 +1,52 @@
-"""Texts from local files and from Hub datasets, one document at a time, in a fixed order."""
+"""Texts and conversations from local files and Hub datasets, one document at a time, in order."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
+from prune_export.calibrate.conversations import Conversation, conversation_of, kind_of
+from prune_export.calibrate.decoding import LONGEST_DOCUMENT_BYTES, lines, whole
 from prune_export.errors import MissingExtra, PlanError, did_you_mean
-from prune_export.recipe.sources import HubDataset, LocalText
+from prune_export.files import open_regular
+from prune_export.recipe.sources import CONVERSATIONS, HubDataset, LocalText
 
-LONGEST_DOCUMENT_BYTES: Final = 256 * 1024**2
-"""No honest document is longer; a file that is would otherwise fill the memory."""
-
-SUFFIXES: Final = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 SHUFFLE_BUFFER: Final = 10_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HALF_A_PAIR: Final = re.compile("[\ud800-\udfff]")
+
+Text = str | Conversation
 
 
-def hash_of(text: str) -> str:
+def hash_of(text: Text) -> str:
     """A document's hash: the first 16 hex digits of its text's sha256."""
+    if isinstance(text, Conversation):
+        return text.hash
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def inside(root: Path, pattern: str, where: str) -> list[Path]:
-    """The files below `root` that a relative path or glob names, sorted.
-
-    Raises:
-        PlanError: it leaves `root`, by itself or through a link, or names nothing.
-    """
-    parts = Path(pattern).parts
-    leaves = f"`{pattern}` leaves the data directory"
-    fix = "name a relative path below the data directory (`--data-root` moves it)"
-    if Path(pattern).is_absolute() or ".." in parts or not parts:
-        raise PlanError(where, leaves, fix)
-    found = sorted(path for path in root.glob(pattern) if path.is_file())
-    for path in found:
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise PlanError(where, f"{leaves}: {path.relative_to(root)} is a link out of it", fix)
-    if not found:
-        raise PlanError(where, f"`{pattern}` names no file", "check the path and the spelling")
-    return found
-
-
-def local_files(source: LocalText, root: Path) -> list[Path]:
-    """The files of a source, each once, in the order of its patterns.
-
-    Raises:
-        PlanError: a pattern leaves `root` or names nothing, or a file has another format.
-    """
-    found: dict[Path, None] = {}
-    for pattern in source.files:
-        found |= dict.fromkeys(inside(root, pattern, f"data files  {pattern}"))
-    for path in found:
-        if not path.name.endswith(SUFFIXES):
-            raise PlanError(
-                f"data files  {path.name}",
-                f"has another format, expected one of {', '.join(SUFFIXES)}",
-                'convert it to JSON lines: one {"text": …} a line',
-            )
-    return list(found)
-
-
-def local_texts(files: Iterable[Path], column: str) -> Iterator[str]:
+def local_texts(files: Iterable[Path], source: LocalText) -> Iterator[Text]:
     """The documents of local files: a text file is one, a line or row of the others is one.
 
     Raises:
-        PlanError: a line is not JSON, or has no text in `column`.
+        PlanError: a file cannot be read or is not text, or a line or row holds something else.
     """
     for path in files:
         if path.name.endswith(".parquet"):
-            yield from _parquet_texts(path, column)
+            yield from _parquet_texts(path, source.column)
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _json_texts(path, column)
+            yield from _json_texts(path, source.column, source.encoding)
         else:
-            with _opened(path) as file:
-                yield _bounded(file.read(LONGEST_DOCUMENT_BYTES + 1), path).decode(
-                    "utf-8", "replace"
-                )
+            text = whole(path, source.encoding)
+            _refuse_half_pairs(text, f"data files  {path.name}")
+            yield text
 
 
-def hub_texts(source: HubDataset, revision: str, *, shuffle: bool) -> Iterator[str]:
+def hub_texts(source: HubDataset, revision: str, *, shuffle: bool) -> Iterator[Text]:
     """The documents of a Hub dataset at a commit, streamed.
 
     Raises:
@@ -99,8 +61,8 @@ def hub_texts(source: HubDataset, revision: str, *, shuffle: bool) -> Iterator[s
         )
         if shuffle:
             rows = rows.shuffle(seed=source.seed, buffer_size=SHUFFLE_BUFFER)
-        for row in rows:
-            yield _text_of(row, source.column, where)
+        for number, row in enumerate(rows):
+            yield text_of(row, source.column, f"{where}  row {number}")
     except PlanError:
         raise
     except Exception as error:
@@ -151,62 +113,108 @@ def _datasets() -> Any:
     return datasets
 
 
-def _parquet_texts(path: Path, column: str) -> Iterator[str]:
+def _parquet_texts(path: Path, column: str) -> Iterator[Text]:
     try:
+        import pyarrow as pa
         import pyarrow.parquet as parquet
     except ImportError:
         raise MissingExtra.of(f"data files  {path.name}", "pyarrow", "data") from None
     where = f"data files  {path.name}"
+    row = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise PlanError(
-                    where,
-                    f"has no column `{column}`",
-                    did_you_mean(column, file.schema_arrow.names),
-                )
+        with (
+            open_regular(path, None, "Parquet", error=PlanError) as stream,
+            parquet.ParquetFile(stream) as file,
+        ):
+            _refuse_no_column(file.schema_arrow.names, column, where)
             for batch in file.iter_batches(batch_size=256, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    yield _text_of({column: text}, column, where)
-    except (OSError, ValueError) as error:
-        raise PlanError(where, f"is not Parquet: {error}", "write the file again") from None
-
-
-def _json_texts(path: Path, column: str) -> Iterator[str]:
-    with _opened(path) as file:
-        number = 0
-        while line := file.readline(LONGEST_DOCUMENT_BYTES + 1):
-            number += 1
-            if not _bounded(line, path).strip():
-                continue
-            where = f"data files  {path.name}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise PlanError(
-                    where, f"is not JSON: {error}", 'write one {"text": …} a line'
-                ) from None
-            yield _text_of(row, column, where)
-
-
-def _text_of(row: Any, column: str, where: str) -> str:
-    if isinstance(row, Mapping) and isinstance(row.get(column), str):
-        return str(row[column])
-    known = [str(key) for key in row] if isinstance(row, Mapping) else []
-    raise PlanError(where, f"has no text in `{column}`", did_you_mean(column, known))
-
-
-def _opened(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.open(path, "rb"))  # type: ignore[type-var,return-value]
-    return path.open("rb")
-
-
-def _bounded(data: bytes, path: Path) -> bytes:
-    if len(data) > LONGEST_DOCUMENT_BYTES:
+                for value in batch.column(0):
+                    row += 1
+                    yield text_of({column: value.as_py()}, column, f"{where}  row {row}")
+    except PlanError:
+        raise
+    except UnicodeDecodeError as error:
         raise PlanError(
-            f"data files  {path.name}",
-            f"holds a document of more than {LONGEST_DOCUMENT_BYTES} bytes",
-            "split it into documents, one a line of a .jsonl",
+            f"{where}  row {row}",
+            f"is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}",
+            "write the file again with text in UTF-8",
+        ) from None
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        problem = f"cannot be read after row {row}" if row else "is not Parquet"
+        raise PlanError(
+            where, f"{problem}: {reason:.300}", "fetch or write the file again"
+        ) from None
+
+
+def _refuse_no_column(names: list[str], column: str, where: str) -> None:
+    if column not in names:
+        raise PlanError(where, f"has no column `{column}`", did_you_mean(column, names))
+
+
+def _json_texts(path: Path, column: str, encoding: str | None) -> Iterator[Text]:
+    for number, line in lines(path, encoding):
+        if not line.strip():
+            continue
+        where = f"data files  {path.name}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(
+                where, f"is not JSON: {error}", 'write one {"text": …} a line'
+            ) from None
+        yield text_of(row, column, where)
+
+
+def text_of(row: Any, column: str, where: str) -> Text:
+    """The text or the conversation that a row holds.
+
+    Raises:
+        PlanError: it is no mapping, has no such column, or holds something else there.
+    """
+    if not isinstance(row, Mapping):
+        raise PlanError(
+            where,
+            f"is {kind_of(row)}, expected an object with the text in `{column}`",
+            f'write {{"{column}": …}}',
         )
-    return data
+    if column not in row:
+        raise PlanError(
+            where, f"has no text in `{column}`", did_you_mean(column, [str(key) for key in row])
+        )
+    value = row[column]
+    if isinstance(value, str):
+        _refuse_half_pairs(value, where)
+        if len(value) > LONGEST_DOCUMENT_BYTES:
+            raise PlanError(
+                where, f"holds more than {LONGEST_DOCUMENT_BYTES} characters", "split the document"
+            )
+        return value
+    if isinstance(value, list | tuple) and column == CONVERSATIONS:
+        found = conversation_of(value, column, where)
+        for one in found.messages:
+            _refuse_half_pairs(one["content"], where)
+        return found
+    got = f"`{column}` is {kind_of(value)}"
+    if value is None:
+        fix = f'remove it, or write "" where there is no text; expected text in `{column}`'
+    elif isinstance(value, list | tuple):
+        fix = (
+            f"name the column that holds the text; conversations (role and content) are read from "
+            f"a column `{CONVERSATIONS}`"
+        )
+    else:
+        fix = "name the column that holds the text"
+        texts = [str(key) for key, other in row.items() if isinstance(other, str)]
+        fix += ": " + ", ".join(f"`{name}`" for name in texts[:8]) if texts else ""
+    raise PlanError(where, f"{got}, expected text", fix)
+
+
+def _refuse_half_pairs(text: str, where: str) -> None:
+    if not text.isascii() and (half := _HALF_A_PAIR.search(text)):
+        raise PlanError(
+            where,
+            f"holds \\u{ord(half[0]):04x} at character {half.start()}, half of a surrogate pair, "
+            "which is no character",
+            "write both halves, or remove it",
+        )

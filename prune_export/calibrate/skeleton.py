@@ -196,16 +196,25 @@ class Skeleton:
         """Frees the head."""
         self._head.to("meta")
 
-    def loss(self, states: torch.Tensor, ids: torch.Tensor) -> float:
+    def loss(
+        self, states: torch.Tensor, ids: torch.Tensor, counted: torch.Tensor | None = None
+    ) -> float:
         """The summed next-token cross entropy of windows whose last block gave `states`.
 
         The model's own norm, head, scale and soft cap give the logits, some positions at a time.
+        Of all windows alike, tokens that `counted` bool `[length]` does not mark are left out.
         """
         total = 0.0
         for window, own in zip(states, ids.to(self.device), strict=True):
             for start, stop in self._parts(len(own)):
                 part = window[None, start:stop].to(self.device)
-                total += float(self._loss_of(part, own[start + 1 : stop + 1]))
+                target = own[start + 1 : stop + 1]
+                if counted is not None:
+                    # Its `ignore_index`.
+                    target = target.masked_fill(
+                        ~counted[start + 1 : stop + 1].to(self.device), -100
+                    )
+                total += float(self._loss_of(part, target))
         return total
 
     def loss_gradient(self, states: torch.Tensor, ids: torch.Tensor) -> tuple[float, torch.Tensor]:

@@ -87,12 +87,22 @@ def check(arch: Arch, tokens: TokenSet) -> None:
             f"got {tokens.length}, but the model has {positions} positions",
             f"write `length: {positions}` or less",
         )
+    refuse_unknown(arch, tokens)
+
+
+def refuse_unknown(arch: Arch, tokens: TokenSet) -> None:
+    """Refuses tokens that the model has no embedding of.
+
+    Raises:
+        PlanError: there is one.
+    """
     last = int(tokens.ids.max()) if tokens.ids.numel() else -1
     if last >= arch.sizes["vocab"]:
         raise PlanError(
             "data",
             f"holds token id {last}, but the model knows {arch.sizes['vocab']} ids",
-            "make the tokens with this model's tokenizer",
+            "make the tokens with this model's tokenizer; if a token was added to it, resize the "
+            "embedding",
         )
 
 

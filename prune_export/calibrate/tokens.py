@@ -15,6 +15,7 @@ from prune_export.errors import CheckpointError
 from prune_export.files import open_regular
 
 _KEY: Final = "prune_export.tokens"
+_COUNTED: Final = "counted"
 _VERSION: Final = 1
 
 
@@ -22,15 +23,18 @@ _VERSION: Final = 1
 class TokenSet:
     """Token windows: `ids` int64 `[samples, length]`, and where they came from.
 
-    Every window is full: nothing is padded. `fingerprint` is a sha256 of ids and provenance;
-    `documents` are hashes of the source documents, in the order of their first use, by which
-    overlap between two sets is found. `provenance` is JSON and never holds a path of this machine.
+    Every window is full: nothing is padded. `counted` bool of the same shape says which tokens,
+    being predicted, count in a loss, one at least in each window; None where all do. `fingerprint`
+    is a sha256 of all these; `documents` are hashes of the source documents, in the order of their
+    first use, by which overlap between two sets is found. `provenance` is JSON and never holds a
+    path of this machine.
     """
 
     ids: torch.Tensor
     fingerprint: str
     documents: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    counted: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -38,11 +42,13 @@ class TokenSet:
         ids: torch.Tensor,
         documents: tuple[str, ...] = (),
         provenance: Mapping[str, Any] | None = None,
+        counted: torch.Tensor | None = None,
     ) -> Self:
         """The set of these windows, fingerprinted."""
         ids = ids.to(torch.int64).contiguous()
+        counted = None if counted is None else counted.to(torch.bool).contiguous()
         known = dict(provenance or {})
-        return cls(ids, _fingerprint(ids, known), documents, known)
+        return cls(ids, _fingerprint(ids, known, counted), documents, known, counted)
 
     @property
     def samples(self) -> int:
@@ -65,7 +71,10 @@ class TokenSet:
             "provenance": dict(self.provenance),
         }
         # One key: safetensors writes several metadata keys in an arbitrary order.
-        save_file({"ids": self.ids}, path, metadata={_KEY: json.dumps(known, sort_keys=True)})
+        tensors = {"ids": self.ids}
+        if self.counted is not None:
+            tensors[_COUNTED] = self.counted
+        save_file(tensors, path, metadata={_KEY: json.dumps(known, sort_keys=True)})
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -82,7 +91,9 @@ class TokenSet:
             with safe_open(path, framework="pt") as file:
                 known = json.loads((file.metadata() or {})[_KEY])
                 ids = file.get_tensor("ids")
-            fingerprint, documents = str(known["fingerprint"]), tuple(known["documents"])
+                counted = file.get_tensor(_COUNTED) if _COUNTED in file.keys() else None  # noqa: SIM118
+            fingerprint = str(known["fingerprint"])
+            documents = tuple(str(one) for one in known["documents"])
             provenance = dict(known["provenance"])
         except (
             OSError,
@@ -97,15 +108,29 @@ class TokenSet:
         if (
             ids.dtype != torch.int64
             or ids.dim() != 2
-            or fingerprint != _fingerprint(ids, provenance)
+            or (counted is not None and _unfit(counted, ids))
+            or fingerprint != _fingerprint(ids, provenance, counted)
         ):
             raise CheckpointError(
                 str(path), "holds other tokens than its fingerprint says: it was changed", fix
             )
-        return cls(ids, fingerprint, documents, provenance)
+        if ids.numel() and int(ids.min()) < 0:
+            raise CheckpointError(str(path), f"holds the token id {int(ids.min())}", fix)
+        return cls(ids, fingerprint, documents, provenance, counted)
 
 
-def _fingerprint(ids: torch.Tensor, provenance: Mapping[str, Any]) -> str:
+def _unfit(counted: torch.Tensor, ids: torch.Tensor) -> bool:
+    """Whether the flags are not those of these windows, or leave one with nothing to predict."""
+    if counted.dtype != torch.bool or counted.shape != ids.shape:
+        return True
+    return not bool(counted[:, 1:].any(dim=1).all())
+
+
+def _fingerprint(
+    ids: torch.Tensor, provenance: Mapping[str, Any], counted: torch.Tensor | None
+) -> str:
     digest = hashlib.sha256(json.dumps([list(ids.shape), provenance], sort_keys=True).encode())
     digest.update(ids.contiguous().numpy().data)
+    if counted is not None:
+        digest.update(counted.contiguous().numpy().data)
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate import TokenSet
+from prune_export.calibrate import TokenSet, refuse_unknown
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HEALING_WINDOWS, HealRecord, Work
 from prune_export.errors import StageError
@@ -26,7 +26,14 @@ from prune_export.heal._model import compute_dtype, plain, quiet, trainee
 from prune_export.heal._settings import Quantization, Settings
 from prune_export.heal._state import State, write_whole
 from prune_export.heal._targets import linear_weights, targets
-from prune_export.heal._train import Run, held_out_loss, own_randomness, refuse_diverged, train
+from prune_export.heal._train import (
+    Run,
+    held_out_loss,
+    own_randomness,
+    refuse_diverged,
+    train,
+    trained_tokens,
+)
 from prune_export.heal._zeros import kept_zeros, refuse_filled
 from prune_export.surgery import Edit, rewrite
 
@@ -59,6 +66,7 @@ def heal(
     source = Checkpoint.open(checkpoint)
     # The plan has answered for keys that the table does not know.
     arch = source.arch(ignore_keys=source.full_config())
+    refuse_unknown(arch, tokens)
     names = [tensor.name for tensor in targets(settings.targets, arch)]
     whole = quantization is not None and quantization.into == "quantized_base"
     written = [tensor.name for tensor in linear_weights(arch)] if whole else names
@@ -66,6 +74,9 @@ def heal(
     run, key = _decided(settings, quantization, source, arch, tokens, work)
     windows = tokens.ids[: len(tokens.ids) - run.held_out]
     held_out = tokens.ids[len(windows) :]
+    counted, kept_back = None, None
+    if tokens.counted is not None:
+        counted, kept_back = tokens.counted[: len(windows)], tokens.counted[len(windows) :]
 
     with own_randomness(run.threads), quiet():
         student = trainee(
@@ -80,12 +91,14 @@ def heal(
         )
         state = State.load(work.scratch, key)
         if "before" not in state.held_out:
-            before = held_out_loss(student.model, held_out, 1, run.device)
+            before = held_out_loss(student.model, held_out, 1, run.device, kept_back)
             state = dataclasses.replace(state, held_out={"before": before})
         with left_out(student.model, student.blocks(arch), settings.layerdrop):
-            state = train(student, windows, settings, run, state, work=work, key=key)
+            state = train(
+                student, windows, settings, run, state, work=work, key=key, counted=counted
+            )
         losses = dict(state.held_out)
-        losses["trained"] = held_out_loss(student.model, held_out, 1, run.device)
+        losses["trained"] = held_out_loss(student.model, held_out, 1, run.device, kept_back)
         refuse_diverged(losses["trained"], settings.steps, settings)  # by the last step of all
         began = time.monotonic()
         edits = merged(
@@ -101,11 +114,11 @@ def heal(
         del student, edits
         gc.collect()
         result = plain(out, source.nbytes, work.machine, work.scratch)
-        losses["merged"] = held_out_loss(result, held_out, 1, run.device)
+        losses["merged"] = held_out_loss(result, held_out, 1, run.device, kept_back)
     _refuse_mismatch(losses, run, quantization, source)
     return HealRecord(
         steps=settings.steps,
-        trained_tokens=settings.steps * settings.batch * tokens.length,
+        trained_tokens=trained_tokens(windows, counted, settings),
         seconds=state.seconds + time.monotonic() - began,
         log={
             "loss": [list(row) for row in state.losses],

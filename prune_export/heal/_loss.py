@@ -15,24 +15,36 @@ import torch
 _ROWS_ELEMENTS: Final = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
-def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def next_token_loss(
+    logits: torch.Tensor, ids: torch.Tensor, counted: torch.Tensor | None = None
+) -> torch.Tensor:
     """The mean cross entropy (nats) of each token given those before it.
 
     `logits` are `[windows, length, vocab]` for `ids` int64 `[windows, length]`; the last position
-    of a window predicts nothing. Equal to `torch.nn.functional.cross_entropy` in float32.
+    of a window predicts nothing. Where `counted` bool `[windows, length]` is given, the mean is
+    over the tokens that it marks. Equal to `torch.nn.functional.cross_entropy` in float32.
     """
-    return _NextToken.apply(logits, ids)  # type: ignore[no-untyped-call, no-any-return]
+    return _NextToken.apply(logits, ids, counted)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def predictions(ids: torch.Tensor, counted: torch.Tensor | None) -> int:
+    """How many tokens of windows count in `next_token_loss`."""
+    return ids.shape[0] * (ids.shape[1] - 1) if counted is None else int(counted[:, 1:].sum())
 
 
 class _NextToken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        windows, length, vocab = logits.shape
+    def forward(
+        ctx: Any, logits: torch.Tensor, ids: torch.Tensor, marks: torch.Tensor | None
+    ) -> torch.Tensor:
+        vocab = logits.shape[-1]
         flat = logits.reshape(-1, vocab)
         following = torch.roll(ids, -1, dims=1).reshape(-1)
         counted = torch.ones_like(ids, dtype=torch.float32)
+        if marks is not None:
+            counted = torch.roll(marks, -1, dims=1).float()
         counted[:, -1] = 0
-        weight = counted.reshape(-1) / (windows * (length - 1))
+        weight = counted.reshape(-1) / max(1, predictions(ids, marks))
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         grad = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         rows = max(1, _ROWS_ELEMENTS.get(logits.device.type, 1 << 20) // vocab)
@@ -50,6 +62,6 @@ class _NextToken(torch.autograd.Function):
         return total.float()
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * outer[0], None
+        return grad * outer[0], None, None

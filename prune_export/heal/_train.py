@@ -25,7 +25,7 @@ import torch
 
 from prune_export.contracts import Work
 from prune_export.errors import StageError
-from prune_export.heal._loss import next_token_loss
+from prune_export.heal._loss import next_token_loss, predictions
 from prune_export.heal._model import Trainee
 from prune_export.heal._settings import Settings
 from prune_export.heal._state import State
@@ -61,10 +61,12 @@ def train(
     *,
     work: Work,
     key: str,
+    counted: torch.Tensor | None = None,
 ) -> State:
     """Trains from `state` to the last step, saving it on the way under `key`.
 
-    `windows` is int64 `[samples, length]`, trained on in full.
+    `windows` is int64 `[samples, length]`, trained on in full, or on the tokens that `counted` bool
+    of the same shape marks.
 
     Raises:
         StageError: the loss is not finite any more.
@@ -102,11 +104,14 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = 0.0
-            batch = windows[_picked(step, len(windows), settings)]
-            for place, ids in enumerate(_split(batch, run.micro_batch, run.device)):
+            picked = _picked(step, len(windows), settings)
+            batch, marks = windows[picked], None if counted is None else counted[picked]
+            total = predictions(batch, marks)
+            for place, (ids, own) in enumerate(_split(batch, marks, run.micro_batch, run.device)):
                 _seed(settings.seed, "step", step, place)
                 logits = model(input_ids=ids, use_cache=False).logits
-                part = next_token_loss(logits, ids) * (len(ids) / settings.batch)
+                share = len(ids) / settings.batch if own is None else predictions(ids, own) / total
+                part = next_token_loss(logits, ids, own) * share
                 del logits
                 accelerator.backward(part)
                 loss += part.item()
@@ -168,16 +173,21 @@ def refuse_diverged(loss: float, step: int, settings: Settings) -> None:
 
 
 def held_out_loss(
-    model: torch.nn.Module, windows: torch.Tensor, micro_batch: int, device: str
+    model: torch.nn.Module,
+    windows: torch.Tensor,
+    micro_batch: int,
+    device: str,
+    counted: torch.Tensor | None = None,
 ) -> float:
-    """The mean loss (nats a token) over whole windows, nothing being trained."""
+    """The mean loss (nats a token) over windows, or what `counted` marks; nothing is trained."""
     model.eval()
     total = 0.0
     with torch.no_grad():
-        for ids in _split(windows, micro_batch, device):
+        for ids, own in _split(windows, counted, micro_batch, device):
             logits = model(input_ids=ids, use_cache=False).logits
-            total += next_token_loss(logits, ids).item() * len(ids)
-    return total / len(windows)
+            each = len(ids) if own is None else predictions(ids, own)
+            total += next_token_loss(logits, ids, own).item() * each
+    return total / (len(windows) if counted is None else predictions(windows, counted))
 
 
 @contextmanager
@@ -220,9 +230,21 @@ def _picked(step: int, samples: int, settings: Settings) -> torch.Tensor:
     return torch.stack([orders[place // samples][place % samples] for place in places])
 
 
-def _split(windows: torch.Tensor, count: int, device: str) -> Iterator[torch.Tensor]:
+def _split(
+    windows: torch.Tensor, counted: torch.Tensor | None, count: int, device: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     for start in range(0, len(windows), count):
-        yield windows[start : start + count].to(device)
+        own = None if counted is None else counted[start : start + count].to(device)
+        yield windows[start : start + count].to(device), own
+
+
+def trained_tokens(windows: torch.Tensor, counted: torch.Tensor | None, settings: Settings) -> int:
+    """How many tokens all steps train on; of windows without marks, all."""
+    if counted is None:
+        return settings.steps * settings.batch * windows.shape[1]
+    each = counted[:, 1:].sum(dim=1)
+    picks = (_picked(step, len(windows), settings) for step in range(settings.steps))
+    return sum(int(each[picked].sum()) for picked in picks)
 
 
 @lru_cache(maxsize=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from prune_export.calibrate import Tokenizer, refuse_short
+from prune_export.calibrate import Tokenizer, refuse_short, refuse_unreadable
 from prune_export.contracts import HEALING_WINDOWS
 from prune_export.errors import PlanError
 from prune_export.recipe import LocalText, Recipe, TokenFile, heal_of
@@ -30,14 +30,16 @@ def sets_of(recipe: Recipe) -> tuple[tuple[str, bool], ...]:
     return (*((name, True) for name in judges), *((name, False) for name in others))
 
 
-def refuse_too_little(recipe: Recipe, model: Path) -> None:
-    """Refuses data that hold fewer windows than a recipe asks for.
+def refuse_too_little(recipe: Recipe, model: Path, vocabulary: int) -> None:
+    """Refuses data that hold fewer windows than a recipe asks for, or tokens that are none.
 
-    Known of saved tokens, and of local text where the tokenizer lies in the directory `model`. The
-    Hub's data are not looked at, nor is more text read than takes a few seconds.
+    Known of saved tokens, and of local text where the tokenizer lies in the directory `model`,
+    whose embedding has `vocabulary` rows. Of other local text the beginning is looked at. The Hub's
+    data are not, nor is more text read than takes a few seconds.
 
     Raises:
-        PlanError: some are too short, or cannot be read.
+        PlanError: some are too short, cannot be read or are no text, or hold a token that the model
+            does not know.
     """
     heals = _healing(recipe)
     for name in sorted(heals):
@@ -51,9 +53,12 @@ def refuse_too_little(recipe: Recipe, model: Path) -> None:
     seen: frozenset[str] = frozenset()
     for name, judges in sets_of(recipe):
         source = recipe.data[name]
-        if not (isinstance(source, TokenFile) or (there and isinstance(source, LocalText))):
+        if not isinstance(source, TokenFile | LocalText):
             continue
         try:
+            if not (there or isinstance(source, TokenFile)):
+                refuse_unreadable(source, recipe.root)
+                continue
             found = refuse_short(
                 source,
                 model,
@@ -61,6 +66,7 @@ def refuse_too_little(recipe: Recipe, model: Path) -> None:
                 exclude=seen,
                 documents=judges,
                 least=HEALING_WINDOWS if name in heals else 1,
+                vocabulary=vocabulary,
             )
         except PlanError as error:
             where = f"{recipe.name}  data.{name}"

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from prune_export.calibrate import inside
 from prune_export.errors import PlanError
+from prune_export.files import shown
 from prune_export.plan.planned import Plan
 from prune_export.recipe import Source, TokenFile
 from prune_export.units import GIB, text_from_bytes
@@ -27,27 +29,14 @@ def windows_of(source: Source, root: Path) -> int:
         PlanError: one of its files is not there, or lies outside of the data root.
     """
     patterns = (source.tokens,) if isinstance(source, TokenFile) else getattr(source, "files", ())
-    size = sum(file.stat().st_size for pattern in patterns for file in _matching(root, pattern))
+    size = sum(
+        file.stat().st_size
+        for pattern in patterns
+        for file in inside(root, pattern, f"data files  {shown(pattern)}")
+    )
     if source.samples is not None:
         return source.samples
     return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
-
-
-def _matching(root: Path, pattern: str) -> list[Path]:
-    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise PlanError(
-            f"data file {pattern}",
-            f"leaves the data root {root}",
-            "give `--data-root` and write paths relative to it",
-        )
-    found = sorted(root.glob(pattern))
-    if not found:
-        raise PlanError(
-            f"data file {pattern}",
-            f"no such file below {root}",
-            "give `--data-root`, or correct the path",
-        )
-    return found
 
 
 def what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> Iterator[PlanError]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from prune_export import registry
 from prune_export.arch import Arch
-from prune_export.calibrate import pass_cost
+from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, Noted, Silencing, Sparse
 from prune_export.errors import MissingExtra, PlanError
@@ -25,6 +25,7 @@ from prune_export.plan.planned import Plan, PlannedStage, Rates, Size
 from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates, unreached
 from prune_export.silenced import Silenced
 from prune_export.units import MIB
+from prune_export.verify.generation import refuse_unknown_prompts
 
 _PROCESS_BYTES: Final = 700 * MIB
 """Python with torch and transformers imported, with room; every stage's process holds it."""
@@ -75,7 +76,9 @@ def make_plan(
     stages += planner.exports(whole)
     stages += planner.verification(archs[0], arch)
     stages.append(planner.result(arch, stages))
-    refuse_too_little(recipe, checkpoint.path)
+    refuse_too_little(recipe, checkpoint.path, archs[0].sizes["vocab"])
+    if recipe.verify.generation and Tokenizer.lies_in(checkpoint.path):
+        refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
     lacking = tuple(what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out))
     return dataclasses.replace(plan, lacking=lacking)

@@ -30,10 +30,11 @@ from prune_export.recipe.search import (
     templates,
     unreached,
 )
-from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
+from prune_export.recipe.sources import CONVERSATIONS, HubDataset, LocalText, Source, TokenFile
 from prune_export.recipe.stages import Stage, Sweep, Workload
 
 __all__ = [
+    "CONVERSATIONS",
     "Candidate",
     "Export",
     "HubDataset",

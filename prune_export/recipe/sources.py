@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import codecs
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Packing = Literal["packed", "windows", "stream"]
+
+CONVERSATIONS: Final = "messages"
+"""The column that holds conversations, where its values are lists."""
+
+_NO_TEXT: Final = frozenset(
+    {"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "mbcs", "oem"}
+)
+"""Codecs of Python that are no encoding of files, or not of every machine."""
+
+
+def _encoding(name: str | None) -> str | None:
+    if name is None:
+        return None
+    try:
+        # An encoding of text, and not one of the codecs that turn bytes into bytes.
+        "".encode(name)
+        known = codecs.lookup(name).name.replace("_", "-")
+    except (LookupError, ValueError):
+        known = ""
+    if not known or known in _NO_TEXT:
+        raise ValueError("not an encoding of text that Python knows, such as `utf-16` or `cp1252`")
+    return name
 
 
 class Frozen(BaseModel):
@@ -24,7 +47,13 @@ class _Windows(Frozen):
 
 
 class _Text(_Windows):
-    column: Annotated[str, Field(description="The field that holds the text.")] = "text"
+    column: Annotated[
+        str,
+        Field(
+            description="The field that holds the text. Lists of `role` and `content` in a field "
+            "`messages` are conversations: the tokenizer's chat template is applied."
+        ),
+    ] = "text"
     packing: Annotated[
         Packing | None,
         Field(
@@ -34,6 +63,26 @@ class _Text(_Windows):
             "`stream` for the data of `verify.quality.perplexity`, else `packed`."
         ),
     ] = None
+    # Keys of later versions are left out where they have their defaults: they are part of what
+    # names an artifact, and one that is there already is to be found.
+    prefix: Annotated[
+        Literal["every", "first"],
+        Field(
+            description="What the tokenizer puts before any text (such as BOS) begins `every` "
+            "window of a stream, or only the `first`: the protocol of the papers, by which models "
+            "that were trained with it are judged too badly. Windows of other packings, and of "
+            "conversations, always begin with it.",
+            exclude_if=lambda value: value == "every",
+        ),
+    ] = "every"
+    loss_on: Annotated[
+        Literal["all", "assistant"],
+        Field(
+            description="Which tokens of conversations healing trains on and perplexity counts: "
+            "`all`, or what the `assistant` says. Calibration reads all.",
+            exclude_if=lambda value: value == "all",
+        ),
+    ] = "all"
 
 
 class HubDataset(_Text):
@@ -52,6 +101,14 @@ class LocalText(_Text):
         tuple[str, ...],
         Field(min_length=1, description="Relative paths or globs: .txt .jsonl .parquet"),
     ]
+    encoding: Annotated[
+        str | None,
+        AfterValidator(_encoding),
+        Field(
+            description="Of text files, as Python names it (`utf-16`, `cp1252`); null is UTF-8.",
+            exclude_if=lambda value: value is None,
+        ),
+    ] = None
 
 
 class TokenFile(_Windows):

@@ -21,8 +21,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from prune_export import registry
-from prune_export.errors import RecipeError
-from prune_export.recipe import document
 from prune_export.report import table
 from prune_export.report.caveats import caveats
 from prune_export.report.figures import figure_names
@@ -149,18 +147,9 @@ def _hub_base(report: Report) -> str | None:
     return base.model if base.revision and _HUB_ID.fullmatch(base.model) else None
 
 
-def _evaluation(report: Report) -> str:
-    """The name of the data source that perplexity was measured on."""
-    try:
-        recipe = document.parse(report.recipe.text, "recipe").data
-        return str(recipe["verify"]["quality"]["perplexity"] or "evaluation")
-    except (RecipeError, KeyError, TypeError):
-        return "evaluation"
-
-
 def _trained_on(report: Report) -> list[str]:
     """Hub datasets that chose or trained weights; the evaluation's text did neither."""
-    used = (entry for name, entry in report.data.items() if name != _evaluation(report))
+    used = (entry for name, entry in report.data.items() if name != report.evaluation)
     ids = [str(entry["dataset"]) for entry in used if entry.get("dataset")]
     return [one for one in dict.fromkeys(ids) if _HUB_ID.fullmatch(one) or one.isidentifier()]
 
@@ -170,7 +159,7 @@ def _eval_results(report: Report) -> list[EvalResult]:
     results = []
     final = report.perplexity(report.final_name)
     if final is not None and math.isfinite(final.value):
-        source = report.data.get(_evaluation(report), {})
+        source = report.data.get(report.evaluation, {})
         names = source.get("files") or ["held-out text"]
         local = ", ".join(str(name).rpartition("/")[2] for name in names)
         known = {key: str(value) for key in ("config", "split", "revision")

@@ -112,6 +112,12 @@ def _quality(report: Report, checks: Verification) -> Iterator[Caveat]:
                 f"{entry.name} has a perplexity of {number(entry.value)}, the checkpoint itself "
                 f"{number(final.value) if final else ''}: the engine's precision costs that.",
             )
+    if report.data.get(report.evaluation, {}).get("prefix") == "first window":
+        yield Caveat(
+            "limit",
+            "Only the first window of the evaluation begins as the tokenizer begins a text (the "
+            "papers' protocol): a model that was trained with that in front is judged too badly.",
+        )
     windows = min(entry.windows for entry in checks.perplexity)
     if windows < FEW_WINDOWS:
         yield Caveat("limit", f"Perplexity rests on {_count(windows, 'window')} only.")

@@ -197,6 +197,7 @@ def quality(axes: Axes, report: Report, *, compact: bool = False) -> None:
     axes.set_xlabel("perplexity, lower is better" + (" (log scale)" if log else ""))
     first = next((found for name, _, _ in bars if (found := report.perplexity(name))), None)
     note = f"{first.windows} windows of {first.length} tokens" if first and not compact else ""
+    note += f",\n{report.protocol}" if note and report.protocol else ""
     style.title(axes, "Quality", note or "perplexity on held-out text")
 
 

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from prune_export.errors import CheckpointError
+from prune_export.errors import CheckpointError, RecipeError
 from prune_export.files import REPORT_BYTES, read_json_object
+from prune_export.recipe import document
 from prune_export.report.door import (
     Count,
     Data,
@@ -230,6 +231,28 @@ class Report:
         """The measured perplexity of `dense`, `pruned`, `healed` or an engine."""
         entries = self.verification.perplexity if self.verification else ()
         return next((entry for entry in entries if entry.name == name), None)
+
+    @cached_property
+    def evaluation(self) -> str:
+        """The name of the data source that perplexity was measured on."""
+        try:
+            recipe = document.parse(self.recipe.text, "recipe").data
+            return str(recipe["verify"]["quality"]["perplexity"] or "evaluation")
+        except (RecipeError, KeyError, TypeError):
+            return "evaluation"
+
+    @property
+    def protocol(self) -> str:
+        """How the windows of perplexity begin and what of them counts, where that is a choice."""
+        about = self.data.get(self.evaluation, {})
+        words = {
+            "every window": "each begun as the tokenizer begins a text",
+            "first window": "cut from one stream, of which only the first has what the tokenizer "
+            "puts before a text",
+        }
+        said = [words.get(str(about.get("prefix")), "")]
+        said.append("only what the assistant says" if about.get("loss_on") == "assistant" else "")
+        return ", ".join(filter(None, said))
 
     @property
     def engine_perplexities(self) -> list[Perplexity]:

@@ -15,18 +15,28 @@ from pathlib import Path
 from typing import Any, Final
 
 import prune_export
-from prune_export.calibrate import Further, Means, ModelView, TokenSet, token_set
+from prune_export.calibrate import (
+    Further,
+    Means,
+    ModelView,
+    TokenSet,
+    changed_since_first,
+    inside,
+    token_set,
+)
 from prune_export.checkpoint import Checkpoint, card_license, import_gguf, read_gguf_header
 from prune_export.contracts import Work
 from prune_export.errors import PruneExportError, StageError
 from prune_export.machine import Machine
 from prune_export.progress import Progress
-from prune_export.recipe import Export, LocalText, Source, Stage, TokenFile
+from prune_export.recipe import CONVERSATIONS, Export, LocalText, Source, Stage, TokenFile
 from prune_export.store import Artifact, Key, Store, sha256_of_json
 from prune_export.surgery import rewrite
 
 _IMPORT_VERSION: Final = "1"
 _DATA_VERSION: Final = "1"
+_CHANGED_DATA_VERSION: Final = "2"
+"""Of data that come out otherwise than they first did; all others keep their ids."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,13 @@ def tokens(
 ) -> tuple[Artifact, TokenSet]:
     """The token windows of a data source below `root`, less the documents in `exclude` (hashes)."""
     parameters = source.model_dump(mode="json")
-    tokenizer = [file for file in Checkpoint.open(base.path).side_files() if _tokenizes(file)]
+    checkpoint = Checkpoint.open(base.path)
+    talks = not isinstance(source, TokenFile) and source.column == CONVERSATIONS
+    tokenizer = [
+        file
+        for file in checkpoint.side_files()
+        if _tokenizes(file) or (talks and file.name.startswith("chat_template"))
+    ]
     inputs = [f"{file.name}:{bench.store.file_hash(file)}" for file in tokenizer]
     patterns: tuple[str, ...] = ()
     if isinstance(source, LocalText):
@@ -156,14 +172,25 @@ def tokens(
         patterns = (source.tokens,)
     for pattern in patterns:
         inputs += [
-            f"{pattern}:{bench.store.file_hash(file)}" for file in sorted(root.glob(pattern))
+            f"{pattern}:{bench.store.file_hash(file)}"
+            for file in inside(root, pattern, f"data.{name}")
         ]
     excluded = frozenset(exclude)
     inputs.append(f"exclude:{sha256_of_json(sorted(excluded))}")
-    key = Key("data", name, _DATA_VERSION, parameters, tuple(inputs))
+    changed = changed_since_first(source, base.path, root)
+    version = _CHANGED_DATA_VERSION if changed else _DATA_VERSION
+    key = Key("data", name, version, parameters, tuple(inputs))
+    vocabulary = checkpoint.arch(bench.ignore_keys).sizes["vocab"]
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
-        made = token_set(source, base.path, root, exclude=excluded, progress=work.progress)
+        made = token_set(
+            source,
+            base.path,
+            root,
+            exclude=excluded,
+            vocabulary=vocabulary,
+            progress=work.progress,
+        )
         made.save(files / "tokens.safetensors")
         return {
             "fingerprint": made.fingerprint,

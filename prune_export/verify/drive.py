@@ -33,19 +33,26 @@ def time_once(runner: Runner, ids: np.ndarray, prompt: int) -> tuple[float, floa
 
 
 def window_losses(
-    runner: Runner, ids: np.ndarray, advance: Callable[[int], None], *, batch: int = 16
+    runner: Runner,
+    ids: np.ndarray,
+    advance: Callable[[int], None],
+    *,
+    counted: np.ndarray | None = None,
+    batch: int = 16,
 ) -> list[float]:
     """Each window's mean cross-entropy in nats over its `length - 1` predictions.
 
-    `ids` int64 `[windows, length]`. A window is fed in chunks through the cache, so that its
-    logits are never in memory as a whole. An engine that returns only the last position's logits
-    is fed token by token instead, `batch` windows at once or as many as it takes: slower, and its
-    decode path is what is measured then.
+    `ids` int64 `[windows, length]`; where `counted` bool of that shape is given, the mean is over
+    the predictions of tokens that it marks. A window is fed in chunks through the cache, so that
+    its logits are never in memory as a whole. An engine that returns only the last position's
+    logits is fed token by token instead, `batch` windows at once or as many as it takes: slower,
+    and its decode path is what is measured then.
     """
     if not len(ids):
         return []
     whole = _returns_all(runner, ids)
     step, rows = (CHUNK, 1) if whole else (1, _at_once(runner, batch))
+    flags = None if counted is None else counted[:, 1:]  # of each prediction
     losses: list[float] = []
     for first in range(0, len(ids), rows):
         window = ids[first : first + rows]
@@ -54,8 +61,11 @@ def window_losses(
         for start in range(0, window.shape[1] - 1, step):
             fed = window[:, start : min(start + step, window.shape[1] - 1)]
             logits, _ = runner.step(fed)
-            total += _losses(logits, window[:, start + 1 : start + 1 + fed.shape[1]])
-        losses += [float(loss) for loss in total / (window.shape[1] - 1)]
+            predicted = slice(start, start + fed.shape[1])
+            marks = None if flags is None else flags[first : first + rows, predicted]
+            total += _losses(logits, window[:, 1:][:, predicted], marks)
+        own = window.shape[1] - 1 if flags is None else flags[first : first + rows].sum(axis=1)
+        losses += [float(loss) for loss in total / own]
         advance(len(window))
     runner.reset()
     return losses
@@ -71,12 +81,15 @@ def _returns_all(runner: Runner, ids: np.ndarray) -> bool:
     return bool(logits.shape[1] == 2)
 
 
-def _losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Summed cross-entropy float64 `[batch]` of logits `[batch, new, vocab]`."""
+def _losses(logits: np.ndarray, targets: np.ndarray, marks: np.ndarray | None) -> np.ndarray:
+    """Summed cross-entropy float64 `[batch]` of logits `[batch, new, vocab]`, where marked."""
     flat = torch.from_numpy(logits).flatten(0, 1)
     wanted = torch.from_numpy(np.ascontiguousarray(targets)).flatten()
     loss = torch.nn.functional.cross_entropy(flat, wanted, reduction="none")
-    return loss.double().view(targets.shape).sum(dim=1).numpy()
+    each = loss.double().view(targets.shape)
+    if marks is not None:
+        each = each * torch.from_numpy(np.ascontiguousarray(marks))
+    return each.sum(dim=1).numpy()
 
 
 def cached_logits(runner: Runner, ids: np.ndarray, steps: int) -> np.ndarray:

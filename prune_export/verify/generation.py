@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
+from prune_export.calibrate import Tokenizer, refuse_unknown_tokens
 from prune_export.checkpoint.loading import load_ends, load_tokenizer
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
@@ -62,11 +65,32 @@ def measure_generation(
         (progress or Silent()).task(f"generation of {name}", steps) as task,
         Session(engine, machine) as session,
     ):
+        _refuse_unknown(spoken, fed, session.ready())
         said = session.continuations(fed, new, task)
     ends = {spoken.eos_token_id, *load_ends(tokenizer)}
     cut = [_until(tokens, ends) for tokens in said]
     texts = [str(spoken.decode(tokens, skip_special_tokens=True)) for tokens in cut]
     return judge(name, prompts, cut, texts)
+
+
+def refuse_unknown_prompts(tokenizer: Path, vocabulary: int) -> None:
+    """Refuses a tokenizer whose prompts hold a token that a model with `vocabulary` ids lacks.
+
+    Raises:
+        PlanError: a token was added, and the embedding not resized.
+    """
+    try:
+        backend = Tokenizer.load(tokenizer).backend
+        fed = [_encoded(backend, prompt) for prompt in PROMPTS]
+    except Exception:
+        # Not about ids: whatever is wrong with it, those who need it say so.
+        return
+    _refuse_unknown(backend, fed, vocabulary)
+
+
+def _refuse_unknown(backend: Any, fed: Sequence[Sequence[int]], vocabulary: int) -> None:
+    every = np.array([token for prompt in fed for token in prompt], np.int64)
+    refuse_unknown_tokens(backend, every, vocabulary, "verify.generation  prompts")
 
 
 def judge(

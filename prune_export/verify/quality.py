@@ -4,12 +4,15 @@ Source: the protocol of Wanda and SparseGPT: the text is tokenised once and cut
 into non-overlapping windows; perplexity = exp(sum(loss * length) / (windows * length)). Windows
 are of equal length, so this is exp of the mean of the windows' mean losses. The window's first
 token is given and not predicted. State the length with the number: a dense Llama-2-7B has 5.47 at
-2048 tokens and 5.12 at 4096.
+2048 tokens and 5.12 at 4096. What a window begins with is part of its tokens: models that were
+trained with BOS are judged too badly without (`prefix` of the data). Where only what an assistant
+says counts, a window's loss is the mean over that, and windows count alike.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -44,6 +47,7 @@ def measure_perplexity(
         VerifyError: there is no window of at least 2 tokens, or a loss is not finite.
     """
     ids = tokens.ids[:windows].numpy()
+    counted = None if tokens.counted is None else tokens.counted[:windows].numpy()
     if not len(ids) or ids.shape[1] < 2:
         raise VerifyError(
             f"perplexity of {name}",
@@ -52,11 +56,14 @@ def measure_perplexity(
         )
     with (progress or Silent()).task(f"perplexity of {name}", len(ids)) as task:
         if engine.exporter == PYTORCH and not fits_in_memory(engine.path, machine):
-            losses = streamed_losses(engine.path, ids, machine, task)
+            losses = streamed_losses(engine.path, ids, machine, task, counted)
         else:
             with Session(engine, machine) as session:
-                losses = session.losses(ids, task)
-    return perplexity(name, losses, int(ids.shape[1]))
+                losses = session.losses(ids, task, counted)
+    found = perplexity(name, losses, int(ids.shape[1]))
+    if counted is None:
+        return found
+    return replace(found, tokens=int(counted[:, 1:].sum()))
 
 
 def perplexity(name: str, losses: list[float], length: int) -> Perplexity:

@@ -21,7 +21,7 @@ import numpy as np
 
 import prune_export
 from prune_export import errors
-from prune_export.errors import PruneExportError, StageError
+from prune_export.errors import PruneExportError, StageError, VerifyError
 from prune_export.machine import Machine
 from prune_export.progress import Task
 from prune_export.verify.engine import Engine
@@ -98,6 +98,7 @@ class Session:
 
     def time(self, ids: np.ndarray, prompt: int) -> tuple[float, float]:
         """Seconds for the prompt and for a decoding step: `drive.time_once`."""
+        self._refuse_unknown(ids)
         prefill, decode = self._ask("time", {"ids": ids.tolist(), "prompt": prompt})
         return float(prefill), float(decode)
 
@@ -106,9 +107,15 @@ class Session:
         found: Mapping[str, Any] | None = self._ask("placement", {})
         return found
 
-    def losses(self, ids: np.ndarray, task: Task | None = None) -> list[float]:
+    def losses(
+        self, ids: np.ndarray, task: Task | None = None, counted: np.ndarray | None = None
+    ) -> list[float]:
         """`drive.window_losses`; advances `task` by one a window."""
-        return [float(loss) for loss in self._ask("losses", {"ids_file": self._save(ids)}, task)]
+        arguments = {"ids_file": self._save(ids)}
+        if counted is not None:
+            arguments["counted_file"] = self._file("counted.npy")
+            np.save(arguments["counted_file"], counted)
+        return [float(loss) for loss in self._ask("losses", arguments, task)]
 
     def cached_logits(self, ids: np.ndarray, steps: int) -> np.ndarray:
         """`drive.cached_logits`, mapped from a file that this session owns until it ends."""
@@ -119,6 +126,7 @@ class Session:
 
     def greedy(self, prompt: np.ndarray, new: int) -> tuple[np.ndarray, np.ndarray]:
         """`drive.greedy`: tokens int64 `[new]` and the logits that they were chosen from."""
+        self._refuse_unknown(prompt)
         out = self._file("greedy.npy")
         tokens = self._ask("greedy", {"prompt": prompt.tolist(), "new": new, "out_file": out})
         return np.array(tokens, dtype=np.int64), _mapped(out)
@@ -128,6 +136,7 @@ class Session:
     ) -> list[list[int]]:
         """`drive.continuations`; advances `task` by one a step."""
         listed = [list(prompt) for prompt in prompts]
+        self._refuse_unknown(np.array([token for prompt in listed for token in prompt]))
         said = self._ask("continuations", {"prompts": listed, "new": new}, task)
         return [[int(token) for token in tokens] for tokens in said]
 
@@ -219,7 +228,19 @@ class Session:
         self._saved += 1  # never the same twice: an array may still be mapped
         return str(Path(self._files.name) / f"{self._saved}-{name}")
 
+    def _refuse_unknown(self, ids: np.ndarray) -> None:
+        """Refuses tokens that the engine has no embedding of, before they are looked up there."""
+        last = int(ids.max()) if ids.size else -1
+        if last >= self.ready():
+            raise VerifyError(
+                self._where,
+                f"got token id {last}, but the model knows {self.ready()} ids",
+                "a token was added, and the embedding not resized: resize it "
+                "(`model.resize_token_embeddings`), or take the token out of the tokenizer",
+            )
+
     def _save(self, ids: np.ndarray) -> str:
+        self._refuse_unknown(ids)
         file = self._file("ids.npy")
         np.save(file, np.asarray(ids, dtype=np.int64))
         return file

@@ -17,8 +17,16 @@ from prune_export.progress import Task
 
 
 @torch.inference_mode()
-def streamed_losses(path: Path, ids: np.ndarray, machine: Machine, task: Task) -> list[float]:
+def streamed_losses(
+    path: Path,
+    ids: np.ndarray,
+    machine: Machine,
+    task: Task,
+    counted: np.ndarray | None = None,
+) -> list[float]:
     """Each window's mean cross-entropy in nats; `ids` int64 `[windows, length]`.
+
+    Where `counted` bool of that shape is given, the mean is over the tokens that it marks.
 
     The model is read once for as many windows as their states leave room for, so few and long
     reads are made. On a CPU the computation is in float32, as it is for a model that fits.
@@ -34,12 +42,19 @@ def streamed_losses(path: Path, ids: np.ndarray, machine: Machine, task: Task) -
     losses: list[float] = []
     for first in range(0, len(ids), group):
         windows = torch.from_numpy(np.ascontiguousarray(ids[first : first + group]))
-        losses += _of_group(skeleton, windows, arch.layers, task)
+        some = None if counted is None else torch.from_numpy(counted[first : first + group])
+        losses += _of_group(skeleton, windows, some, arch.layers, task)
         task.advance(len(windows) / (arch.layers + 1))
     return losses
 
 
-def _of_group(skeleton: Skeleton, windows: torch.Tensor, layers: int, task: Task) -> list[float]:
+def _of_group(
+    skeleton: Skeleton,
+    windows: torch.Tensor,
+    counted: torch.Tensor | None,
+    layers: int,
+    task: Task,
+) -> list[float]:
     skeleton.look_up(windows.flatten())
     calls = skeleton.calls(windows)
     states = torch.stack([skeleton.enter(one[None])[0].cpu() for one in windows])
@@ -52,6 +67,12 @@ def _of_group(skeleton: Skeleton, windows: torch.Tensor, layers: int, task: Task
         skeleton.free(layer)
         task.advance(len(windows) / (layers + 1))
     skeleton.load_head()
-    length = windows.shape[1]
-    pairs = zip(states, windows, strict=True)
-    return [skeleton.loss(one[None], own[None]) / (length - 1) for one, own in pairs]
+    if counted is None:
+        return [
+            skeleton.loss(one[None], own[None]) / (windows.shape[1] - 1)
+            for one, own in zip(states, windows, strict=True)
+        ]
+    return [
+        skeleton.loss(one[None], own[None], marks) / int(marks[1:].sum())
+        for one, own, marks in zip(states, windows, counted, strict=True)
+    ]

@@ -65,8 +65,9 @@ class Worker:
         runner = self._opened
         return asdict(runner.placement()) if isinstance(runner, Placed) else None
 
-    def do_losses(self, ids_file: str) -> list[float]:
-        return drive.window_losses(self._opened, _load(ids_file), self._advance)
+    def do_losses(self, ids_file: str, counted_file: str | None = None) -> list[float]:
+        counted = _load(counted_file) if counted_file else None
+        return drive.window_losses(self._opened, _load(ids_file), self._advance, counted=counted)
 
     def do_cached_logits(self, ids_file: str, steps: int, out_file: str) -> None:
         np.save(out_file, drive.cached_logits(self._opened, _load(ids_file), steps))

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from prune_export.calibrate import TokenSet, documents, token_set
+from prune_export.calibrate import TokenSet, changed_since_first, decoding, token_set
 from prune_export.errors import CheckpointError, MissingExtra, PlanError
 from prune_export.recipe import HubDataset, LocalText, TokenFile
 
@@ -29,14 +29,14 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def tokenizer(path: Path, *, bos: bool) -> Path:
+def tokenizer(path: Path, *, bos: bool, single: str = "<s> $A") -> Path:
     """A tokenizer of whole words, saved; word w7 is id 7 + 3."""
     vocabulary = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     built = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
         built.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 1)]
+            single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
         )
     PreTrainedTokenizerFast(
         tokenizer_object=built, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
@@ -83,14 +83,65 @@ def test_every_window_begins_as_the_tokenizer_begins(
     assert (found.ids[:, 1:] != 1).all()
 
 
-def test_a_stream_begins_once(tmp_path: Path, root: Path) -> None:
+def test_each_window_of_a_stream_begins_as_the_tokenizer_begins(tmp_path: Path, root: Path) -> None:
+    """As lm-eval has it; the window keeps its length, and no text is lost between windows."""
     jsonl(root / "a.jsonl", [text(i, 20) for i in range(3)])
     with_bos = tokenizer(tmp_path / "bos", bos=True)
     found = token_set(local("a.jsonl", packing="stream"), with_bos, root)
+    assert found.ids.shape == (8, 8)
+    assert (found.ids[:, 0] == 1).all()
+    backend = PreTrainedTokenizerFast.from_pretrained(with_bos)
+    expected = backend("\n\n".join(text(i, 20) for i in range(3)))["input_ids"][1:]
+    assert found.ids[:, 1:].flatten().tolist() == expected[:56]
+    assert found.provenance["prefix"] == "every window"
+    assert found.counted is None
+    some = token_set(local("a.jsonl", packing="stream", samples=5), with_bos, root)
+    assert torch.equal(some.ids, found.ids[:5])
+
+
+def test_a_stream_that_begins_once_is_the_protocol_of_the_papers(
+    tmp_path: Path, root: Path
+) -> None:
+    jsonl(root / "a.jsonl", [text(i, 20) for i in range(3)])
+    with_bos = tokenizer(tmp_path / "bos", bos=True)
+    found = token_set(local("a.jsonl", packing="stream", prefix="first"), with_bos, root)
+    assert found.provenance["prefix"] == "first window"
     backend = PreTrainedTokenizerFast.from_pretrained(with_bos)
     expected = backend("\n\n".join(text(i, 20) for i in range(3)))["input_ids"]
     assert found.ids.flatten().tolist() == expected[: found.ids.numel()]
     assert (found.ids == 1).sum() == 1
+
+
+def test_a_longer_prefix_is_not_counted(tmp_path: Path, root: Path) -> None:
+    """What follows its first token is no prediction of text; the text's first token is one."""
+    jsonl(root / "a.jsonl", [text(i, 20) for i in range(3)])
+    two = tokenizer(tmp_path / "two", bos=True, single="<s> </s> $A")
+    found = token_set(local("a.jsonl", packing="stream"), two, root)
+    assert found.ids[:, :2].unique(dim=0).tolist() == [[1, 2]]
+    assert found.counted is not None
+    assert found.counted.unique(dim=0).tolist() == [[False] * 2 + [True] * 6]
+
+
+@pytest.mark.parametrize("packing", ["packed", "windows", "stream"])
+def test_without_a_prefix_nothing_changes(plain: Path, root: Path, packing: str) -> None:
+    """The bytes of token sets are part of what names artifacts: these were made by 0.1."""
+    jsonl(root / "a.jsonl", [text(7 * i, 20) for i in range(9)])
+    found = token_set(local("a.jsonl", packing=packing, samples=5), plain, root)
+    once = token_set(local("a.jsonl", packing=packing, samples=5, prefix="first"), plain, root)
+    assert found.fingerprint == once.fingerprint
+    assert not changed_since_first(local("a.jsonl", packing=packing), plain, root)
+    assert set(found.provenance) == {
+        "packing", "length", "samples", "seed", "column", "tokenizer", "files", "documents_read",
+        "documents_excluded", "windows_available",
+    }  # fmt: skip
+    assert local("a.jsonl", packing=packing, samples=5).model_dump(mode="json") == {
+        "samples": 5, "length": 8, "seed": 0, "column": "text", "packing": packing,
+        "files": ["a.jsonl"],
+    }  # fmt: skip
+    assert HubDataset(dataset="a/b").model_dump(mode="json") == {
+        "samples": None, "length": 2048, "seed": 0, "column": "text", "packing": None,
+        "dataset": "a/b", "config": None, "split": "train", "revision": None,
+    }  # fmt: skip
 
 
 def test_every_format_holds_the_same_text(plain: Path, root: Path) -> None:
@@ -185,8 +236,8 @@ def test_links_inside_the_root_are_followed(plain: Path, root: Path) -> None:
     [
         ("a.jsonl", b'{"text": "w1"}\n{"text": \n', r"a.jsonl:2\n  is not JSON"),
         ("a.jsonl", b'{"txet": "w1"}\n', r"has no text in `text`\n  did you mean `txet`"),
-        ("a.jsonl", b'["w1"]\n', "has no text in `text`"),
-        ("a.jsonl", b'{"text": 3}\n', "has no text in `text`"),
+        ("a.jsonl", b'["w1"]\n', r"a\.jsonl:1\n  is a list, expected an object"),
+        ("a.jsonl", b'{"text": 3, "body": "w1"}\n', r"`text` is a number, expected.*\n.*`body`"),
         ("a.parquet", b"PAR1 nonsense", "is not Parquet"),
         ("a.csv", b"w1,w2", "has another format"),
     ],
@@ -207,7 +258,7 @@ def test_a_missing_file_is_named(plain: Path, root: Path) -> None:
 def test_a_document_that_would_fill_the_memory_is_refused(
     plain: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "LONGEST_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(decoding, "LONGEST_DOCUMENT_BYTES", 1000)
     jsonl(root / "a.jsonl.gz", [text(0, 100_000)])
     (root / "a.txt.gz").write_bytes(gzip.compress(text(0, 100_000).encode()))
     for name in ("a.jsonl.gz", "a.txt.gz"):

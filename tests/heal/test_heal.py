@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HealRecord
-from prune_export.errors import StageError
+from prune_export.errors import PlanError, StageError
 from prune_export.heal._heal import _refuse_mismatch
 from prune_export.heal._model import Trainee, plain, trainee
 from prune_export.heal._settings import Quantization
 from prune_export.heal._targets import targets
-from prune_export.heal._train import Run
+from prune_export.heal._train import Run, _picked
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
@@ -286,3 +287,49 @@ def test_a_result_larger_than_memory_is_measured_from_disk(tmp_path: Path) -> No
     assert "disk" in set(model.hf_device_map.values())
     expected = logits(plain(source, nbytes, MACHINE, tmp_path / "scratch"))
     assert torch.equal(logits(model), expected)
+
+
+def test_only_what_counts_is_trained_on(tmp_path: Path, heal: Heal) -> None:
+    """What the assistant says is learnt; noise that a user says is not, and does not judge."""
+    source = save_tiny(tmp_path / "model", "llama")
+    clean = windows().ids
+    noise = torch.randint(0, 64, clean.shape, generator=torch.Generator().manual_seed(0))
+    counted = torch.zeros_like(clean, dtype=torch.bool)
+    counted[:, 8:] = True
+    counted[::3, :12] = False  # windows of which less counts
+    ids = torch.where(torch.arange(16) < 7, noise, clean)
+    marked = TokenSet.of(ids, counted=counted)
+    record, out = heal(Lora(**QUICK), source, tokens=marked)
+    losses = record.log["held_out"]["loss"]
+    assert losses["trained"] < losses["before"] - 0.05
+    assert losses["merged"] == pytest.approx(losses["trained"], abs=2e-3)
+    trained_on = [counted[_picked(step, 36, Lora(**QUICK)), 1:] for step in range(12)]
+    assert record.trained_tokens == sum(int(one.sum()) for one in trained_on)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    labels = ids.masked_fill(~counted, -100)[-4:]
+    with torch.no_grad():
+        expected = float(model(input_ids=ids[-4:], labels=labels).loss)
+    assert losses["merged"] == pytest.approx(expected, abs=1e-4)
+    everything, _ = heal(Lora(**QUICK), source, tokens=TokenSet.of(ids))
+    assert everything.log["held_out"]["loss"]["before"] != losses["before"]
+
+
+def test_micro_batches_of_marked_windows_make_one_step(tmp_path: Path, heal: Heal) -> None:
+    """Each token counts alike in a step, however its windows are split."""
+    source = save_tiny(tmp_path / "model", "llama")
+    counted = torch.rand(40, 16, generator=torch.Generator().manual_seed(1)) < 0.3
+    counted[:, 5] = True
+    tokens = TokenSet.of(windows().ids, counted=counted)
+    losses = []
+    for micro in (1, 4):
+        record, _ = heal(Lora(**QUICK, micro_batch=micro, dropout=0), source, tokens=tokens)
+        losses.append([row[1] for row in record.log["loss"]])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_tokens_that_the_model_lacks_are_refused(tmp_path: Path, heal: Heal) -> None:
+    source = save_tiny(tmp_path / "model", "llama")
+    ids = windows().ids.clone()
+    ids[3, 4] = 64
+    with pytest.raises(PlanError, match="holds token id 64, but the model knows 64 ids"):
+        heal(Lora(**QUICK), source, tokens=TokenSet.of(ids))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prune_export.heal import _loss
-from prune_export.heal._loss import next_token_loss
+from prune_export.heal._loss import next_token_loss, predictions
 
 
 def reference(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -52,3 +52,24 @@ def test_measuring_makes_no_gradient() -> None:
     logits = torch.randn(1, 4, 9)
     with torch.no_grad():
         assert next_token_loss(logits, torch.tensor([[1, 2, 3, 4]])).grad_fn is None
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_tokens_that_do_not_count_have_no_part(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_loss._ROWS_ELEMENTS, "cpu", rows * 50)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (3, 11))
+    counted = torch.rand(3, 11) < 0.4
+    ours = torch.randn(3, 11, 50, requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    labels = ids.masked_fill(~counted, -100)[:, 1:].flatten()
+    expected = torch.nn.functional.cross_entropy(theirs[:, :-1].flatten(0, 1), labels)
+    loss = next_token_loss(ours, ids, counted)
+    (loss * 0.3).backward()
+    (expected * 0.3).backward()
+    assert loss.item() == pytest.approx(expected.item(), 1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+    assert predictions(ids, counted) == int(counted[:, 1:].sum())
+    everything = torch.ones_like(counted)
+    assert next_token_loss(ours, ids, everything).item() == next_token_loss(ours, ids).item()
+    assert predictions(ids, everything) == predictions(ids, None) == 30

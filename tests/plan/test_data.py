@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 from prune_export.calibrate import TokenSet, refuse_short, token_set
 from prune_export.errors import PlanError
@@ -16,6 +19,7 @@ from prune_export.machine import Machine
 from prune_export.plan import sets_of
 from prune_export.recipe import LocalText, Recipe
 from prune_export.run import Options, plan, run
+from prune_export.verify import Engine, measure_generation
 
 PRUNE = {"prune": {"method": "block_influence", "remove": 1}}
 HEAL = {"heal": {"method": "lora", "rank": 2, "steps": 1, "batch": 1}}
@@ -173,3 +177,67 @@ def test_what_judges_is_made_first(corpus: Path) -> None:
     assert sets_of(asked) == (
         ("judge", True), ("choice", True), ("calibration", False), ("healing", False),
     )  # fmt: skip
+
+
+@pytest.fixture
+def grown(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A model to whose tokenizer a token was added, and whose embedding was not resized."""
+    model = tmp_path / "grown"
+    shutil.copytree(tiny_llama, model)
+    backend = PreTrainedTokenizerFast.from_pretrained(model)
+    backend.add_tokens(["<new>"])
+    backend.save_pretrained(model)
+    return model
+
+
+def test_a_token_that_the_embedding_lacks_is_named_before_any_work(
+    grown: Path, tmp_path: Path, options: Options
+) -> None:
+    (tmp_path / "a.txt").write_text("Some <new> text. " * 40, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("Some other text. " * 40, encoding="utf-8")
+    asked = recipe(tmp_path, PRUNE, calibration=text("a.txt"))
+    with pytest.raises(PlanError) as planned:
+        plan(asked, str(grown), options)
+    assert str(planned.value).startswith("recipe  data.calibration\n  data  a.txt: holds the token")
+    assert "'<new>' with id 258, but the model's embedding has only 258 rows" in str(planned.value)
+    assert "resize_token_embeddings" in str(planned.value)
+    # A token that is never used does no harm.
+    assert plan(recipe(tmp_path, PRUNE, calibration=text("b.txt")), str(grown), options).stages
+    TokenSet.of(torch.full((4, 32), 258)).save(tmp_path / "a.safetensors")
+    tokens = {"tokens": "a.safetensors", "length": 32}
+    with pytest.raises(PlanError, match="holds token id 258, but the model's embedding has only"):
+        plan(recipe(tmp_path, PRUNE, calibration=tokens), str(grown), options)
+
+
+def test_a_prompt_with_a_token_that_the_embedding_lacks(
+    grown: Path, corpus: Path, options: Options
+) -> None:
+    backend = PreTrainedTokenizerFast.from_pretrained(grown)
+    backend.chat_template = "{% for m in messages %}<new>{{ m.content }}{% endfor %}"
+    backend.save_pretrained(grown)
+    asked = recipe(corpus, PRUNE, calibration=text("calibration.txt"))
+    with pytest.raises(PlanError, match="prompts\n  holds the token '<new>' with id 258"):
+        plan(asked, str(grown), options)
+    with pytest.raises(PlanError, match="prompts\n  holds the token '<new>' with id 258"):
+        measure_generation("dense", Engine.pytorch(grown), grown, options.machine)
+
+
+def test_files_that_are_no_text_are_refused_without_a_tokenizer_too(
+    tiny_llama: Path, tmp_path: Path, options: Options
+) -> None:
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    (tmp_path / "a.txt").write_text("Some text. " * 40, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("Some text. " * 40, encoding="utf-16")
+    (tmp_path / "c.jsonl").write_text('{"text": null}', encoding="utf-8")
+    for model in (tiny_llama, tmp_path / "bare"):
+        for files, said in (
+            (("a.txt", "b.txt"), "b.txt: begins with the mark (BOM) of UTF-16"),
+            (("c.jsonl",), "c.jsonl:1: `text` is null, expected text"),
+            (("a.txt", "none/*"), "none/*: `none/*` names no file"),
+        ):
+            asked = recipe(tmp_path, PRUNE, calibration=text(*files))
+            with pytest.raises(PlanError, match=re.escape(said)):
+                plan(asked, str(model), options)
+        asked = recipe(tmp_path, PRUNE, calibration=text("b.txt", encoding="utf-16"))
+        assert plan(asked, str(model), options).stages

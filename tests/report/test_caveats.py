@@ -6,6 +6,7 @@ import pytest
 from variants import made
 
 from prune_export.report.caveats import caveats, failed
+from prune_export.report.reading import Report
 
 
 def said(name: str) -> list[str]:
@@ -84,3 +85,18 @@ def test_a_known_licence_and_a_healed_model_are_not_limits() -> None:
     text = " ".join(said("full"))
     assert "licence" not in text
     assert "not healed" not in text
+
+
+def test_the_protocol_of_perplexity_is_named() -> None:
+    """What each window begins with, and what of conversations counts."""
+    report = made("full")
+    assert Report.of(report).protocol == ""
+    report["data"]["evaluation"] |= {"prefix": "every window", "loss_on": "assistant"}
+    found = Report.of(report)
+    assert found.protocol == (
+        "each begun as the tokenizer begins a text, only what the assistant says"
+    )
+    assert len(caveats(report)) == 5
+    report["data"]["evaluation"] |= {"prefix": "first window"}
+    assert "cut from one stream, of which only the first" in Report.of(report).protocol
+    assert any("(the papers' protocol)" in caveat.text for caveat in caveats(report))

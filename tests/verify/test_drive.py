@@ -120,3 +120,18 @@ def test_timing_leaves_no_cache_behind(runner: Runner, ids: np.ndarray) -> None:
     np.testing.assert_array_equal(before, after)
     assert prefill > 0
     assert decode > 0
+
+
+def test_losses_over_what_counts(runner: Runner, tiny: Path, ids: np.ndarray) -> None:
+    counted = np.random.default_rng(1).random(ids.shape) < 0.3
+    counted[:, 9] = True
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    rows = torch.from_numpy(ids)
+    labels = rows.masked_fill(torch.from_numpy(~counted), -100)
+    with torch.inference_mode():
+        expected = [
+            float(model(input_ids=row[None], labels=own[None]).loss)
+            for row, own in zip(rows, labels, strict=True)
+        ]
+    found = drive.window_losses(runner, ids, lambda _: None, counted=counted, batch=2)
+    assert found == pytest.approx(expected, abs=1e-5)

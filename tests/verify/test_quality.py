@@ -74,3 +74,19 @@ def test_is_that_of_transformers(tiny: Path, machine: Machine, ids: np.ndarray) 
         expected = float(model(input_ids=four, labels=four).loss)
     assert np.log(found.value) == pytest.approx(expected, abs=1e-5)
     assert found.windows == 4
+
+
+def test_what_counts_is_measured_alike_whole_and_streamed(
+    tiny: Path, machine: Machine, ids: np.ndarray
+) -> None:
+    counted = np.random.default_rng(2).random(ids.shape) < 0.3
+    counted[:, 9] = True
+    tokens = TokenSet.of(torch.from_numpy(ids), counted=torch.from_numpy(counted))
+    found = measure_perplexity("dense", Engine.pytorch(tiny), tokens, machine)
+    short = replace(machine, ram_bytes=100_000)
+    streamed = measure_perplexity("dense", Engine.pytorch(tiny), tokens, short)
+    assert found.losses == pytest.approx(streamed.losses, abs=1e-5)
+    assert found.tokens == streamed.tokens == int(counted[:, 1:].sum())
+    everything = measure_perplexity("dense", Engine.pytorch(tiny), TokenSet.of(tokens.ids), short)
+    assert everything.tokens == 5 * 47
+    assert everything.value != pytest.approx(found.value, rel=1e-3)

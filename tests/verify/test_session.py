@@ -122,3 +122,20 @@ def test_worker_ends_with_a_killed_parent(tiny: Path, machine: Machine) -> None:
     parent.wait()
     parent.stdout.close()
     eventually(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_tokens_that_the_engine_lacks_are_refused(session: Session, ids: np.ndarray) -> None:
+    """Before they are looked up in its embedding; the process lives on."""
+    beyond = ids.copy()
+    beyond[1, 2] = 256
+    requests: list[Callable[[], object]] = [
+        lambda: session.losses(beyond),
+        lambda: session.cached_logits(beyond, 3),
+        lambda: session.time(beyond, 40),
+        lambda: session.greedy(beyond[1], 2),
+        lambda: session.continuations([[1, 2], [256]], 2),
+    ]
+    for request in requests:
+        with pytest.raises(VerifyError, match="got token id 256, but the model knows 256 ids"):
+            request()
+    assert len(session.losses(ids)) == len(ids)

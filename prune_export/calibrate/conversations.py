@@ -1,0 +1,212 @@
+"""Conversations as documents: messages through the tokenizer's chat template, and who said what.
+
+The template is the one in the tokenizer's own files. transformers renders it in jinja's sandbox;
+no code of a model is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prune_export.errors import PlanError
+
+_MARKED: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""How a template marks what the assistant says; transformers looks for the same."""
+
+_SHAPE: Final = '[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
+
+Spans = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of one document; `where` is its file and line, for errors."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    where: str
+
+    @property
+    def hash(self) -> str:
+        """The first 16 hex digits of the sha256 of its messages."""
+        text = json.dumps(list(self.messages), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """Characters of what is said."""
+        return sum(len(one["content"]) for one in self.messages)
+
+
+def conversation_of(value: Sequence[Any], column: str, where: str) -> Conversation:
+    """The conversation that a row holds.
+
+    Raises:
+        PlanError: one of the messages has no role or no content that is text.
+    """
+    if not value:
+        raise PlanError(where, f"has no message in `{column}`", "remove it, or give it messages")
+    messages = []
+    for number, one in enumerate(value):
+        at = f"message {number} of `{column}`"
+        if not isinstance(one, Mapping):
+            raise PlanError(
+                where, f"{at} is {kind_of(one)}, expected role and content", f"write {_SHAPE}"
+            )
+        for key in ("role", "content"):
+            if not isinstance(one.get(key), str):
+                got = kind_of(one[key]) if key in one else "missing"
+                raise PlanError(
+                    where, f"`{key}` of {at} is {got}, expected text", f"write {_SHAPE}"
+                )
+        # Parquet writes null where another message has a key that this one lacks.
+        messages.append({str(key): part for key, part in one.items() if part is not None})
+    return Conversation(tuple(messages), where)
+
+
+def kind_of(value: Any) -> str:
+    """What a value of JSON or Parquet is, in words."""
+    if value is None:
+        return "null"
+    for types, name in (
+        (bool, "true or false"),
+        ((int, float), "a number"),
+        (str, "text"),
+        (Mapping, "an object"),
+        ((list, tuple), "a list"),
+        (bytes, "bytes"),
+    ):
+        if isinstance(value, types):  # type: ignore[arg-type]
+            return name
+    return f"a {type(value).__name__}"
+
+
+def encoded(
+    backend: Any, conversation: Conversation, *, assistant_only: bool
+) -> tuple[NDArray[np.int32], NDArray[np.bool_] | None]:
+    """Ids of a conversation, the template's special tokens in it, and which the assistant says.
+
+    Raises:
+        PlanError: there is no template, it refuses the messages, or it cannot tell who says what.
+    """
+    text, spans = _rendered(backend, conversation, assistant_only=assistant_only)
+    found = backend(
+        text, add_special_tokens=False, verbose=False, return_offsets_mapping=assistant_only
+    )
+    ids = np.asarray(found["input_ids"], np.int32)
+    if not assistant_only:
+        return ids, None
+    said = np.zeros(len(ids), np.bool_)
+    offsets = np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2)
+    for start, stop in spans:
+        said |= (offsets[:, 0] >= start) & (offsets[:, 0] < stop)
+    return ids, said
+
+
+def refuse_untellable(backend: Any, where: str) -> None:
+    """Refuses a tokenizer that does not say which characters a token stands for.
+
+    Raises:
+        PlanError: it is not one of the package `tokenizers`.
+    """
+    if not getattr(backend, "is_fast", False):
+        raise PlanError(
+            where,
+            "this tokenizer does not say where in the text its tokens lie, which "
+            "`loss_on: assistant` needs",
+            "write `loss_on: all`, or give the model a tokenizer.json",
+        )
+
+
+def _rendered(
+    backend: Any, conversation: Conversation, *, assistant_only: bool
+) -> tuple[str, Spans]:
+    template = _template(backend, conversation.where)
+    messages = [dict(one) for one in conversation.messages]
+    if not assistant_only:
+        return _render(backend, messages, conversation.where), []
+    if _MARKED.search(template):
+        return _with_marks(backend, template, messages, conversation.where)
+    return _by_prefixes(backend, messages, conversation.where)
+
+
+def _template(backend: Any, where: str) -> str:
+    if not backend.chat_template:
+        raise PlanError(
+            where,
+            "holds messages, and the model's tokenizer has no chat template",
+            "add one (`chat_template` in tokenizer_config.json, or chat_template.jinja), or write "
+            "the conversations as text",
+        )
+    try:
+        return str(backend.get_chat_template())
+    except ValueError:
+        names = ", ".join(f"`{name}`" for name in sorted(backend.chat_template))
+        raise PlanError(
+            where,
+            f"holds messages, and of the tokenizer's chat templates ({names}) none is the default",
+            "name one of them `default` in tokenizer_config.json",
+        ) from None
+
+
+def _render(backend: Any, messages: list[Any], where: str, *, prompt: bool = False) -> str:
+    try:
+        return str(
+            backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        )
+    except Exception as error:
+        # A template may raise what it likes; most say that roles must alternate.
+        raise _refused(error, where) from error
+
+
+def _with_marks(backend: Any, template: str, messages: list[Any], where: str) -> tuple[str, Spans]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        texts, spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **backend.special_tokens_map,
+        )
+    except Exception as error:
+        raise _refused(error, where) from error
+    return str(texts[0]), [(int(start), int(stop)) for start, stop in spans[0]]
+
+
+def _by_prefixes(backend: Any, messages: list[Any], where: str) -> tuple[str, Spans]:
+    """What the assistant says lies between the text up to it and the text up to its end."""
+    text = _render(backend, messages, where)
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        last = number + 1 == len(messages)
+        after = text if last else _render(backend, messages[: number + 1], where)
+        before = ""
+        if number:
+            before = _render(backend, messages[:number], where, prompt=True)
+        if not text.startswith(after) or not after.startswith(before):
+            raise PlanError(
+                where,
+                "the chat template does not tell which tokens the assistant says: with fewer "
+                "messages it writes another text, not a shorter one",
+                "write `loss_on: all`, or mark them with {% generation %} in the template",
+            )
+        spans.append((len(before), len(after)))
+    return text, spans
+
+
+def _refused(error: Exception, where: str) -> PlanError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return PlanError(
+        where,
+        f"the chat template refuses these messages: {reason:.300}",
+        "correct their roles and order, or remove them",
+    )
