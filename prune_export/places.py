@@ -22,6 +22,7 @@ from typing import Any, Final
 from prune_export.errors import PlanError
 from prune_export.units import MIB
 from prune_export.written import (
+    FIGURES,
     HELD,
     LOCK,
     SUMS,
@@ -42,11 +43,14 @@ _PATH_BYTES: Final = 3800
 """Linux takes 4,096; what a result holds needs the rest."""
 
 
-def judged(out: Path, reads: Mapping[str, Path], *, option: str = "--out") -> Path:
+def judged(
+    out: Path, reads: Mapping[str, Path], *, option: str = "--out", again: bool = True
+) -> Path:
     """The real place of a result directory, links followed; nothing is written.
 
     `reads` are the places that the work reads or keeps, by what they are called in an error: none
-    may be `out` or lie in it, and `out` may not lie in the store.
+    may be `out` or lie in it, and `out` may not lie in the store. Without `again` not even a result
+    of this tool may be there.
 
     Raises:
         PlanError: `out` is not absent, empty, or ours and unchanged; or it cannot be written to.
@@ -54,7 +58,7 @@ def judged(out: Path, reads: Mapping[str, Path], *, option: str = "--out") -> Pa
     with judging(out, option) as (where, real):
         for name, path in reads.items():
             _refuse_nesting(where, real, name, path, option)
-        refuse_strangers(real, where, option)
+        refuse_strangers(real, where, option, again=again)
     return real
 
 
@@ -74,15 +78,17 @@ def judging(place: Path, option: str) -> Iterator[tuple[str, Path]]:
         raise _unusable(where, error, option) from None
 
 
-def refuse_strangers(real: Path, where: str, option: str = "--out") -> None:
+def refuse_strangers(real: Path, where: str, option: str = "--out", *, again: bool = True) -> None:
     """Refuses a directory that holds what this tool did not write, or what was changed since.
+
+    Without `again`, also what it did write.
 
     Raises:
         PlanError: naming it.
     """
     standing = real if real.is_dir() else _left_by_earlier(real)
     if standing is not None:
-        listing = listed(standing) | journaled(standing / WORK)
+        listing = (listed(standing) if again else {}) | journaled(standing / WORK)
         foreign = list(_strangers(standing, listing))
         if journal_of(standing / WORK) is None:  # what came in as an earlier swap was going on
             old = standing / WORK / "old"
@@ -90,8 +96,10 @@ def refuse_strangers(real: Path, where: str, option: str = "--out") -> None:
         if foreign:
             raise PlanError(
                 where,
-                f"holds {named(foreign)}, not written by this tool",
-                f"give another `{option}`, or move away what is yours; nothing was touched",
+                f"holds {named(foreign)}, not written by this tool"
+                if again
+                else f"is not empty: holds {named(foreign)}",
+                f"give another `{option}`, or move that away; nothing was touched",
             )
         changed = list(_changed(standing, listing))
         if changed:
@@ -100,13 +108,13 @@ def refuse_strangers(real: Path, where: str, option: str = "--out") -> None:
                 f"holds {named(changed)}, changed after this tool wrote it",
                 f"give another `{option}`, or move it away: a run would write over it",
             )
-    beside = partial_of(real)
-    if not real.is_dir() and os.path.lexists(beside) and not is_work(beside):
-        raise PlanError(
-            where,
-            f"is put together in {beside}, and something else stands there",
-            "move it away; a killed run of an earlier version may have left it",
-        )
+    for beside, ours in ((partial_of(real), is_work), (lock_beside(real), is_lock)):
+        if not real.is_dir() and os.path.lexists(beside) and not ours(beside):
+            raise PlanError(
+                where,
+                f"is put together with {beside}, and something else stands there",
+                "move it away; a killed run of an earlier version may have left it",
+            )
 
 
 def judged_picture(picture: Path, source: str, *, option: str = "--out") -> None:
@@ -211,6 +219,17 @@ def _unusable(where: str, error: Exception, option: str) -> PlanError:
     return PlanError(where, f"cannot be used: {said}", f"give another `{option}`")
 
 
+def lock_beside(out: Path) -> Path:
+    """What a run holds that makes a result directory which is not there yet."""
+    return out.with_name(f".{out.name}.lock")
+
+
+def is_lock(file: Path) -> bool:
+    """Whether it is a lock file as we make them, empty."""
+    status = _status(file)
+    return status is not None and stat.S_ISREG(status.st_mode) and status.st_size == 0
+
+
 def _strangers(folder: Path, listing: Mapping[str, Any], below: str = "") -> Iterator[str]:
     """What is in a directory and not in its list; of a directory that is foreign, its name."""
     known = {name.removeprefix(below).split("/")[0] for name in listing if name.startswith(below)}
@@ -221,6 +240,8 @@ def _strangers(folder: Path, listing: Mapping[str, Any], below: str = "") -> Ite
         is_folder = entry.is_dir(follow_symlinks=False)
         if not below and _is_ours_for_now(folder, entry):
             continue
+        if is_folder and name == FIGURES and LOCK in listing and not os.listdir(entry):
+            continue  # of a result without any
         if entry.name in known and is_folder and name not in listing:
             yield from _strangers(folder, listing, f"{name}/")
         elif not (name in listing and entry.is_file(follow_symlinks=False)):
@@ -231,7 +252,7 @@ def _is_ours_for_now(folder: Path, entry: os.DirEntry[str]) -> bool:
     if entry.name == WORK:
         return is_work(folder / WORK)
     if entry.name == HELD:
-        return entry.is_file(follow_symlinks=False) and entry.stat().st_size == 0
+        return is_lock(folder / HELD)
     return entry.name == _OF_THE_FILE_SYSTEM and entry.is_dir(follow_symlinks=False)
 
 
@@ -245,7 +266,7 @@ def _changed(folder: Path, listing: Mapping[str, str | None]) -> Iterator[str]:
         status = _status(folder / name)
         if digest is None or status is None:
             continue
-        old = last is not None and status.st_mtime_ns <= last.st_mtime_ns
+        old = last is not None and status.st_mtime_ns < last.st_mtime_ns
         if status.st_size > _LARGE_BYTES and old:
             continue
         if sha256_of(folder / name) != digest:

@@ -30,9 +30,11 @@ HELD: Final = ".prune-export.lock"
 ABOUT: Final = "README.txt"
 JOURNAL: Final = "swap.json"
 
+FIGURES: Final = "figures"
+
 _EARLIER: Final = (
     LOCK, "prune_recipe.yaml", "report.json", "report.html", "README.md", "verify.json",
-    "figures/*.png",
+    f"{FIGURES}/*.png",
 )  # fmt: skip
 """What every result of earlier versions had besides its artifacts' files."""
 

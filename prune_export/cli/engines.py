@@ -59,17 +59,17 @@ def exported(
         StageError: something came in the way of the engine as it was put there.
     """
     registry.find("exporters", to)
-    judged(out, {"the store": store})
+    judged(out, {"the store": store}, again=False)
     export = _export(to, sets)
     bench = Bench(Store(store), machine, progress, ignore_keys=ignore_keys, command=command)
     path, revision = resolve_model(checkpoint)
-    real = judged(out, {"the store": store, "the model": path})
+    real = judged(out, {"the store": store, "the model": path}, again=False)
     mend(real)
     base = artifacts.base(bench, checkpoint, path, revision)
     export.entry.check(Checkpoint.open(base.path).arch(ignore_keys), machine)
     made = artifacts.exported(bench, export, base.path, base.id)
     with alone(real):
-        result = Result(real)
+        result = Result(real, again=False)
         result.add(made)
         result.finish()
     return dict(made.record)

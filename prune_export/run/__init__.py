@@ -111,8 +111,10 @@ def run(
     out = Path(os.path.realpath(options.out))
     mend(out)
     sweep()
+    store = Store(options.store)
+    store.sweep()
     bench = Bench(
-        Store(options.store),
+        store,
         options.machine,
         progress,
         options.force,

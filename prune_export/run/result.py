@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.errors import PlanError, StageError
-from prune_export.locking import locked, write_atomically
-from prune_export.places import partial_of, refuse_strangers
+from prune_export.locking import locked, sweep_lock, write_atomically
+from prune_export.places import is_lock, lock_beside, partial_of, refuse_strangers
 from prune_export.store import Artifact, place
 from prune_export.written import (
     ABOUT,
@@ -58,7 +58,7 @@ def alone(out: Path) -> Iterator[None]:
     with ExitStack() as stack:
         if not out.is_dir():
             out.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(out.with_name(f".{out.name}.lock")))
+            stack.enter_context(locked(lock_beside(out)))
         # It may be there by now, and who comes later will look for the lock inside.
         if out.is_dir():
             stack.enter_context(locked(out / HELD))
@@ -67,7 +67,7 @@ def alone(out: Path) -> Iterator[None]:
 
 def mend(out: Path) -> None:
     """Finishes the swap of a run that was killed, and removes what it was putting together."""
-    left = (out / WORK, partial_of(out), _earlier(out))
+    left = (out / WORK, out / HELD, partial_of(out), lock_beside(out), _earlier(out))
     if not any(os.path.lexists(path) for path in left):
         return
     with alone(out):
@@ -75,10 +75,13 @@ def mend(out: Path) -> None:
 
 
 class Result:
-    """A result directory under construction; `finish` puts it in place. Held by `alone`."""
+    """A result directory under construction; `finish` puts it in place. Held by `alone`.
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    With `again`, it takes the place of an earlier result.
+    """
+
+    def __init__(self, out: Path, *, again: bool = True) -> None:
+        self.out, self._again = out, again
         _mended(out)
         self._within = out.is_dir()
         self._work = out / WORK if self._within else partial_of(out)
@@ -108,6 +111,7 @@ class Result:
 
         The hashes of what was measured are not in the lock, which is the same for the same work.
         """
+        _remove_empty(self.partial)
         names = sorted({*files_of(self.partial), LOCK, SUMS})
         self.write_json(LOCK, {**lock, "files": names})
         hashes = {
@@ -124,7 +128,7 @@ class Result:
         """
         try:
             if self._within:
-                refuse_strangers(self.out, str(self.out))
+                refuse_strangers(self.out, str(self.out), again=self._again)
                 names = {"old": sorted(_standing(self.out)), "new": list(files_of(self.partial))}
                 write_atomically(self._work / JOURNAL, json.dumps(names))
             else:
@@ -161,6 +165,8 @@ def lock_of(
 
 
 def _mended(out: Path) -> None:
+    if is_lock(lock_beside(out)):
+        sweep_lock(lock_beside(out))
     earlier = _earlier(out)
     if (earlier / LOCK).is_file() and not os.path.lexists(out):
         earlier.rename(out)
@@ -237,9 +243,17 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
         above = os.path.realpath(file.parent)
         if above == real or above.startswith(real + os.sep):  # through no link
             file.unlink(missing_ok=True)
-    for place_, _, _ in os.walk(folder, topdown=False):
-        with suppress(OSError):
-            Path(place_).rmdir()
+    _remove_empty(folder)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes the empty directories below a directory."""
+    for inside, _, _ in os.walk(folder, topdown=False):
+        if Path(inside) != folder:
+            with suppress(OSError):
+                Path(inside).rmdir()
 
 
 def _clear(work: Path) -> None:
