@@ -24,6 +24,9 @@ from prune_export.progress import Progress
 from prune_export.report import style
 from prune_export.scores import least, runs
 
+SOURCE: Final = "prune-export inspect"
+"""What a picture says of where it comes from; nothing but such a picture is written over."""
+
 _SHARES: Final = (0.2, 0.4)
 """The fractions of the blocks whose best run the picture names."""
 
@@ -114,7 +117,7 @@ def draw(inspection: Inspection, out_png: Path) -> None:
         )  # fmt: skip
         _draw_map(above, inspection)
         _draw_influence(below, inspection)
-        style.save(figure, out_png)
+        style.save(figure, out_png, SOURCE)
 
 
 def _draw_map(axes: Axes, inspection: Inspection) -> None:

@@ -46,6 +46,16 @@ class Machine:
         )
 
 
+def user_cache() -> Path:
+    """Where this user's caches are kept; it need not be there yet.
+
+    Raises:
+        RuntimeError: the user has no home directory, and the environment names no cache.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "prune_export"
+
+
 def _free_gpu_bytes() -> int | None:
     """What other processes leave of the GPU's memory; None without a GPU.
 

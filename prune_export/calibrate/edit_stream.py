@@ -10,8 +10,6 @@ held in memory; where that would be too much, the block is computed again up to 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -43,6 +41,7 @@ from prune_export.calibrate.tokens import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
+from prune_export.temporary import Temporary
 
 Order = Literal["sequential", "block"]
 
@@ -103,8 +102,8 @@ def sweep(
     """
     arch = arch or checkpoint.arch()
     check(arch, tokens)
-    temporary = scratch is None
-    scratch = scratch or Path(tempfile.mkdtemp(prefix="sweep-"))
+    temporary = Temporary() if scratch is None else None
+    scratch = scratch or Path(temporary.path if temporary else "")
     with ExitStack() as stack:
         stack.enter_context(threads(machine.threads))
         stack.enter_context(torch.inference_mode())
@@ -121,7 +120,7 @@ def sweep(
     heard = float((folder / _LOSS).read_text(encoding="ascii")) if loss else None
     swept = Swept(folder, tuple(logs), names, heard)
     if temporary:
-        weakref.finalize(swept, shutil.rmtree, scratch, ignore_errors=True)
+        weakref.finalize(swept, temporary.close)
     return swept
 
 

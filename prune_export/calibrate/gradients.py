@@ -8,8 +8,6 @@ gradients is up to a reader: it may keep them, or only a score for each channel.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -31,6 +29,7 @@ from prune_export.calibrate.tokens import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent, Task
+from prune_export.temporary import Temporary
 
 Kind = Literal["sum", "abs", "square"]
 """Over windows, each with the gradient g of its own mean-token loss: sum g, sum |g|, sum g^2."""
@@ -115,8 +114,8 @@ def gradients(
     """
     arch = arch or checkpoint.arch()
     check(arch, tokens)
-    temporary = scratch is None
-    scratch = scratch or Path(tempfile.mkdtemp(prefix="gradients-"))
+    temporary = Temporary() if scratch is None else None
+    scratch = scratch or Path(temporary.path if temporary else "")
     folder = (
         scratch
         / f"gradients-{pass_key(checkpoint, arch, tokens, machine, reader.key, reader.kinds)}"
@@ -130,7 +129,7 @@ def gradients(
     names = {tensor.name: a_pass.skeleton.name_in_block(tensor) for tensor in linears(arch)}
     found = Gradients(folder, arch.layers, loss, names, a_pass.first)
     if temporary:
-        weakref.finalize(found, shutil.rmtree, scratch, ignore_errors=True)
+        weakref.finalize(found, temporary.close)
     return found
 
 

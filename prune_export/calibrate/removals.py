@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,6 +32,7 @@ from prune_export.calibrate.tokens import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
+from prune_export.temporary import Temporary
 
 Removed = tuple[Unit, ...]
 """What a model goes without, in the order of the model."""
@@ -75,8 +75,7 @@ class Removals:
         self._progress = progress or Silent()
         self._stack = ExitStack()
         if scratch is None:
-            temporary = tempfile.TemporaryDirectory(prefix="removals-")
-            scratch = Path(self._stack.enter_context(temporary))
+            scratch = self._stack.enter_context(Temporary())
         key = pass_key(checkpoint, self.arch, tokens, machine, "removals-1", str(self.dtype))
         self._folder = scratch / f"removals-{key}"
         self._folder.mkdir(parents=True, exist_ok=True)

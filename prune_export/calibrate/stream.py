@@ -8,7 +8,6 @@ own dtype, but float16 as float32: some models' states exceed what float16 can s
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent, Task
+from prune_export.temporary import Temporary
 
 
 def gather(
@@ -60,7 +60,7 @@ def gather(
         return {}
     with ExitStack() as stack:
         if scratch is None:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="calibration-")))
+            scratch = stack.enter_context(Temporary())
         stack.enter_context(threads(machine.threads))
         stack.enter_context(torch.inference_mode())
         dtype = compute_dtype(checkpoint, machine)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +22,7 @@ from prune_export.calibrate.tokens import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
+from prune_export.temporary import Temporary
 
 
 class Engines(Protocol):
@@ -193,7 +192,8 @@ class ModelView:
         outputs = [tensor for tensor in self.arch.tensors if tensor.role in roles]
         size = max(entries[tensor.name].nbytes for tensor in outputs)
         scratch = self.calibration().scratch
-        folder = scratch or Path(tempfile.mkdtemp(prefix="zeros-"))
+        temporary = Temporary() if scratch is None else None
+        folder = scratch or Path(temporary.path if temporary else "")
         holes = _holes(folder, size)
         for tensor in outputs:
             if any(
@@ -202,8 +202,8 @@ class ModelView:
                 own = entries[tensor.name]
                 entries[tensor.name] = replace(own, file=holes, start=0, stop=own.nbytes)
         checkpoint = replace(self.checkpoint, entries=entries)
-        if scratch is None:
-            weakref.finalize(checkpoint, shutil.rmtree, folder, ignore_errors=True)
+        if temporary:
+            weakref.finalize(checkpoint, temporary.close)
         return replace(self, checkpoint=checkpoint, results={})
 
     def calibration(self) -> Means:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, Final
 
@@ -25,6 +24,7 @@ from prune_export.checkpoint.reader import Checkpoint
 from prune_export.checkpoint.writer import SHARD_BYTES, Planned, write_checkpoint
 from prune_export.errors import CheckpointError, MissingExtra, PlanError, UnsupportedArch
 from prune_export.progress import Progress, Silent, Task
+from prune_export.temporary import Temporary
 from prune_export.units import text_from_bytes
 
 _DEAD_KEYS: Final = ("_name_or_path", "_model_name_or_path", "quantization_config")
@@ -59,7 +59,7 @@ def import_gguf(
     with ExitStack() as stack:
         task = stack.enter_context(told.task(f"dequantizing {file.name}", len(header.tensors)))
         stack.enter_context(_quiet(task))
-        place = Path(stack.enter_context(TemporaryDirectory(prefix="prune-export-")))
+        place = stack.enter_context(Temporary())
         arch = Arch.from_config(_config(file, header), ignore_keys=ignore_keys)
         _refuse_small_memory(file, header)
         # Alone in a folder: what lies beside it is not part of it, and would be read.

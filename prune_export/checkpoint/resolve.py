@@ -5,6 +5,7 @@ From the Hub come config, tokenizer and safetensors, and nothing that could run 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -19,19 +20,28 @@ _SIDE: Final = ("config.json", *sorted(SIDE_NAMES), *(f"{stem}*" for stem in SID
 
 
 def resolve_model(
-    spec: str, *, offline: bool = False, weights: bool = True, endpoint: str | None = None
+    spec: str,
+    *,
+    below: Path | None = None,
+    asker: str = "",
+    offline: bool = False,
+    weights: bool = True,
+    endpoint: str | None = None,
 ) -> tuple[Path, str | None]:
     """The local place of a model, fetched from the Hub where needed, and its commit there.
 
-    `spec` is a directory, a `.gguf` file, or `org/name[@revision]`. `offline` looks in the cache
-    only, and so does the environment's HF_HUB_OFFLINE; `weights=False` fetches all but the weights.
+    `spec` is a directory, a `.gguf` file, or `org/name[@revision]`. With `below`, a path in it is
+    taken as one below that directory, which it may not leave, and `~` has no meaning: so a recipe
+    (`asker`) names its model, whoever wrote it. `offline` looks in the cache only, and so does the
+    environment's HF_HUB_OFFLINE; `weights=False` fetches all but the weights.
 
     Raises:
         PlanError: there is no such model, or it may not or cannot be fetched.
         CheckpointError: a file of another format, or a repository without safetensors.
     """
-    place = Path(spec).expanduser()
-    if spec and place.exists():  # an empty name would be this directory
+    place = _below(below, spec, asker) if below else _expanded(spec)
+    # An empty name would be this directory; a name may be too long for one, or hold a zero byte.
+    if spec and os.path.exists(place):
         if place.is_dir() or place.suffix == ".gguf":
             return place, None
         raise CheckpointError(
@@ -41,6 +51,12 @@ def resolve_model(
         )
     named = _ID.fullmatch(spec)
     if named is None or place.suffix == ".gguf" or spec.startswith((".", "~", "/")):
+        if below:
+            raise PlanError(
+                f"{asker}  model",
+                f"`{spec}` is not below the data root {below}, and is not a Hub id (`org/name`)",
+                "pass `--model` for a model that lies elsewhere",
+            )
         raise PlanError(
             spec,
             "does not exist, and is not a Hub id (`org/name`, `org/name@revision`)",
@@ -52,6 +68,25 @@ def resolve_model(
         raise
     except Exception as error:
         raise _readable(spec, error) from error
+
+
+def _below(root: Path, spec: str, asker: str) -> Path:
+    place = root / spec
+    # Before it is known to be there: whether it is, is none of a recipe's business.
+    if not Path(os.path.realpath(place)).is_relative_to(os.path.realpath(root)):
+        raise PlanError(
+            f"{asker}  model",
+            f"`{spec}` leaves the data root {root}",
+            f"pass `--model {place}` if you trust it",
+        )
+    return place
+
+
+def _expanded(spec: str) -> Path:
+    try:
+        return Path(spec).expanduser()
+    except RuntimeError:  # no home directory is known, of this user or of the one named
+        return Path(spec)
 
 
 def _from_hub(

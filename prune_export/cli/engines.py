@@ -16,6 +16,7 @@ from prune_export.cli import console
 from prune_export.contracts import BuildRecord
 from prune_export.errors import CheckpointError, PlanError
 from prune_export.machine import Machine, describe
+from prune_export.places import judged
 from prune_export.progress import Progress
 from prune_export.recipe import Export, LocalText, Recipe
 from prune_export.report import Report
@@ -23,7 +24,8 @@ from prune_export.report.reading import ExportReading
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.run import artifacts
 from prune_export.run.artifacts import Bench
-from prune_export.store import Store, place
+from prune_export.run.result import Result, alone, mend
+from prune_export.store import Store
 from prune_export.verify import (
     Effort,
     Engine,
@@ -58,18 +60,22 @@ def exported(
 
     Raises:
         PlanError: an unknown exporter, a model that it cannot take, or an `out` that is not empty.
+        StageError: something came in the way of the engine as it was put there.
     """
     registry.find("exporters", to)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise PlanError(f"--out {out}", "is not an empty directory", "give another, or empty it")
+    judged(out, {"the store": store}, again=False)
     export = _export(to, sets)
     bench = Bench(Store(store), machine, progress, ignore_keys=ignore_keys, command=command)
     path, revision = resolve_model(checkpoint)
+    real = judged(out, {"the store": store, "the model": path}, again=False)
+    mend(real)
     base = artifacts.base(bench, checkpoint, path, revision)
     export.entry.check(Checkpoint.open(base.path).arch(ignore_keys), machine)
     made = artifacts.exported(bench, export, base.path, base.id)
-    for name in made.files:
-        place(made.path / name, out / name)
+    with alone(real):
+        result = Result(real, again=False)
+        result.add(made)
+        result.finish()
     return dict(made.record)
 
 
@@ -218,10 +224,14 @@ def _engines(directory: Path, trust: bool, store: Path) -> dict[str, Engine]:
         if not path.is_dir():
             raise CheckpointError(str(path), "is missing, but report.json names it", "export again")
         engine = Engine(export.exporter, path, export.parameters, export.weight_bytes or 0)
-        if engine.runs_code and (trust or Store(store).made("export", path)):
+        if engine.runs_code and (trust or _made_here(store, path)):
             engine = replace(engine, trusted=True)
         found[export.exporter] = engine
     return found
+
+
+def _made_here(store: Path, engine: Path) -> bool:
+    return store.is_dir() and Store(store, make=False).made("export", engine)
 
 
 def _exports(directory: Path) -> list[ExportReading]:

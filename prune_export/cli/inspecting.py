@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.cli import console
 from prune_export.errors import PlanError
-from prune_export.inspect import Inspection, draw, inspect_model
+from prune_export.inspect import SOURCE, Inspection, draw, inspect_model
 from prune_export.machine import Machine
+from prune_export.places import judged_picture
 from prune_export.progress import Progress
 from prune_export.recipe import LocalText
 from prune_export.run import artifacts
 from prune_export.run.artifacts import Bench
 from prune_export.store import Store
+from prune_export.temporary import Temporary
 
 
 def inspected(
@@ -39,9 +40,7 @@ def inspected(
         PlanError: no such file, too little text, or a picture that cannot be written.
         CheckpointError: the model is broken.
     """
-    if picture.suffix != ".png" or not picture.absolute().parent.is_dir():
-        raise PlanError(f"--out {picture}", "is not a .png in a directory that exists",
-                        "write for example `--out inspect.png`")  # fmt: skip
+    judged_picture(picture, SOURCE)
     files = [file.resolve() for file in data]
     for file in files:
         if not file.is_file():
@@ -53,9 +52,9 @@ def inspected(
     names = tuple(str(file.relative_to(root)) for file in files)
     source = LocalText(files=names, samples=samples, length=length, seed=seed, packing="packed")
     _, tokens = artifacts.tokens(bench, "inspection", source, root, base)
-    with tempfile.TemporaryDirectory() as scratch:
+    with Temporary() as scratch:
         found = inspect_model(Checkpoint.open(base.path), tokens, machine, progress,
-                              scratch=Path(scratch), name=Path(model).name,
+                              scratch=scratch, name=Path(model).name,
                               ignore_keys=ignore_keys)  # fmt: skip
     draw(found, picture)
     return found

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import typer
 
 from prune_export.errors import PlanError
-from prune_export.machine import Machine
+from prune_export.machine import Machine, user_cache
 from prune_export.units import bytes_from_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -62,14 +62,24 @@ _STORE_VARIABLE: Final = "PRUNE_EXPORT_STORE"
 
 
 def store_directory(given: Path | None) -> Path:
-    """The store: as given, by the environment, or in the user's cache."""
+    """The store: as given, by the environment, or in the user's cache.
+
+    Raises:
+        PlanError: neither is given, and the user has no home directory.
+    """
     if given is not None:
         return given
     named = os.environ.get(_STORE_VARIABLE)
     if named:
         return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "prune_export" / "store"
+    try:
+        return user_cache() / "store"
+    except RuntimeError:
+        raise PlanError(
+            "--store",
+            "is not given, and this user has no home directory to keep one in",
+            f"pass `--store DIR`, or set {_STORE_VARIABLE} or XDG_CACHE_HOME",
+        ) from None
 
 
 def machine(ram: str | None, threads: int | None, device: str | None) -> Machine:

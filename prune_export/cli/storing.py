@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prune_export.cli import console, options
+from prune_export.places import named
 from prune_export.units import text_from_bytes
+
+if TYPE_CHECKING:
+    from prune_export.store import Store
 
 store_app = typer.Typer(no_args_is_help=True, help="Look at the artifact store, or clean it.")
 
@@ -17,9 +22,8 @@ def store_ls(store: options.StoreDir = None, json: options.Json = False) -> None
     """List what is in the store."""
     from datetime import datetime
 
-    from prune_export.store import Store
-
-    found = list(Store(options.store_directory(store)).artifacts())
+    opened = _opened(store)
+    found = list(opened.artifacts()) if opened else []
     if json:
         keys = ("id", "bytes", "changed", "complete")
         console.print_json([dict(zip(keys, row, strict=True)) for row in found])
@@ -39,18 +43,38 @@ def store_gc(
     dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Delete what no result directory needs; what is being built now is left alone."""
+    """Delete what no result directory needs; what is being built now is left alone.
+
+    What cannot be read goes too, and so do locks and temporary files that killed runs left.
+    """
+    from prune_export.temporary import sweep
+
+    opened = _opened(store)
+    sizes, doomed, broken, left = {}, [], [], []
+    if opened is not None:
+        sizes = {name: size for name, size, _, _ in opened.artifacts()}
+        doomed, broken, left = opened.garbage(), opened.broken(), opened.stray()
+        for name in () if dry_run else dict.fromkeys((*doomed, *broken, *left)):
+            opened.remove(name)
+    left += [] if dry_run else map(str, sweep())
+    freed = sum(sizes.get(name, 0) for name in doomed)
+    if json:
+        console.print_json({"removed": doomed, "bytes": freed, "broken": broken,
+                            "left_by_killed_runs": left, "dry_run": dry_run})  # fmt: skip
+        return
+    verb = "would remove" if dry_run else "removed"
+    typer.echo(f"{verb} {len(doomed)} artifacts, {text_from_bytes(freed)}")
+    if broken:
+        typer.echo(f"{verb} what could not be read: {named(broken)}")
+    if left:
+        typer.echo(f"{verb} what killed runs had left: {named(left)}")
+
+
+def _opened(given: Path | None) -> Store | None:
+    """The store; None where none is named and the default one was never used."""
     from prune_export.store import Store
 
-    opened = Store(options.store_directory(store))
-    sizes = {name: size for name, size, _, _ in opened.artifacts()}
-    doomed = opened.garbage()
-    for name in doomed:
-        if not dry_run:
-            opened.remove(name)
-    freed = sum(sizes[name] for name in doomed)
-    if json:
-        console.print_json({"removed": doomed, "bytes": freed, "dry_run": dry_run})
-    else:
-        verb = "would remove" if dry_run else "removed"
-        typer.echo(f"{verb} {len(doomed)} artifacts, {text_from_bytes(freed)}")
+    root = options.store_directory(given)
+    if given is None and not root.exists():
+        return None
+    return Store(root, make=False)

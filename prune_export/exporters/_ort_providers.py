@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from pydantic import Field
 
 from prune_export.contracts import Placement
 from prune_export.errors import MissingExtra, PlanError, StageError
-from prune_export.machine import Machine
+from prune_export.machine import Machine, user_cache
 
 ProviderName = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt_rtx"]
 
@@ -340,7 +339,14 @@ def _cache(graph: Path, provider: Provider) -> Path:
     data = graph.with_name(f"{graph.name}_data")
     if data.is_file():  # equal graphs may hold other weights; an engine has them built in
         about.update(_digest(data))
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "prune_export"
+    try:
+        root = user_cache()
+    except RuntimeError:
+        raise StageError(
+            str(graph),
+            "has an engine to keep, and this user has no home directory to keep it in",
+            "set XDG_CACHE_HOME",
+        ) from None
     folder = root / "engines" / about.hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
     return folder

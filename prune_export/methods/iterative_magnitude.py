@@ -5,7 +5,6 @@ It takes `rounds` + 1 trainings of the whole model in memory: for small models.
 
 from __future__ import annotations
 
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from prune_export.methods._mask import count_of, smallest, summary, zeros
 from prune_export.methods._ticket import TOKENS, Schedule, Student, drawn, train
 from prune_export.nm import Nm
 from prune_export.surgery import Overwrite
+from prune_export.temporary import Temporary
 
 _HELD_OUT_SHARE: Final = 10
 
@@ -118,11 +118,9 @@ class IterativeMagnitude(_sparse.Sparse):
                 "on, one to measure with",
                 "raise `samples` in `data.calibration`",
             )
-        temporary = None
-        if means.scratch is None:
-            temporary = tempfile.TemporaryDirectory(prefix="ticket-")
+        temporary = Temporary() if means.scratch is None else None
         key = pass_key(model.checkpoint, model.arch, means.tokens, means.machine, repr(self))
-        folder = Path(temporary.name if temporary else str(means.scratch)) / f"ticket-{key}"
+        folder = Path(temporary.path if temporary else str(means.scratch)) / f"ticket-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         with (
             threads(means.machine.threads),
@@ -138,7 +136,7 @@ class IterativeMagnitude(_sparse.Sparse):
             partial(_read, file, tensor.name) for tensor in model.arch.stored()
         ]
         if temporary is not None:
-            weakref.finalize(read[0], temporary.cleanup)
+            weakref.finalize(read[0], temporary.close)
         edits = tuple(
             Overwrite(tensor.name, value)
             for tensor, value in zip(model.arch.stored(), read, strict=True)

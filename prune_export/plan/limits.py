@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from prune_export.calibrate import inside
 from prune_export.errors import PlanError
 from prune_export.files import shown
+from prune_export.places import judged
 from prune_export.plan.planned import Plan
 from prune_export.recipe import Source, TokenFile
+from prune_export.store import refuse_foreign_store
 from prune_export.units import GIB, text_from_bytes
 
 _CHARACTERS_PER_TOKEN: Final = 4
@@ -39,8 +41,15 @@ def windows_of(source: Source, root: Path) -> int:
     return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
 
 
-def what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> Iterator[PlanError]:
-    """What this machine lacks for a plan: memory, GPU memory, places to write to, disk."""
+def what_does_not_fit(
+    plan: Plan, ram_limit: int, store: Path, out: Path, reads: Mapping[str, Path]
+) -> Iterator[PlanError]:
+    """What this machine lacks for a plan: places to write to, memory, GPU memory, disk.
+
+    `reads` are the places that the work reads or keeps, by name.
+    """
+    refusals = list(_refusals(store, out, reads))
+    yield from refusals
     heaviest = max(plan.stages, key=lambda stage: stage.cost.ram_bytes)
     if heaviest.cost.ram_bytes > ram_limit:
         yield PlanError(
@@ -57,19 +66,10 @@ def what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> Ite
             f"{text_from_bytes(plan.machine.gpu_bytes)} of its memory are free",
             "end what else is on it, or pass `--device cpu`",
         )
-    # A result is put together beside its place.
-    for folder, option, needed in (
-        (store, "--store", store),
-        (out, "--out", out.absolute().parent),
-    ):
-        existing = next(path for path in (needed, *needed.absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            what = "may not be written to" if existing.is_dir() else "is a file, not a directory"
-            yield PlanError(
-                str(folder), f"cannot be made: {existing} {what}", f"give another `{option}`"
-            )
-            continue
-        free = shutil.disk_usage(existing).free
+    for folder in (store, out) if not refusals else ():
+        # A result is put together beside its place, or in it if it is there already.
+        real = Path(os.path.realpath(folder))
+        free = shutil.disk_usage(next(at for at in (real, *real.parents) if at.exists())).free
         if plan.disk_bytes + GIB // 4 > free:
             yield PlanError(
                 str(folder),
@@ -77,3 +77,15 @@ def what_does_not_fit(plan: Plan, ram_limit: int, store: Path, out: Path) -> Ite
                 f"and {text_from_bytes(free)} are free",
                 "free some, run `prune-export store gc`, or pass `--store`",
             )
+
+
+def _refusals(store: Path, out: Path, reads: Mapping[str, Path]) -> Iterator[PlanError]:
+    """Why a store cannot be where it shall, nor a result."""
+    try:
+        refuse_foreign_store(store)
+    except PlanError as error:
+        yield error
+    try:
+        judged(out, reads)
+    except PlanError as error:
+        yield error

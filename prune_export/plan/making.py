@@ -80,7 +80,12 @@ def make_plan(
     if recipe.verify.generation and Tokenizer.lies_in(checkpoint.path):
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
-    lacking = tuple(what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out))
+    reads = {
+        "the model": checkpoint.path,
+        "the store": store,
+        "the data root": recipe.root,
+    } | ({"the recipe": recipe.file} if recipe.file else {})
+    lacking = tuple(what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out, reads))
     return dataclasses.replace(plan, lacking=lacking)
 
 

@@ -8,7 +8,7 @@ own directory unless the caller, who is trusted, says otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -77,7 +77,10 @@ _MAX_EXTENDS: Final = 8
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. `root` is the directory that its relative paths are resolved below."""
+    """A checked recipe. `root` is the directory that its relative paths are resolved below.
+
+    `file` is where it was read from, None if that was a string.
+    """
 
     name: str
     description: str
@@ -89,6 +92,7 @@ class Recipe:
     publish: Publish
     root: Path
     text: str
+    file: Path | None = None
 
     @staticmethod
     def load(
@@ -106,7 +110,8 @@ class Recipe:
         document = _extended(file, file.parent, ())
         for assignment in overrides:
             document = yaml_document.assigned(document, assignment)
-        return _checked(file.stem, document, (data_root or file.parent).resolve())
+        recipe = _checked(file.stem, document, (data_root or file.parent).resolve())
+        return replace(recipe, file=file.resolve())
 
     @staticmethod
     def parse(

@@ -7,6 +7,7 @@ known here without an edit, and the JSON Schema for editors is made from the sam
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -25,6 +26,9 @@ from prune_export.recipe.stages import Stage, Sweep, Workload, plain
 VERSION = 1
 
 _REGISTRY: Mapping[str, registry.Kind] = {"prune": "methods", "heal": "heal"}
+_NAME = re.compile(r"[^\W][^/\x00-\x1f\x7f]{0,63}")
+"""Of a data source; an artifact's directory is called by it."""
+
 _DEFAULT_DATA = {"prune": "calibration", "heal": "healing"}
 
 M = TypeVar("M", bound=BaseModel)
@@ -109,6 +113,12 @@ def sources(document: Document) -> dict[str, Source]:
     found: dict[str, Source] = {}
     for name, body in _mapping(document, ("data",)).items():
         path: Path_ = ("data", name)
+        if not _NAME.fullmatch(str(name)):
+            raise RecipeError(
+                document.where(path),
+                f"got the name {name!r}, expected one that a directory can have",
+                "write letters, digits, `_` and `-`",
+            )
         kinds = [key for key in SOURCES if key in _mapping(document, path)]
         if len(kinds) != 1:
             raise RecipeError(

@@ -7,6 +7,7 @@ that an earlier run has done is taken from there.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
 from prune_export.contracts import Sparse
-from prune_export.errors import PlanError
+from prune_export.errors import PlanError, StageError
 from prune_export.machine import Machine
 from prune_export.plan import CALIBRATION, Plan, make_plan, sets_of
 from prune_export.progress import Progress, Silent
@@ -25,9 +26,10 @@ from prune_export.run import artifacts
 from prune_export.run.artifacts import Base, Bench
 from prune_export.run.measure import measured
 from prune_export.run.record import report_of
-from prune_export.run.result import LOCK, Result, alone, lock_of, refuse_foreign
+from prune_export.run.result import Result, alone, lock_of, mend
 from prune_export.run.search import searched
 from prune_export.store import Artifact, Store
+from prune_export.temporary import sweep
 from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
 
@@ -105,10 +107,14 @@ def run(
             earlier stages finished is kept, and the same call goes on from there.
     """
     progress = progress or Silent()
-    refuse_foreign(options.out)
     plan(recipe, model, options).check()
+    out = Path(os.path.realpath(options.out))
+    mend(out)
+    sweep()
+    store = Store(options.store)
+    store.sweep()
     bench = Bench(
-        Store(options.store),
+        store,
         options.machine,
         progress,
         options.force,
@@ -137,8 +143,16 @@ def run(
     sets = {name: tokens for name, (_, tokens) in data.items()}
     found = measured(bench, recipe, base, stages, exports, dense, sets, off)
     made = _Made(asked, base, data, stages, searches, exports, found)
-    with alone(options.out):
-        return _finished(bench, recipe, options.out, made)
+    try:
+        with alone(out):
+            report = _finished(bench, recipe, out, made)
+    except OSError as error:
+        raise StageError(
+            str(out),
+            f"the result cannot be put there: {error}",
+            f"all that was made for it is kept; mend that, and go on with\n  {options.command}",
+        ) from error
+    return RunResult(options.out, report, found)
 
 
 def _without_sparsity(
@@ -154,17 +168,15 @@ def _without_sparsity(
 
 
 def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
-    spec = model or recipe.model
-    if spec is None:
+    """(as it was named, its place, its commit on the Hub). What the caller names may lie anywhere.
+
+    What the recipe names is below its data root or on the Hub.
+    """
+    if model is not None:
+        return model, *resolve_model(model)
+    if not recipe.model:
         raise PlanError(recipe.name, "names no model", "pass `--model`, or write `model:`")
-    below = recipe.root / spec
-    if model is None and below.exists():
-        if not below.resolve().is_relative_to(recipe.root):
-            raise PlanError(f"{recipe.name}  model", f"`{spec}` leaves the data root {recipe.root}",
-                            f"pass `--model {below}` if you trust it")  # fmt: skip
-        return spec, below, None
-    path, revision = resolve_model(spec)
-    return spec, path, revision
+    return recipe.model, *resolve_model(recipe.model, below=recipe.root, asker=recipe.name)
 
 
 def _data(bench: Bench, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
@@ -221,7 +233,7 @@ class _Made:
     found: Verification
 
 
-def _finished(bench: Bench, recipe: Recipe, out: Path, made: _Made) -> RunResult:
+def _finished(bench: Bench, recipe: Recipe, out: Path, made: _Made) -> dict[str, Any]:
     base, data, stages, exports = made.base, made.data, made.stages, made.exports
     report = report_of(bench, recipe, base, data, stages, exports, made.found)
     report["recipe"]["text"] = made.asked
@@ -242,10 +254,11 @@ def _finished(bench: Bench, recipe: Recipe, out: Path, made: _Made) -> RunResult
     }
     origin = {"model": base.name, "revision": base.revision, "id": base.id}
     digest = hashlib.sha256(made.asked.encode()).hexdigest()
-    result.write_json(LOCK, lock_of(origin, used, named, digest, artifacts.versions()))
     result.write_json("verify.json", made.found.to_json())
     result.write_json("report.json", report)
     write_report(report, result.partial)
+    result.write_lists(lock_of(origin, used, named, digest, artifacts.versions()))
     every = [*named.values(), *(artifact for artifact, _ in data.values())]
     bench.store.remember(out, [artifact.id for artifact in every] + [base.id])
-    return RunResult(result.finish(), report, made.found)
+    result.finish()
+    return report

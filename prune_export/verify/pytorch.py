@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from prune_export.checkpoint.loading import load_config, load_model
 from prune_export.contracts import Runner
 from prune_export.errors import MissingExtra
 from prune_export.machine import Machine
+from prune_export.temporary import Temporary
 
 _DTYPES = {
     "float32": torch.float32,
@@ -131,5 +131,5 @@ def _offload(path: Path, machine: Machine, stack: ExitStack) -> dict[str, Any]:
         "device_map": "auto",
         "max_memory": memory,
         "offload_buffers": True,
-        "offload_folder": stack.enter_context(tempfile.TemporaryDirectory(prefix="prune-export-")),
+        "offload_folder": stack.enter_context(Temporary()),
     }

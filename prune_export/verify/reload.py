@@ -20,6 +20,7 @@ from prune_export.files import CARD_BYTES, read_regular
 from prune_export.machine import Machine
 from prune_export.modeling import FOLDER
 from prune_export.progress import Progress, Silent
+from prune_export.temporary import Temporary
 from prune_export.verify import reload_child
 from prune_export.verify.results import Reload
 
@@ -94,22 +95,19 @@ def _run(checkpoint: Path, machine: Machine) -> dict[str, Any]:
     }
     script = Path(reload_child.__file__)
     code = ["own-code"] if _brings_our_code(checkpoint) else []
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-I",
-            str(script),
-            str(checkpoint.resolve()),
-            str(machine.ram_bytes),
-            *code,
-        ],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_SECONDS,
-        check=False,
-    )
+    asked = [str(checkpoint.resolve()), str(machine.ram_bytes), *code]
+    temporary = Temporary()
+    with temporary as folder:
+        done = subprocess.run(
+            [sys.executable, "-I", str(script), *asked],
+            env=environment | {"TMPDIR": str(folder)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+            pass_fds=[temporary.descriptor],  # a child that outlives us still holds it
+        )
     if done.returncode != 0:
         words = "".join(f"\n    {line}" for line in done.stderr.splitlines()[-12:])
         raise VerifyError(

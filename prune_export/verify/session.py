@@ -8,7 +8,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from prune_export import errors
 from prune_export.errors import PruneExportError, StageError, VerifyError
 from prune_export.machine import Machine
 from prune_export.progress import Task
+from prune_export.temporary import Temporary
 from prune_export.verify.engine import Engine
 
 TIMEOUT_SECONDS: Final = 1800.0
@@ -54,8 +54,8 @@ class Session:
         self._saved = 0
 
     def __enter__(self) -> Self:
-        self._files = tempfile.TemporaryDirectory(prefix="prune-export-")
-        self._log = Path(self._files.name) / "stderr"
+        self._files = Temporary()
+        self._log = self._files.path / "stderr"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "prune_export.verify.worker"],
@@ -210,7 +210,7 @@ class Session:
 
     def _end(self) -> None:
         self.release()
-        self._files.cleanup()
+        self._files.close()
 
     def _stop(self) -> None:
         process = self._process
@@ -226,7 +226,7 @@ class Session:
 
     def _file(self, name: str) -> str:
         self._saved += 1  # never the same twice: an array may still be mapped
-        return str(Path(self._files.name) / f"{self._saved}-{name}")
+        return str(self._files.path / f"{self._saved}-{name}")
 
     def _refuse_unknown(self, ids: np.ndarray) -> None:
         """Refuses tokens that the engine has no embedding of, before they are looked up there."""

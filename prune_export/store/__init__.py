@@ -8,16 +8,19 @@ so a killed build leaves only a partial directory, whose `scratch/` the next bui
                                          files/          what the stage wrote
     <store>/<id>.partial/scratch/                        checkpoints of work that was not finished
     <store>/<id>.lock                                    held by the process that builds it
+    <store>/roots/                                       which artifacts a result directory needs
+    <store>/seen.json                                    hashes of files outside, by their stamps
+    <store>/.prune-export-store                          the mark: without it, it is no store
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +28,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.errors import PlanError, StageError
+from prune_export.locking import held_if_free, locked, sweep_lock, write_atomically
+from prune_export.store.mark import is_artifact, is_store, leave_mark, refuse_foreign_store
+from prune_export.store.notes import manifest_of, root_of, seen_in, summed
+from prune_export.store.placing import place
+
+__all__ = [
+    "Artifact", "Key", "Store", "canonical_json", "locked", "place",
+    "refuse_foreign_store", "sha256_of_file", "sha256_of_json",
+]  # fmt: skip
 
 _MANIFEST: Final = "manifest.json"
+_SETTLED_NS: Final = 2_000_000_000
+"""A file changed this short ago may change again within one tick of the file system's clock."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +104,20 @@ def sha256_of_file(file: Path) -> str:
 class Store:
     """A directory of artifacts that several processes may use at once.
 
+    It is made and marked where it is missing; with `make=False` it must be there.
+
     Raises:
-        PlanError: it is not there and cannot be made.
+        PlanError: it is another directory, or it is not there and cannot be made.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, make: bool = True) -> None:
+        refuse_foreign_store(root)
+        if not make and not is_store(root):
+            raise PlanError(str(root), "is no store: no run has used it", "give another `--store`")
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            if make:
+                root.mkdir(parents=True, exist_ok=True)
+                leave_mark(root)
         except OSError as error:
             raise PlanError(
                 str(root), f"cannot be made: {error.strerror}", "give another `--store`"
@@ -109,11 +130,8 @@ class Store:
         Files whose size, time and inode are as recorded are trusted; others are hashed again.
         """
         folder = self.root / artifact_id
-        try:
-            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if not self._intact(folder, manifest):
+        manifest = manifest_of(folder, _MANIFEST)
+        if manifest is None or not self._intact(folder, manifest):
             return None
         return Artifact(
             artifact_id,
@@ -149,17 +167,22 @@ class Store:
         roots = self.root / "roots"
         roots.mkdir(exist_ok=True)
         name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:24]
-        _write_atomically(
+        write_atomically(
             roots / f"{name}.json", json.dumps({"out": str(out.resolve()), "ids": sorted(ids)})
         )
 
     def artifacts(self) -> Iterator[tuple[str, int, float, bool]]:
         """(id, bytes, time of last change, complete) of everything in the store."""
         for folder in sorted(self.root.iterdir()):
-            if folder.is_dir() and folder.name != "roots":
-                files = [file for file in folder.rglob("*") if file.is_file()]
-                size = sum(file.stat().st_size for file in files)
-                complete = (folder / _MANIFEST).is_file() and not folder.name.endswith(".partial")
+            if not is_artifact(folder.name) or folder.is_symlink() or not folder.is_dir():
+                continue
+            size = 0
+            for place_, _, files in os.walk(folder):
+                for file in files:
+                    with contextlib.suppress(FileNotFoundError):  # one at work takes it away
+                        size += Path(place_, file).lstat().st_size
+            complete = manifest_of(folder, _MANIFEST) is not None
+            with contextlib.suppress(FileNotFoundError):
                 yield folder.name, size, folder.stat().st_mtime, complete
 
     def made(self, kind: str, folder: Path) -> bool:
@@ -180,44 +203,88 @@ class Store:
         return False
 
     def garbage(self) -> list[str]:
-        """What no result directory needs: artifacts and abandoned partial builds, none in use."""
+        """What no result directory needs: artifacts and abandoned partial builds, none in use.
+
+        An artifact whose manifest cannot be believed is one of them, whoever needs it.
+        """
         needed: set[str] = set()
         for note in (self.root / "roots").glob("*.json"):
-            entry = json.loads(note.read_text(encoding="utf-8"))
-            if Path(entry["out"]).is_dir():
-                needed |= set(entry["ids"])
+            found = root_of(note)
+            if found is not None and os.path.isdir(found[0]):
+                needed |= found[1]
         return [
             name
-            for name, _, _, _ in self.artifacts()
-            if name not in needed and not self._in_use(name.removesuffix(".partial"))
+            for name, _, _, complete in self.artifacts()
+            if not (complete and name in needed) and not self._in_use(_id_of(name))
         ]
 
+    def broken(self) -> list[str]:
+        """Artifacts without a manifest that can be believed, and notes that cannot be read."""
+        notes = sorted((self.root / "roots").glob("*.json"))
+        return [
+            *(f"roots/{note.name}" for note in notes if root_of(note) is None),
+            *(
+                name
+                for name, _, _, complete in self.artifacts()
+                if not complete and not name.endswith(".partial") and not self._in_use(_id_of(name))
+            ),
+        ]
+
+    def stray(self) -> list[str]:
+        """What killed runs left: lock files that nobody holds, files half written."""
+        return list(self._stray())
+
     def remove(self, name: str) -> None:
-        """Deletes an artifact or a partial build."""
+        """Deletes an artifact or a partial build, or what is `broken` or `stray`."""
         folder = self.root / name
-        with contextlib.suppress(FileNotFoundError):
+        if not is_artifact(name):
+            if name.startswith("roots/") and not Path(name).name.startswith("."):
+                folder.unlink(missing_ok=True)
+            else:
+                sweep_lock(folder)
+            return
+        with contextlib.suppress(OSError):
             (folder / _MANIFEST).unlink()
         shutil.rmtree(folder, ignore_errors=True)
-        (self.root / f"{name.removesuffix('.partial')}.lock").unlink(missing_ok=True)
+        sweep_lock(self.root / f"{_id_of(name)}.lock")
+
+    def sweep(self) -> None:
+        """Removes the locks and half-written files that killed runs have left."""
+        for name in self.stray():
+            self.remove(name)
 
     def file_hash(self, file: Path) -> str:
-        """The sha256 of a file outside of the store, remembered by its size, time and inode.
+        """The sha256 of a file outside of the store, of its bytes: a name proves nothing.
 
-        A file of the Hub's cache is named by its hash, which is then taken.
+        It is remembered by the file's size, times and inode.
         """
-        real = file.resolve()
-        if real.parent.name == "blobs" and len(real.name) == 64:
-            return real.name
+        real = Path(os.path.realpath(file))
         memory = self.root / "seen.json"
-        try:
-            seen: dict[str, Any] = json.loads(memory.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            seen = {}
-        stamp = _stamp(real)
-        if seen.get(str(real), {}).get("stamp") != stamp:
-            seen[str(real)] = {"stamp": stamp, "sha256": sha256_of_file(real)}
-            _write_atomically(memory, json.dumps(seen))
-        return str(seen[str(real)]["sha256"])
+        stamp = _stamp_outside(real)
+        known = seen_in(memory).get(str(real))
+        if known is not None and known["stamp"] == stamp:
+            return str(known["sha256"])
+        digest = sha256_of_file(real)
+        settled = time.time_ns() - max(stamp[1], stamp[3]) > _SETTLED_NS
+        if settled and _stamp_outside(real) == stamp:
+            # Read again: others may have written since.
+            seen = seen_in(memory) | {str(real): {"stamp": stamp, "sha256": digest}}
+            write_atomically(memory, json.dumps(seen))
+        return digest
+
+    def _stray(self) -> Iterator[str]:
+        """Lock files that nobody holds and no build needs, and what killed writers left."""
+        patterns = ("*.lock", ".*.json.[0-9]*", "roots/.*.json.[0-9]*", "*/.*.json.[0-9]*",
+                    "..prune-export-store.[0-9]*")  # fmt: skip
+        for file in sorted({file for pattern in patterns for file in self.root.glob(pattern)}):
+            name = file.relative_to(self.root).as_posix()
+            if name.endswith(".lock") and not is_artifact(name.removesuffix(".lock")):
+                continue
+            if file.is_symlink() or not stat.S_ISREG(file.lstat().st_mode):
+                continue
+            with held_if_free(file) as free:
+                if free and file.exists():
+                    yield name
 
     def _built(self, key: Key, build: Callable[[Path, Path], Mapping[str, Any]]) -> Artifact:
         partial = self.root / f"{key.id}.partial"
@@ -228,7 +295,7 @@ class Store:
         began = time.monotonic()
         record = dict(build(files, scratch))
         seconds = time.monotonic() - began
-        manifest = {
+        manifest = summed({
             "id": key.id,
             "kind": key.kind,
             "name": key.name,
@@ -246,9 +313,9 @@ class Store:
                 for file in sorted(files.rglob("*"))
                 if file.is_file()
             },
-        }
+        })  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
-        _write_atomically(partial / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        write_atomically(partial / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
         final = self.root / key.id
         if final.exists():
             self._discard(final)
@@ -284,60 +351,12 @@ class Store:
                 return False
             entry["stamp"], refreshed = stamp, True
         if refreshed:
-            _write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+            write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
         return True
 
     def _in_use(self, artifact_id: str) -> bool:
-        path = self.root / f"{artifact_id}.lock"
-        try:
-            with path.open("r") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
-
-
-@contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds the file at `path` against all other processes; it is gone afterwards.
-
-    `waiting` is called once if another one holds it.
-    """
-    told = False
-    while True:
-        with path.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if told else fcntl.LOCK_NB))
-            except BlockingIOError:
-                waiting()
-                told = True
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            # The holder before us may have removed the file: then nobody else would see ours.
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def place(source: Path, target: Path) -> None:
-    """Copies a file, sharing its blocks where the file system can; never a hard link.
-
-    So an edit of the copy never reaches the source.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with source.open("rb") as reader, target.open("wb") as writer:
-            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-_FICLONE: Final = 0x40049409
+        with held_if_free(self.root / f"{artifact_id}.lock") as free:
+            return not free
 
 
 def _stamp(file: Path) -> list[int]:
@@ -345,13 +364,14 @@ def _stamp(file: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-def _write_atomically(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+def _stamp_outside(file: Path) -> list[int]:
+    """As `_stamp`, and when anything about the file was last changed, which nobody can set."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+
+
+def _id_of(name: str) -> str:
+    return name.removesuffix(".partial").removesuffix(".old")
 
 
 def _sync_directory(folder: Path) -> None:

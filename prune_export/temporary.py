@@ -1,0 +1,93 @@
+"""Temporary directories that a killed process does not leave behind for ever.
+
+Each has a lock file beside it, held as long as its owner lives. Who finds one whose lock is free
+knows that the owner is dead, in whatever container it ran, and sweeps it.
+
+    <temporary>/prune-export-k3jx9a/        session, offloaded weights, spooled states
+    <temporary>/prune-export-k3jx9a.lock    held by its owner
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from prune_export.locking import held_if_free
+
+PREFIX: Final = "prune-export-"
+_LOCK: Final = ".lock"
+
+
+class Temporary:
+    """A new directory in the system's temporary folder, gone when it is closed or forgotten.
+
+    A child process that is given `descriptor` keeps it from being swept after its parent's death.
+    """
+
+    def __init__(self) -> None:
+        self.descriptor, lock = _new_lock()
+        self._end = weakref.finalize(self, _removed, os.getpid(), self.descriptor, lock)
+        self.path = Path(lock.removesuffix(_LOCK))
+        self.path.mkdir(mode=0o700)
+
+    def close(self) -> None:
+        """Removes the directory; more than once does no harm."""
+        self._end()
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+def _new_lock() -> tuple[int, str]:
+    while True:
+        descriptor, lock = tempfile.mkstemp(prefix=PREFIX, suffix=_LOCK)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # A sweep that came between making and locking has removed it.
+        if Path(lock).exists():
+            return descriptor, lock
+        os.close(descriptor)
+
+
+def _removed(owner: int, descriptor: int, lock: str) -> None:
+    if os.getpid() == owner:  # a forked child has the object, and neither directory nor lock
+        shutil.rmtree(lock.removesuffix(_LOCK), ignore_errors=True)
+        Path(lock).unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def sweep() -> list[Path]:
+    """Removes the temporary directories whose owners are dead; those that it removed."""
+    swept: list[Path] = []
+    with suppress(OSError):
+        for lock in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*{_LOCK}")):
+            if not _ours(lock, stat.S_ISREG):
+                continue
+            with held_if_free(lock) as free:
+                folder = lock.with_name(lock.name.removesuffix(_LOCK))
+                if not free or not lock.exists():
+                    continue
+                if _ours(folder, stat.S_ISDIR):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    swept.append(folder)
+                lock.unlink(missing_ok=True)
+    return swept
+
+
+def _ours(path: Path, kind: Callable[[int], bool]) -> bool:
+    """Whether it is this user's, and no link; the temporary folder belongs to everybody."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return status.st_uid == os.geteuid() and kind(status.st_mode)
