@@ -99,6 +99,14 @@ class Arch:
         """The number of stored parameters; tied tensors count once."""
         return sum(prod(self.shape(tensor)) for tensor in self.stored())
 
+    def block_parameters(self) -> int:
+        """The number of parameters of all blocks together; embeddings and the head are outside."""
+        return sum(prod(self.shape(tensor)) for tensor in self.stored() if tensor.layer is not None)
+
+    def head_parameters(self) -> int:
+        """The weights that turn a token's states into logits, be they stored or tied."""
+        return sum(prod(self.shape(tensor)) for tensor in self.tensors if tensor.role == "head")
+
     def block(self, layer: int) -> tuple[Tensor, ...]:
         """The tensors of one block."""
         return tuple(tensor for tensor in self.tensors if tensor.layer == layer)

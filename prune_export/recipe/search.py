@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, TypeAdapter
@@ -276,8 +275,7 @@ def unreached(told: Sequence[str], outside: int, arch: Arch) -> tuple[str, str]:
 
 def outside_of_blocks(arch: Arch) -> str:
     """Says so where much of a model is in its embedding and head, which few methods cut."""
-    kept = sum(prod(arch.shape(tensor)) for tensor in arch.stored() if tensor.layer is None)
-    share = kept / arch.parameters()
+    share = 1 - arch.block_parameters() / arch.parameters()
     return (
         f". {share:.0%} of the parameters are outside of the blocks, where only `hidden` cuts"
         if share > 0.4
