@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal
@@ -84,7 +83,6 @@ def plain(entry: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def checker(cls: Hashable) -> TypeAdapter[Any]:
+def checker(cls: Any) -> TypeAdapter[Any]:
     """What makes an entry of its keys; kept, as making it takes longer than using it."""
-    made: TypeAdapter[Any] = TypeAdapter(cls)
-    return made
+    return TypeAdapter(cls)
