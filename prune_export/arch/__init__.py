@@ -97,7 +97,19 @@ class Arch:
 
     def parameters(self) -> int:
         """The number of stored parameters; tied tensors count once."""
+        return self._parameters
+
+    @cached_property
+    def _parameters(self) -> int:
         return sum(prod(self.shape(tensor)) for tensor in self.stored())
+
+    def block_parameters(self) -> int:
+        """The number of parameters of all blocks together; embeddings and the head are outside."""
+        return sum(prod(self.shape(tensor)) for tensor in self.stored() if tensor.layer is not None)
+
+    def head_parameters(self) -> int:
+        """The weights that turn a token's states into logits, be they stored or tied."""
+        return sum(prod(self.shape(tensor)) for tensor in self.tensors if tensor.role == "head")
 
     def block(self, layer: int) -> tuple[Tensor, ...]:
         """The tensors of one block."""
@@ -138,7 +150,10 @@ class Arch:
                 )
             if size < 1:
                 raise PlanError(f"axis {axis}", f"got size {size}, expected at least 1")
-        return self._bound(self.config, self.layers, {**self.sizes, **sizes})
+        if any(axis.partition(".")[0] == "expert" for axis in sizes):
+            return self._bound(self.config, self.layers, {**self.sizes, **sizes})
+        # The same tensors of other shapes: only experts come and go with a size.
+        return replace(self, sizes=MappingProxyType({**self.sizes, **sizes}))
 
     def with_own(self, tensor: str) -> Arch:
         """The same model with a tied tensor (such as the head) stored on its own.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 Part = tuple[str, ...]
@@ -46,6 +47,10 @@ class Dims:
 
     def axes(self) -> frozenset[str]:
         """The named axes that occur; numbers are not axes."""
+        return self._axes
+
+    @cached_property
+    def _axes(self) -> frozenset[str]:
         return frozenset(
             axis for dim in self.of for part in dim for axis in part if not axis.isdecimal()
         )

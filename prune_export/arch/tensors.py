@@ -16,6 +16,12 @@ from prune_export.errors import UnsupportedArch
 parse = lru_cache(maxsize=None)(Dims.parse)
 
 
+@lru_cache(maxsize=1 << 16)
+def _renamed(text: str, names: tuple[tuple[str, str], ...]) -> Dims:
+    """Plans bind hundreds of cuts of a model, and dimensions have the same names in all of them."""
+    return parse(text).renamed(dict(names))
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One stored tensor.
@@ -90,20 +96,20 @@ class Binding:
         return Tensor(row.name, parse(row.dims), row.role, None, tied)
 
     def _plain(self, rows: Sequence[TensorRow], layer: int) -> Iterator[Tensor]:
-        own = self._own(layer)
+        own = tuple(self._own(layer).items())
         for row in rows:
             name = f"{self.table.blocks}.{layer}.{row.name}"
-            yield Tensor(name, parse(row.dims).renamed(own), row.role, layer)
+            yield Tensor(name, _renamed(row.dims, own), row.role, layer)
 
     def _experts(self, rows: Sequence[TensorRow], layer: int) -> Iterator[Tensor]:
         own = self._own(layer)
         for expert in range(self.size(own.get("expert", "expert"))):
             axes = self.table.axes.items()
             mine = {name: f"{name}.{layer}.{expert}" for name, axis in axes if axis.per_expert}
+            names = tuple((own | mine).items())
             for row in rows:
                 name = f"{self.table.blocks}.{layer}.{row.name.replace('{expert}', str(expert))}"
-                dims = parse(row.dims).renamed(own | mine)
-                yield Tensor(name, dims, row.role, layer, None, expert)
+                yield Tensor(name, _renamed(row.dims, names), row.role, layer, None, expert)
 
     def _own(self, layer: int) -> dict[str, str]:
         axes = self.table.axes.items()

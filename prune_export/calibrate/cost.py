@@ -45,7 +45,7 @@ def pass_cost(
     States count as spooled where they exceed half of the memory. All experts count as active.
     """
     item, residual, vocab = 4, arch.sizes["residual"], arch.sizes["vocab"]
-    block = block_bytes(arch, torch.float32)
+    block, average = block_bytes(arch, torch.float32), arch.block_parameters() / arch.layers
     widest = max(size for name, size in arch.sizes.items() if name != "vocab")
     ram = 3 * block + min(vocab, samples * length) * residual * item
     ram += BATCH_TOKENS[machine.device] * (4 * widest + 6 * residual) * item
@@ -75,11 +75,11 @@ def pass_cost(
                 forwards *= _REPEATED
             handy += statistic.handy_bytes
             moved += int(forwards) * arch.parameters() * item
-        each = 2 * block / item + 2 * tokens * residual
+        each = 2 * average + 2 * tokens * residual
         flops += forwards * count * tokens * blocks * each
         if bypassed:
             ram += 2 * vocab * residual * item
-            flops += 2.0 * count * tokens * (1 + len(bypassed)) * vocab * residual
+            flops += 2.0 * count * tokens * (1 + len(bypassed)) * arch.head_parameters()
     ram += min(handy, max(0, machine.ram_bytes // 2 - ram))
     seconds = sum(one.seconds for one in statistics if isinstance(one, Further))
     on_gpu = ram if machine.device == "cuda" else 0

@@ -23,6 +23,8 @@ _QUIET_LIBRARIES: Final = {
     "BITSANDBYTES_NOWELCOME": "1",
 }
 
+_INTERRUPTED: Final = 130
+
 
 def main() -> None:
     """Runs the command line; errors of this package become three lines and an exit status."""
@@ -33,18 +35,27 @@ def main() -> None:
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
     from prune_export.cli.commands import app
+    from prune_export.cli.help import Abort, UsageError, usage_problem
 
     try:
-        app()
+        # The status of what ended early, such as `--version`; None after a command.
+        status = app(standalone_mode=False) or 0
+    except UsageError as error:
+        where, problem, fix = usage_problem(error)
+        if problem:
+            console.show_problem(where, problem, fix)
+        raise SystemExit(2) from None
     except PruneExportError as error:
         if verbose:
             console.errors.print_exception()
         console.show_error(error, as_json="--json" in sys.argv)
         failed = isinstance(error, StageError | VerifyError | PublishError)
         raise SystemExit(1 if failed else 2) from None
-    except KeyboardInterrupt:
-        console.errors.print("interrupted; the same command goes on from here")
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, Abort):
+        status = _INTERRUPTED
+    if status == _INTERRUPTED:
+        console.errors.line("interrupted; the same command goes on from here")
+    raise SystemExit(status)
 
 
 __all__ = ["main"]

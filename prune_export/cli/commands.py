@@ -10,6 +10,7 @@ import typer
 
 from prune_export import __version__
 from prune_export.cli import console, options
+from prune_export.cli.help import Command, Group
 from prune_export.cli.listing import methods, recipes, schema
 from prune_export.cli.showing import show_plan, show_report
 from prune_export.cli.storing import store_app
@@ -17,19 +18,22 @@ from prune_export.errors import PlanError, VerifyError
 from prune_export.units import text_from_bytes, text_from_seconds
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    add_completion=True,
     help="Prune, heal, export and verify language models from a declarative recipe.",
 )
 app.add_typer(store_app, name="store")
 
-RecipeName = Annotated[str, typer.Argument(help="A recipe: file, bundled name or hf://owner/name.")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe: file, bundled name or hf://owner/name.")
+]
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        console.output.line(__version__)
         raise typer.Exit
 
 
@@ -45,10 +49,10 @@ def _root(
     del version
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     recipe: RecipeName,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The result directory.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The result directory.")],
     model: options.Model = None,
     data_root: options.DataRoot = None,
     sets: options.Sets = None,
@@ -58,22 +62,28 @@ def run(
     device: options.Device = None,
     force: Annotated[
         list[str] | None,
-        typer.Option(help="Do a step again: `heal`, `export.onnx`, `verify.speed`. Repeatable."),
+        typer.Option(
+            metavar="STEP",
+            help="Do a step again: `heal`, `export.onnx`, `verify.speed`. Repeatable.",
+        ),
     ] = None,
     ignore_config_key: options.IgnoreKeys = None,
-    push_to: Annotated[str | None, typer.Option(help="Publish the result to `owner/name`.")] = None,
+    push_to: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Publish the result to `owner/name`.")
+    ] = None,
     publish: Annotated[
-        bool, typer.Option(help="Publish the result to where the recipe proposes.")
+        bool, typer.Option("--publish", help="Publish the result to where the recipe proposes.")
     ] = False,
-    public: Annotated[bool, typer.Option(help="Create that repository as public.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only print the plan.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create that repository as public.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Carry a recipe out: prune, heal, export, verify, report.
 
-    \b
     prune-export run depth40-angular-qlora --model meta-llama/Llama-3.1-8B --out out/
     prune-export run my.yaml -m ./checkpoint -o out/ -s stages.0.prune.remove=6
 
@@ -107,7 +117,7 @@ def run(
         open_to_all = public or (not push_to and not loaded.publish.private)
         _publish(result.out, repo, private=not open_to_all, force=False, quiet=quiet)
     elif loaded.publish.repo and not (quiet or json):
-        typer.echo(f"not published: the recipe proposes {loaded.publish.repo} (`--publish`)")
+        console.output.line(f"not published: the recipe proposes {loaded.publish.repo} (`--publish`)")
     if result.failed:
         gate = result.failed[0]
         raise VerifyError(
@@ -117,11 +127,13 @@ def run(
         )
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(
     recipe: RecipeName,
     model: options.Model = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The result directory.")] = Path("out"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="The result directory.")
+    ] = Path("out"),
     data_root: options.DataRoot = None,
     sets: options.Sets = None,
     store: options.StoreDir = None,
@@ -134,7 +146,6 @@ def plan(
 ) -> None:
     """Say what a recipe would do to a model and what it would take; read no weights, write nothing.
 
-    \b
     prune-export plan depth40-angular-qlora --model ./Llama-3.1-70B --ram 64GiB
 
     The model may be a directory that holds only a config.json.
@@ -154,19 +165,26 @@ def plan(
 
 
 for listing in (recipes, methods, schema):
-    app.command()(listing)
+    app.command(cls=Command)(listing)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
-    model: Annotated[str, typer.Argument(help="Hub id, directory or .gguf.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, directory or .gguf.")],
     data: Annotated[
-        list[Path], typer.Option("--data", "-d", help="Text, JSON-lines or Parquet. Repeatable.")
+        list[Path],
+        typer.Option(
+            "--data", "-d", metavar="FILE", help="Text, JSON-lines or Parquet. Repeatable."
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The picture.")] = Path("inspect.png"),
-    samples: Annotated[int, typer.Option(min=1, help="Windows.")] = 64,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of windows.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The picture.")] = Path(
+        "inspect.png"
+    ),
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Windows.")] = 64,
+    length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens in a window.")] = 512,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Seed of the choice of windows.")
+    ] = 0,
     store: options.StoreDir = None,
     ram: options.Ram = None,
     threads: options.Threads = None,
@@ -191,14 +209,21 @@ def inspect(
     shown(found, out, as_json=json)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Hub id, directory or .gguf.")],
-    to: Annotated[str, typer.Option(help="An exporter: `onnx`, `ort_genai`.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The engine's directory.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, directory or .gguf.")],
+    to: Annotated[str, typer.Option(metavar="EXPORTER", help="An exporter: `onnx`, `ort_genai`.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="The engine's directory.")
+    ],
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", "-s", help="A key of the exporter: `precision=int8`. Repeatable."),
+        typer.Option(
+            "--set",
+            "-s",
+            metavar="KEY=VALUE",
+            help="A key of the exporter: `precision=int8`. Repeatable.",
+        ),
     ] = None,
     store: options.StoreDir = None,
     ram: options.Ram = None,
@@ -223,23 +248,25 @@ def export(
     if json:
         console.print_json(record)
         return
-    typer.echo(
+    console.output.line(
         f"{out / record['graph']}: {text_from_bytes(record['weight_bytes'])} of weights "
         f"are read for each token, built in {text_from_seconds(record['seconds'])}"
     )
     for note in record["notes"]:
-        typer.echo(f"note: {note}")
+        console.output.line(f"note: {note}")
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
-    directory: Annotated[Path, typer.Argument(help="A result directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A result directory.")],
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", "-d", help="Text for perplexity and parity. Repeatable."),
+        typer.Option(
+            "--data", "-d", metavar="FILE", help="Text for perplexity and parity. Repeatable."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 16,
-    length: Annotated[int, typer.Option(min=32, help="Tokens in a window.")] = 512,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text.")] = 16,
+    length: Annotated[int, typer.Option(min=32, metavar="N", help="Tokens in a window.")] = 512,
     trust_engine: options.TrustEngine = False,
     store: options.StoreDir = None,
     ram: options.Ram = None,
@@ -251,7 +278,6 @@ def verify(
 ) -> None:
     """Measure a result directory again: reload, engines against PyTorch, generation, perplexity.
 
-    \b
     prune-export verify out/ --data corpus.jsonl
 
     Exit status 1 when it does not reload or an engine does not agree with PyTorch.
@@ -273,20 +299,28 @@ def verify(
                           "export again, or run the recipe again")  # fmt: skip
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
-    dense: Annotated[Path, typer.Argument(help="A checkpoint or result directory.")],
-    other: Annotated[Path, typer.Argument(help="The one to compare with it.")],
+    dense: Annotated[
+        Path, typer.Argument(metavar="DENSE", help="A checkpoint or result directory.")
+    ],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The one to compare with it.")],
     engine: Annotated[
-        str, typer.Option(help="`pytorch`, or an exporter that both directories hold.")
+        str,
+        typer.Option(
+            metavar="EXPORTER", help="`pytorch`, or an exporter that both directories hold."
+        ),
     ] = "pytorch",
     data: Annotated[
-        list[Path] | None, typer.Option("--data", "-d", help="Text for perplexity. Repeatable.")
+        list[Path] | None,
+        typer.Option("--data", "-d", metavar="FILE", help="Text for perplexity. Repeatable."),
     ] = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens.")] = 128,
-    new: Annotated[int, typer.Option(min=1, help="New tokens.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    minutes: Annotated[float, typer.Option(min=0.05, help="Time limit of the timing.")] = 2.0,
+    prompt: Annotated[int, typer.Option(min=1, metavar="N", help="Prompt tokens.")] = 128,
+    new: Annotated[int, typer.Option(min=1, metavar="N", help="New tokens.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once.")] = 1,
+    minutes: Annotated[
+        float, typer.Option(min=0.05, metavar="N", help="Time limit of the timing.")
+    ] = 2.0,
     trust_engine: options.TrustEngine = False,
     store: options.StoreDir = None,
     ram: options.Ram = None,
@@ -315,20 +349,25 @@ def compare(
         show_verification(found)
 
 
-@app.command()
+@app.command(cls=Command)
 def publish(
-    directory: Annotated[Path, typer.Argument(help="A result directory.")],
-    repo: Annotated[str, typer.Option(help="`owner/name` on the Hub.")],
-    public: Annotated[bool, typer.Option(help="Create the repository as public.")] = False,
-    force: Annotated[bool, typer.Option(help="Publish although verification failed.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only list what would be uploaded.")] = False,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A result directory.")],
+    repo: Annotated[str, typer.Option(metavar="REPO", help="`owner/name` on the Hub.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Create the repository as public.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Publish although verification failed.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be uploaded.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Upload a result directory to the Hub: checkpoint, engines, recipe, lock, card, report.
 
-    \b
     prune-export publish out/ --repo me/SmolLM2-135M-depth24
 
     The token is taken from the environment or the Hub's login, and written nowhere.
@@ -374,4 +413,4 @@ def _publish(
     if as_json:
         console.print_json(dataclasses.asdict(found))
     else:
-        typer.echo(str(found))
+        console.output.line(str(found))

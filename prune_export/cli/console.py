@@ -1,15 +1,18 @@
-"""How the command line shows things: bars on a terminal, spaced lines in a log, tables, errors."""
+"""How the command line shows things: bars on a terminal, spaced lines in a log, tables, errors.
+
+All of it is written through two `Screen`s, which let nothing act on the terminal.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,9 +25,10 @@ from rich.progress import (
 from rich.progress import (
     Progress as Bars,
 )
-from rich.table import Table
 from rich.text import Text
 
+from prune_export.cli.grids import print_pairs, print_table
+from prune_export.cli.screen import Screen, in_encoding, json_escaped
 from prune_export.errors import PruneExportError
 from prune_export.progress import Progress, Silent, Task
 from prune_export.units import text_from_seconds
@@ -32,8 +36,14 @@ from prune_export.units import text_from_seconds
 _LINE_EVERY_S: Final = 15.0
 _LOG_WIDTH: Final = 120
 
-errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _LOG_WIDTH)
-output = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+
+def _width(terminal: bool) -> int | None:
+    """None is the terminal's own, or what COLUMNS says."""
+    return None if terminal or os.environ.get("COLUMNS", "").isdigit() else _LOG_WIDTH
+
+
+errors = Screen(stderr=True, width=_width(sys.stderr.isatty()))
+output = Screen(width=_width(sys.stdout.isatty()))
 
 
 class _Bar:
@@ -44,7 +54,7 @@ class _Bar:
         self.bars.advance(self.id, steps)
 
     def note(self, text: str) -> None:
-        self.bars.update(self.id, note=text)
+        self.bars.update(self.id, note=errors.flat(text))
 
 
 class Terminal:
@@ -52,14 +62,14 @@ class Terminal:
 
     def __init__(self) -> None:
         self.bars = Bars(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
+            SpinnerColumn("dots" if errors.encoding.startswith("utf") else "line"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=errors,
             transient=True,
         )
@@ -69,7 +79,7 @@ class Terminal:
     def task(self, label: str, total: float | None = None) -> Iterator[Task]:
         if not self.bars.live.is_started:
             self.bars.start()
-        task = self.bars.add_task(label, total=total, note="")
+        task = self.bars.add_task(errors.flat(label), total=total, note="")
         try:
             yield _Bar(self.bars, task)
         finally:
@@ -79,7 +89,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         stamp = text_from_seconds(time.monotonic() - self.began)
-        self.bars.console.print(Text(f"{stamp:>12}  ", style="dim") + Text(text))
+        self.bars.console.print(Text(f"{stamp:>12}  ", style="dim") + Text(errors.flat(text)))
 
 
 class _Line:
@@ -97,7 +107,7 @@ class _Line:
                 rest = (now - self.began) / self.done * (self.total - self.done)
                 left = f", {text_from_seconds(rest)} left"
             note = f" ({self.text})" if self.text else ""
-            errors.print(Text(f"{'':14}{self.label}: {self.done:.0f}{of}{left}{note}"))
+            errors.line(" " * 14 + errors.flat(f"{self.label}: {self.done:.0f}{of}{left}{note}"))
 
     def note(self, text: str) -> None:
         self.text = text
@@ -115,7 +125,7 @@ class Log:
 
     def say(self, text: str) -> None:
         stamp = text_from_seconds(time.monotonic() - self.began)
-        errors.print(Text(f"{stamp:>12}  {text}"))
+        errors.line(f"{stamp:>12}  {errors.flat(text)}")
 
 
 def progress(*, quiet: bool) -> Progress:
@@ -130,30 +140,22 @@ def table(
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,
-    wrapped: Sequence[int] = (0,),
     left: Sequence[int] = (0,),
 ) -> None:
-    """Prints a table on standard output; columns in `left` start left, those in `wrapped` wrap."""
-    made = Table(title=title or None, title_justify="left", show_edge=False, pad_edge=False)
-    for number, column in enumerate(columns):
-        justify: Any = "left" if number in left else "right"
-        made.add_column(column, justify=justify, overflow="fold", no_wrap=number not in wrapped)
-    for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
-    output.print(made)
+    """Prints a table on standard output, as wide as there is room; columns in `left` start left."""
+    print_table(output, title, columns, rows, left=left)
 
 
 def pairs(rows: Sequence[tuple[str, str]]) -> None:
     """Prints lines of a place and what is there."""
-    made = Table.grid(padding=(0, 2))
-    for place, what in rows:
-        made.add_row(Text(place, style="bold"), Text(what))
-    output.print(made)
+    print_pairs(output, rows)
 
 
 def print_json(value: Any) -> None:
     """Prints JSON on standard output, and nothing else there."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+    unicode = in_encoding("×", output.encoding) == "×"
+    text = json.dumps(value, indent=1, ensure_ascii=not unicode, default=str)
+    sys.stdout.write(json_escaped(text) + "\n")
 
 
 def show_error(error: PruneExportError, *, as_json: bool) -> None:
@@ -170,7 +172,12 @@ def show_error(error: PruneExportError, *, as_json: bool) -> None:
             }
         )
         return
-    errors.print(Text("error  ", style="bold red") + Text(error.where, style="bold"))
-    errors.print(Text("  " + error.problem))
-    if error.fix:
-        errors.print(Text("  " + error.fix, style="cyan"))
+    show_problem(error.where, error.problem, error.fix)
+
+
+def show_problem(where: str, problem: str, fix: str = "") -> None:
+    """Prints three lines on standard error: where, what, and what to do."""
+    errors.print(Text("error  ", style="bold red") + errors.text(where, "bold"))
+    errors.print(errors.text("  " + problem))
+    if fix:
+        errors.print(errors.text("  " + fix, "cyan"))

@@ -13,7 +13,9 @@ from prune_export.errors import PlanError, RecipeError, did_you_mean
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this bundled recipe.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this bundled recipe.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """List the bundled recipes, or print one.
@@ -29,17 +31,17 @@ def recipes(
         if json:
             console.print_json(found)
         else:
-            console.table(
-                "", ["recipe", "what it does"], list(found.items()), wrapped=[1], left=[0, 1]
-            )
+            console.table("", ["recipe", "what it does"], list(found.items()), left=[0, 1])
     elif name in known:
-        typer.echo(known[name].read_text(encoding="utf-8"), nl=False)
+        console.output.line(known[name].read_text(encoding="utf-8").rstrip("\n"))
     else:
         raise RecipeError(name, "is not a bundled recipe", did_you_mean(name, known))
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show this one with its keys.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show this one with its keys.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """List the pruning methods, healers and exporters, or show one with its keys.
@@ -57,7 +59,7 @@ def methods(
             console.print_json([{key: getattr(entry, key) for key in keys} for entry in found])
         else:
             shown = [(entry.name, entry.kind, entry.summary) for entry in found]
-            console.table("", ["name", "kind", "what it does"], shown, wrapped=[2], left=[0, 1, 2])
+            console.table("", ["name", "kind", "what it does"], shown, left=[0, 1, 2])
         return
     kinds = [kind for kind in known if name in known[kind]]
     if not kinds:
@@ -67,11 +69,9 @@ def methods(
     if json:
         console.print_json(dataclasses.asdict(entry))
         return
-    typer.echo(entry.text + "\n")
+    console.output.line(entry.text + "\n")
     rows = [(key.name, key.type, key.default, key.help) for key in entry.keys]
-    console.table(
-        "", ["key", "type", "default", "meaning"], rows, wrapped=[1, 3], left=[0, 1, 2, 3]
-    )
+    console.table("", ["key", "type", "default", "meaning"], rows, left=[0, 1, 2, 3])
 
 
 def schema() -> None:

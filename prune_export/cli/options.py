@@ -21,25 +21,39 @@ Verbose = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Hub id, directory or .gguf; replaces the recipe's."),
+    typer.Option(
+        "--model", "-m", metavar="MODEL", help="Hub id, directory or .gguf; replaces the recipe's."
+    ),
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", help="Override a key: `stages.0.prune.remove=6`. Repeatable."),
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Override a key: `stages.0.prune.remove=6`. Repeatable.",
+    ),
 ]
 DataRoot = Annotated[
     Path | None,
-    typer.Option(help="Directory below which the recipe's files lie; its own unless given."),
+    typer.Option(
+        metavar="DIR", help="Directory below which the recipe's files lie; its own unless given."
+    ),
 ]
 StoreDir = Annotated[
     Path | None,
-    typer.Option("--store", help="Where artifacts are kept (env PRUNE_EXPORT_STORE)."),
+    typer.Option(
+        "--store", metavar="DIR", help="Where artifacts are kept (env PRUNE_EXPORT_STORE)."
+    ),
 ]
 Ram = Annotated[
-    str | None, typer.Option(help="Memory that may be used: `16GiB`; what is free unless given.")
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Memory that may be used: `16GiB`; what is free unless given."
+    ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Compute threads; every core unless given.")
+    int | None, typer.Option(min=1, metavar="N", help="Compute threads; every core unless given.")
 ]
 TrustEngine = Annotated[
     bool,
@@ -49,11 +63,14 @@ TrustEngine = Annotated[
         "them: opening one runs it.",
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="`cpu` or `cuda`; CUDA where there is one.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="DEVICE", help="`cpu` or `cuda`; CUDA where there is one.")
+]
 IgnoreKeys = Annotated[
     list[str] | None,
     typer.Option(
         "--ignore-config-key",
+        metavar="KEY",
         help="A config.json key that you know not to change the computation. Repeatable.",
     ),
 ]

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prune_export.cli import console, options
+from prune_export.cli.help import Command, Group
 from prune_export.places import named
 from prune_export.units import text_from_bytes
 
 if TYPE_CHECKING:
     from prune_export.store import Store
 
-store_app = typer.Typer(no_args_is_help=True, help="Look at the artifact store, or clean it.")
+store_app = typer.Typer(
+    cls=Group, no_args_is_help=True, help="Look at the artifact store, or clean it."
+)
 
 
-@store_app.command("ls")
+@store_app.command("ls", cls=Command)
 def store_ls(store: options.StoreDir = None, json: options.Json = False) -> None:
     """List what is in the store."""
     from datetime import datetime
@@ -34,13 +37,13 @@ def store_ls(store: options.StoreDir = None, json: options.Json = False) -> None
         for name, size, when, complete in found
     ]  # fmt: skip
     console.table("", ["artifact", "size", "changed", "complete"], rows)
-    typer.echo(f"{len(rows)} artifacts, {text_from_bytes(sum(row[1] for row in found))}")
+    console.output.line(f"{len(rows)} artifacts, {text_from_bytes(sum(row[1] for row in found))}")
 
 
-@store_app.command("gc")
+@store_app.command("gc", cls=Command)
 def store_gc(
     store: options.StoreDir = None,
-    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     json: options.Json = False,
 ) -> None:
     """Delete what no result directory needs; what is being built now is left alone.
@@ -63,11 +66,11 @@ def store_gc(
                             "left_by_killed_runs": left, "dry_run": dry_run})  # fmt: skip
         return
     verb = "would remove" if dry_run else "removed"
-    typer.echo(f"{verb} {len(doomed)} artifacts, {text_from_bytes(freed)}")
+    console.output.line(f"{verb} {len(doomed)} artifacts, {text_from_bytes(freed)}")
     if broken:
-        typer.echo(f"{verb} what could not be read: {named(broken)}")
+        console.output.line(f"{verb} what could not be read: {named(broken)}")
     if left:
-        typer.echo(f"{verb} what killed runs had left: {named(left)}")
+        console.output.line(f"{verb} what killed runs had left: {named(left)}")
 
 
 def _opened(given: Path | None) -> Store | None:

@@ -53,11 +53,10 @@ class Size:
     def of(arch: Arch, settings: Settings) -> Size:
         """The counts for a model and the adapters that the settings put on it."""
         chosen = targets(settings.targets, arch)
-        head = next((t for t in arch.tensors if t.role == "head"), None)
         return Size(
             stored=arch.parameters(),
             linear=sum(prod(arch.shape(tensor)) for tensor in linear_weights(arch)),
-            head=prod(arch.shape(head)) if head else 0,
+            head=arch.head_parameters(),
             adapters=sum(settings.rank * sum(arch.shape(tensor)) for tensor in chosen),
             adapted=sum(prod(arch.shape(tensor)) for tensor in chosen),
             widest=max(prod(arch.shape(tensor)) for tensor in chosen),

@@ -141,6 +141,5 @@ class GreedyLoss(_parts.Amount):
         racers = len(self._candidates(arch)) + (remove - 1) * (self.shortlist or layers) * self.beam
         # A racer sees half of the chunks on average, and half of the blocks come after it.
         candidates = racers * (1.0 if self.revise and self.beam == 1 else 0.5)
-        blocks = arch.parameters() - 2 * arch.sizes["vocab"] * arch.sizes["residual"]
-        head = arch.sizes["vocab"] * arch.sizes["residual"] / max(blocks, 1)
-        return candidates / 2 + 1, candidates * head
+        head = candidates * arch.head_parameters() / arch.block_parameters()
+        return candidates / 2 + 1, head

@@ -21,7 +21,8 @@ class Grid(Frozen):
     """Combinations of blocks, heads, channels and hidden sizes; those near the target compete.
 
     `depth` and `width` are prune stages without their amounts. One list may hold `to_target`: that
-    amount is then found, so that every combination of the others comes to the target.
+    amount is then found, so that every combination of the others comes to the target. At most 1,000
+    combinations are taken.
     """
 
     depth: Annotated[
@@ -54,6 +55,12 @@ class Grid(Frozen):
             raise ValueError(f"got `to_target` in `{found[0]}` and `{found[1]}`, expected it once")
         if not any(self.remove) and not asked:
             raise ValueError("expected amounts to remove")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many amounts each list holds, less those of a single one."""
+        lists = (self.remove, *(getattr(self, name) for name in _WIDTHS))
+        return tuple(len(one) for one in lists if len(one) > 1)
 
     def items(self) -> tuple[tuple[Mapping[str, Any], ...], ...]:
         """The bodies of the prune stages of each combination that removes something."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from prune_export import registry
 from prune_export.errors import PlanError, RecipeError, did_you_mean
@@ -21,7 +21,7 @@ from prune_export.recipe.grid import TO_TARGET
 from prune_export.recipe.refusals import translated
 from prune_export.recipe.search import Search, marks
 from prune_export.recipe.sources import SOURCES, Frozen, Source
-from prune_export.recipe.stages import Stage, Sweep, Workload, plain
+from prune_export.recipe.stages import Stage, Sweep, Workload, checker, plain
 
 VERSION = 1
 
@@ -290,7 +290,7 @@ def entry_from(cls: Any, body: Mapping[str, Any], document: Document, path: Path
                 did_you_mean(key, known) or "it takes no keys",
             )
     try:
-        return TypeAdapter(cls).validate_python(body)
+        return checker(cls).validate_python(body)
     except ValidationError as error:
         raise translated(document, path, error) from None
     except PlanError as error:

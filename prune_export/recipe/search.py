@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import inf, prod
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.errors import PlanError
 from prune_export.recipe.grid import TO_TARGET, Grid, labelled
 from prune_export.recipe.sources import Frozen
-from prune_export.recipe.stages import Stage, Workload
+from prune_export.recipe.stages import Stage, Workload, checker
 from prune_export.units import bytes_from_text
 
 _STEPS: Final = 24
+
+MOST: Final = 1000
+"""Candidates that a search may have; the shapes of each are worked out in the plan."""
 
 
 class Target(Frozen):
@@ -152,6 +155,25 @@ class Search:
         int, Field(ge=1, description="Candidates made at once; memory and threads are shared out.")
     ] = 1
 
+    def __post_init__(self) -> None:
+        """Refuses more candidates than can be looked at, before any of them is made.
+
+        Raises:
+            PlanError: there are too many.
+        """
+        sizes = self.grid.sizes if self.grid else ()
+        count = len(self.candidates) + (prod(sizes) if self.grid else 0)
+        if count <= MOST:
+            return
+        spelt = f" ({' x '.join(map(str, sizes))})" if len(sizes) > 1 else ""
+        raise PlanError(
+            "grid" if sizes else "candidates",
+            f"makes {count:,} candidates{spelt}, expected at most {MOST:,}",
+            "write fewer amounts, or `to_target` for one list: it is then solved for"
+            if sizes
+            else "write fewer, or a `grid`",
+        )
+
     def items(self) -> tuple[tuple[Mapping[str, Any], ...], ...]:
         """The bodies of the prune stages of each candidate."""
         listed = tuple(tuple(item["prune"] for item in one) for one in self.candidates)
@@ -202,7 +224,7 @@ class Template:
         stages = []
         for name, body, data in self.items:
             cls = registry.find("methods", name)
-            entry = TypeAdapter(cls).validate_python(_filled(body, value))
+            entry = checker(cls).validate_python(_filled(body, value))
             stages.append(Stage("prune", name, entry, data))
             arch = entry.predict(arch)
         label = self.label
@@ -254,11 +276,28 @@ class Template:
             PlanError: the nearest one is farther from it than `tolerance`.
         """
         wanted = left * arch.parameters()
+        self._refuse_outside(arch, wanted * (1 - tolerance), wanted * (1 + tolerance))
         candidate = self.to_size(arch, round(wanted))
         off = candidate.arch.parameters() / wanted - 1
         if abs(off) > tolerance:
             raise PlanError(candidate.label, f"comes only within {off:+.1%} of the target")
         return candidate
+
+    def _refuse_outside(self, arch: Arch, least: float, most: float) -> None:
+        """Refuses one of a grid whose smallest and largest cuts both miss, without solving for it.
+
+        Most of a grid are such; why one is refused is not told, so that it need not be known well.
+        """
+        if self.fixed or not self.of_grid or most == inf:
+            return
+        end = 2.0**-_STEPS
+        for value in (end, 1 - end):
+            try:
+                parameters = self.resolved(value, arch).arch.parameters()
+            except PlanError:
+                continue
+            if parameters < least if value == end else parameters > most:
+                raise PlanError(self.label, "cannot come to the target with any amount")
 
     def why_not(self, error: PlanError) -> str:
         """Why there is no such candidate, to stand after the label."""
@@ -276,8 +315,7 @@ def unreached(told: Sequence[str], outside: int, arch: Arch) -> tuple[str, str]:
 
 def outside_of_blocks(arch: Arch) -> str:
     """Says so where much of a model is in its embedding and head, which few methods cut."""
-    kept = sum(prod(arch.shape(tensor)) for tensor in arch.stored() if tensor.layer is None)
-    share = kept / arch.parameters()
+    share = 1 - arch.block_parameters() / arch.parameters()
     return (
         f". {share:.0%} of the parameters are outside of the blocks, where only `hidden` cuts"
         if share > 0.4
@@ -313,7 +351,7 @@ def heal_of(search: Search) -> Stage | None:
         return None
     body = dict(search.heal)
     name, data = str(body.pop("method")), str(body.pop("data", "healing"))
-    entry = TypeAdapter(registry.find("heal", name)).validate_python(body)
+    entry = checker(registry.find("heal", name)).validate_python(body)
     return Stage("heal", name, entry, data)
 
 

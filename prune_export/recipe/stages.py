@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from functools import lru_cache
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, TypeAdapter
 
 from prune_export.recipe.sources import Frozen
+
+_MOST_REQUESTS: Final = 1000
 
 StageKind = Literal["prune", "heal", "search"]
 
@@ -34,6 +37,12 @@ class Sweep(Frozen):
     minutes: Annotated[
         float, Field(gt=0, description="Time limit for each engine's grid, in minutes.")
     ] = 10.0
+
+    def model_post_init(self, context: Any) -> None:
+        del context
+        count = len(self.batch) * len(self.prompt)
+        if count > _MOST_REQUESTS:
+            raise ValueError(f"makes {count:,} requests, expected at most {_MOST_REQUESTS:,}")
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
@@ -69,5 +78,11 @@ class Stage:
 
 def plain(entry: Any) -> dict[str, Any]:
     """A dataclass entry's fields as JSON types."""
-    dumped: dict[str, Any] = TypeAdapter(type(entry)).dump_python(entry, mode="json")
+    dumped: dict[str, Any] = checker(type(entry)).dump_python(entry, mode="json")
     return dumped
+
+
+@lru_cache(maxsize=256)
+def checker(cls: Any) -> TypeAdapter[Any]:
+    """What makes an entry of its keys; kept, as making it takes longer than using it."""
+    return TypeAdapter(cls)

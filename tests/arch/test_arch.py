@@ -296,3 +296,14 @@ def test_final_norm() -> None:
     assert bound("llama").final_norm == "model.norm"
     assert bound("opt").final_norm == "model.decoder.final_layer_norm"
     assert bound("opt", do_layer_norm_before=False).final_norm is None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe", "mixtral"])
+def test_other_sizes_are_those_of_a_model_that_is_made_anew(model_type: str) -> None:
+    arch = bound(model_type)
+    for axis, size in arch.sizes.items():
+        if size > 1:
+            found = arch.resized(axis, size - 1)
+            made = arch._bound(arch.config, arch.layers, {**arch.sizes, axis: size - 1})
+            assert (found.tensors, dict(found.sizes)) == (made.tensors, dict(made.sizes))
+            assert list(found.sizes) == list(made.sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,56 @@ def test_a_malformed_grid_is_refused_with_its_line(name: str, tmp_path: Path) ->
     with pytest.raises(RecipeError, match=re.escape(problem)) as caught:
         Recipe.parse(GRID.replace(before, after, 1), root=tmp_path)
     assert re.search(r"recipe:\d+", str(caught.value))
+
+
+def amounts(count: int, largest: float) -> str:
+    return str([round(largest * i / count, 6) for i in range(count)])
+
+
+@pytest.mark.parametrize(
+    ("count", "told"), [(8, "32,768 candidates"), (1500, "candidates (1500 x")]
+)
+def test_a_grid_of_too_many_is_counted_not_made(count: int, told: str, tmp_path: Path) -> None:
+    """Five lists of eight are 32,768 models; making them took minutes before anything was said."""
+    lists = "".join(
+        f"        {name}: {amounts(count, 0.5)}\n"
+        for name in ("ffn", "heads", "kv_groups", "hidden")
+    )
+    text = GRID[: GRID.index("        remove")] + f"        remove: {list(range(count))}\n" + lists
+    with pytest.raises(RecipeError, match=re.escape(told)) as caught:
+        Recipe.parse(text + "      validation: ranking\n", root=tmp_path)
+    assert re.match(r"recipe:9  stages\.0\.search\.grid", caught.value.where)
+    assert "expected at most 1,000" in caught.value.problem
+    assert "fewer amounts" in caught.value.fix
+
+
+def test_too_many_listed_candidates_and_requests_are_counted(tmp_path: Path) -> None:
+    one = "        - prune: {method: deepest, sparsity: to_target}\n"
+    with pytest.raises(RecipeError, match=r"makes 1,102 candidates, expected at most 1,000"):
+        Recipe.parse(GOOD.replace(one, one * 1101), root=tmp_path)
+    sweep = {"batch": list(range(1, 101)), "prompt": list(range(1, 101))}
+    with pytest.raises(RecipeError, match=r"makes 10,000 requests, expected at most 1,000"):
+        Recipe.parse(
+            f"recipe: 1\nexport: [onnx]\nverify: {{speed: {{sweep: {sweep}}}}}\n", root=tmp_path
+        )
+
+
+def test_what_is_left_out_of_a_grid_unsolved_could_not_have_come_to_the_target(
+    tmp_path: Path,
+) -> None:
+    (stage,) = Recipe.parse(GRID, root=tmp_path).stages
+    arch = small_arch()
+    for left in (0.5, 0.75, 0.9):
+        fitting, wanted = [], left * arch.parameters()
+        for template in templates(stage.entry):
+            off = template.to_size(arch, round(wanted)).arch.parameters() / wanted - 1
+            fitting += [template.label] if abs(off) <= 0.05 else []
+        found = []
+        for template in templates(stage.entry):
+            with suppress(PlanError):
+                template.near(arch, left, 0.05)
+                found.append(template.label)
+        assert found == fitting
 
 
 def small_arch() -> Arch:

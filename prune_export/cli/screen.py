@@ -1,0 +1,107 @@
+"""What may reach a terminal: no markup, no control characters, nothing that it cannot encode.
+
+Descriptions, paths, names and messages come from recipes, models and other programs. A `Screen`
+shows any text as it stands, and as an escape what would move the cursor, turn the direction of
+writing or be no character at all. Where the stream is not UTF-8, usual signs get their ASCII
+spelling and others an escape, so that no run ends at a log in another encoding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Final
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+_UNSEEN: Final = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f"  # C0 without the line feed, DEL, C1
+    "\xad\u061c\u180e\u200b\u200e\u200f"  # soft hyphen, invisible blanks, marks of direction
+    "\u2028-\u202e\u2060-\u206f"  # separators, embeddings, overrides, isolates
+    "\ud800-\udfff\ufeff\ufff9-\ufffb"  # lone surrogates (bytes of a file name), BOM, annotations
+    "\U000e0000-\U000e007f]"  # tags
+)
+_SHORT: Final = {"\t": "\\t", "\r": "\\r"}
+_SPELT: Final = str.maketrans(
+    {
+        "×": "x", "–": "-", "—": "-", "−": "-", "…": "...", "→": "->", "≤": "<=", "≥": ">=",
+        "≠": "!=", "·": "*", "•": "*", "±": "+-", "\u2018": "'", "\u2019": "'", "“": '"', "”": '"',
+        "π": "pi", "\xa0": " ", "\u202f": " ", "✓": "ok", "━": "-", "╸": "-", "╺": "-",
+        "│": "|", "─": "-",
+    }
+)  # fmt: skip
+
+
+def escaped(text: str) -> str:
+    """The text with every character that shows nothing, or does something, as an escape."""
+    return _UNSEEN.sub(_escape, text)
+
+
+def json_escaped(text: str) -> str:
+    """JSON with the same characters as JSON's own escapes; they can only stand in its strings."""
+    return _UNSEEN.sub(_json_escape, text)
+
+
+def in_encoding(text: str, encoding: str) -> str:
+    """The text as a stream of that encoding can take it."""
+    if encoding.replace("_", "-").startswith("utf"):
+        return text
+    return text.translate(_SPELT).encode(encoding, "backslashreplace").decode(encoding)
+
+
+class Screen(Console):
+    """A console on which nothing is markup, and on which nothing is written that is not seen."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+    def shown(self, text: str) -> str:
+        """The text as it may be laid out: its length is that of what is written."""
+        return in_encoding(escaped(text), self.encoding)
+
+    def flat(self, text: str) -> str:
+        """The same on one line."""
+        return self.shown(" ".join(text.split()) if "\n" in text else text)
+
+    def text(self, text: str, style: str = "") -> Text:
+        """A `Text` of it, for tables and bars."""
+        return Text(self.shown(text), style=style)
+
+    def line(self, text: str = "") -> None:
+        """Prints text that is not wrapped, so that paths in it can be copied."""
+        self.print(text, soft_wrap=True)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Every `str` that is printed, or stands in a table, comes here."""
+        return super().render_str(self.shown(text), **(how | {"markup": False, "emoji": False}))
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Whatever was made elsewhere (tracebacks, a `Text` by hand) is looked at once more."""
+        for segment in super().render(renderable, options):
+            if segment.control or (segment.text.isascii() and segment.text.isprintable()):
+                yield segment
+            else:
+                yield Segment(self.shown(segment.text), segment.style)
+
+
+def _escape(match: re.Match[str]) -> str:
+    one = match[0]
+    code = ord(one)
+    if one in _SHORT:
+        return _SHORT[one]
+    return (
+        f"\\x{code:02x}"
+        if code < 0x100
+        else f"\\u{code:04x}"
+        if code < 0x10000
+        else f"\\U{code:08x}"
+    )
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    units = match[0].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
