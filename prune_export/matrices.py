@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from prune_export.cached import is_within
 from prune_export.errors import CheckpointError
 
 _KEEP_ZEROS: Final = frozenset(
@@ -141,9 +142,11 @@ def array_of(tensor: Any, folder: Path) -> np.ndarray:
     place = {entry.key: entry.value for entry in tensor.external_data}
     file, offset = folder / place["location"], int(place.get("offset", 0))
     length = prod(tensor.dims) * kind.itemsize
-    if not file.resolve().is_relative_to(folder.resolve()):
+    if not is_within(file, folder):
         raise CheckpointError(
-            str(file), f"is outside of the graph's directory, but {tensor.name} names it", ""
+            str(file),
+            f"is outside of the graph's directory, but {tensor.name} names it",
+            "do not use this engine: a sound one names files beside its graph",
         )
     if not file.is_file() or file.stat().st_size < offset + length:
         raise CheckpointError(str(file), f"is too short for {tensor.name}", "export again")

@@ -26,6 +26,7 @@ from pydantic import Field
 
 from prune_export.contracts import Placement
 from prune_export.errors import MissingExtra, PlanError, StageError
+from prune_export.exporters._ort_links import openable
 from prune_export.machine import Machine
 
 ProviderName = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt_rtx"]
@@ -205,6 +206,7 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
     Raises:
         MissingExtra: onnxruntime is not installed.
         StageError: the provider is not there, or the graph does not load.
+        CheckpointError: the graph is a link, and names data of another model.
     """
     try:
         import onnxruntime
@@ -219,6 +221,7 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
         )
     options.add_session_config_entry(RECORD, "1")
     chain = provider.chain(graph, machine)
+    given = openable(graph, options)
     if key == "tensorrt":
         # Pip's libraries lie where only this module finds them. Without it, or where they do not
         # load, the provider looks for others, and what comes of that is told below.
@@ -227,9 +230,9 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
     try:
         if key == "tensorrt_rtx":
             _add_plugin(options, chain[0])
-            session = onnxruntime.InferenceSession(str(graph), options)
+            session = onnxruntime.InferenceSession(given, options)
         else:
-            session = onnxruntime.InferenceSession(str(graph), options, providers=chain)
+            session = onnxruntime.InferenceSession(given, options, providers=chain)
     except StageError:
         raise
     except Exception as error:  # onnxruntime's own classes share no public base
