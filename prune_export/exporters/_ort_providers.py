@@ -130,15 +130,23 @@ class Provider:
         """Refuses in the plan a provider that this onnxruntime doesn't have.
 
         Raises:
-            PlanError: it has not.
+            PlanError: it has not, or does not compute in this precision.
         """
         key = self.resolved(machine)
+        if key == "cpu" and self.precision == "bf16":
+            raise PlanError(
+                "onnx.precision: bf16",
+                "ONNX Runtime has no bfloat16 kernels for the CPU (none of Add, Mul and Where)",
+                "write `precision: fp32` or `fp16`, export with `aoti`, which computes in bf16 "
+                "here, or export on a machine with an NVIDIA GPU and onnxruntime-gpu",
+            )
         if key != "cpu" and not present(key):
-            other = "cpu" if self.name == "auto" else "auto"
+            other = "provider: cpu" if self.name == "auto" else "provider: auto"
+            other = "precision: fp16" if self.precision == "bf16" else other
             raise PlanError(
                 f"onnx.provider: {self.name}",
                 f"the installed onnxruntime offers {', '.join(_offered())}",
-                f"install {_WHEELS[key]}, or write `provider: {other}`",
+                f"install {_WHEELS[key]}, or write `{other}`",
             )
         if self.name not in ("auto", "cpu") and machine.device == "cpu":
             raise PlanError(
