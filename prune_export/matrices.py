@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from prune_export.cached import is_within
 from prune_export.errors import CheckpointError
 from prune_export.files import read_regular
 
@@ -152,9 +153,11 @@ def array_of(tensor: Any, folder: Path) -> np.ndarray:
     length = prod(tensor.dims) * kind.itemsize
     if offset < 0 or min(tensor.dims, default=0) < 0:
         raise CheckpointError(str(file), f"has a negative place for {tensor.name}", "export again")
-    if not file.resolve().is_relative_to(folder.resolve()):
+    if not is_within(file, folder):
         raise CheckpointError(
-            str(file), f"is outside of the graph's directory, but {tensor.name} names it", ""
+            str(file),
+            f"is outside of the graph's directory, but {tensor.name} names it",
+            "do not use this engine: a sound one names files beside its graph",
         )
     if not file.is_file() or file.stat().st_size < offset + length:
         raise CheckpointError(str(file), f"is too short for {tensor.name}", "export again")

@@ -117,7 +117,9 @@ def run(
         open_to_all = public or (not push_to and not loaded.publish.private)
         _publish(result.out, repo, private=not open_to_all, force=False, quiet=quiet)
     elif loaded.publish.repo and not (quiet or json):
-        console.output.line(f"not published: the recipe proposes {loaded.publish.repo} (`--publish`)")
+        console.output.line(
+            f"not published: the recipe proposes {loaded.publish.repo} (`--publish`)"
+        )
     if result.failed:
         gate = result.failed[0]
         raise VerifyError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Final
 
+import onnx_ir as ir
 from onnxscript import optimizer
 from onnxscript.rewriter import onnx_fusions, pattern
 
@@ -28,11 +29,30 @@ def optimize(model: Any, domain: str, alone: Collection[str]) -> None:
         graph.inputs.append(value)
     optimizer.optimize_ir(model)
     onnx_fusions.fuse(model)
+    _widen_norms(graph)
     rules = [_ScaledRotary.rule(), _GemmAsMatMul.rule()]
     pattern.RewriteRuleSet(rules).apply_to_model(model)
     merge_matrices(model, alone)
     flatten_heads(model, domain)
     optimizer.optimize_ir(model)
+
+
+def _widen_norms(graph: Any) -> None:
+    """Lets a norm whose scale is wider than its input compute in the scale's type.
+
+    So does PyTorch in half precision, where the scale is `1 + weight` in float32. The operator
+    allows two types, and ONNX Runtime then builds a product of both, which it refuses.
+    """
+    for node in list(graph):
+        if node.op_type == "RMSNormalization" and not node.domain:
+            read, scale = node.inputs[:2]
+            if scale.dtype is not None and read.dtype not in (None, scale.dtype):
+                cast = ir.Node("", "Cast", [read], [ir.AttrInt64("to", int(scale.dtype))])
+                wide = cast.outputs[0]
+                wide.name = f"{node.outputs[0].name}_wide"
+                wide.shape, wide.dtype = read.shape, scale.dtype
+                graph.insert_before(node, cast)
+                node.replace_input_with(0, wide)
 
 
 class _ScaledRotary(pattern.RewriteRuleClassBase):  # type: ignore[misc]

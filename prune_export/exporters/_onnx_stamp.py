@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir import tensor_adapters
 
 from prune_export.exporters._onnx_cut import cut
 from prune_export.exporters._onnx_dead import Live, live
@@ -218,7 +219,9 @@ class _Stamper:
         hidden, index, weight = (self._name(value.name, names) for value in start.inputs)
         where = f"layers.{layer}.experts"
         total = f"{where}.zero"
-        routed = int(start.inputs[2].dtype)  # float32, also in half precision: sums are, too
+        # Sums are float32, also in half precision, in which ONNX Runtime scatters nothing.
+        routed = onnx.TensorProto.FLOAT
+        weight = self._cast(weight, int(start.inputs[2].dtype), routed, where)
         zero = onnx.helper.make_tensor("value", routed, [1], [0.0])
         self._add("Shape", [hidden], [f"{where}.shape"], where)
         self._add("ConstantOfShape", [f"{where}.shape"], [total], where, value=zero)
@@ -340,7 +343,8 @@ class _Stamper:
         name = path if expert < 0 else f"{path}.{expert}"
         buffer = self.trace.buffers.get(traced[len(_WRAPPER) :])
         if buffer is not None:
-            self.constants[name] = onnx.numpy_helper.from_array(buffer.numpy(), name)
+            values = tensor_adapters.TorchTensor(buffer, name).numpy()  # numpy has no bfloat16
+            self.constants[name] = onnx.numpy_helper.from_array(values, name)
             return name
         block = INT8_BLOCK if value in self.matrices else None
         key = f"{name}_int8" if block else name

@@ -26,6 +26,7 @@ from pydantic import Field
 
 from prune_export.contracts import Placement
 from prune_export.errors import MissingExtra, PlanError, StageError
+from prune_export.exporters._ort_links import openable
 from prune_export.machine import Machine, user_cache
 
 ProviderName = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt_rtx"]
@@ -143,15 +144,23 @@ class Provider:
         """Refuses in the plan a provider that this onnxruntime doesn't have.
 
         Raises:
-            PlanError: it has not.
+            PlanError: it has not, or does not compute in this precision.
         """
         key = self.resolved(machine)
+        if key == "cpu" and self.precision == "bf16":
+            raise PlanError(
+                "onnx.precision: bf16",
+                "ONNX Runtime has no bfloat16 kernels for the CPU (none of Add, Mul and Where)",
+                "write `precision: fp32` or `fp16`, export with `aoti`, which computes in bf16 "
+                "here, or export on a machine with an NVIDIA GPU and onnxruntime-gpu",
+            )
         if key != "cpu" and not present(key):
-            other = "cpu" if self.name == "auto" else "auto"
+            other = "provider: cpu" if self.name == "auto" else "provider: auto"
+            other = "precision: fp16" if self.precision == "bf16" else other
             raise PlanError(
                 f"onnx.provider: {self.name}",
                 f"the installed onnxruntime offers {', '.join(_offered())}",
-                f"install {_WHEELS[key]}, or write `provider: {other}`",
+                f"install {_WHEELS[key]}, or write `{other}`",
             )
         if self.name not in ("auto", "cpu") and machine.device == "cpu":
             raise PlanError(
@@ -219,6 +228,7 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
     Raises:
         MissingExtra: onnxruntime is not installed.
         StageError: the provider is not there, or the graph does not load.
+        CheckpointError: the graph is a link, and names data of another model.
     """
     try:
         import onnxruntime
@@ -233,6 +243,7 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
         )
     options.add_session_config_entry(RECORD, "1")
     chain = provider.chain(graph, machine)
+    given = openable(graph, options)
     if key == "tensorrt":
         # Pip's libraries lie where only this module finds them. Without it, or where they do not
         # load, the provider looks for others, and what comes of that is told below.
@@ -241,9 +252,9 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
     try:
         if key == "tensorrt_rtx":
             _add_plugin(options, chain[0])
-            session = onnxruntime.InferenceSession(str(graph), options)
+            session = onnxruntime.InferenceSession(given, options)
         else:
-            session = onnxruntime.InferenceSession(str(graph), options, providers=chain)
+            session = onnxruntime.InferenceSession(given, options, providers=chain)
     except StageError:
         raise
     except Exception as error:  # onnxruntime's own classes share no public base

@@ -170,8 +170,12 @@ def test_auto_leaves_a_gpu_alone_that_the_runtime_does_not_know_and_says_so(
     assert "the GPU needs onnxruntime-gpu" in auto.note(GPU)
     assert Provider("cpu").note(GPU) == ""
     assert session(graph, auto, GPU).get_providers() == [NAMES["cpu"]]
-    with pytest.raises(PlanError, match="install onnxruntime-gpu, or write `provider: cpu`"):
+    with pytest.raises(PlanError, match="install onnxruntime-gpu, or write `precision: fp16`"):
         Provider(precision="bf16").check(GPU)
+    for name in ("auto", "cpu"):
+        with pytest.raises(PlanError, match="no bfloat16 kernels for the CPU") as refused:
+            Provider(name, precision="bf16").check(CPU)
+        assert "`aoti`" in refused.value.fix
     offered.append(NAMES["cuda"])
     assert (auto.resolved(GPU), auto.note(GPU)) == ("cuda", "")
 

@@ -1,0 +1,76 @@
+"""What `onnx` owes every family in every precision: a graph that loads and computes the same.
+
+ONNX Runtime has no bfloat16 kernels for the CPU, so bf16 graphs run in onnx's own evaluator.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from prune_export.arch.table import tables
+from prune_export.exporters.onnx import Onnx
+from tests.contracts.made import MACHINE
+from tests.exporters.test_onnx import error, expected_logits, exported, padded, saved, stepped
+
+ALLOWED = {"fp32": 1e-5, "fp16": 3e-2, "bf16": 1e-1, "int8": 5e-1}
+"""Largest error as a fraction of the largest logit; random models magnify every rounding."""
+
+QUICK = {"gemma3_text": "bf16", "olmo2": "fp16", "qwen3_moe": "fp16"}
+"""Each once was refused by the runtime."""
+
+SOME = {family: ("fp16", "int8", "bf16")[at % 3] for at, family in enumerate(sorted(tables()))} | {
+    "gemma2": "fp16"
+}
+"""One precision of each family; `--all-pairs` runs all, and test_onnx.py has fp32."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "precision" not in metafunc.fixturenames:
+        return
+    pairs = [(family, precision) for family in sorted(tables()) for precision in ALLOWED]
+    if not metafunc.config.getoption("--all-pairs"):
+        pairs = list((SOME | QUICK).items())
+    cases = [
+        pytest.param(*pair, marks=() if pair in QUICK.items() else pytest.mark.slow)
+        for pair in pairs
+    ]
+    metafunc.parametrize(("model_type", "precision"), cases)
+
+
+def evaluated(graph: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The logits of a prompt in bfloat16."""
+    model = onnx.load(graph)
+    fed: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0),
+    }
+    for entry in model.graph.input:
+        if entry.name.startswith("past_key_values"):
+            _, heads, _, size = (d.dim_value for d in entry.type.tensor_type.shape.dim)
+            fed[entry.name] = np.zeros((len(ids), heads, 0, size), ml_dtypes.bfloat16)
+    named = {entry.name for entry in model.graph.input}
+    (logits,) = ReferenceEvaluator(model).run(["logits"], {k: fed[k] for k in fed if k in named})
+    return np.asarray(logits).astype(np.float32)
+
+
+def test_a_family_computes_the_same_in_every_precision(
+    model_type: str, precision: Any, tmp_path: Path
+) -> None:
+    model = saved(model_type, tmp_path / "dense")
+    entry = Onnx(precision=precision)
+    exported(entry, tmp_path / "dense", tmp_path / "onnx")
+    ids, mask = padded(model.config.vocab_size)
+    if precision == "bf16":
+        got = evaluated(tmp_path / "onnx" / "model.onnx", ids, mask)
+    else:
+        with entry.open(tmp_path / "onnx", MACHINE) as runner:
+            got = stepped(runner, ids, mask)
+    assert error(got, expected_logits(model, ids, mask), mask) < ALLOWED[precision]
