@@ -35,9 +35,10 @@ GROWTH_BYTES = 500_000_000
 Kind = Literal["json", "text", "bytes", "safetensors", "gguf"]
 HOSTILE: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 10**9, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63), 10**30,
-    10**400, 0.5, -0.0, 1e308, -1e308, 1e-320, math.nan, math.inf, -math.inf, "", "0", "a", "x" * 5000,
-    "\0", "\x1b[31m", "[/red]", "..", "../../etc/passwd", "/dev/zero", "~", "café", "\ud800", "\u202e",
-    "NaN", "{{ 1 }}", [], [[]], {}, {"a": 1}, [1, "a", None], {"": {}}, [0] * 2000, ["a"] * 300,
+    10**400, 0.5, -0.0, 1e308, -1e308, 1e-320, math.nan, math.inf, -math.inf, "", "0", "a",
+    "x" * 5000, "\0", "\x1b[31m", "[/red]", "..", "../../etc/passwd", "/dev/zero", "~", "café",
+    "\ud800", "\u202e", "NaN", "{{ 1 }}", [], [[]], {}, {"a": 1}, [1, "a", None], {"": {}},
+    [0] * 2000, ["a"] * 300,
 )  # fmt: skip
 NUMBERS = (0, 1, 2, 31, 255, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
 
@@ -173,8 +174,10 @@ def _json(chosen: random.Random, data: bytes) -> bytes:
         )
     elif isinstance(parent, list):
         parent.extend(parent[: chosen.choice((1, 1000))])
-    elif isinstance(parent[key], int | float) and not isinstance(parent[key], bool):
-        parent[key] = parent[key] * chosen.choice((-1, 0, 1.5, 1000, 10**12))
+    elif type(parent[key]) is int:
+        parent[key] *= chosen.choice((-1, 0, 2, 1000, 10**12))
+    elif isinstance(parent[key], float):
+        parent[key] *= chosen.choice((-1, 0, 1.5, 1e12))
     return json.dumps(tree).encode()
 
 
@@ -225,7 +228,8 @@ def _text(chosen: random.Random, data: bytes) -> bytes:
     tricks = (
         b"!!float x", b"!!timestamp 2020-99-99", b"2020-13-45", b"!!python/object:os.system a",
         b"&a [*a, *a]", b"<<: *a", b"[" * 5000, b"{a: " * 200, b'"\\UFFFFFFFF"', b'"\\uD800"',
-        b"? [a]", b"a: b: c", b"\t", b"---", b"...", b"%YAML 9.9", b"1" * 5000, b"0x" + b"f" * 400, b"1e999",
+        b"? [a]", b"a: b: c", b"\t", b"---", b"...", b"%YAML 9.9", b"1" * 5000,
+        b"0x" + b"f" * 400, b"1e999",
         b".nan", b"-.inf", b"\x00", b"\xff\xfe", b"| \n x", b"!<tag:x> y", b"=", b"null",
         b"12:30:45",
     )  # fmt: skip
