@@ -69,7 +69,8 @@ class Arch:
         layers = value(table.layers, config)
         if not 1 <= layers <= MOST_LAYERS:
             raise UnsupportedArch(
-                f"config.json  {table.layers}", f"got {layers}, expected 1 to {MOST_LAYERS:,}"
+                f"config.json  {table.layers}",
+                f"got {layers}, expected 1 or more, and at most {MOST_LAYERS:,}",
             )
         check_lists(table, config, layers)
         return _bound(Binding(table, config, layers, {}))

@@ -5,6 +5,7 @@ From the Hub come config, tokenizer and safetensors, and nothing that could run 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +14,7 @@ from prune_export.checkpoint.config import read_json
 from prune_export.checkpoint.reader import CONVERT, INDEX, PICKLES, SINGLE
 from prune_export.checkpoint.side import ADAPTER, MERGE, SIDE_NAMES, SIDE_STEMS
 from prune_export.errors import CheckpointError, PlanError, PruneExportError
+from prune_export.files import shown
 
 _ID: Final = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@\s]+))?")
 _SIDE: Final = ("config.json", *sorted(SIDE_NAMES), *(f"{stem}*" for stem in SIDE_STEMS))
@@ -30,8 +32,9 @@ def resolve_model(
         PlanError: there is no such model, or it may not or cannot be fetched.
         CheckpointError: a file of another format, or a repository without safetensors.
     """
-    place = Path(spec).expanduser()
-    if spec and place.exists():  # an empty name would be this directory
+    # os.path's functions answer where a Path raises: too long a name, a null byte, no home.
+    place = Path(os.path.expanduser(spec))
+    if spec and os.path.exists(place):  # an empty name would be this directory
         if place.is_dir() or place.suffix == ".gguf":
             return place, None
         raise CheckpointError(
@@ -42,7 +45,7 @@ def resolve_model(
     named = _ID.fullmatch(spec)
     if named is None or place.suffix == ".gguf" or spec.startswith((".", "~", "/")):
         raise PlanError(
-            spec,
+            shown(spec),
             "does not exist, and is not a Hub id (`org/name`, `org/name@revision`)",
             "give a model directory, a .gguf file or a Hub id",
         )
