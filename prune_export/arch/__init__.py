@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from prune_export.arch.conditions import holds, value
 from prune_export.arch.dims import Dims
@@ -27,6 +27,9 @@ from prune_export.arch.rules import (
 from prune_export.arch.table import Table, table_for
 from prune_export.arch.tensors import Binding, Tensor
 from prune_export.errors import PlanError, UnsupportedArch, did_you_mean
+
+MOST_LAYERS: Final = 10_000
+"""Work and memory grow by layer before any weight is seen; models of 2026 have up to 200."""
 
 __all__ = ["Arch", "Dims", "Tensor"]
 
@@ -64,9 +67,10 @@ class Arch:
         config = with_stored_names(table, config)
         refuse_unknown(table, config, ignore_keys)
         layers = value(table.layers, config)
-        if layers < 1:
+        if not 1 <= layers <= MOST_LAYERS:
             raise UnsupportedArch(
-                f"config.json  {table.layers}", f"got {layers}, expected 1 or more"
+                f"config.json  {table.layers}",
+                f"got {layers}, expected 1 or more, and at most {MOST_LAYERS:,}",
             )
         check_lists(table, config, layers)
         return _bound(Binding(table, config, layers, {}))

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from prune_export.errors import UnsupportedArch
+
+LARGEST_SIZE: Final = 2**40
+"""No axis is longer; the longest of 2026, a vocabulary, has 262,144."""
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TERM = re.compile(r"[*/]|[A-Za-z_][A-Za-z0-9_]*|[0-9]+")
@@ -80,4 +83,10 @@ def _number(term: str, config: Mapping[str, Any]) -> int | None:
     got = int(term) if term.isdecimal() else config.get(term)
     if got is not None and (not isinstance(got, int) or isinstance(got, bool)):
         raise UnsupportedArch(f"config.json  {term}", f"got {got!r:.60}, expected one integer")
+    if got is not None and abs(got) > LARGEST_SIZE:
+        raise UnsupportedArch(
+            f"config.json  {term}",
+            f"got a number of {got.bit_length()} bits, expected at most {LARGEST_SIZE:,}",
+            "the config is damaged: fetch it again",
+        )
     return got

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 from prune_export.arch.conditions import holds, value
 from prune_export.arch.dims import Dims
 from prune_export.arch.table import Table, TensorRow
 from prune_export.errors import UnsupportedArch
+
+MOST_EXPERTS: Final = 4_096
 
 parse = lru_cache(maxsize=None)(Dims.parse)
 
@@ -103,7 +105,12 @@ class Binding:
 
     def _experts(self, rows: Sequence[TensorRow], layer: int) -> Iterator[Tensor]:
         own = self._own(layer)
-        for expert in range(self.size(own.get("expert", "expert"))):
+        experts = self.size(own.get("expert", "expert"))
+        if experts > MOST_EXPERTS:
+            raise UnsupportedArch(
+                "config.json", f"got {experts:,} experts a block, expected at most {MOST_EXPERTS:,}"
+            )
+        for expert in range(experts):
             axes = self.table.axes.items()
             mine = {name: f"{name}.{layer}.{expert}" for name, axis in axes if axis.per_expert}
             names = tuple((own | mine).items())
@@ -120,5 +127,12 @@ def members(table: Table, name: str, config: Mapping[str, Any], layers: int) -> 
     """The layers of a layer set."""
     row = table.layer_sets[name]
     every = value(f"{row.every} | 1", config)
-    outside = set(config.get(row.excluding) or ())
+    if every < 1:
+        raise UnsupportedArch(f"config.json  {row.every}", f"got {every}, expected 1 or more")
+    listed = config.get(row.excluding) or ()
+    if not isinstance(listed, list | tuple) or any(type(one) is not int for one in listed):
+        raise UnsupportedArch(
+            f"config.json  {row.excluding}", f"got {listed!r:.60}, expected a list of layers"
+        )
+    outside = set(listed)
     return frozenset(i for i in range(layers) if (i + 1) % every == 0 and i not in outside)

@@ -11,6 +11,9 @@ from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
 from prune_export.files import read_json_object
 from prune_export.modeling import register
 
+_MOST_LAYERS: Final = 10_000
+_MOST_LABELS: Final = 100_000
+_LARGEST: Final = 2**63
 _NESTED: Final = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
 
 
@@ -57,6 +60,22 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _refuse_counts(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuses numbers by which a configuration class would count, for ever and into memory.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    for key, value in config.items():
+        most = _MOST_LAYERS if "layer" in key else _MOST_LABELS if "label" in key else _LARGEST
+        if type(value) is int and abs(value) > most:
+            raise CheckpointError(
+                f"{file}  {key}",
+                f"got a number of {value.bit_length()} bits, expected at most {most:,}",
+                "the config is damaged: fetch it again",
+            )
+
+
 def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """`config` with transformers' defaults filled in, as a plain dict.
 
@@ -90,6 +109,7 @@ def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             f"got {model_type!r}, which this transformers does not know{remote}",
             did_you_mean(model_type, CONFIG_MAPPING.keys()),
         )
+    _refuse_counts(file, config)
     plain = {key: value for key, value in config.items() if key != "auto_map"}
     # transformers logs advice about odd values; what matters is refused by the tables.
     noise = logging.getLogger("transformers")

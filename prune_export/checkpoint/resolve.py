@@ -14,6 +14,7 @@ from prune_export.checkpoint.config import read_json
 from prune_export.checkpoint.reader import CONVERT, INDEX, PICKLES, SINGLE
 from prune_export.checkpoint.side import ADAPTER, MERGE, SIDE_NAMES, SIDE_STEMS
 from prune_export.errors import CheckpointError, PlanError, PruneExportError
+from prune_export.files import shown
 
 _ID: Final = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@\s]+))?")
 _SIDE: Final = ("config.json", *sorted(SIDE_NAMES), *(f"{stem}*" for stem in SIDE_STEMS))
@@ -58,7 +59,7 @@ def resolve_model(
                 "pass `--model` for a model that lies elsewhere",
             )
         raise PlanError(
-            spec,
+            shown(spec),
             "does not exist, and is not a Hub id (`org/name`, `org/name@revision`)",
             "give a model directory, a .gguf file or a Hub id",
         )

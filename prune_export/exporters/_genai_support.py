@@ -89,7 +89,7 @@ def _problems(arch: Arch) -> Iterator[str]:
     if uneven:
         yield f"the builder gives every block the same size, and {sorted(uneven)} differ by block"
     head = head_size(config)
-    rotary = int(head * float(config.get("partial_rotary_factor") or _rope(config, "partial") or 1))
+    rotary = int(head * _fraction(config))
     if head % _LANES:
         yield f"ONNX Runtime's attention needs heads in units of {_LANES}, got head size {head}"
     if rotary % _LANES:
@@ -98,8 +98,8 @@ def _problems(arch: Arch) -> Iterator[str]:
             f"got {rotary} of the {head} of a head"
         )
     activation = config.get("hidden_activation") or config.get("hidden_act")
-    if activation not in _ACTIVATIONS:
-        yield f"the builder does not know the activation {activation!r}"
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
+        yield f"the builder does not know the activation {activation!r:.60}"
     kinds = _rope_kinds(config)
     if unknown := kinds - _ROPES.get(str(config["model_type"]), _OTHER_ROPES):
         yield f"the builder's graph is wrong for rotary scaling {sorted(unknown)} of this family"
@@ -107,7 +107,8 @@ def _problems(arch: Arch) -> Iterator[str]:
 
 
 def _family_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    if config.get("no_rope_layers") and not all(config["no_rope_layers"]):
+    rotated = config.get("no_rope_layers")
+    if rotated and not (isinstance(rotated, list | tuple) and all(rotated)):
         yield "the builder fails on blocks without rotary embedding (`no_rope_layers`)"
     if config.get("use_bidirectional_attention"):
         yield "the builder's attention is causal only (`use_bidirectional_attention`)"
@@ -125,7 +126,7 @@ def corrections(config: Mapping[str, Any]) -> dict[str, Any]:
     window = config.get("sliding_window")
     if window and not config.get("layer_types") and config.get("use_sliding_window", True):
         # Without it the builder drops the window of mistral and phi3 from every block.
-        found["layer_types"] = ["sliding_attention"] * int(config["num_hidden_layers"])
+        found["layer_types"] = ["sliding_attention"] * _whole(config, "num_hidden_layers")
     if "rms_norm_eps" not in config and "layer_norm_eps" in config:
         # It reads no other name, and would take 1e-6.
         found["rms_norm_eps"] = config["layer_norm_eps"]
@@ -133,23 +134,64 @@ def corrections(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(rope, Mapping) and isinstance(rope.get("full_attention"), Mapping):
         # It expects what transformers 4 called them.
         found["rope_parameters"] = dict(rope["full_attention"])
-        found["rope_theta"] = rope["full_attention"]["rope_theta"]
-        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        found["rope_theta"] = _theta(rope, "full_attention")
+        found["rope_local_base_freq"] = _theta(rope, "sliding_attention")
     elif isinstance(rope, Mapping) and rope.get("rope_type") == "longrope":
         found["rope_parameters"] = {**rope, "type": "longrope"}
     return found
 
 
 def head_size(config: Mapping[str, Any]) -> int:
-    """The size of an attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    """The size of an attention head.
+
+    Raises:
+        PlanError: the config says none, or something else than a whole number.
+    """
+    if config.get("head_dim"):
+        return _whole(config, "head_dim")
+    return _whole(config, "hidden_size") // _whole(config, "num_attention_heads")
+
+
+def _whole(config: Mapping[str, Any], key: str) -> int:
+    found = config.get(key)
+    if type(found) is not int or found < 1:
+        raise PlanError(
+            f"config.json  {key}",
+            f"got {found!r:.60}, expected a whole number of 1 or more",
+            "correct the value, or fetch the file again",
+        )
+    return found
+
+
+def _fraction(config: Mapping[str, Any]) -> float:
+    """The part of a head that is rotated; all of it unless the config says otherwise."""
+    found = config.get("partial_rotary_factor") or _rope(config, "partial") or 1
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= 1:
+        raise PlanError(
+            "config.json  partial_rotary_factor",
+            f"got {found!r:.60}, expected a part in (0, 1]",
+            "correct the value, or fetch the file again",
+        )
+    return float(found)
 
 
 def _rope(config: Mapping[str, Any], start: str) -> Any:
     rope = config.get("rope_parameters")
     if isinstance(rope, Mapping):
-        return next((rope[key] for key in rope if key.startswith(start)), None)
+        return next((rope[key] for key in rope if str(key).startswith(start)), None)
     return None
+
+
+def _theta(rope: Mapping[str, Any], kind: str) -> int | float:
+    part = rope.get(kind)
+    theta = part.get("rope_theta") if isinstance(part, Mapping) else None
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        raise PlanError(
+            f"config.json  rope_parameters.{kind}.rope_theta",
+            f"got {theta!r:.60}, expected a number",
+            "correct the value, or fetch the file again",
+        )
+    return theta
 
 
 def _rope_kinds(config: Mapping[str, Any]) -> set[str]:

@@ -88,6 +88,10 @@ def parse(text: str, name: str) -> Document:
         ) from None
     except yaml.YAMLError as error:
         raise RecipeError(name, f"is not YAML: {error}", "check for control characters") from None
+    except (ValueError, OverflowError):  # from chr(), which the parser trusts
+        raise RecipeError(
+            name, "has an escape such as \\UFFFFFFFF that is no character", "write the character"
+        ) from None
     places: dict[Path_, str] = {}
     return Document(_plain(node, (), name, places) if node else None, places)
 
@@ -106,6 +110,12 @@ def _refuse_tricks(text: str, name: str) -> None:
         if tag:
             raise RecipeError(
                 f"{name}:{line}", f"uses the tag `{tag}`", "remove it; recipes are plain data"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in getattr(event, "value", None) or ""):
+            raise RecipeError(
+                f"{name}:{line}",
+                "holds half of a surrogate pair, which is no character",
+                "write the character itself",
             )
         if isinstance(event, yaml.DocumentStartEvent) and nodes:
             raise RecipeError(f"{name}:{line}", "starts a second document", "keep one per file")

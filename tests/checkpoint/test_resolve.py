@@ -38,7 +38,23 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "model.safetensors"))
 
 
-@pytest.mark.parametrize("spec", ["./no", "/no/such", "~/no", "no.gguf", "a/b/c", "a b", ""])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "./no",
+        "/no/such",
+        "~/no",
+        "no.gguf",
+        "a/b/c",
+        "a b",
+        "",
+        "\0",
+        "a\0b/c",
+        "/" + "x" * 300,
+        "~none/" + "y" * 300,
+        "z/" * 2000,
+    ],
+)
 def test_what_is_no_hub_id_is_not_looked_for_there(spec: str) -> None:
     with pytest.raises(PlanError, match="is not a Hub id"):
         resolve_model(spec)
@@ -75,6 +91,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         "org/pickled": {"config.json": config, "pytorch_model.bin": b"\x80"},
         "org/quantized": {"README.md": b"card", "m-Q4_0.gguf": b"GGUF"},
         "org/empty": {"config.json": config},
+        "org/adapted": files(saved("llama")) | {"adapter_config.json": b"{}"},
     }
 
 
@@ -125,6 +142,7 @@ REFUSALS = {
     "org/pickled": ("CheckpointError", "only pytorch_model.bin: pickles can run code"),
     "org/quantized": ("CheckpointError", "hf download org/quantized m-Q4_0.gguf"),
     "org/empty": ("CheckpointError", "has no weights"),
+    "org/adapted": ("CheckpointError", "merge it first"),
     "org/gated": ("PlanError", "is gated"),
     "org/busy": ("PlanError", "cannot be fetched"),
     "org/nothing": ("PlanError", "is not found there, or is private"),

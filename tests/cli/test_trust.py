@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from prune_export.cli.engines import _engines
+from prune_export.errors import CheckpointError
+from prune_export.machine import Machine
 from prune_export.store import Key, Store
 
 
@@ -32,6 +36,44 @@ def test_a_strangers_engine_is_not_trusted_unasked(result: Path, tmp_path: Path)
     trusted = {name: one.trusted for name, one in _engines(result, False, tmp_path / "s").items()}
     assert trusted == {"onnx": False, "tensorrt": False}
     assert _engines(result, True, tmp_path / "s")["tensorrt"].trusted
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("directory", "../elsewhere"), ("directory", "/"), ("directory", ".hidden"),
+     ("directory", "a/b"), ("directory", "x" * 300), ("graph", "../model.onnx")],
+)  # fmt: skip
+def test_a_report_names_engines_beside_itself_only(result: Path, key: str, name: str) -> None:
+    (result.parent / "elsewhere").mkdir()
+    report = json.loads((result / "report.json").read_text(encoding="utf-8"))
+    report["exports"][0][key] = name
+    (result / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"exports.0.{key}\n"):
+        _engines(result, False, result.parent / "s")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda place: place.symlink_to("/dev/zero")])
+def test_an_engine_with_a_pipe_or_a_device_in_it_is_not_opened(
+    result: Path, make: Callable[[Path], None]
+) -> None:
+    make(result / "onnx" / "model.onnx")
+    engine = _engines(result, False, result.parent / "s")["onnx"]
+    with pytest.raises(CheckpointError, match=r"is a (pipe|device)"):
+        engine.open(Machine.detect(device="cpu", threads=1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[]", '{"search": 1, "model": {}}', '{"search": {"past_present_share_buffer": true}}',
+     '{"search": {"past_present_share_buffer": 1}, "model": {"decoder": {"head_size": 2}}}',
+     '{"search": {"past_present_share_buffer": true}, "model": {"decoder": {"head_size": {}}}}'],
+)  # fmt: skip
+def test_an_engines_configuration_is_checked(tmp_path: Path, text: str) -> None:
+    from prune_export.exporters._genai_runner import open_runner
+
+    (tmp_path / "genai_config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"genai_config\.json"):
+        open_runner(tmp_path, Machine.detect(device="cpu", threads=1))
 
 
 def test_what_the_store_made_is_trusted(result: Path, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from variants import FULL, made
@@ -102,3 +104,61 @@ def test_no_change_of_what_is_not_a_number() -> None:
     broken = Perplexity("x", math.nan, 8, 128, 1016, [math.nan] * 8)
     assert perplexity_change(entry([1.0] * 8), broken) is None
     assert perplexity_change(None, broken) is None
+
+
+def full() -> dict[str, Any]:
+    return copy.deepcopy(made("full"))
+
+
+def put(report: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    *steps, last = [int(step) if step.isdecimal() else step for step in path.split(".")]
+    place: Any = report
+    for step in steps:
+        place = place[step]
+    place[last] = value
+    return report
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("base.layers", 10**9),
+        ("base.parameters", 10**400),
+        ("result.bytes", -1),
+        ("machine.cores", 10**30),
+        ("stages.0.log.dropped", ["a"]),
+        ("stages.0.log.dropped", 3),
+        ("stages.0.log.block_scores", [{}]),
+        ("stages.0.log.distance_map", [[1.0], [1.0]]),
+        ("stages.1.log.loss", 0.5),
+        ("stages.1.log.loss", [[None, 1.0]]),
+        ("stages.1.log.notes", 1),
+        ("stages.0.log.mask_digest", "a"),
+        ("stages.0.seconds", math.nan),
+        ("verification.perplexity", 3),
+        ("data.evaluation.files", 3),
+    ],
+)
+def test_what_readers_compute_with_has_its_type_and_bounds(path: str, value: Any) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        Report.of(put(full(), path, value))
+    assert refused.value.where.startswith("report.json")
+    assert refused.value.fix
+
+
+def test_a_report_that_is_nested_without_end(tmp_path: Path) -> None:
+    deep: list[Any] = []
+    for _ in range(200):
+        deep = [deep]
+    with pytest.raises(CheckpointError, match="nested deeper"):
+        Report.of(put(full(), "stages.0.log.extra", deep))
+    (tmp_path / "report.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match="nested deeper"):
+        Report.load(tmp_path / "report.json")
+
+
+def test_losses_that_overflow_are_infinite() -> None:
+    before = Perplexity("dense", 1.0, 8, 16, 120, [0.0, 1e4] * 4)
+    after = Perplexity("pruned", 2.0, 8, 16, 120, [1e5, 0.0] * 4)
+    found = perplexity_change(before, after)
+    assert found is not None and found.high == math.inf
