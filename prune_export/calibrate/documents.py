@@ -197,7 +197,7 @@ def text_of(row: Any, column: str, where: str) -> Text:
         return found
     got = f"`{column}` is {kind_of(value)}"
     if value is None:
-        fix = f'remove it, or write "" where there is no text; expected text in `{column}`'
+        fix = 'remove it, or write "" where there is no text'
     elif isinstance(value, list | tuple):
         fix = (
             f"name the column that holds the text; conversations (role and content) are read from "
