@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,9 @@ def test_parquet_holds_the_same(tmp_path: Path) -> None:
     rows = [[dict(one) for one in row] for row in TWO]
     rows[1][0]["name"] = None  # type: ignore[assignment]
     rows[1][1]["name"] = "w98"
-    expected = token_set(written(tmp_path, *rows), tokenizer, tmp_path)
+    rows[1][1]["when"] = datetime(2026, 12, 1)  # type: ignore[assignment]
+    same = json.loads(json.dumps(rows, default=str))
+    expected = token_set(written(tmp_path, *same), tokenizer, tmp_path)
     parquet.write_table(pa.table({"messages": rows}), tmp_path / "a.parquet")
     found = token_set(source("a.parquet"), tokenizer, tmp_path)
     assert torch.equal(found.ids, expected.ids)
@@ -177,6 +180,8 @@ def test_excluded_conversations_are_left_out(tmp_path: Path) -> None:
         ([{"role": "user", "content": None}], "`content` of message 0 .* is null"),
         ([{"role": "user", "content": [{"type": "image"}]}], "`content` .* is a list"),
         ([{"role": "user", "content": "\ud800"}], "half of a surrogate pair"),
+        ([{"role": "\ud800", "content": "w1"}], "half of a surrogate pair"),
+        ([{"role": "user", "content": "w1", "x": {"\ud800": 1}}], "half of a surrogate pair"),
         (None, "`messages` is null, expected text"),
         ({"role": "user"}, "`messages` is an object, expected text"),
     ],

@@ -153,6 +153,10 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, half: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "w1"}\n{"text": "HALF"}\n'.replace("HALF", half))
     assert "a.jsonl:2\n  holds \\ud" in refusal(file)
+    # Nor is it a name that an error could print.
+    for row in ('{"HALF": "w1"}', '{"text": 1, "HALF": "w1"}'):
+        file.write_text(row.replace("HALF", half))
+        assert refusal(file).encode()
     file.write_text('{"text": "\\ud83d\\ude00"}\n')
     assert read(file) == ["😀"]
 
