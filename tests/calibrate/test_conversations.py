@@ -16,7 +16,7 @@ from prune_export.calibrate import TokenSet, token_set
 from prune_export.calibrate.conversations import Conversation
 from prune_export.calibrate.tokenizer import Tokenizer as Ours
 from prune_export.errors import PlanError
-from prune_export.recipe import LocalText, TokenFile
+from prune_export.recipe import HubDataset, LocalText, TokenFile
 
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s>\n{% endfor %}"
@@ -262,3 +262,24 @@ def test_an_added_token_that_the_model_lacks_is_named(tmp_path: Path) -> None:
     assert f"the token '<new>' with id {size}, but the model's embedding has only {size}" in said
     assert "resize_token_embeddings" in said
     assert Ours.load(tokenizer).prefix == ()
+
+
+def test_a_dataset_of_the_hub_goes_the_same_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows as `datasets` streams them; only the Hub itself is left out."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"messages": row} for row in TWO]).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keys: rows)
+    monkeypatch.setattr("prune_export.calibrate.data.hub_revision", lambda source: "0" * 40)
+    tokenizer = saved(tmp_path / "t", PLAIN)
+    keys: dict[str, Any] = {"column": "messages", "packing": "stream", "length": 8}
+    asked = HubDataset(dataset="a/b", loss_on="assistant", **keys)
+    found = token_set(asked, tokenizer, tmp_path)
+    local = token_set(written(tmp_path, *TWO), tokenizer, tmp_path)
+    assert torch.equal(found.ids, local.ids)
+    assert found.documents == local.documents
+    assert found.counted is not None
+    rows = datasets.Dataset.from_list([{"messages": "w1"}, {"messages": None}])
+    with pytest.raises(PlanError, match="data  a/b  row 1\n  `messages` is null, expected text"):
+        token_set(HubDataset(dataset="a/b", **keys), tokenizer, tmp_path)
