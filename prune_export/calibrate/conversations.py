@@ -21,6 +21,8 @@ from prune_export.errors import PlanError
 _MARKED: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks what the assistant says; transformers looks for the same."""
 
+_HALF_A_PAIR: Final = re.compile("[\ud800-\udfff]")
+
 _SHAPE: Final = '[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
 
 Spans = list[tuple[int, int]]
@@ -36,8 +38,7 @@ class Conversation:
     @property
     def hash(self) -> str:
         """The first 16 hex digits of the sha256 of its messages."""
-        text = json.dumps(list(self.messages), sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return hashlib.sha256(_as_json(self.messages).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         """Characters of what is said."""
@@ -67,7 +68,32 @@ def conversation_of(value: Sequence[Any], column: str, where: str) -> Conversati
                 )
         # Parquet writes null where another message has a key that this one lacks.
         messages.append({str(key): part for key, part in one.items() if part is not None})
+    try:
+        refuse_half_pairs(_as_json(messages), where)
+    except (RecursionError, TypeError, ValueError):
+        raise PlanError(
+            where, f"`{column}` holds more than messages of JSON can", f"write {_SHAPE}"
+        ) from None
     return Conversation(tuple(messages), where)
+
+
+def refuse_half_pairs(text: str, where: str) -> None:
+    """Refuses text that cannot be written as UTF-8.
+
+    Raises:
+        PlanError: it holds half of a surrogate pair, as JSON can say it.
+    """
+    if not text.isascii() and (half := _HALF_A_PAIR.search(text)):
+        raise PlanError(
+            where,
+            f"holds \\u{ord(half[0]):04x}, half of a surrogate pair, which is no character",
+            "write both halves, or remove it",
+        )
+
+
+def _as_json(messages: Sequence[Mapping[str, Any]]) -> str:
+    # Parquet has dates and bytes, which no template needs but a message may carry.
+    return json.dumps(list(messages), sort_keys=True, ensure_ascii=False, default=str)
 
 
 def kind_of(value: Any) -> str:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from prune_export.errors import PlanError
 from prune_export.files import open_regular
@@ -20,6 +23,8 @@ LONGEST_DOCUMENT_BYTES: Final = 256 * 1024**2
 """No honest document is longer; a file that is would otherwise fill the memory."""
 
 _CHUNK: Final = 1 << 16
+_MARK_BYTES: Final = 4
+_FIRST_PIECES: Final = 4
 _MARKS: Final = (
     # The mark of UTF-16 begins that of UTF-32, so the longer ones come first.
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -69,9 +74,9 @@ def refuse_no_text(path: Path, encoding: str | None) -> None:
     """Refuses a file that does not begin as text in `encoding` does.
 
     Raises:
-        PlanError: as `whole` does, of the first piece.
+        PlanError: as `whole` does, of the first pieces.
     """
-    next(_decoded(path, encoding), None)
+    deque(islice(_decoded(path, encoding), _FIRST_PIECES), maxlen=0)
 
 
 def marked(path: Path) -> bool:
@@ -82,8 +87,7 @@ def marked(path: Path) -> bool:
     """
     with open_regular(path, None, "a file of text", error=PlanError) as file:
         try:
-            stream = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-            return stream.read(3) == codecs.BOM_UTF8
+            return _unpacked(file, path).read(3) == codecs.BOM_UTF8
         except (OSError, EOFError, zlib.error) as error:
             raise _unsound(path, 1, error) from None
 
@@ -92,13 +96,14 @@ def _decoded(path: Path, encoding: str | None) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(encoding or "utf-8")("strict")
     offset, line, begun = 0, 1, False
     with open_regular(path, None, "a file of text", error=PlanError) as file:
-        stream = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        stream = _unpacked(file, path)
         while True:
             try:
-                chunk = stream.read(_CHUNK)
+                # What can still be had of a broken file tells the line at which it breaks.
+                chunk = stream.read1(_CHUNK) if begun else stream.read(_MARK_BYTES)
             except (OSError, EOFError, zlib.error) as error:
                 raise _unsound(path, line, error) from None
-            if not offset:
+            if not begun:
                 _refuse_mark(chunk, path, encoding)
             if encoding is None and b"\0" in chunk:
                 # Looked for first: UTF-16 may also be wrong as UTF-8.
@@ -111,12 +116,20 @@ def _decoded(path: Path, encoding: str | None) -> Iterator[str]:
                 raise _binary(path, encoding, line + text[: text.index("\0")].count("\n"))
             offset += len(chunk)
             line += text.count("\n")
-            if text and not begun:
+            if not begun:
+                # The mark is four bytes at most, and whole in the first piece.
                 begun, text = True, text.removeprefix("\ufeff")
             if text:
                 yield text
             if not chunk:
                 return
+
+
+def _unpacked(file: BinaryIO, path: Path) -> io.BufferedIOBase:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    assert isinstance(file, io.BufferedIOBase)
+    return file
 
 
 def _refuse_mark(chunk: bytes, path: Path, encoding: str | None) -> None:

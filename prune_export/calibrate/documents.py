@@ -9,7 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from prune_export.calibrate.conversations import Conversation, conversation_of, kind_of
+from prune_export.calibrate.conversations import (
+    Conversation,
+    conversation_of,
+    kind_of,
+    refuse_half_pairs,
+)
 from prune_export.calibrate.decoding import LONGEST_DOCUMENT_BYTES, lines, whole
 from prune_export.errors import MissingExtra, PlanError, did_you_mean
 from prune_export.files import open_regular
@@ -17,7 +22,6 @@ from prune_export.recipe.sources import CONVERSATIONS, HubDataset, LocalText
 
 SHUFFLE_BUFFER: Final = 10_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HALF_A_PAIR: Final = re.compile("[\ud800-\udfff]")
 
 Text = str | Conversation
 
@@ -42,7 +46,7 @@ def local_texts(files: Iterable[Path], source: LocalText) -> Iterator[Text]:
             yield from _json_texts(path, source.column, source.encoding)
         else:
             text = whole(path, source.encoding)
-            _refuse_half_pairs(text, f"data files  {path.name}")
+            refuse_half_pairs(text, f"data files  {path.name}")
             yield text
 
 
@@ -179,25 +183,20 @@ def text_of(row: Any, column: str, where: str) -> Text:
             f'write {{"{column}": …}}',
         )
     if column not in row:
-        raise PlanError(
-            where, f"has no text in `{column}`", did_you_mean(column, [str(key) for key in row])
-        )
+        raise PlanError(where, f"has no text in `{column}`", did_you_mean(column, _names(row)))
     value = row[column]
     if isinstance(value, str):
-        _refuse_half_pairs(value, where)
+        refuse_half_pairs(value, where)
         if len(value) > LONGEST_DOCUMENT_BYTES:
             raise PlanError(
                 where, f"holds more than {LONGEST_DOCUMENT_BYTES} characters", "split the document"
             )
         return value
     if isinstance(value, list | tuple) and column == CONVERSATIONS:
-        found = conversation_of(value, column, where)
-        for one in found.messages:
-            _refuse_half_pairs(one["content"], where)
-        return found
+        return conversation_of(value, column, where)
     got = f"`{column}` is {kind_of(value)}"
     if value is None:
-        fix = f'remove it, or write "" where there is no text; expected text in `{column}`'
+        fix = 'remove it, or write "" where there is no text'
     elif isinstance(value, list | tuple):
         fix = (
             f"name the column that holds the text; conversations (role and content) are read from "
@@ -205,16 +204,11 @@ def text_of(row: Any, column: str, where: str) -> Text:
         )
     else:
         fix = "name the column that holds the text"
-        texts = [str(key) for key, other in row.items() if isinstance(other, str)]
+        texts = _names({key: other for key, other in row.items() if isinstance(other, str)})
         fix += ": " + ", ".join(f"`{name}`" for name in texts[:8]) if texts else ""
     raise PlanError(where, f"{got}, expected text", fix)
 
 
-def _refuse_half_pairs(text: str, where: str) -> None:
-    if not text.isascii() and (half := _HALF_A_PAIR.search(text)):
-        raise PlanError(
-            where,
-            f"holds \\u{ord(half[0]):04x} at character {half.start()}, half of a surrogate pair, "
-            "which is no character",
-            "write both halves, or remove it",
-        )
+def _names(row: Mapping[Any, Any]) -> list[str]:
+    """The keys of a row, as they can be printed."""
+    return [str(key).encode("utf-8", "backslashreplace").decode() for key in row]

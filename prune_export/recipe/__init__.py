@@ -259,7 +259,7 @@ def _checked(name: str, document: Document, root: Path) -> Recipe:
         name=name,
         description=data.get("description") or "",
         model=data.get("model"),
-        data={key: _packed(source, key == measured) for key, source in sources.items()},
+        data={key: _packed(document, key, sources[key], key == measured) for key in sources},
         stages=stages,
         export=exports,
         verify=verify,
@@ -269,10 +269,17 @@ def _checked(name: str, document: Document, root: Path) -> Recipe:
     )
 
 
-def _packed(source: Source, measured: bool) -> Source:
-    if isinstance(source, TokenFile) or source.packing is not None:
+def _packed(document: Document, name: str, source: Source, measured: bool) -> Source:
+    if isinstance(source, TokenFile):
         return source
-    return source.model_copy(update={"packing": "stream" if measured else "packed"})
+    packing = source.packing or ("stream" if measured else "packed")
+    if source.prefix != "every" and packing != "stream":
+        raise RecipeError(
+            document.where(("data", name, "prefix")),
+            f"got {source.prefix!r}, which is for `packing: stream`, and this one is `{packing}`",
+            "leave it out: every window begins with the prefix",
+        )
+    return source.model_copy(update={"packing": packing})
 
 
 def entry_names() -> dict[str, tuple[str, ...]]:

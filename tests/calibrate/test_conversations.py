@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from prune_export.calibrate import TokenSet, token_set
 from prune_export.calibrate.conversations import Conversation
 from prune_export.calibrate.tokenizer import Tokenizer as Ours
 from prune_export.errors import PlanError
-from prune_export.recipe import LocalText, TokenFile
+from prune_export.recipe import HubDataset, LocalText, TokenFile
 
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s>\n{% endfor %}"
@@ -149,7 +150,9 @@ def test_parquet_holds_the_same(tmp_path: Path) -> None:
     rows = [[dict(one) for one in row] for row in TWO]
     rows[1][0]["name"] = None  # type: ignore[assignment]
     rows[1][1]["name"] = "w98"
-    expected = token_set(written(tmp_path, *rows), tokenizer, tmp_path)
+    rows[1][1]["when"] = datetime(2026, 12, 1)  # type: ignore[assignment]
+    same = json.loads(json.dumps(rows, default=str))
+    expected = token_set(written(tmp_path, *same), tokenizer, tmp_path)
     parquet.write_table(pa.table({"messages": rows}), tmp_path / "a.parquet")
     found = token_set(source("a.parquet"), tokenizer, tmp_path)
     assert torch.equal(found.ids, expected.ids)
@@ -177,6 +180,8 @@ def test_excluded_conversations_are_left_out(tmp_path: Path) -> None:
         ([{"role": "user", "content": None}], "`content` of message 0 .* is null"),
         ([{"role": "user", "content": [{"type": "image"}]}], "`content` .* is a list"),
         ([{"role": "user", "content": "\ud800"}], "half of a surrogate pair"),
+        ([{"role": "\ud800", "content": "w1"}], "half of a surrogate pair"),
+        ([{"role": "user", "content": "w1", "x": {"\ud800": 1}}], "half of a surrogate pair"),
         (None, "`messages` is null, expected text"),
         ({"role": "user"}, "`messages` is an object, expected text"),
     ],
@@ -257,3 +262,24 @@ def test_an_added_token_that_the_model_lacks_is_named(tmp_path: Path) -> None:
     assert f"the token '<new>' with id {size}, but the model's embedding has only {size}" in said
     assert "resize_token_embeddings" in said
     assert Ours.load(tokenizer).prefix == ()
+
+
+def test_a_dataset_of_the_hub_goes_the_same_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows as `datasets` streams them; only the Hub itself is left out."""
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"messages": row} for row in TWO]).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keys: rows)
+    monkeypatch.setattr("prune_export.calibrate.data.hub_revision", lambda source: "0" * 40)
+    tokenizer = saved(tmp_path / "t", PLAIN)
+    keys: dict[str, Any] = {"column": "messages", "packing": "stream", "length": 8}
+    asked = HubDataset(dataset="a/b", loss_on="assistant", **keys)
+    found = token_set(asked, tokenizer, tmp_path)
+    local = token_set(written(tmp_path, *TWO), tokenizer, tmp_path)
+    assert torch.equal(found.ids, local.ids)
+    assert found.documents == local.documents
+    assert found.counted is not None
+    rows = datasets.Dataset.from_list([{"messages": "w1"}, {"messages": None}])
+    with pytest.raises(PlanError, match="data  a/b  row 1\n  `messages` is null, expected text"):
+        token_set(HubDataset(dataset="a/b", **keys), tokenizer, tmp_path)

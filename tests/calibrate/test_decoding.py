@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import random
 import zlib
 from pathlib import Path
 
@@ -125,7 +126,8 @@ def test_only_encodings_of_text_are_taken(name: str) -> None:
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz"])
 def test_broken_gzip_is_named_by_file_and_line(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
-    rows = (json.dumps({"text": f"{number} {TEXT}"}) + "\n" for number in range(3000))
+    noise = random.Random(0)
+    rows = (json.dumps({"text": f"{noise.getrandbits(999)} {TEXT}"}) + "\n" for _ in range(3000))
     sound = gzip.compress("".join(rows).encode())
     for cut in (len(sound) - 4, len(sound) // 2, 12, 5):
         file.write_bytes(sound[:cut])
@@ -135,6 +137,10 @@ def test_broken_gzip_is_named_by_file_and_line(tmp_path: Path, name: str) -> Non
         said = refusal(file)
         assert said.startswith(f"data files  {name}:")
         assert "gzip" in said or "compressed" in said or "is not" in said
+    # What comes before the break can be had, and tells the line.
+    file.write_bytes(sound[: len(sound) // 2])
+    line = int(refusal(file).partition("gz:")[2].partition("\n")[0])
+    assert 100 < line < (6000 if name.endswith("txt.gz") else 3000)
     file.write_bytes(sound + b"more")
     assert "is not sound gzip" in refusal(file)
     file.write_bytes(sound[: len(sound) // 2])
@@ -147,6 +153,10 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, half: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "w1"}\n{"text": "HALF"}\n'.replace("HALF", half))
     assert "a.jsonl:2\n  holds \\ud" in refusal(file)
+    # Nor is it a name that an error could print.
+    for row in ('{"HALF": "w1"}', '{"text": 1, "HALF": "w1"}'):
+        file.write_text(row.replace("HALF", half))
+        assert refusal(file).encode()
     file.write_text('{"text": "\\ud83d\\ude00"}\n')
     assert read(file) == ["😀"]
 

@@ -129,3 +129,18 @@ def test_the_json_schema_is_one_and_refuses_what_the_loader_refuses() -> None:
 def test_the_reference_is_up_to_date() -> None:
     file = Path(__file__).parents[2] / "docs" / "recipes.md"
     assert file.read_text(encoding="utf-8") == markdown(), "run `make docs`"
+
+
+def test_a_prefix_of_the_first_window_only_is_for_streams() -> None:
+    text = """\
+recipe: 1
+data:
+  one: {files: [a.txt], prefix: first}
+verify: {quality: {perplexity: one}}
+export: [onnx]
+"""
+    assert Recipe.parse(text).to_dict()["data"]["one"]["prefix"] == "first"
+    every = Recipe.parse(text.replace("first", "every")).to_dict()["data"]["one"]
+    assert set(every) == {"samples", "length", "seed", "column", "packing", "files"}
+    with pytest.raises(RecipeError, match=r"recipe:3  data\.one\.prefix\n  got 'first', which is"):
+        Recipe.parse(text.replace("prefix: first", "prefix: first, packing: packed"))
