@@ -39,7 +39,7 @@ def main() -> None:
 
     try:
         # The status of what ended early, such as `--version`; None after a command.
-        status = app(standalone_mode=False) or 0
+        status = app(prog_name="prune-export", standalone_mode=False) or 0
     except UsageError as error:
         where, problem, fix = usage_problem(error)
         if problem:

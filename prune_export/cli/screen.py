@@ -46,7 +46,7 @@ def json_escaped(text: str) -> str:
 
 def in_encoding(text: str, encoding: str) -> str:
     """The text as a stream of that encoding can take it."""
-    if encoding.replace("_", "-").startswith("utf"):
+    if encoding.lower().startswith("utf"):
         return text
     return text.translate(_SPELT).encode(encoding, "backslashreplace").decode(encoding)
 

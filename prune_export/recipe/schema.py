@@ -7,6 +7,7 @@ known here without an edit, and the JSON Schema for editors is made from the sam
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,6 +27,8 @@ VERSION = 1
 
 _REGISTRY: Mapping[str, registry.Kind] = {"prune": "methods", "heal": "heal"}
 _DEFAULT_DATA = {"prune": "calibration", "heal": "healing"}
+
+_NAME = re.compile(r"[^\W_][\w .+-]{0,63}")
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -103,6 +106,12 @@ def sources(document: Document) -> dict[str, Source]:
     found: dict[str, Source] = {}
     for name, body in _mapping(document, ("data",)).items():
         path: Path_ = ("data", name)
+        if not _NAME.fullmatch(name):
+            raise RecipeError(
+                document.where(path),
+                f"got {name!r:.80} as a name of data, which artifacts are called by",
+                "write a word, such as `calibration`",
+            )
         kinds = [key for key in SOURCES if key in _mapping(document, path)]
         if len(kinds) != 1:
             raise RecipeError(
