@@ -33,6 +33,7 @@ from prune_export.verify import (
     measure_reload,
     measure_sparsity,
     measure_speed,
+    not_from_rounding,
     tokens_without_text,
 )
 from prune_export.verify.results import Verification, Workload
@@ -106,8 +107,11 @@ def verified(
             continue
         found.parity.append(measure_parity(engine, reference, ids, machine, progress=progress))
         found.placement.extend(measure_placement(engine, machine, progress=progress))
-    for export in _exports(directory):
-        found.sparsity.extend(measure_sparsity(_record(export), directory / export.directory))
+    report = _report(directory)
+    made = any("mask_digest" in stage.log for stage in report.stages) if report else False
+    for export in report.exports if report else ():
+        sparse = measure_sparsity(_record(export), directory / export.directory)
+        found.sparsity.extend(not_from_rounding(sparse, _record(export), zeros_made=made))
     found.generation.append(
         measure_generation("result", reference, directory, machine, progress=progress)
     )
@@ -222,8 +226,13 @@ def _engines(directory: Path, trust: bool, store: Path) -> dict[str, Engine]:
 
 def _exports(directory: Path) -> list[ExportReading]:
     """What the report of a result directory says of its engines; nothing where it has none."""
+    report = _report(directory)
+    return report.exports if report else []
+
+
+def _report(directory: Path) -> Report | None:
     file = directory / "report.json"
-    return Report.load(file).exports if file.is_file() else []
+    return Report.load(file) if file.is_file() else None
 
 
 def _record(export: ExportReading) -> BuildRecord:
