@@ -54,7 +54,7 @@ def main() -> None:
     except (KeyboardInterrupt, Abort):
         status = _INTERRUPTED
     if status == _INTERRUPTED:
-        console.errors.line("interrupted; the same command goes on from here")
+        console.errors.put("interrupted; the same command goes on from here")
     raise SystemExit(status)
 
 

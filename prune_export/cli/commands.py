@@ -33,7 +33,7 @@ RecipeName = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console.output.line(__version__)
+        console.output.put(__version__)
         raise typer.Exit
 
 
@@ -238,12 +238,12 @@ def export(
     if json:
         console.print_json(record)
         return
-    console.output.line(
+    console.output.put(
         f"{out / record['graph']}: {text_from_bytes(record['weight_bytes'])} of weights "
         f"are read for each token, built in {text_from_seconds(record['seconds'])}"
     )
     for note in record["notes"]:
-        console.output.line(f"note: {note}")
+        console.output.put(f"note: {note}")
 
 
 @app.command(cls=Command)
@@ -384,4 +384,4 @@ def _publish(
     if as_json:
         console.print_json(dataclasses.asdict(found))
     else:
-        console.output.line(str(found))
+        console.output.put(str(found))

@@ -174,10 +174,10 @@ def show_verification(found: Verification) -> None:
     """Prints what was measured, a table a kind."""
     state = "loads" if found.reload.ok else f"missing {found.reload.missing}, unexpected "
     state += "" if found.reload.ok else str(found.reload.unexpected)
-    console.output.line(f"reload  {state} ({found.reload.model_type})")
+    console.output.put(f"reload  {state} ({found.reload.model_type})")
     rows: list[tuple[str, ...]]
     for name, why in found.unverified.items():
-        console.output.line(f"engine  {name} was not verified: {why}")
+        console.output.put(f"engine  {name} was not verified: {why}")
     if found.parity:
         rows = [
             (one.engine, "agrees" if one.ok else "DIFFERS", f"{one.max_logit_error:.2e}",
@@ -195,9 +195,9 @@ def show_verification(found: Verification) -> None:
         console.table("", ["generation of", "prompts", "empty", "repetitive", "broken"], rows)
     for placed in found.placement:
         nodes = ", ".join(f"{name} {count}" for name, count in placed.providers.items())
-        console.output.line(f"nodes   {placed.engine}: {nodes}")
+        console.output.put(f"nodes   {placed.engine}: {nodes}")
         if not placed.ok:
-            console.output.line(f"        FAILED: {stray_text(placed)}")
+            console.output.put(f"        FAILED: {stray_text(placed)}")
     if found.sparsity:
         rows = [(one.engine, weights_text(one), kernels_text(one)) for one in found.sparsity]
         console.table("", ["sparsity of", "weights", "kernels"], rows)

@@ -69,7 +69,7 @@ class Screen(Console):
         """A `Text` of it, for tables and bars."""
         return Text(self.shown(text), style=style)
 
-    def line(self, text: str = "") -> None:
+    def put(self, text: str = "") -> None:
         """Prints text that is not wrapped, so that paths in it can be copied."""
         self.print(text, soft_wrap=True)
 

@@ -33,7 +33,7 @@ def store_ls(store: options.StoreDir = None, json: options.Json = False) -> None
         for name, size, when, complete in found
     ]  # fmt: skip
     console.table("", ["artifact", "size", "changed", "complete"], rows)
-    console.output.line(f"{len(rows)} artifacts, {text_from_bytes(sum(row[1] for row in found))}")
+    console.output.put(f"{len(rows)} artifacts, {text_from_bytes(sum(row[1] for row in found))}")
 
 
 @store_app.command("gc", cls=Command)
@@ -56,4 +56,4 @@ def store_gc(
         console.print_json({"removed": doomed, "bytes": freed, "dry_run": dry_run})
     else:
         verb = "would remove" if dry_run else "removed"
-        console.output.line(f"{verb} {len(doomed)} artifacts, {text_from_bytes(freed)}")
+        console.output.put(f"{verb} {len(doomed)} artifacts, {text_from_bytes(freed)}")

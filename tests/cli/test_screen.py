@@ -72,7 +72,7 @@ def test_all_kinds_of_printing_show_the_text_and_no_more(
     for printed in (NASTY, screen.text(NASTY), Text(NASTY), table, made):
         screen.print(printed)
     screen.print(NASTY, markup=True, emoji=True)
-    screen.line(NASTY)
+    screen.put(NASTY)
     said = stream.said()
     assert not ACTING.search(said)
     assert said.count("a[/x]b[bold c") == 9

@@ -109,9 +109,8 @@ def test_zeros_of_rounding_are_not_sparsity(tmp_path: Path) -> None:
     """A dense model in int4 has an eighth of zeros; told are those that a stage made."""
     weight = np.ones((16, 4))
     weight[:8, 0] = 0
-    for precision, made, told in (
-        ("int4", False, 0), ("int8", False, 0), ("int4", True, 1), ("fp32", False, 1), ("", False, 1)
-    ):  # fmt: skip
+    cases = [("int4", False, 0), ("int8", False, 0), ("int4", True, 1), ("fp32", False, 1)]
+    for precision, made, told in [*cases, ("", False, 1)]:
         said = replace(record(), parameters={"precision": precision} if precision else {})
         found = measure_sparsity(said, engine(tmp_path, weight))
         assert len(found) == 1
