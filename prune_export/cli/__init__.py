@@ -39,7 +39,7 @@ def main() -> None:
 
     try:
         # The status of what ended early, such as `--version`; None after a command.
-        status = app(standalone_mode=False) or 0
+        status = app(prog_name="prune-export", standalone_mode=False) or 0
     except UsageError as error:
         where, problem, fix = usage_problem(error)
         if problem:
@@ -54,7 +54,7 @@ def main() -> None:
     except (KeyboardInterrupt, Abort):
         status = _INTERRUPTED
     if status == _INTERRUPTED:
-        console.errors.line("interrupted; the same command goes on from here")
+        console.errors.put("interrupted; the same command goes on from here")
     raise SystemExit(status)
 
 

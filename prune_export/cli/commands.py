@@ -33,7 +33,7 @@ RecipeName = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console.output.line(__version__)
+        console.output.put(__version__)
         raise typer.Exit
 
 
@@ -117,7 +117,7 @@ def run(
         open_to_all = public or (not push_to and not loaded.publish.private)
         _publish(result.out, repo, private=not open_to_all, force=False, quiet=quiet)
     elif loaded.publish.repo and not (quiet or json):
-        console.output.line(
+        console.output.put(
             f"not published: the recipe proposes {loaded.publish.repo} (`--publish`)"
         )
     if result.failed:
@@ -250,12 +250,12 @@ def export(
     if json:
         console.print_json(record)
         return
-    console.output.line(
+    console.output.put(
         f"{out / record['graph']}: {text_from_bytes(record['weight_bytes'])} of weights "
         f"are read for each token, built in {text_from_seconds(record['seconds'])}"
     )
     for note in record["notes"]:
-        console.output.line(f"note: {note}")
+        console.output.put(f"note: {note}")
 
 
 @app.command(cls=Command)
@@ -415,4 +415,4 @@ def _publish(
     if as_json:
         console.print_json(dataclasses.asdict(found))
     else:
-        console.output.line(str(found))
+        console.output.put(str(found))

@@ -107,7 +107,7 @@ class _Line:
                 rest = (now - self.began) / self.done * (self.total - self.done)
                 left = f", {text_from_seconds(rest)} left"
             note = f" ({self.text})" if self.text else ""
-            errors.line(" " * 14 + errors.flat(f"{self.label}: {self.done:.0f}{of}{left}{note}"))
+            errors.put(" " * 14 + errors.flat(f"{self.label}: {self.done:.0f}{of}{left}{note}"))
 
     def note(self, text: str) -> None:
         self.text = text
@@ -125,7 +125,7 @@ class Log:
 
     def say(self, text: str) -> None:
         stamp = text_from_seconds(time.monotonic() - self.began)
-        errors.line(f"{stamp:>12}  {errors.flat(text)}")
+        errors.put(f"{stamp:>12}  {errors.flat(text)}")
 
 
 def progress(*, quiet: bool) -> Progress:

@@ -36,6 +36,7 @@ from prune_export.verify import (
     measure_reload,
     measure_sparsity,
     measure_speed,
+    not_from_rounding,
     tokens_without_text,
 )
 from prune_export.verify.results import Verification, Workload
@@ -116,8 +117,11 @@ def verified(
             continue
         found.parity.append(measure_parity(engine, reference, ids, machine, progress=progress))
         found.placement.extend(measure_placement(engine, machine, progress=progress))
-    for export in _exports(directory):
-        found.sparsity.extend(measure_sparsity(_record(export), directory / export.directory))
+    report = _report(directory)
+    made = any("mask_digest" in stage.log for stage in report.stages) if report else False
+    for export in report.exports if report else ():
+        sparse = measure_sparsity(_record(export), directory / export.directory)
+        found.sparsity.extend(not_from_rounding(sparse, _record(export), zeros_made=made))
     found.generation.append(
         measure_generation("result", reference, directory, machine, progress=progress)
     )
@@ -180,10 +184,10 @@ def show_verification(found: Verification) -> None:
     """Prints what was measured, a table a kind."""
     state = "loads" if found.reload.ok else f"missing {found.reload.missing}, unexpected "
     state += "" if found.reload.ok else str(found.reload.unexpected)
-    console.output.line(f"reload  {state} ({found.reload.model_type})")
+    console.output.put(f"reload  {state} ({found.reload.model_type})")
     rows: list[tuple[str, ...]]
     for name, why in found.unverified.items():
-        console.output.line(f"engine  {name} was not verified: {why}")
+        console.output.put(f"engine  {name} was not verified: {why}")
     if found.parity:
         rows = [
             (one.engine, "agrees" if one.ok else "DIFFERS", f"{one.max_logit_error:.2e}",
@@ -201,9 +205,9 @@ def show_verification(found: Verification) -> None:
         console.table("", ["generation of", "prompts", "empty", "repetitive", "broken"], rows)
     for placed in found.placement:
         nodes = ", ".join(f"{name} {count}" for name, count in placed.providers.items())
-        console.output.line(f"nodes   {placed.engine}: {nodes}")
+        console.output.put(f"nodes   {placed.engine}: {nodes}")
         if not placed.ok:
-            console.output.line(f"        FAILED: {stray_text(placed)}")
+            console.output.put(f"        FAILED: {stray_text(placed)}")
     if found.sparsity:
         rows = [(one.engine, weights_text(one), kernels_text(one)) for one in found.sparsity]
         console.table("", ["sparsity of", "weights", "kernels"], rows)
@@ -236,8 +240,8 @@ def _made_here(store: Path, engine: Path) -> bool:
 
 def _exports(directory: Path) -> list[ExportReading]:
     """What the report of a result directory says of its engines; nothing where it has none."""
-    file = directory / "report.json"
-    found = Report.load(file).exports if file.exists() else []
+    file, report = directory / "report.json", _report(directory)
+    found = report.exports if report else []
     for number, export in enumerate(found):
         for key, name in (("directory", export.directory), ("graph", export.graph)):
             if name and not _NAME.fullmatch(name):
@@ -247,6 +251,11 @@ def _exports(directory: Path) -> list[ExportReading]:
                     "do not use this result: a sound report names what lies beside it",
                 )
     return found
+
+
+def _report(directory: Path) -> Report | None:
+    file = directory / "report.json"
+    return Report.load(file) if file.is_file() else None
 
 
 def _record(export: ExportReading) -> BuildRecord:

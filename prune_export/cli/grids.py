@@ -114,4 +114,4 @@ def _print_indented(screen: Screen, text: str) -> None:
         replace_whitespace=False,
     )
     for line in lines:
-        screen.line(line)
+        screen.put(line)

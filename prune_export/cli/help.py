@@ -17,7 +17,7 @@ _WIDEST: Final = 100
 _EXAMPLE: Final = "prune-export "
 
 # Typer does not export these two, and has its own where earlier releases have click's.
-UsageError: Final = next(
+UsageError: Final[type[Exception]] = next(
     one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException"
 )
 Abort: Final = typer.Abort
@@ -45,7 +45,7 @@ def usage_problem(error: Any) -> tuple[str, str, str]:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "prune-export"
     if type(error).__name__.startswith("NoArgsIsHelp"):
-        console.errors.line(context.get_help() if context else error.format_message())
+        console.errors.put(context.get_help() if context else error.format_message())
         return "", "", ""
     return path, error.format_message(), f"see `{path} --help`"
 

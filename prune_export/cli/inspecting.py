@@ -72,8 +72,8 @@ def shown(found: Inspection, picture: Path, *, as_json: bool) -> None:
         rows.append((str(run.remove), blocks, f"{run.distance:.4f}", margin))
     columns = ["remove", "blocks", "distance (π)", "next best is further by"]
     console.table(f"{found.model}: best runs by angular distance", columns, rows)
-    console.output.line()
+    console.output.put()
     ranked = sorted(range(found.layers), key=found.block_influence.__getitem__)
     scores = [(str(block), f"{found.block_influence[block]:.4f}") for block in ranked]
     console.table("Block influence, least first", ["block", "1 - mean cosine"], scores)
-    console.output.line(f"\npicture  {picture}")
+    console.output.put(f"\npicture  {picture}")

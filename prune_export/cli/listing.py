@@ -33,7 +33,7 @@ def recipes(
         else:
             console.table("", ["recipe", "what it does"], list(found.items()), left=[0, 1])
     elif name in known:
-        console.output.line(known[name].read_text(encoding="utf-8").rstrip("\n"))
+        console.output.put(known[name].read_text(encoding="utf-8").rstrip("\n"))
     else:
         raise RecipeError(name, "is not a bundled recipe", did_you_mean(name, known))
 
@@ -69,7 +69,7 @@ def methods(
     if json:
         console.print_json(dataclasses.asdict(entry))
         return
-    console.output.line(entry.text + "\n")
+    console.output.put(entry.text + "\n")
     rows = [(key.name, key.type, key.default, key.help) for key in entry.keys]
     console.table("", ["key", "type", "default", "meaning"], rows, left=[0, 1, 2, 3])
 

@@ -46,7 +46,7 @@ def json_escaped(text: str) -> str:
 
 def in_encoding(text: str, encoding: str) -> str:
     """The text as a stream of that encoding can take it."""
-    if encoding.replace("_", "-").startswith("utf"):
+    if encoding.lower().startswith("utf"):
         return text
     return text.translate(_SPELT).encode(encoding, "backslashreplace").decode(encoding)
 
@@ -69,7 +69,7 @@ class Screen(Console):
         """A `Text` of it, for tables and bars."""
         return Text(self.shown(text), style=style)
 
-    def line(self, text: str = "") -> None:
+    def put(self, text: str = "") -> None:
         """Prints text that is not wrapped, so that paths in it can be copied."""
         self.print(text, soft_wrap=True)
 

@@ -45,7 +45,7 @@ def _show_stages(planned: Plan) -> None:
     gpu = ""
     if planned.machine.device == "cuda":
         gpu = f", GPU memory {text_from_bytes(planned.peak_gpu_bytes)}"
-    console.output.line(
+    console.output.put(
         f"peak RAM {text_from_bytes(planned.peak_ram_bytes)}{gpu}, disk "
         f"{text_from_bytes(planned.disk_bytes)}, about {text_from_seconds(planned.seconds)} "
         f"with {planned.machine.threads} threads on {planned.machine.device}"
@@ -58,5 +58,5 @@ def show_report(report: Mapping[str, Any], out: Path) -> None:
 
     rows = [row.cells for row in summary_rows(report)]
     console.table(report["recipe"]["description"] or report["recipe"]["name"], COLUMNS, rows)
-    console.output.line()
+    console.output.put()
     console.pairs([(str(out / place), what) for place, what in where_to_look(report)])

@@ -37,7 +37,7 @@ def store_ls(store: options.StoreDir = None, json: options.Json = False) -> None
         for name, size, when, complete in found
     ]  # fmt: skip
     console.table("", ["artifact", "size", "changed", "complete"], rows)
-    console.output.line(f"{len(rows)} artifacts, {text_from_bytes(sum(row[1] for row in found))}")
+    console.output.put(f"{len(rows)} artifacts, {text_from_bytes(sum(row[1] for row in found))}")
 
 
 @store_app.command("gc", cls=Command)
@@ -66,11 +66,11 @@ def store_gc(
                             "left_by_killed_runs": left, "dry_run": dry_run})  # fmt: skip
         return
     verb = "would remove" if dry_run else "removed"
-    console.output.line(f"{verb} {len(doomed)} artifacts, {text_from_bytes(freed)}")
+    console.output.put(f"{verb} {len(doomed)} artifacts, {text_from_bytes(freed)}")
     if broken:
-        console.output.line(f"{verb} what could not be read: {named(broken)}")
+        console.output.put(f"{verb} what could not be read: {named(broken)}")
     if left:
-        console.output.line(f"{verb} what killed runs had left: {named(left)}")
+        console.output.put(f"{verb} what killed runs had left: {named(left)}")
 
 
 def _opened(given: Path | None) -> Store | None:

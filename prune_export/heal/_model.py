@@ -26,6 +26,19 @@ _ADAPTER: Final = "default"
 _NOISY: Final = ("transformers", "peft", "accelerate", "bitsandbytes")
 
 
+def _is_needed(record: logging.LogRecord) -> bool:
+    """Whether a message of bitsandbytes concerns us.
+
+    Importing it on a CPU with bfloat16 advises to install a kernel for inference. That one computes
+    with repacked weights, which training must not (see `_frozen`), so that it would change nothing.
+    """
+    return "gemm_4bit_forward" not in str(record.msg)
+
+
+# Whoever imports bitsandbytes first (peft does) comes by here before.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_needed)
+
+
 @dataclass(frozen=True)
 class Trainee:
     """A frozen model with adapters on it.

@@ -26,7 +26,7 @@ from prune_export.recipe.stages import Stage, Sweep, Workload, checker, plain
 VERSION = 1
 
 _REGISTRY: Mapping[str, registry.Kind] = {"prune": "methods", "heal": "heal"}
-_NAME = re.compile(r"[^\W][^/\x00-\x1f\x7f]{0,63}")
+_NAME = re.compile(r"[^\W_][\w .+-]{0,63}")
 """Of a data source; an artifact's directory is called by it."""
 
 _DEFAULT_DATA = {"prune": "calibration", "heal": "healing"}

@@ -78,7 +78,8 @@ class Stage:
 
 def plain(entry: Any) -> dict[str, Any]:
     """A dataclass entry's fields as JSON types."""
-    dumped: dict[str, Any] = checker(type(entry)).dump_python(entry, mode="json")
+    cls: Any = type(entry)
+    dumped: dict[str, Any] = checker(cls).dump_python(entry, mode="json")
     return dumped
 
 

@@ -31,6 +31,7 @@ from prune_export.verify import (
     measure_sparsity,
     measure_speed,
     measure_tasks,
+    not_from_rounding,
     perplexity_gates,
     placement_gates,
     speed_gates,
@@ -120,7 +121,9 @@ def measured(
     found.gates.extend(placement_gates(found.placement))
     twins = off or [None] * len(exports)
     for artifact, twin in zip(exports, twins, strict=True):
-        found.sparsity.extend(_sparsity(bench, asked.speed, artifact, twin, ids))
+        sparse = _sparsity(bench, asked.speed, artifact, twin, ids)
+        made = any("mask_digest" in stage.record["log"] for stage in stages)
+        found.sparsity.extend(not_from_rounding(sparse, _record(artifact), zeros_made=made))
     if quality:
         found.gates.extend(perplexity_gates(found.perplexity, points[-1].name, quality.at_most))
     return found

@@ -12,7 +12,7 @@ from prune_export.verify.parity import measure_parity
 from prune_export.verify.placement import measure_placement
 from prune_export.verify.quality import measure_perplexity
 from prune_export.verify.reload import measure_reload
-from prune_export.verify.sparsity import measure_sparsity
+from prune_export.verify.sparsity import measure_sparsity, not_from_rounding
 from prune_export.verify.speed import Effort, measure_speed
 from prune_export.verify.tasks import check_tasks, measure_tasks
 
@@ -28,6 +28,7 @@ __all__ = [
     "measure_sparsity",
     "measure_speed",
     "measure_tasks",
+    "not_from_rounding",
     "perplexity_gates",
     "placement_gates",
     "speed_gates",

@@ -11,7 +11,7 @@ Three questions, each with its own witness, as the one doesn't follow from the o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -57,6 +57,21 @@ def measure_sparsity(record: BuildRecord, path: Path) -> list[Sparsity]:
         note=_note(record.exporter, asked=asked),
     )
     return [found]
+
+
+def not_from_rounding(
+    found: Sequence[Sparsity], record: BuildRecord, *, zeros_made: bool
+) -> list[Sparsity]:
+    """What is worth telling: where no stage made zeros, those of quantized weights are roundings.
+
+    In int4 an eighth of a dense model's weights are.
+    """
+    quantized = str(record.parameters.get("precision", "")).startswith("int")
+    return [
+        one
+        for one in found
+        if zeros_made or not quantized or one.asked or any(weight.pattern for weight in one.weights)
+    ]
 
 
 def _note(exporter: str, *, asked: bool) -> str:

@@ -16,6 +16,7 @@ from pydantic import Field
 from prune_export.errors import VerifyError
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
+from prune_export.units import text_from_seconds
 from prune_export.verify.compare import Comparison, compare
 from prune_export.verify.engine import Engine
 from prune_export.verify.results import Phase, Speed, Workload
@@ -25,6 +26,9 @@ PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 ROLES: Final = ("dense", "again", "pruned")
 _WARM_STEPS: Final = 4
 
+LEAST_LAUNCHES: Final = 3
+"""With fewer there is no interval."""
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -32,8 +36,8 @@ class Effort:
 
     Each of at least `launches` launches starts fresh processes and times `rounds` rounds; more
     launches follow, up to `most_launches`, until every interval is narrower than `width` (a
-    fraction of its ratio) or `seconds` have gone. When time is short a launch has fewer rounds,
-    but `launches` launches of one round are always finished.
+    fraction of its ratio) or `seconds` have gone. When time is short a launch has fewer rounds, and
+    there are fewer launches; what is always finished are three launches of one round.
     """
 
     launches: Annotated[int, Field(ge=3)] = 5
@@ -70,6 +74,7 @@ def measure_speed(
     effort: Effort | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> list[Speed]:
     """Two results, prefill and decode, for each workload.
 
@@ -85,20 +90,31 @@ def measure_speed(
     _check(workloads, ids)
     effort, name = effort or Effort(), name or pruned.exporter
     samples = {(workload, phase): _Samples() for workload in workloads for phase in PHASES}
-    bench = _Bench(dense, pruned, workloads, ids, machine, np.random.default_rng(seed))
-    start = time.monotonic()
-    with (progress or Silent()).task(f"speed of {name}", effort.launches) as task:
+    bench = _Bench(dense, pruned, workloads, ids, machine, np.random.default_rng(seed), clock)
+    start, told = clock(), progress or Silent()
+    least = min(LEAST_LAUNCHES, effort.launches)
+    with told.task(f"speed of {name}", effort.launches) as task:
         for launch in range(effort.most_launches):
-            left = effort.seconds - (time.monotonic() - start)
+            left = effort.seconds - (clock() - start)
             share = left / max(1, effort.launches - launch)
             # Launches beyond these are for intervals that are too wide still.
-            told = task.advance if launch < effort.launches else _unheard
-            bench.launch(samples, effort.rounds, share, told)
+            heard = task.advance if launch < effort.launches else _unheard
+            each = bench.launch(samples, effort.rounds, share, heard)
+            if launch == 0 and least * each > effort.seconds:
+                told.say(
+                    f"speed of {name}: {least} launches, the fewest that make an interval, take "
+                    f"about {text_from_seconds(least * each)} here, not "
+                    f"{text_from_seconds(effort.seconds)}: one takes {text_from_seconds(each)}"
+                )
+            gone = clock() - start
             if launch + 1 >= effort.launches:
                 found = [one.compared(seed) for one in samples.values()]
-                late = time.monotonic() - start >= effort.seconds
+                late = gone >= effort.seconds
                 if late or max(one.width for one in found) <= effort.width:
                     break
+            elif launch + 1 >= least and gone + each > effort.seconds:
+                task.advance(effort.launches - launch - 1)
+                break
     return [
         _speed(name, workload, phase, one, _bound(dense, pruned), seed)
         for (workload, phase), one in samples.items()
@@ -119,15 +135,19 @@ class _Bench:
     ids: np.ndarray
     machine: Machine
     random: np.random.Generator
+    clock: Callable[[], float]
 
     def launch(
         self, samples: _AllSamples, rounds: int, seconds: float, advance: Callable[[float], None]
-    ) -> None:
+    ) -> float:
         """Fresh processes and up to `rounds` rounds, within `seconds` but at least one.
 
         `advance` hears after each round how much of the launch that was, 1 in all.
+
+        Returns:
+            What the shortest launch takes: the seconds until the first round was done.
         """
-        start, left = time.monotonic(), 1.0
+        start, left, shortest = self.clock(), 1.0, 0.0
         for one in samples.values():
             for launches in one.seconds.values():
                 launches.append([])
@@ -135,7 +155,7 @@ class _Bench:
         with ExitStack() as stack:
             held = self._start(stack, ROLES) if together else {}
             for at in range(rounds if together else 1):
-                if at and time.monotonic() - start >= seconds:
+                if at and self.clock() - start >= seconds:
                     break
                 # A round in memory is as short as it can be: the three, one workload at a time.
                 groups = [[one] for one in self.workloads] if together else [self.workloads]
@@ -145,7 +165,9 @@ class _Bench:
                             self._sample(session, str(role), group, samples)
                 advance(1 / rounds)
                 left -= 1 / rounds
+                shortest = shortest or self.clock() - start
         advance(left)
+        return shortest
 
     def _sample(
         self, session: Session, role: str, group: Sequence[Workload], samples: _AllSamples

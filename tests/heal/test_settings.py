@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -76,3 +78,17 @@ def test_warmup_takes_at_most_a_tenth() -> None:
     assert Lora(steps=5000).warmup_steps == 100
     assert Lora(steps=120).warmup_steps == 12
     assert Lora(steps=9).warmup_steps == 0
+
+
+def test_advice_to_install_a_kernel_that_is_not_used_is_not_shown() -> None:
+    """In a process of its own, whose logging nobody has set up, as a library's user has it."""
+    code = (
+        "import logging, prune_export.heal.qlora\n"
+        "log = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "log.warning('Failed to load CPU gemm_4bit_forward from %s: pip install kernels', 'x')\n"
+        "log.warning('other advice')\n"
+        "import bitsandbytes\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "gemm_4bit" not in told.stderr
+    assert "other advice" in told.stderr

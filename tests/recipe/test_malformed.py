@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -257,3 +258,12 @@ def test_unknown_names_and_addresses(tmp_path: Path) -> None:
         Recipe.load("hf://../../etc")
     with pytest.raises(RecipeError, match="cache"):
         Recipe.load("hf://some-owner/some-model")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "a\x1b[2J", "a\nb", "x" * 65, "-rf"])
+def test_a_name_of_data_is_a_word_as_files_are_called_by_it(name: str) -> None:
+    data = json.dumps({name: {"files": ["a.txt"], "length": 32}})
+    with pytest.raises(RecipeError, match="as a name of data"):
+        Recipe.parse(
+            f"recipe: 1\ndata: {data}\nstages: [{{prune: {{method: deepest, remove: 1}}}}]\n"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ from prune_export.contracts import BuildRecord, Work
 from prune_export.exporters.onnx import Onnx
 from prune_export.machine import Machine
 from prune_export.progress import Silent
-from prune_export.verify import Engine, measure_placement, measure_sparsity
+from prune_export.verify import (
+    Engine,
+    measure_placement,
+    measure_sparsity,
+    not_from_rounding,
+)
 from prune_export.verify.results import Placed, Sparsity, WeightPattern, from_json, to_json
 
 
@@ -98,3 +103,22 @@ def test_pytorch_has_no_providers(tiny: Path, machine: Machine) -> None:
 
 def test_a_stray_node_is_not_ok() -> None:
     assert not Placed("onnx", "CUDAExecutionProvider", {"CPUExecutionProvider": 1}, ["a"]).ok
+
+
+def test_zeros_of_rounding_are_not_sparsity(tmp_path: Path) -> None:
+    """A dense model in int4 has an eighth of zeros; told are those that a stage made."""
+    weight = np.ones((16, 4))
+    weight[:8, 0] = 0
+    cases = [("int4", False, 0), ("int8", False, 0), ("int4", True, 1), ("fp32", False, 1)]
+    for precision, made, told in [*cases, ("", False, 1)]:
+        said = replace(record(), parameters={"precision": precision} if precision else {})
+        found = measure_sparsity(said, engine(tmp_path, weight))
+        assert len(found) == 1
+        assert len(not_from_rounding(found, said, zeros_made=made)) == told
+    asked = replace(record(asked=True), parameters={"precision": "int4"})
+    found = measure_sparsity(asked, engine(tmp_path, weight))
+    assert not_from_rounding(found, asked, zeros_made=False) == found
+    kept = np.tile([[1], [0], [0], [1]], (4, 4))
+    said = replace(record(), parameters={"precision": "int4"})
+    found = measure_sparsity(said, engine(tmp_path, kept))
+    assert not_from_rounding(found, said, zeros_made=False) == found

@@ -152,6 +152,66 @@ def test_progress_ends_at_all_launches(
     assert len(told[0][1]) < len(told[1][1])
 
 
+@pytest.mark.parametrize(
+    ("startup", "each", "launches", "rounds", "says"),
+    [
+        (99.0, 1.0, 3, 1, "take about 5 min 00 s here, not 30 s: one takes 1 min 40 s"),
+        (8.0, 1.0, 3, 1, None),
+        (2.0, 1.0, 5, 4, None),
+        (1.0, 0.5, 5, 4, None),
+    ],
+)
+def test_time_that_is_too_short_ends_at_the_fewest_launches(
+    startup: float,
+    each: float,
+    launches: int,
+    rounds: int,
+    says: str | None,
+    tmp_path: Path,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a clock that starting and timing engines moves: 30 s are asked for."""
+    now, started, told, done = [0.0], [0], [], []
+
+    class Slow:
+        def __init__(self, *_: Any) -> None: ...
+        def __enter__(self) -> Any:
+            started[0] += 1
+            now[0] += startup / 3
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+        def ready(self) -> int:
+            return 256
+
+        def time(self, ids: np.ndarray, prompt: int) -> tuple[float, float]:
+            now[0] += each / 6
+            return 1.0, 1.0
+
+    class Heard(Silent):
+        @contextmanager
+        def task(self, label: str, total: float | None = None) -> Iterator[Any]:
+            yield SimpleNamespace(advance=done.append, note=print)
+
+        def say(self, text: str) -> None:
+            told.append(text)
+
+    monkeypatch.setattr("prune_export.verify.speed.Session", Slow)
+    engine = Engine.pytorch(tmp_path)
+    effort = Effort(seconds=30.0)
+    found = measure_speed(
+        engine, engine, [Workload(1, 4, 1)], np.arange(64), machine, effort=effort,
+        progress=Heard(), clock=lambda: now[0],
+    )  # fmt: skip
+    assert started[0] == 3 * launches
+    assert len(found[0].rounds) == launches
+    assert max(found[0].rounds) == rounds
+    assert found[0].low <= found[0].ratio <= found[0].high
+    assert sum(done) == pytest.approx(effort.launches)
+    assert [says in text for text in told] == ([True] if says else [])
+
+
 @pytest.mark.parametrize("workload", [Workload(0, 4, 1), Workload(1, 0, 1), Workload(1, 4, 0)])
 def test_empty_workloads_are_refused(
     tiny: Path, machine: Machine, ids: np.ndarray, workload: Workload

@@ -1,0 +1,95 @@
+"""Every command where terminal and logs are not UTF-8: a run must not end at a sign."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+"""A terminal that takes ASCII only, as cron and small containers have it."""
+
+RECIPE = """\
+recipe: 1
+description: "Drop two blocks × – − … → é 漢"
+data: {e: {files: [text.txt], samples: 2, length: 32}}
+stages:
+  - prune: {method: deepest, remove: 2}
+verify: {parity: false, generation: false, quality: {perplexity: e}}
+"""
+
+
+def command(*arguments: object, status: int = 0, **variables: str) -> tuple[str, str]:
+    """What a command says on both streams, in a process with its own locale."""
+    done = subprocess.run(
+        [sys.executable, "-m", "prune_export", *map(os.fspath, map(str, arguments))],
+        capture_output=True, env={**os.environ, **(variables or PLAIN)}, check=False,
+    )  # fmt: skip
+    out, told = done.stdout.decode("ascii"), done.stderr.decode("ascii")
+    assert done.returncode == status, told
+    assert "Traceback" not in told
+    assert "Error:" not in told
+    return out, told
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, corpus: Path) -> Path:
+    """A directory with a recipe and a model, whose names and its own are outside of ASCII."""
+    root = tmp_path_factory.mktemp("encodings") / "orté漢"
+    root.mkdir()
+    (root / "modèle").symlink_to(tiny_llama, target_is_directory=True)
+    (root / "text.txt").write_bytes((corpus / "evaluation.txt").read_bytes())
+    (root / "régime.yaml").write_text(RECIPE, encoding="utf-8")
+    return root
+
+
+def test_a_whole_run_in_ascii(place: Path) -> None:
+    out, store = place / "sortie", place / "magasin"
+    where = ("--model", place / "modèle", "--store", store, "--threads", 1)
+    shown, told = command("run", place / "régime.yaml", *where, "--out", out)
+    assert "Drop two blocks x - - ... ->" in shown
+    assert "prune: deepest" in told
+    assert (out / "model.safetensors").is_file()
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["recipe"]["description"] == "Drop two blocks × – − … → é 漢"
+    again = json.loads(command("run", place / "régime.yaml", *where, "--out", out, "--json")[0])
+    assert again["result"] == report["result"]
+    assert "artifacts" in command("store", "ls", "--store", store)[0]
+
+
+def test_commands_that_read_little_in_ascii(place: Path) -> None:
+    where = ("--model", place / "modèle", "--store", place / "magasin", "--threads", 1)
+    shown, _ = command("plan", place / "régime.yaml", *where)
+    assert "6 -> 4" in shown
+    assert json.loads(command("plan", place / "régime.yaml", *where, "--json")[0])
+    _, told = command("plan", place / "même.yaml", status=2)
+    assert "neither a file nor a bundled recipe" in told
+    for arguments in (("methods",), ("methods", "gblm"), ("recipes",), ("recipes", "laco"), ()):
+        command(*arguments, status=0 if arguments else 2)
+    for arguments in (("schema",), ("run", "--help"), ("store", "gc", "--store", place / "rien")):
+        command(*arguments)
+
+
+@pytest.mark.slow
+def test_measuring_commands_in_ascii(place: Path) -> None:
+    data = ("--data", place / "text.txt", "--threads", 1, "--store", place / "magasin")
+    picture = place / "carte.png"
+    few = ("--samples", 2, "--length", 32)
+    shown, _ = command("inspect", place / "modèle", *data, *few, "--out", picture)
+    assert "distance (pi)" in shown
+    assert picture.is_file()
+    command("verify", place / "modèle", *data, *few)
+    short = ("--prompt", 4, "--new", 2, "--minutes", 0.05)
+    command("compare", place / "modèle", place / "modèle", *data, *short)
+    engine = place / "moteur"
+    command("export", place / "modèle", "--to", "onnx", "--out", engine, *data[2:])
+
+
+def test_other_encodings(place: Path) -> None:
+    where = ("--model", place / "modèle", "--store", place / "magasin", "--threads", 1)
+    shown, _ = command("plan", place / "régime.yaml", *where, PYTHONIOENCODING="ascii")
+    assert "6 -> 4" in shown
