@@ -233,6 +233,14 @@ class Placement:
 
 
 @runtime_checkable
+class Bounded(Protocol):
+    """An exporter whose engines take sequences of a bounded length."""
+
+    def longest(self, config: Mapping[str, Any]) -> int | None:
+        """The most tokens, prompt and answer, that the engine of a model takes; None: any."""
+
+
+@runtime_checkable
 class Limited(Protocol):
     """A runner whose engine was built for so many sequences at once, and takes no more."""
 

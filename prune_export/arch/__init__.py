@@ -86,6 +86,11 @@ class Arch:
         return self.table.final_norm if holds(self.table.final_norm_when, self.config) else None
 
     @property
+    def positions(self) -> int | None:
+        """How many positions it has learned, and no more; None where they are computed."""
+        return self.sizes.get("positions")
+
+    @property
     def parallel(self) -> bool:
         """Whether attention and MLP of a block are added to the same states, those that enter."""
         said = self.table.parallel

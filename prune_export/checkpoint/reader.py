@@ -22,6 +22,7 @@ from prune_export.arch.table import Table, tables
 from prune_export.checkpoint.config import full_config, read_config, read_json
 from prune_export.checkpoint.header import FLOATS, TORCH, Entry, read_header
 from prune_export.checkpoint.side import refuse_adapter, side_files
+from prune_export.checkpoint.tied import refuse_two_heads, with_one_name
 from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
 from prune_export.files import is_regular, open_regular, shown
 
@@ -70,7 +71,7 @@ class Checkpoint:
         entries = _entries(path)
         table = tables().get(str(config.get("model_type")))
         if table is not None:
-            entries = _prefixed(entries, table)
+            entries = with_one_name(_prefixed(entries, table), table, config, path)
         return Checkpoint(path, MappingProxyType(config), MappingProxyType(entries))
 
     @property
@@ -137,6 +138,7 @@ class Checkpoint:
                 f"({len(unexpected)} unexpected: {_some(unexpected)})",
                 "config.json and the weights must be of the same model",
             )
+        refuse_two_heads(self.entries, arch, self.path)
         for name, tensor in stored.items():
             entry = self.entries[name]
             if entry.shape != arch.shape(tensor):

@@ -17,6 +17,7 @@ from prune_export.contracts import BuildRecord
 from prune_export.errors import CheckpointError, PlanError
 from prune_export.machine import Machine, describe
 from prune_export.places import judged
+from prune_export.plan.positions import refuse_long_request, refuse_long_text
 from prune_export.progress import Progress
 from prune_export.recipe import Export, LocalText, Recipe
 from prune_export.report import Report
@@ -101,8 +102,11 @@ def verified(
 
     Raises:
         CheckpointError: the directory is not a result, or its checkpoint is broken.
+        PlanError: the windows of text are longer than the model takes.
     """
-    Checkpoint.open(directory)
+    config = Checkpoint.open(directory).full_config()
+    if data:
+        refuse_long_text("--length", length, config)
     engines = _engines(directory, trust, store)
     text = _text(data, directory, samples, length, progress) if data else None
     reference = Engine.pytorch(directory)
@@ -149,23 +153,25 @@ def compared(
     """Speed of two models' engines against each other, and their perplexities.
 
     Raises:
-        PlanError: a directory does not hold the engine.
+        PlanError: a directory does not hold the engine, or a model takes no such request.
     """
-    pair = []
+    pair, lengths = [], [512]
     for directory in (dense, other):
         checkpoint = Checkpoint.open(directory)
         if engine == "pytorch":
             pair.append(Engine.pytorch(directory, weight_bytes=checkpoint.nbytes))
-            continue
-        held = _engines(directory, trust, store)
-        if engine not in held:
+        elif engine in (held := _engines(directory, trust, store)):
+            pair.append(held[engine])
+        else:
             raise PlanError(
                 f"--engine {engine}",
                 f"{directory} holds {', '.join(held) or 'no engines'}",
                 "compare with `--engine pytorch`, or export it",
             )
-        pair.append(held[engine])
-    text = _text(data, dense, 16, 512, progress) if data else None
+        positions = Engine.pytorch(directory).positions
+        refuse_long_request("--prompt and --new", *workload[1:], positions, pair[-1].longest)
+        lengths += [positions] if positions else []
+    text = _text(data, dense, 16, min(lengths), progress) if data else None
     ids = text.ids.numpy() if text is not None else tokens_without_text()
     found = Verification(
         reload=measure_reload(other, machine, progress=progress), machine=describe()

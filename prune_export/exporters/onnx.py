@@ -114,6 +114,11 @@ class Onnx:
                 raise MissingExtra.of("export: onnx", package, "onnx")
         self._provider().check(machine)
 
+    def longest(self, config: Mapping[str, Any]) -> int | None:
+        """What TensorRT's providers build for; others take any length."""
+        del config
+        return self.profile.length if self.provider.startswith("tensorrt") else None
+
     def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
         """What the export takes: the largest tensor twice, and the check of the whole graph."""
         size = _BYTES[self.precision]

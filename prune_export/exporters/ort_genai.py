@@ -98,6 +98,10 @@ class OrtGenai:
             )
         refuse(arch)
 
+    def longest(self, config: Mapping[str, Any]) -> int:
+        """The rows of the graph's tables of rotations."""
+        return int(config["max_position_embeddings"])
+
     def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
         """RAM for the builder, which holds the whole model in fp32; disk for the engine."""
         weights = 4 * arch.parameters()

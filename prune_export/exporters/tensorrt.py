@@ -144,6 +144,11 @@ class Tensorrt:
             precision=self.precision,
         )
 
+    def longest(self, config: Mapping[str, Any]) -> int:
+        """What the engine is built for."""
+        del config
+        return self.context.most
+
     def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
         """What the export takes: the graph, and a builder that holds all weights three times."""
         weights = arch.parameters() * _BYTES[self.precision]

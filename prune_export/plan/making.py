@@ -22,6 +22,7 @@ from prune_export.machine import Machine
 from prune_export.plan.data import refuse_too_little
 from prune_export.plan.limits import what_does_not_fit, windows_of
 from prune_export.plan.planned import Plan, PlannedStage, Rates, Size
+from prune_export.plan.positions import refuse_long_requests, refuse_long_text
 from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates, unreached
 from prune_export.silenced import Silenced
 from prune_export.units import MIB
@@ -76,6 +77,7 @@ def make_plan(
         archs.append(arch)
     whole = Planned(recipe, tuple(archs), machine)
     refuse_impossible(whole)
+    refuse_long_requests(recipe, (archs[0], archs[-1]))
     stages += planner.exports(whole)
     stages += planner.verification(archs[0], arch)
     stages.append(planner.result(arch, stages))
@@ -175,7 +177,7 @@ class _Planner:
         if statistics:
             source = self._source(stage)
             samples, length = windows_of(source, self.recipe.root), source.length
-            self._refuse_too_long(f"data.{stage.data}.length", length, arch)
+            refuse_long_text(f"data.{stage.data}.length", length, arch.config)
             found = pass_cost(arch, statistics, samples, length, self.machine)
             cost = Cost(
                 ram_bytes=_PROCESS_BYTES + found.ram_bytes,
@@ -199,7 +201,7 @@ class _Planner:
 
     def _heal(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         source = self._source(stage)
-        self._refuse_too_long(f"data.{stage.data}.length", source.length, arch)
+        refuse_long_text(f"data.{stage.data}.length", source.length, arch.config)
         stage.entry.check(arch, self.machine)
         samples = windows_of(source, self.recipe.root)
         cost = stage.entry.cost(arch, samples * source.length, source.length, self.machine)
@@ -277,7 +279,9 @@ class _Planner:
         flops = 0.0
         if verify.quality and verify.quality.perplexity:
             source = self.recipe.data[verify.quality.perplexity]
-            self._refuse_too_long(f"data.{verify.quality.perplexity}.length", source.length, dense)
+            refuse_long_text(
+                f"data.{verify.quality.perplexity}.length", source.length, dense.config
+            )
             tokens = windows_of(source, self.recipe.root) * source.length
             models = 2 + any(stage.kind == "heal" for stage in self.recipe.stages)
             engines = len(self.recipe.export) if verify.quality.engines else 0
@@ -294,7 +298,7 @@ class _Planner:
             if verify.speed.sweep:
                 sweep = verify.speed.sweep
                 longest = max(sweep.prompt) + sweep.new
-                self._refuse_too_long("verify.speed.sweep.prompt", longest, arch)
+                refuse_long_text("verify.speed.sweep.prompt", longest, arch.config)
                 seconds += 60 * sweep.minutes * pairs
             together = 2 * (self.size(dense).parameters * 4 + _PROCESS_BYTES)
             cost = Cost(ram_bytes=together, seconds=seconds)
@@ -318,16 +322,6 @@ class _Planner:
                 f"add `data: {{{stage.data}: {{files: [...]}}}}`",
             )
         return self.recipe.data[stage.data]
-
-    def _refuse_too_long(self, where: str, length: int, arch: Arch) -> None:
-        for key in ("max_position_embeddings", "n_positions"):
-            positions = arch.config.get(key)
-            if positions and length > positions:
-                raise PlanError(
-                    where,
-                    f"is {length}, but the model has {positions} positions",
-                    f"write {positions} or less",
-                )
 
 
 def _together(one: Cost, other: Cost) -> Cost:

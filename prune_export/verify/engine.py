@@ -10,8 +10,9 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from prune_export import registry
-from prune_export.contracts import BuildRecord, Runner
-from prune_export.errors import CheckpointError, VerifyError
+from prune_export.checkpoint import Checkpoint
+from prune_export.contracts import Bounded, BuildRecord, Runner
+from prune_export.errors import CheckpointError, UnsupportedArch, VerifyError
 from prune_export.files import open_regular
 from prune_export.machine import Machine
 from prune_export.verify.pytorch import PyTorch
@@ -44,6 +45,22 @@ class Engine:
     def pytorch(checkpoint: Path, *, weight_bytes: int = 0, **parameters: Any) -> Engine:
         """A checkpoint in PyTorch eager; `parameters` are the fields of `PyTorch`."""
         return Engine(PYTORCH, checkpoint, parameters, weight_bytes)
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model has learned; None where it computes them, or is unknown."""
+        try:
+            opened = Checkpoint.open(self.path, weights=False)
+            return opened.arch(ignore_keys=opened.full_config()).positions
+        except UnsupportedArch:
+            return None
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that the engine itself takes, prompt and answer; None: any."""
+        if not isinstance(self._entry, Bounded):
+            return None
+        return self._entry.longest(Checkpoint.open(self.path, weights=False).full_config())
 
     @property
     def runs_code(self) -> bool:

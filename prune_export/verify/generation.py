@@ -56,10 +56,10 @@ def measure_generation(
     """`new` greedy tokens after each prompt, and how many of the texts are faulty.
 
     `tokenizer` is a directory with the tokenizer; a prompt goes through its chat template where it
-    has one. A text ends before the first end-of-sequence token.
+    has a default one. A text ends before the first end-of-sequence token.
     """
     spoken = load_tokenizer(tokenizer)
-    fed = [_encoded(spoken, prompt) for prompt in prompts]
+    fed, new = _fitting([_encoded(spoken, prompt) for prompt in prompts], new, engine.positions)
     steps = max(map(len, fed)) - min(map(len, fed)) + new - 1
     with (
         (progress or Silent()).task(f"generation of {name}", steps) as task,
@@ -142,8 +142,21 @@ def is_broken(tokens: Sequence[int], text: str) -> bool:
     )
 
 
+def _fitting(
+    prompts: list[list[int]], new: int, positions: int | None
+) -> tuple[list[list[int]], int]:
+    """The ends of the prompts, and the new tokens, for which a model has positions."""
+    if positions is not None:
+        room = max(positions // 2, positions - new)
+        prompts = [prompt[-room:] for prompt in prompts]
+        new = min(new, positions - max(map(len, prompts), default=0))
+    return prompts, new
+
+
 def _encoded(tokenizer: Any, prompt: str) -> list[int]:
-    if not tokenizer.chat_template:
+    """Through the chat template where there is one for chats; several may have names only."""
+    named = tokenizer.chat_template
+    if not named or (isinstance(named, dict) and "default" not in named):
         return [int(token) for token in tokenizer(prompt)["input_ids"]]
     turns = [{"role": "user", "content": prompt}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)

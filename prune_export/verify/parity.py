@@ -70,7 +70,8 @@ def measure_parity(
     Raises:
         VerifyError: the windows are too short, or the engine returns NaN or another vocabulary.
     """
-    windows = ids[:_WINDOWS, :_WINDOW_LENGTH]
+    positions = min(filter(None, (reference.positions, engine.longest)), default=None)
+    windows = ids[:_WINDOWS, : min(_WINDOW_LENGTH, positions or _WINDOW_LENGTH)]
     if windows.shape[1] <= CACHED_STEPS or not len(windows):
         raise VerifyError(
             f"parity of {engine.exporter}",
@@ -78,21 +79,22 @@ def measure_parity(
             "give longer windows of text",
         )
     name = name or engine.exporter
-    prompt = windows[0, : min(GREEDY_PROMPT, windows.shape[1])]
+    prompt = windows[0, : min(GREEDY_PROMPT, windows.shape[1], (positions or GREEDY_TOKENS) // 2)]
+    new = GREEDY_TOKENS if positions is None else min(GREEDY_TOKENS, positions - len(prompt))
     precision = precision or _precision(engine)
     with (
         (progress or Silent()).task(f"parity of {name}", 2) as task,
         Session(reference, machine) as pytorch,
     ):
         expected = pytorch.cached_logits(windows, CACHED_STEPS)
-        tokens, taught = pytorch.greedy(prompt, GREEDY_TOKENS)
+        tokens, taught = pytorch.greedy(prompt, new)
         task.advance()
         # Its arrays are still read, but its memory need not be held while the other model runs.
         pytorch.release()
         followed = np.concatenate([prompt, tokens[:-1]])[None]
         with Session(engine, machine) as other:
             got = _alike(other.cached_logits(windows, CACHED_STEPS), expected, name)
-            said = other.cached_logits(followed, GREEDY_TOKENS - 1)[0, -GREEDY_TOKENS:]
+            said = other.cached_logits(followed, new - 1)[0, -new:]
             task.advance()
             return judged(name, precision, expected, got, taught, said)
 

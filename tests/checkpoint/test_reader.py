@@ -152,16 +152,6 @@ def test_names_the_dtype_of_the_weights(saved: Saved, dtype: str) -> None:
     assert Checkpoint.open(saved("llama", dtype=dtype)).dtype == dtype
 
 
-def test_a_stored_copy_of_a_tied_head_is_accepted(saved: Saved, tmp_path: Path) -> None:
-    path = with_extra(saved("llama", tie_word_embeddings=True), tmp_path, "lm_head.weight")
-    checkpoint = Checkpoint.open(path)
-    assert checkpoint.redundant(checkpoint.arch()) == ("lm_head.weight",)
-    config = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": False}
-    (path / "config.json").write_text(json.dumps(config))
-    untied = Checkpoint.open(path)
-    assert untied.redundant(untied.arch()) == ()
-
-
 @pytest.mark.parametrize(
     ("model_type", "name"),
     [

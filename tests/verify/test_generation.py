@@ -9,6 +9,7 @@ from prune_export.verify.engine import Engine
 from prune_export.verify.generation import (
     PROMPTS,
     _encoded,
+    _fitting,
     is_broken,
     judge,
     measure_generation,
@@ -59,6 +60,26 @@ def test_prompts_go_through_the_chat_template(tmp_path: Path, tiny: Path) -> Non
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     assert tokenizer.decode(_encoded(tokenizer, "Hello")) == "<user>Hello<assistant>"
+
+
+def test_templates_that_have_only_names_are_not_for_chats(tmp_path: Path, tiny: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = {"rag": "R{{ messages[0].content }}", "tool_use": "T"}
+    tokenizer.save_pretrained(tmp_path)
+    named = AutoTokenizer.from_pretrained(tmp_path)
+    assert named.decode(_encoded(named, "Hello")) == "Hello"
+    tokenizer.chat_template["default"] = "D{{ messages[0].content }}"
+    tokenizer.save_pretrained(tmp_path)
+    default = AutoTokenizer.from_pretrained(tmp_path)
+    assert default.decode(_encoded(default, "Hello")) == "DHello"
+
+
+def test_prompts_and_answers_fit_into_learned_positions() -> None:
+    prompts = [list(range(20)), list(range(60))]
+    assert _fitting(prompts, 64, None) == (prompts, 64)
+    assert _fitting(prompts, 64, 124) == (prompts, 64)
+    assert _fitting(prompts, 64, 100) == ([prompts[0], list(range(10, 60))], 50)
+    assert _fitting(prompts, 64, 70) == ([prompts[0], list(range(25, 60))], 35)
 
 
 @pytest.mark.slow
