@@ -123,6 +123,19 @@ def test_alpha_zero_is_wanda(model_type: str, amount: dict[str, Any], tmp_path: 
         assert torch.equal(ours.value(), theirs.value())
 
 
+def test_vanishing_gradients_are_wanda_too(tmp_path: Path) -> None:
+    """Norms in the true order are corrected for the noise of pruning, whatever alpha is."""
+    tiny = random_model("llama", {}, tmp_path / "model")
+    digests = [
+        method.decide(view_of(tiny, tmp_path / name)).log["mask_digest"]
+        for name, method in (
+            ("a", Gblm(alpha=1e-30, nm=Nm(2, 4))),
+            ("b", Wanda(nm=Nm(2, 4))),
+        )
+    ]
+    assert digests[0] == digests[1]
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_masks_equal_those_of_autograd_on_the_whole_model(
