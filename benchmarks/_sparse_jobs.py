@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,24 @@ def _tokens(options: argparse.Namespace) -> dict[str, Any]:
         made = token_set(source, options.model, options.data)
         torch.save(made.ids, options.work / f"{name}.pt")
         found[name] = {"windows": made.samples, "length": made.length, "hash": made.fingerprint}
+    for draw in range(1, options.draws + 1):
+        source = LocalText(
+            files=("calibration.jsonl",), samples=options.samples, length=options.length, seed=draw
+        )
+        torch.save(token_set(source, options.model, options.data).ids, _drawn(options, draw))
     return found
 
 
+def _drawn(options: argparse.Namespace, draw: int) -> Path:
+    return Path(options.work, f"calibration-{draw}.pt")
+
+
 def _calibration(options: argparse.Namespace) -> Any:
-    """`[windows, length]`, in the order of this shuffle."""
+    """`[windows, length]`, in the order of this shuffle, or other ones of this draw."""
     import torch
 
+    if options.draw:
+        return torch.load(_drawn(options, options.draw))
     ids = torch.load(options.work / "calibration.pt")
     if not options.shuffle:
         return ids
@@ -121,14 +134,18 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     def work() -> None:
         checkpoint = Checkpoint.open(model)
         arch = checkpoint.arch()
-        means = Means(tokens, machine, options.work / "scratch")
+        means = Means(tokens, machine, scratch)
         decision = method.decide(ModelView(arch, checkpoint, {}, means))
         logs.append(decision.log)
         rewrite(checkpoint, arch, decision.edits, options.work / "out", ram_bytes=1 << 30)
 
-    shutil.rmtree(options.work / "scratch", ignore_errors=True)
+    # The gradients of a draw are the same for all patterns: they are taken once.
+    scratch = options.work / ("scratch" if not options.draw else f"scratch-{options.draw}")
+    if not options.draw:
+        shutil.rmtree(scratch, ignore_errors=True)
     taken = measured(work)
-    shutil.rmtree(options.work / "scratch", ignore_errors=True)
+    for folder in (scratch,) if not options.draw else scratch.glob("sweep-*"):
+        shutil.rmtree(folder, ignore_errors=True)
     return taken | {"sparsity": logs[0]["sparsity"], "mask_digest": logs[0]["mask_digest"]}
 
 
@@ -183,6 +200,29 @@ def _peer(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _draw(options: argparse.Namespace) -> dict[str, Any]:
+    """All cases of a draw of calibration windows, ours and as released."""
+    import _sparse_released
+    import torch
+
+    torch.set_num_threads(options.threads)
+    rows = []
+    for case, order in itertools.product(options.drawn, options.orders):
+        options.method, options.pattern = case.split()
+        options.order = "block" if order == "released" else order
+        if order == "released":
+            ids = _calibration(options)
+            taken = _sparse_released.job(options, _model(options), ids, measured)
+        else:
+            taken = _ours(options)
+        row = {"who": "released" if order == "released" else "ours", "method": options.method}
+        row |= {"pattern": options.pattern, "order": options.order, "draw": options.draw}
+        rows.append(row | taken | _evaluate(options))
+        shutil.rmtree(options.work / "out")
+        print(*list(row.values())[:5], f"{rows[-1]['perplexity']:.2f}", file=sys.stderr, flush=True)
+    return {"rows": rows}
+
+
 def _evaluate(options: argparse.Namespace, at: Path | None = None) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
@@ -211,5 +251,6 @@ JOBS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "dense": _dense,
     "ours": _ours,
     "peer": _peer,
+    "draw": _draw,
     "evaluate": _evaluate,
 }

@@ -15,6 +15,9 @@ sums. A pair of weights whose scores are equal to the last bit may still fall th
 them, so `--jittered` moves every weight of the dense model by about 1e-6 of itself instead.
 `--alternating` runs a pruning and a plain forward pass in turns, in one process, and takes the
 median of the pairs: what a machine's drift does to one it does to the other.
+`--draws` does something else instead: it prunes `--drawn` from as many choices of calibration
+windows, in `--orders`, and as the authors' codes do it (`_sparse_released.py`). Those lie apart by
+more than rounding, so that means over them tell more. All of a draw happens in one process.
 `--permuted` adds 2:4 with `permute: true`, in the one-pass order, beside the same without.
 
 What is finished is kept in `--work`, so a run can be stopped (`--minutes`) and called again; the
@@ -44,6 +47,9 @@ PATTERNS = ("50%", "4:8", "6:8", "2:4")
 def main() -> None:
     options = _options()
     if options.job:
+        import torch
+
+        torch.set_float32_matmul_precision(options.precision)
         print("RESULT " + json.dumps(JOBS[options.job](options)))
         return
     options.work.mkdir(parents=True, exist_ok=True)
@@ -62,7 +68,31 @@ def main() -> None:
         done[name] = json.loads(file.read_text())
     if options.only:
         return
-    _report(options, done)
+    if options.draws:
+        _report_draws(options, done)
+    else:
+        _report(options, done)
+
+
+def _report_draws(options: argparse.Namespace, done: dict[str, Any]) -> None:
+    from _result import save
+
+    rows = [row for name, own in done.items() if name.startswith("draw ") for row in own["rows"]]
+    by: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        case, pruner = f"{row['method']} {row['pattern']}", f"{row['who']} {row['order']}"
+        by.setdefault((case, pruner), []).append(row["perplexity"])
+    for (case, pruner), found in by.items():
+        drawn = " ".join(f"{one:.2f}" for one in found)
+        print(f"{case:16} {pruner:20} mean {sum(found) / len(found):8.2f}  of {drawn}")
+    known = {key: done[key] for key in ("tokens", "dense")}
+    settings = {
+        "model": options.model.name,
+        "threads": options.threads,
+        "batch": BATCH,
+        "precision": options.precision,
+    }
+    print(save("sparse-draws", {**settings, **known, "rows": rows}))
 
 
 def _options() -> argparse.Namespace:
@@ -79,6 +109,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shuffles", type=int, default=0, help="of the windows' order, besides")
     parser.add_argument("--shuffled", nargs="*", default=["sparsegpt 50%"], help="what of")
     parser.add_argument("--jittered", nargs="*", default=[], help="what of, as often as --shuffles")
+    parser.add_argument("--draws", type=int, default=0, help="of the calibration windows")
+    parser.add_argument("--drawn", nargs="*", default=["gblm 4:8"], help="what of")
+    parser.add_argument("--orders", nargs="*", default=["sequential", "block", "released"])
+    parser.add_argument(
+        "--precision", default="highest", help="torch's, of float32 products: `medium` is faster"
+    )
     parser.add_argument("--permuted", nargs="*", default=[], help="methods of 2:4 to permute too")
     parser.add_argument("--alternating", nargs="*", default=[], help="what to take the time of so")
     parser.add_argument("--rounds", type=int, default=3, help="of the plain forward pass")
@@ -91,12 +127,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--order", help=argparse.SUPPRESS)
     parser.add_argument("--shuffle", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--jitter", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--draw", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _tasks(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
     yield "tokens", {"job": "tokens"}
     yield "dense", {"job": "dense"}
+    if options.draws:
+        for draw in range(1, options.draws + 1):
+            yield f"draw {draw}", {"job": "draw", "draw": str(draw)}
+        return
     yield "forward", {"job": "forward"}
     for pattern in options.patterns:
         for method in options.methods:

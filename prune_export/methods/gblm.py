@@ -6,11 +6,11 @@ With N windows, T tokens in each, g a window's gradient of its mean-token loss, 
     paper:     |W| (sqrt(sum x^2)     + alpha G)       G = sum |g|  or  sqrt(sum g^2)
 
 The released code keeps Wanda's running mean over windows, so its alpha weighs the gradients
-sqrt(N) times as much as the paper's formula does. Both depend on N as well: were there more
-windows, sums would grow and means would not. So G and, in the paper's form, the sum of x^2 are
-those of N = 128, the number that both were published with: sums over the windows at hand times
-128 / N. At 128 windows the scores are exactly the above, at any other number what 128 such windows
-would give. T is not made up for: sum x^2 / N grows with T, and g falls to a limit.
+sqrt(N) times as much as the paper's formula does. Both depend on N: were there more windows, sums
+would grow and means would not. Up to the 128 windows that alpha was published with, scores are
+exactly the above, so that gradients of few windows weigh less, as they do there; with more windows
+they are what 128 such windows would give (ADR 0020). T is not made up for: sum x^2 / N grows with
+T, and g falls to a limit.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from prune_export.contracts import Decision
 from prune_export.methods import _sparse
 
 _WINDOWS: Final = 128
+"""More of them weigh gradients no more than so many."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Gblm(_sparse.Calibrated):
 
     Source: Das et al., "Beyond Size: How Gradients Shape Pruning Decisions in Large Language
     Models", arXiv:2311.04902, section 3; the two conventions of alpha are explained in this file.
-    Differs: gradients are in float32, without dropout; sums are brought to 128 windows; by default
-    each matrix sees what the pruned earlier ones of its block give.
+    Differs: gradients are in float32, without dropout; sums over more than 128 windows are brought
+    to 128; by default each matrix sees what the pruned earlier ones of its block give, its norms
+    corrected as Wanda's are.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     norm: Annotated[
         Literal["l1", "l2"],
@@ -58,7 +60,8 @@ class Gblm(_sparse.Calibrated):
         Literal["released", "paper"],
         Field(
             description="`released`: inputs are averaged over windows, as in the authors' code; "
-            "`paper`: summed, as in the formula, where alpha weighs gradients 11.3 times less."
+            "`paper`: summed, as in the formula, where alpha weighs gradients less, by the root of "
+            "the windows' number (11.3 times for 128 or more)."
         ),
     ] = "released"
 
@@ -91,18 +94,18 @@ class Gblm(_sparse.Calibrated):
             gradient = found.matrix(tensor).to(weight.device).contiguous()
             return score(weight, seen, gradient, self.share(seen.tokens, windows))
 
-        # Without gradients it is Wanda; with them, correcting the norms gains nothing (ADR 0019).
-        return _sparse.masked(self, model, own, corrects=not self.alpha)
+        return _sparse.masked(self, model, own, corrects=True)
 
     def share(self, tokens: int, windows: int) -> float:
         """What `Norms` are multiplied by beside a root mean square over `tokens` of the input.
 
         `Norms` are means over windows. Both terms are divided by what makes the first one that.
         """
-        of_sum = _WINDOWS if self.norm == "l1" else sqrt(_WINDOWS)
+        counted = min(windows, _WINDOWS)
+        of_sum = counted if self.norm == "l1" else sqrt(counted)
         of_input = sqrt(tokens / windows)
         if self.alpha_convention == "paper":
-            of_input *= sqrt(_WINDOWS)
+            of_input *= sqrt(counted)
         return self.alpha * of_sum / of_input
 
 
