@@ -24,8 +24,11 @@ ARTIFACT: Final = re.compile(r"[a-z]+-.+-[0-9a-f]{24}", re.DOTALL)
 """The name of an artifact's directory: kind, name, hash."""
 
 _OURS: Final = re.compile(
-    rf"{ARTIFACT.pattern}(?:\.old)?(?:\.partial)?|{ARTIFACT.pattern}\.lock"
-    r"|roots|seen\.json|\.seen\.json\.\d+|\.prune-export-store(?:\.\d+)?|\.\.prune-export-store\.\d+",
+    rf"{ARTIFACT.pattern}(?:\.old)?(?:\.partial)?"
+    rf"|{ARTIFACT.pattern}\.lock"
+    r"|roots|seen\.json|\.prune-export-store"
+    r"|\.seen\.json\.\d+|\.\.prune-export-store\.\d+"  # a killed writer's
+    r"|\.nfs[0-9a-f]+|\.DS_Store",
     re.DOTALL,
 )
 _NEITHER: Final = frozenset({"lost+found"})

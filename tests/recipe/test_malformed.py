@@ -58,6 +58,12 @@ CASES = {
     "other version": Case("recipe: 2\n", "bad.yaml:1  recipe", "got 2, expected 1"),
     "nothing to do": Case("recipe: 1\n", "bad.yaml:1", "no stages and no exports"),
     "model not text": Case("recipe: 1\nmodel: [a]\n", "bad.yaml:2  model", "expected text"),
+    "data that leaves the store": Case(
+        "recipe: 1\ndata:\n  ../../x: {files: [a.txt]}\n", "bad.yaml:3", "got the name '../../x'"
+    ),
+    "data without a usable name": Case(
+        f"recipe: 1\ndata:\n  {'a' * 65}: {{files: [a.txt]}}\n", "bad.yaml:3", "got the name"
+    ),
     "stages not a list": Case(
         "recipe: 1\nstages: {prune: {}}\n", "bad.yaml:2  stages", "expected a list", "`- `"
     ),
