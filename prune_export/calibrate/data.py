@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +17,7 @@ from prune_export.calibrate.conversations import Conversation
 from prune_export.calibrate.data_files import inside, local_files
 from prune_export.calibrate.documents import Text, hash_of, hub_revision, hub_texts, local_texts
 from prune_export.calibrate.packing import Windows
+from prune_export.calibrate.reading import First, Reader
 from prune_export.calibrate.tokenizer import Tokenizer, refuse_unknown_tokens
 from prune_export.calibrate.tokens import TokenSet
 from prune_export.errors import PlanError
@@ -95,8 +95,8 @@ def refuse_short(
     if needed * source.length > READ and _is_long(local_texts(files, source)):
         return frozenset()
     while True:
-        reader = _Reader(local_texts(files, source), exclude, SilentTask())
-        first = _First(most)
+        reader = Reader(local_texts(files, source), exclude, SilentTask())
+        first = First(most)
         texts = first.of(reader.kept(empty=source.packing == "stream"))
         made = _windows(source, texts, found, pool if documents else needed)
         refuse_unknown_tokens(found.backend, made.ids, vocabulary, f"data  {_named(source)}")
@@ -178,7 +178,7 @@ def _tokenised(
         origin["files"] = {str(file.relative_to(root)): _sha256(file) for file in files}
         texts = local_texts(files, source)
         pool = None if pool is None else max(pool, POOL)
-    reader = _Reader(texts, exclude, task)
+    reader = Reader(texts, exclude, task)
     # Empty lines count in a stream: WikiText's protocol joins them too.
     kept = reader.kept(empty=how == "stream")
     found = _windows(source, kept, tokenizer, pool)
@@ -214,7 +214,7 @@ def _refuse_no_room(source: HubDataset | LocalText, tokenizer: Tokenizer) -> Non
 
 
 def _refuse_few(
-    source: HubDataset | LocalText, found: Windows, reader: _Reader, least: int = 1
+    source: HubDataset | LocalText, found: Windows, reader: Reader, least: int = 1
 ) -> None:
     if len(found.ids) < (source.samples or least):
         raise PlanError(
@@ -278,69 +278,9 @@ def _windows(
     )
 
 
-@dataclass
-class _Reader:
-    """Counts documents while it hands them on."""
-
-    texts: Iterable[Text]
-    exclude: frozenset[str]
-    task: Task
-    read: int = field(default=0, init=False)
-    excluded: int = field(default=0, init=False)
-    conversations: bool = field(default=False, init=False)
-
-    def kept(self, *, empty: bool) -> Iterator[tuple[str, Text]]:
-        """(hash, text) of each document that is not excluded; `empty` keeps empty ones.
-
-        Raises:
-            PlanError: some are text and others conversations.
-        """
-        for number, text in enumerate(self.texts):
-            talk = isinstance(text, Conversation)
-            if number and talk != self.conversations:
-                raise PlanError(
-                    text.where if isinstance(text, Conversation) else f"data  document {number}",
-                    "is a conversation, and the ones before it are text" if talk
-                    else "is text, and the ones before it are conversations",
-                    "give each kind a source of its own",
-                )  # fmt: skip
-            self.conversations = talk
-            if isinstance(text, str) and not text.strip():
-                if empty:
-                    yield hash_of(""), text
-                continue
-            self.read += 1
-            self.task.advance()
-            name = hash_of(text)
-            if name in self.exclude:
-                self.excluded += 1
-            else:
-                yield name, text
-
-
-@dataclass
-class _First:
-    """The first `left` characters of texts, the last text cut; `whole` says that it was them all.
-
-    A text that is cut keeps its hash; a conversation is not cut.
-    """
-
-    left: int
-    whole: bool = field(default=True, init=False)
-
-    def of(self, texts: Iterable[tuple[str, Text]]) -> Iterator[tuple[str, Text]]:
-        for name, text in texts:
-            self.whole = len(text) <= self.left
-            if self.whole or self.left:
-                yield name, text if isinstance(text, Conversation) else text[: self.left]
-            if not self.whole:
-                return
-            self.left -= len(text)
-
-
 def _is_long(texts: Iterable[Text]) -> bool:
     """Whether texts have more than `READ` characters."""
-    first = _First(READ)
+    first = First(READ)
     deque(first.of(("", text) for text in texts), maxlen=0)
     return not first.whole
 
