@@ -32,6 +32,7 @@ from prune_export.recipe.search import (
 )
 from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
 from prune_export.recipe.stages import Stage, Sweep, Workload
+from prune_export.units import text_from_name
 
 __all__ = [
     "Candidate",
@@ -105,7 +106,7 @@ class Recipe:
         document = _extended(file, file.parent, ())
         for assignment in overrides:
             document = yaml_document.assigned(document, assignment)
-        return _checked(file.stem, document, (data_root or file.parent).resolve())
+        return _checked(text_from_name(file.stem), document, (data_root or file.parent).resolve())
 
     @staticmethod
     def parse(

@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from prune_export import registry
 from prune_export.errors import RecipeError
+from prune_export.escapes import escaped_page
 from prune_export.recipe import document
 from prune_export.report import table
 from prune_export.report.caveats import caveats
@@ -74,7 +75,8 @@ def model_card(report: Report | Mapping[str, Any], *, repo_id: str | None = None
         limits=[one.text for one in found if one.kind == "limit"],
         papers=_cited(report),
     )  # fmt: skip
-    return f"---\n{card_data(report, repo_id=repo_id).to_yaml()}\n---\n\n{body}"
+    front = card_data(report, repo_id=repo_id).to_yaml()
+    return escaped_page(f"---\n{front}\n---\n\n{body}")
 
 
 def card_data(report: Report, *, repo_id: str | None = None) -> ModelCardData:

@@ -60,11 +60,11 @@ class Result:
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file, keys in the order given."""
         text = json.dumps(value, indent=1, ensure_ascii=False)
-        (self.partial / name).write_text(text + "\n", encoding="utf-8")
+        self.write_text(name, text + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a text file."""
-        (self.partial / name).write_text(text, encoding="utf-8")
+        """Writes a text file; bytes of file names that are no text stand in it as escapes."""
+        (self.partial / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def finish(self) -> Path:
         """Puts the directory in place in two renames; the next run mends a kill between them."""
