@@ -54,3 +54,8 @@ def text_from_seconds(seconds: float) -> str:
     if whole < 48 * 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole / 86400:,.0f} days"
+
+
+def text_from_name(name: str) -> str:
+    """A file's name as UTF-8 text, with escapes for bytes that are none: to tell, not to open."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -35,3 +35,9 @@ def test_values_are_written_for_people() -> None:
     seconds = [0.23, 14, 200, 7500, 9 * 86400]
     shown = ["0.2 s", "14 s", "3 min 20 s", "2 h 05 min", "9 days"]
     assert [units.text_from_seconds(value) for value in seconds] == shown
+
+
+def test_a_files_name_is_text_whatever_its_bytes() -> None:
+    assert units.text_from_name("régime") == "régime"
+    assert units.text_from_name(b"r\xc3\xa9gime".decode("ascii", "surrogateescape")) == "régime"
+    assert units.text_from_name(b"r\xe9gime".decode("utf-8", "surrogateescape")) == "r\\xe9gime"

@@ -8,7 +8,6 @@ spelling and others an escape, so that no run ends at a log in another encoding.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -16,14 +15,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-_UNSEEN: Final = re.compile(
-    "[\x00-\x09\x0b-\x1f\x7f-\x9f"  # C0 without the line feed, DEL, C1
-    "\xad\u061c\u180e\u200b\u200e\u200f"  # soft hyphen, invisible blanks, marks of direction
-    "\u2028-\u202e\u2060-\u206f"  # separators, embeddings, overrides, isolates
-    "\ud800-\udfff\ufeff\ufff9-\ufffb"  # lone surrogates (bytes of a file name), BOM, annotations
-    "\U000e0000-\U000e007f]"  # tags
-)
-_SHORT: Final = {"\t": "\\t", "\r": "\\r"}
+from prune_export.escapes import escaped
+
 _SPELT: Final = str.maketrans(
     {
         "×": "x", "–": "-", "—": "-", "−": "-", "…": "...", "→": "->", "≤": "<=", "≥": ">=",
@@ -32,16 +25,6 @@ _SPELT: Final = str.maketrans(
         "│": "|", "─": "-",
     }
 )  # fmt: skip
-
-
-def escaped(text: str) -> str:
-    """The text with every character that shows nothing, or does something, as an escape."""
-    return _UNSEEN.sub(_escape, text)
-
-
-def json_escaped(text: str) -> str:
-    """JSON with the same characters as JSON's own escapes; they can only stand in its strings."""
-    return _UNSEEN.sub(_json_escape, text)
 
 
 def in_encoding(text: str, encoding: str) -> str:
@@ -86,22 +69,3 @@ class Screen(Console):
                 yield segment
             else:
                 yield Segment(self.shown(segment.text), segment.style)
-
-
-def _escape(match: re.Match[str]) -> str:
-    one = match[0]
-    code = ord(one)
-    if one in _SHORT:
-        return _SHORT[one]
-    return (
-        f"\\x{code:02x}"
-        if code < 0x100
-        else f"\\u{code:04x}"
-        if code < 0x10000
-        else f"\\U{code:08x}"
-    )
-
-
-def _json_escape(match: re.Match[str]) -> str:
-    units = match[0].encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))

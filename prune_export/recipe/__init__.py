@@ -32,6 +32,7 @@ from prune_export.recipe.search import (
 )
 from prune_export.recipe.sources import CONVERSATIONS, HubDataset, LocalText, Source, TokenFile
 from prune_export.recipe.stages import Stage, Sweep, Workload
+from prune_export.units import text_from_name
 
 __all__ = [
     "CONVERSATIONS",
@@ -110,7 +111,7 @@ class Recipe:
         document = _extended(file, file.parent, ())
         for assignment in overrides:
             document = yaml_document.assigned(document, assignment)
-        recipe = _checked(file.stem, document, (data_root or file.parent).resolve())
+        recipe = _checked(text_from_name(file.stem), document, (data_root or file.parent).resolve())
         return replace(recipe, file=file.resolve())
 
     @staticmethod

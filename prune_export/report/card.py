@@ -21,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from prune_export import registry
+from prune_export.escapes import escaped_page
 from prune_export.report import table
 from prune_export.report.caveats import caveats
 from prune_export.report.figures import figure_names
@@ -72,7 +73,8 @@ def model_card(report: Report | Mapping[str, Any], *, repo_id: str | None = None
         limits=[one.text for one in found if one.kind == "limit"],
         papers=_cited(report),
     )  # fmt: skip
-    return f"---\n{card_data(report, repo_id=repo_id).to_yaml()}\n---\n\n{body}"
+    front = card_data(report, repo_id=repo_id).to_yaml()
+    return escaped_page(f"---\n{front}\n---\n\n{body}")
 
 
 def card_data(report: Report, *, repo_id: str | None = None) -> ModelCardData:

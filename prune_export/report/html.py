@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 
+from prune_export.escapes import escaped_page
 from prune_export.report import table
 from prune_export.report.caveats import caveats, failed
 from prune_export.report.figures import figure_title, names_by_stage
@@ -55,7 +56,7 @@ def render_page(report: Report | Mapping[str, Any], figures: Path) -> str:
     """The page of a report, with the PNG files of the directory `figures` inside it."""
     report = Report.of(report)
     found = caveats(report)
-    return _environment().get_template("report.html.j2").render(
+    page = _environment().get_template("report.html.j2").render(
         report=report,
         status=_status(report),
         sentence=what_was_done(report),
@@ -72,6 +73,7 @@ def render_page(report: Report | Mapping[str, Any], figures: Path) -> str:
         by_stage=names_by_stage(report),
         removed=frozenset(report.removed_blocks),
     )  # fmt: skip
+    return escaped_page(page)
 
 
 def figure_of(path: Path) -> Figure:

@@ -32,6 +32,7 @@ from prune_export.progress import Progress
 from prune_export.recipe import CONVERSATIONS, Export, LocalText, Source, Stage, TokenFile
 from prune_export.store import Artifact, Key, Store, sha256_of_json
 from prune_export.surgery import rewrite
+from prune_export.units import text_from_name
 
 _IMPORT_VERSION: Final = "1"
 _DATA_VERSION: Final = "1"
@@ -55,7 +56,7 @@ class Base:
     @property
     def name(self) -> str:
         """What may be published: a Hub id, or the last part of a local path."""
-        return self.spec if self.revision else Path(self.spec).name
+        return self.spec if self.revision else text_from_name(Path(self.spec).name)
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,8 @@ class Result:
         self.write_text(name, text + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a text file."""
-        (self.partial / name).write_text(text, encoding="utf-8")
+        """Writes a text file; bytes of file names that are no text stand in it as escapes."""
+        (self.partial / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def write_lists(self, lock: Mapping[str, Any]) -> None:
         """Writes the lock with the name of every file, and beside it their hashes.

@@ -17,8 +17,9 @@ from rich.text import Text
 
 from prune_export.cli import console, main
 from prune_export.cli.engines import show_verification
-from prune_export.cli.screen import Screen, escaped, in_encoding, json_escaped
+from prune_export.cli.screen import Screen, in_encoding
 from prune_export.errors import PlanError
+from prune_export.escapes import escaped, json_escaped
 from prune_export.verify.results import (
     Parity,
     Perplexity,
@@ -170,8 +171,8 @@ def test_verification_inspection_and_plan_of_names_that_would_act(
 ) -> None:
     found = Verification(
         Reload(False, NASTY, [NASTY], [NASTY], 1, 1.0),
-        parity=[Parity(NASTY, 1, 1, 1.0, 1.0, 1.0, 1.0, 1, 1, True)],
-        perplexity=[Perplexity(NASTY, 1.0, 1, 1, [])],
+        parity=[Parity(NASTY, NASTY, 1.0, 1.0, 1.0, 1, 1, True)],
+        perplexity=[Perplexity(NASTY, 1.0, 1, 2, 1, [])],
         placement=[Placed(NASTY, NASTY, {NASTY: 7}, [NASTY])],
         sparsity=[Sparsity(NASTY, [], asked=True, proven=None, note=NASTY)],
         unverified={NASTY: NASTY},
