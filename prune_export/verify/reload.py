@@ -94,22 +94,23 @@ def _run(checkpoint: Path, machine: Machine) -> dict[str, Any]:
     }
     script = Path(reload_child.__file__)
     code = ["own-code"] if _brings_our_code(checkpoint) else []
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-I",
-            str(script),
-            str(checkpoint.resolve()),
-            str(machine.ram_bytes),
-            *code,
-        ],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_SECONDS,
-        check=False,
-    )
+    command = [sys.executable, "-I", str(script), str(checkpoint.resolve())]
+    try:
+        done = subprocess.run(
+            [*command, str(machine.ram_bytes), *code],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise VerifyError(
+            f"reload of {checkpoint}",
+            f"stock transformers was not done with it after {_TIMEOUT_SECONDS} s",
+            "verify on a machine with more memory, or one that is less busy",
+        ) from None
     if done.returncode != 0:
         words = "".join(f"\n    {line}" for line in done.stderr.splitlines()[-12:])
         raise VerifyError(
