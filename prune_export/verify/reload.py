@@ -97,17 +97,24 @@ def _run(checkpoint: Path, machine: Machine) -> dict[str, Any]:
     code = ["own-code"] if _brings_our_code(checkpoint) else []
     asked = [str(checkpoint.resolve()), str(machine.ram_bytes), *code]
     temporary = Temporary()
-    with temporary as folder:
-        done = subprocess.run(
-            [sys.executable, "-I", str(script), *asked],
-            env=environment | {"TMPDIR": str(folder)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_SECONDS,
-            check=False,
-            pass_fds=[temporary.descriptor],  # a child that outlives us still holds it
-        )
+    try:
+        with temporary as folder:
+            done = subprocess.run(
+                [sys.executable, "-I", str(script), *asked],
+                env=environment | {"TMPDIR": str(folder)},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT_SECONDS,
+                check=False,
+                pass_fds=[temporary.descriptor],  # a child that outlives us still holds it
+            )
+    except subprocess.TimeoutExpired:
+        raise VerifyError(
+            f"reload of {checkpoint}",
+            f"stock transformers was not done with it after {_TIMEOUT_SECONDS} s",
+            "verify on a machine with more memory, or one that is less busy",
+        ) from None
     if done.returncode != 0:
         words = "".join(f"\n    {line}" for line in done.stderr.splitlines()[-12:])
         raise VerifyError(
