@@ -10,6 +10,7 @@ from torch import nn
 
 from prune_export.errors import PlanError
 from prune_export.exporters._aoti_sparse import call_by_dispatcher
+from prune_export.exporters._quiet import quiet
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -82,9 +83,10 @@ def compiled(model: Any, sizes: list[tuple[int, int]], out: Path, *, last: bool)
     given = (ids, mask, positions, empty_cache(sizes, batch, past, weight.detach()))
     with torch.no_grad():
         try:
-            program = torch.export.export(
-                Step(model, last=last), given, dynamic_shapes=shapes, strict=False
-            )
+            with quiet():
+                program = torch.export.export(
+                    Step(model, last=last), given, dynamic_shapes=shapes, strict=False
+                )
         except Exception as error:  # torch's own classes share no base
             first = next((line for line in str(error).splitlines() if line.strip()), "")
             raise PlanError(

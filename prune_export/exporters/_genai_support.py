@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from prune_export.arch import Arch
 from prune_export.errors import MissingExtra, PlanError
+from prune_export.exporters._rope import refuse_rope, rope_kinds
 
 _ACTIVATIONS: Final = frozenset(
     {"silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2"}
@@ -71,6 +72,7 @@ def refuse(arch: Arch) -> None:
         raise _refusal(
             f"onnxruntime-genai's model builder does not know {name or arch.config['model_type']}"
         )
+    refuse_rope("exporter ort_genai", arch.config)
     for problem in _problems(arch):
         raise _refusal(problem)
 
@@ -100,7 +102,7 @@ def _problems(arch: Arch) -> Iterator[str]:
     activation = config.get("hidden_activation") or config.get("hidden_act")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         yield f"the builder does not know the activation {activation!r:.60}"
-    kinds = _rope_kinds(config)
+    kinds = rope_kinds(config)
     if unknown := kinds - _ROPES.get(str(config["model_type"]), _OTHER_ROPES):
         yield f"the builder's graph is wrong for rotary scaling {sorted(unknown)} of this family"
     yield from _family_problems(config)
@@ -192,11 +194,3 @@ def _theta(rope: Mapping[str, Any], kind: str) -> int | float:
             "correct the value, or fetch the file again",
         )
     return theta
-
-
-def _rope_kinds(config: Mapping[str, Any]) -> set[str]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    if not isinstance(rope, Mapping):
-        return {"default"}
-    parts = [value for value in rope.values() if isinstance(value, Mapping)] or [rope]
-    return {str(part.get("rope_type") or part.get("type") or "default") for part in parts}

@@ -17,6 +17,7 @@ import numpy as np
 
 from prune_export.checkpoint.loading import load_config, load_model, load_tokenizer
 from prune_export.exporters._genai_runner import OgRunner, open_runner
+from prune_export.exporters._genai_tokens import compared
 from prune_export.machine import Machine
 
 _TEXT: Final = (
@@ -52,6 +53,7 @@ def main(request: dict[str, Any]) -> None:
     logits = _pytorch(source)
     findings = _compare(logits(ids)[places], engine)
     findings |= _judged(logits, prompt[0].tolist(), tokens)
+    findings["tokenizer"] = compared(source, out)
     Path(request["answer"]).write_text(json.dumps(findings, sort_keys=True), encoding="utf-8")
 
 

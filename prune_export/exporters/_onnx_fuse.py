@@ -15,14 +15,15 @@ from prune_export.exporters._onnx_merge import merge_matrices
 _PASSES_THROUGH: Final = frozenset({"Cos", "Sin", "Cast", "Mul"})
 
 
-def optimize(model: Any, domain: str, alone: Collection[str]) -> None:
-    """Optimizes an `onnx_ir.Model` whose weights (names starting with `model.`) are initializers.
+def optimize(model: Any, domain: str, names: Collection[str], alone: Collection[str]) -> None:
+    """Optimizes an `onnx_ir.Model` whose initializers `names` are parameters and buffers.
 
     `domain` is that of the markers, `alone` are weights that no other is merged with. The weights
-    become graph inputs: as constants they would be folded, and equal ones merged.
+    become graph inputs: as constants they would be folded, and equal ones merged. What the model's
+    code makes while it is traced, such as a list of longrope's factors, is a constant.
     """
     graph = model.graph
-    weights = [value for name, value in graph.initializers.items() if name.startswith("model.")]
+    weights = [value for name, value in graph.initializers.items() if name in names]
     for value in weights:
         del graph.initializers[value.name]
         value.const_value = None

@@ -8,10 +8,7 @@ trace: attention is one marker that says what the stamped graph reads from the p
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +19,7 @@ from prune_export.errors import PlanError
 from prune_export.exporters._onnx_fuse import optimize
 from prune_export.exporters._onnx_markers import DOMAIN, NAME, OTHER, registered
 from prune_export.exporters._onnx_widths import resize
+from prune_export.exporters._quiet import quiet
 from prune_export.exporters._trim import Trim
 
 OPSET: Final = 23
@@ -70,7 +68,12 @@ def trace(
     with registered():
         graph = _graph_of(wrapper, config)
     routers = _routers(model)
-    optimize(graph, DOMAIN, {f"model.{name}" for name in routers})
+    names = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    known = {f"model.{name}" for name, _ in names}
+    optimize(graph, DOMAIN, known, {f"model.{name}" for name in routers})
     return Trace(
         graph, blocks, kinds, dict(_computed(model)), _tied(model), _renaming(model),
         _experts_visited(model), routers,
@@ -295,7 +298,7 @@ def _graph_of(wrapper: _Wrapper, config: Any) -> Any:
     named = (dim("batch"), dim("sequence"), dim("total_sequence"))
     shapes = ({0: named[0], 1: named[1]}, {0: named[0], 1: named[2]}, {0: named[0], 1: named[1]})
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             program = torch.export.export(
                 wrapper, (ids, mask, positions), dynamic_shapes=shapes, strict=False
             )
@@ -313,17 +316,3 @@ def _graph_of(wrapper: _Wrapper, config: Any) -> Any:
             f"torch cannot trace this model: {type(error).__name__}: {reason[0] if reason else ''}",
             OTHER,
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings that tracing raises about torch's own parts."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

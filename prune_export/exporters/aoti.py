@@ -23,6 +23,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_model
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import PlanError, StageError
+from prune_export.exporters._rope import refuse_rope
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
@@ -69,9 +70,10 @@ class Aoti:
         """Refuses in the plan what cannot work.
 
         Raises:
-            PlanError: there is no C++ compiler, no GPU for sparse kernels, or no CUDA toolkit.
+            PlanError: there is no C++ compiler, no GPU for sparse kernels, or no CUDA toolkit; or
+                the model computes what cannot be compiled.
         """
-        del arch
+        refuse_rope("export: aoti", arch.config)
         if not any(map(shutil.which, ("g++", "c++", "clang++"))):
             raise PlanError(
                 "export: aoti", "needs a C++ compiler, and none is on the PATH",

@@ -37,6 +37,7 @@ from prune_export.exporters._ort_providers import (
     present,
     runtime_version,
 )
+from prune_export.exporters._rope import refuse_rope
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
@@ -107,8 +108,9 @@ class Onnx:
 
         Raises:
             MissingExtra: onnx, onnxscript or onnxruntime is not installed.
+            PlanError: the model computes what no graph can, or nothing here can run it.
         """
-        del arch
+        refuse_rope("export: onnx", arch.config)
         for package in _PACKAGES:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: onnx", package, "onnx")

@@ -132,7 +132,7 @@ class OrtGenai:
             )
         self._build(source, out, work)
         _carry(source, out)
-        note = self._try(checkpoint, out, work)
+        notes = self._try(checkpoint, out, work)
         return BuildRecord(
             exporter="ort_genai",
             version=self.VERSION,
@@ -142,7 +142,7 @@ class OrtGenai:
             seconds=perf_counter() - start,
             toolchain={package: metadata.version(package) for package in _PACKAGES}
             | {"onnxruntime": runtime_version()},
-            notes=tuple(filter(None, (Trim.of(source).note(), note))),
+            notes=tuple(filter(None, (Trim.of(source).note(), *notes))),
         )
 
     def open(self, path: Path, machine: Machine) -> Runner:
@@ -185,7 +185,7 @@ class OrtGenai:
             }
         return options
 
-    def _try(self, checkpoint: Path, out: Path, work: Work) -> str:
+    def _try(self, checkpoint: Path, out: Path, work: Work) -> tuple[str, str]:
         answer = work.scratch / "genai-trial-answer.json"
         request = {
             "source": str(checkpoint.resolve()),
@@ -204,11 +204,12 @@ class OrtGenai:
                     f"(its perplexity tells); where that fails too, {fix}"
                 )
             raise StageError(f"ort_genai: {out}", problem, fix)
-        return (
+        tried = (
             f"tried on {found['positions']} positions: largest logit error "
             f"{found['max_error']:.1g}, KL {found['mean_kl']:.1g} nats, same choice "
             f"{found['same_choice']}; onnxruntime-genai generated {found['generated']} tokens"
         )
+        return tried, str(found["tokenizer"])
 
     def _problem(self, found: Mapping[str, Any]) -> str:
         """What is wrong with a trial's findings; empty when nothing is."""

@@ -28,6 +28,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.exporters import _trt_rules
+from prune_export.exporters._rope import refuse_rope
 from prune_export.exporters._trt_binding import EXTRAS, Binding, Flavor, installed
 from prune_export.exporters._trt_profiles import Sizes, Span
 from prune_export.exporters.onnx import Onnx
@@ -126,7 +127,7 @@ class Tensorrt:
             MissingExtra: onnx, onnxscript, onnxruntime or the flavor's library is not installed.
             PlanError: this machine cannot build it, or this GPU cannot run it.
         """
-        del arch
+        refuse_rope("export: tensorrt", arch.config)
         for package in _PACKAGES:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: tensorrt", package, "onnx")

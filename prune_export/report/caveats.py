@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from prune_export.exporters._genai_tokens import DIFFERENT
 from prune_export.report.reading import Report, perplexity_change
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.report.table import interval, number, speed_text, times, workload_text
@@ -187,6 +188,10 @@ def _scope(report: Report) -> Iterator[Caveat]:
         yield Caveat("limit", f"{note[:1].upper()}{note[1:]}.")
     if report.prunes and not report.heals:
         yield Caveat("limit", "The model was not healed (trained) after pruning.")
+    for export in report.exports:
+        for told in export.notes:
+            if told.startswith(DIFFERENT):
+                yield Caveat("limit", f"{told}.")
     if not report.exports:
         yield Caveat("limit", "No engine was exported.")
     if not report.base.license:
