@@ -107,6 +107,24 @@ def _sparse(run: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _sparse_draws(run: dict[str, Any]) -> Iterator[str]:
+    calibration, evaluation = (run["tokens"][name] for name in ("calibration", "evaluation"))
+    yield (
+        f"As many draws of {calibration['windows']} windows of {calibration['length']} calibration "
+        f"tokens as are named; perplexity on the same {evaluation['windows']} windows for all. "
+        f"Dense: {_perplexity(run['dense']['perplexity'])}. `block` is the order of the authors' "
+        "codes, which a test compares it with.\n"
+    )
+    yield from _header(["method", "pattern", "whose", "order", "draws", "mean", "least", "most"])
+    found: dict[tuple[str, ...], list[float]] = {}
+    for row in run["rows"]:
+        pruner = f"`{row['method']}`", row["pattern"].replace("%", " %"), row["who"], row["order"]
+        found.setdefault(pruner, []).append(row["perplexity"])
+    for pruner, own in found.items():
+        figures = (sum(own) / len(own), min(own), max(own))
+        yield _line([*pruner, str(len(own)), *(f"{one:.2f}" for one in figures)])
+
+
 _DRAWS: Final = {
     "shuffle": "the calibration windows in {} orders, which changes nothing but rounding",
     "jitter": "the dense weights in {} draws, moved by about 1e-6 of themselves",
@@ -218,6 +236,8 @@ SECTIONS: Final[tuple[tuple[str, str, Table], ...]] = (
     ("depth-methods", "Blocks removed", _depth),
     ("structured", "Depth and width at one size", _structured),
     ("sparse-quality", "Zeros", _sparse),
+    ("sparse-draws-gblm", "GBLM over draws of the calibration windows", _sparse_draws),
+    ("sparse-draws-sparsegpt", "SparseGPT over draws of the calibration windows", _sparse_draws),
     ("sparse-memory-wanda", "Memory of Wanda", _memory),
     ("sparse-memory-sparsegpt", "Memory of SparseGPT", _memory),
     ("sparse-memory-gblm", "Memory of GBLM", _memory),

@@ -92,7 +92,8 @@ def _report_draws(options: argparse.Namespace, done: dict[str, Any]) -> None:
         "batch": BATCH,
         "precision": options.precision,
     }
-    print(save("sparse-draws", {**settings, **known, "rows": rows}))
+    methods = dict.fromkeys(case.split()[0] for case in options.drawn)
+    print(save(f"sparse-draws-{'-'.join(methods)}", {**settings, **known, "rows": rows}))
 
 
 def _options() -> argparse.Namespace:
