@@ -316,6 +316,9 @@ class Change:
     high: float | None = None
 
 
+_LARGEST_LOSS = 1e100
+
+
 def perplexity_change(before: Perplexity | None, after: Perplexity | None) -> Change | None:
     """How many times higher `after` is, paired by window; None where either is not a number.
 
@@ -329,7 +332,8 @@ def perplexity_change(before: Perplexity | None, after: Perplexity | None) -> Ch
     ratio = after.value / before.value
     paired = len(before.losses) == len(after.losses) >= 8 and before.length == after.length
     differences = [b - a for a, b in zip(before.losses, after.losses, strict=False)]
-    if not paired or not all(map(math.isfinite, differences)):
+    # Squares of what is larger overflow; no loss that was measured comes near it.
+    if not paired or not all(abs(one) < _LARGEST_LOSS for one in differences):
         return Change(ratio)
     mean, error = _mean_and_error(differences)
     return Change(ratio, _exp(mean - 1.96 * error), _exp(mean + 1.96 * error))

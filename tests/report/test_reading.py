@@ -12,7 +12,7 @@ import pytest
 from variants import FULL, made
 
 from prune_export.errors import CheckpointError
-from prune_export.report.reading import Report, perplexity_change
+from prune_export.report.reading import Change, Report, perplexity_change
 from prune_export.verify.results import Perplexity
 
 
@@ -162,3 +162,5 @@ def test_losses_that_overflow_are_infinite() -> None:
     after = Perplexity("pruned", 2.0, 8, 16, 120, [1e5, 0.0] * 4)
     found = perplexity_change(before, after)
     assert found is not None and found.high == math.inf
+    endless = Perplexity("pruned", 2.0, 8, 16, 120, [1e300, 0.0] * 4)
+    assert perplexity_change(before, endless) == Change(2.0)
