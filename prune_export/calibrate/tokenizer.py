@@ -12,7 +12,8 @@ import numpy as np
 
 from prune_export.calibrate.conversations import Conversation, encoded, refuse_untellable
 from prune_export.calibrate.packing import Document, Ids
-from prune_export.errors import PlanError
+from prune_export.checkpoint.loading import load_tokenizer
+from prune_export.errors import CheckpointError, PlanError
 
 VOCABULARIES: Final = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
@@ -47,20 +48,10 @@ class Tokenizer:
         Raises:
             PlanError: there is none, or transformers cannot read it.
         """
-        from transformers import AutoTokenizer
-
         try:
-            backend = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
-            # tokenizers raises bare Exception on a broken file; AutoTokenizer many kinds.
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise PlanError(
-                f"{directory}  tokenizer",
-                f"cannot be read: {reason:.300}",
-                "copy tokenizer.json and tokenizer_config.json of the model into its directory",
-            ) from error
+            backend = load_tokenizer(directory)
+        except CheckpointError as error:
+            raise PlanError(error.where, error.problem, error.fix) from error
         return Tokenizer(
             backend,
             _prefix(backend),

@@ -6,11 +6,11 @@ not the model's. The Hub's cache is made of links, and they stay inside their ow
 
 from __future__ import annotations
 
-import re
 import stat
 from pathlib import Path
 from typing import Final
 
+from prune_export.cached import is_within
 from prune_export.errors import CheckpointError
 from prune_export.files import CARD_BYTES, JSON_BYTES, TOKENIZER_BYTES, open_regular
 
@@ -28,8 +28,6 @@ _SETTINGS: Final = frozenset({
     "tokenizer_config.json",
 })  # fmt: skip
 """Settings; the others of `SIDE_NAMES` are vocabularies."""
-
-_SHARED: Final = re.compile(r"[0-9a-f]{64}")
 
 ADAPTER: Final = "adapter_config.json"
 MERGE: Final = (
@@ -84,7 +82,7 @@ def refuse_stray_link(directory: Path, file: Path) -> None:
             "is a link to nothing, or in a circle",
             "put the file itself at this place, or remove the link",
         ) from None
-    if real.is_relative_to(home) or is_blob_of(home, real):
+    if is_within(file, directory):
         return
     if home.parent.name == "snapshots":
         raise CheckpointError(
@@ -97,22 +95,6 @@ def refuse_stray_link(directory: Path, file: Path) -> None:
         f"is a link to {real}, outside the model's directory: it would be copied into the result",
         "put the file itself at this place, or remove the link",
     )
-
-
-def is_blob_of(snapshot: Path, file: Path) -> bool:
-    """Whether `file` is where the Hub's cache keeps what the links in `snapshot` lead to.
-
-    Both are real paths. CACHE/models--OWNER--NAME/snapshots/COMMIT links to
-    CACHE/models--OWNER--NAME/blobs/ETAG, and that may be a link to what repositories share, which
-    is CACHE/blobs/ab/abcd… . No `blobs` may be a link itself.
-    """
-    repository = snapshot.parent.parent
-    if snapshot.parent.name != "snapshots" or not repository.name.startswith("models--"):
-        return False
-    if file.parent == repository / "blobs":
-        return True
-    shared = repository.parent / "blobs" / file.name[:2] / file.name
-    return file == shared and _SHARED.fullmatch(file.name) is not None
 
 
 def _is_side(file: Path) -> bool:

@@ -42,11 +42,10 @@ def compared(source: Path, out: Path) -> str:
     """A note on the tokenizer of the engine in `out` beside that of the model in `source`."""
     try:
         import onnxruntime_genai as og
-        from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, local_files_only=True, trust_remote_code=False
-        )
+        from prune_export.checkpoint.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(source)
         own = og.Tokenizer(og.Model(str(out)))
         texts = list(dict.fromkeys(samples(tokenizer)))
         return note(
