@@ -21,7 +21,7 @@ from prune_export.nm import Nm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import _sparse_released  # noqa: E402
+import _sparse_released
 
 IDS = torch.randint(3, 60, (6, 20), generator=torch.Generator().manual_seed(1))
 AMOUNTS: dict[str, Any] = {"50%": {"sparsity": 0.5}, "4:8": {"nm": Nm(4, 8)}}
