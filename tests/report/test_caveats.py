@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from variants import made
 
+from prune_export.exporters._genai_tokens import DIFFERENT
 from prune_export.report.caveats import caveats, failed
 
 
@@ -84,3 +85,10 @@ def test_a_known_licence_and_a_healed_model_are_not_limits() -> None:
     text = " ".join(said("full"))
     assert "licence" not in text
     assert "not healed" not in text
+
+
+def test_an_engines_own_tokenizer_that_differs_is_told() -> None:
+    report = made("full")
+    told = f"{DIFFERENT} for 2 of 22 texts (' <|x|>'): feed it ids"
+    report["exports"][0]["notes"] = ["tried on 9 positions", told]
+    assert f"{told}." in [caveat.text for caveat in caveats(report)]
