@@ -183,7 +183,7 @@ def _json(chosen: random.Random, data: bytes) -> bytes:
 
 def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
     """(container, key or index) of every value in a tree."""
-    level = [tree]
+    level = [tree] if isinstance(tree, dict | list) else []
     while level:
         below: list[Any] = []
         for one in level:
@@ -192,7 +192,7 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
                 yield one, key
                 if isinstance(one[key], dict | list):
                     below.append(one[key])
-        level = below if isinstance(tree, dict | list) else []
+        level = below
 
 
 def _safetensors(chosen: random.Random, data: bytes) -> bytes:
