@@ -21,6 +21,14 @@ from prune_export.calibrate.gradients import (
 from prune_export.calibrate.junctions import Grams, JunctionGrams
 from prune_export.calibrate.norm_shares import NormShares, Shares
 from prune_export.calibrate.removals import Removals, native_dtype
+from prune_export.calibrate.seam_stream import (
+    SEAM_STATES,
+    CutModel,
+    Repaired,
+    held_out,
+    repair,
+)
+from prune_export.calibrate.seams import Seam, seams_of
 from prune_export.calibrate.sites import (
     SITES,
     Gram,
@@ -40,6 +48,7 @@ from prune_export.calibrate.view import Engines, Means, ModelView
 __all__ = [
     "DENSE_STATES",
     "OUTPUTS",
+    "SEAM_STATES",
     "SITES",
     "AngularDistance",
     "BlockInfluence",
@@ -48,6 +57,7 @@ __all__ = [
     "Chain",
     "Collector",
     "Corrected",
+    "CutModel",
     "Edited",
     "Editor",
     "Engines",
@@ -66,7 +76,9 @@ __all__ = [
     "Part",
     "PassCost",
     "Removals",
+    "Repaired",
     "Scope",
+    "Seam",
     "Shares",
     "Site",
     "Squares",
@@ -82,6 +94,7 @@ __all__ = [
     "gather",
     "gradients",
     "has_target",
+    "held_out",
     "inputs_last",
     "inputs_of",
     "linears",
@@ -89,6 +102,8 @@ __all__ = [
     "parked_bytes",
     "pass_cost",
     "refuse_short",
+    "repair",
+    "seams_of",
     "sites_of",
     "spooled_bytes",
     "sweep",
