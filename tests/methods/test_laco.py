@@ -170,7 +170,9 @@ def test_last_is_dropping_with_transferred_norms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("remove", [1, 3])
 def test_every_target_is_met_exactly(target: Any, remove: int, tmp_path: Path) -> None:
     _, model = view(tmp_path, "llama")
-    decision = Laco(remove=remove, target=target, merge_layers=3, lowest=0, refit=False).decide(model)
+    decision = Laco(remove=remove, target=target, merge_layers=3, lowest=0, refit=False).decide(
+        model
+    )
     assert len(decision.log["dropped"]) == remove
     assert sum(layers for _, layers, _ in decision.log["folds"]) == remove
 
