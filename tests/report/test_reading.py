@@ -10,6 +10,7 @@ import pytest
 from variants import FULL, made
 
 from prune_export.errors import CheckpointError
+from prune_export.report.card import model_card
 from prune_export.report.reading import Report, perplexity_change
 from prune_export.verify.results import Perplexity
 
@@ -102,3 +103,20 @@ def test_no_change_of_what_is_not_a_number() -> None:
     broken = Perplexity("x", math.nan, 8, 128, 1016, [math.nan] * 8)
     assert perplexity_change(entry([1.0] * 8), broken) is None
     assert perplexity_change(None, broken) is None
+
+
+def test_a_refit_is_told_in_words() -> None:
+    report = made("no_heal")
+    stage = report["stages"][0]
+    assert Report.of(report).stages[0].refitted == ""
+    seams = [{"block": 12, "ridge": 0.1}, {"block": 3, "ridge": None}]
+    stage["log"]["refit"] = {"taken": True, "seams": seams, "held_out_loss": [3.8, 3.4]}
+    text = Report.of(report).stages[0].refitted
+    assert text == (
+        "refitted 1 projection before what was removed, in block 12: "
+        "held-out loss 3.800 before, 3.400 after"
+    )
+    assert text in model_card(Report.of(report))
+    stage["log"]["refit"] = {"taken": False, "why": "the stage has no calibration data"}
+    text = Report.of(report).stages[0].refitted
+    assert text == "no projection was refitted: the stage has no calibration data"
