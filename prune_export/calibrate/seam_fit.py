@@ -11,13 +11,19 @@ from typing import Final
 
 import torch
 
-RIDGES: Final = (1e-1, 1e-2, 1e-3)
-"""Tried, as fractions of the inputs' mean square; the best on held-out tokens is taken."""
+RIDGES: Final = (1.0, 0.3, 0.1, 1e-2, 1e-3)
+"""Tried, as fractions of the inputs' mean square, until held-out tokens say that it gets worse. On
+SmolLM2-135M with 16,000 tokens 0.1 gives a perplexity of 25.5, and 1e-4 to 1e-2 give 25.7."""
+
+_UNJUDGED: Final = 0.1
+"""What is taken where no token is held out."""
 
 PRUNED_SHARE: Final = 0.05
 """Where as much of a matrix is zero, it is kept zero; fewer zeros are there by chance."""
 
-_HELD_ROWS: Final = 4096
+HELD_ROWS: Final = 4096
+"""Held-out tokens that changes are judged on, about."""
+
 _STEPS: Final = 64
 _ENOUGH: Final = 1e-4
 
@@ -34,7 +40,7 @@ class Moments:
         self.gram = torch.zeros(inputs, inputs, device=device)
         self.crossed = torch.zeros(outputs, inputs, device=device)
         self.tokens = 0
-        self._every = max(1, held_tokens // _HELD_ROWS)
+        self._every = max(1, held_tokens // HELD_ROWS)
         self._rows: list[torch.Tensor] = []
         self._lacks: list[torch.Tensor] = []
 
@@ -89,7 +95,7 @@ class Mended:
 
 
 def mended(weight: torch.Tensor, moments: Moments) -> Mended:
-    """The best change of a matrix `[out, in]` on held-out rows; without any, of a ridge of 1e-2."""
+    """The change of a matrix `[out, in]` with the ridge that is best on held-out rows."""
     before = moments.error(None)
     keep = _pattern(weight)
     if keep is not None and moments.bias:
@@ -98,14 +104,15 @@ def mended(weight: torch.Tensor, moments: Moments) -> Mended:
     mean = float(moments.gram.diagonal()[:width].mean())
     best = Mended(None, None, None, before, before)
     change: torch.Tensor | None = None
-    for ridge in RIDGES if before is not None else RIDGES[1:2]:
+    for ridge in RIDGES if before is not None else (_UNJUDGED,):
         change = _solved(moments.gram, moments.crossed, ridge * mean, keep, change)
         if change is None or not bool(change.isfinite().all()):
             break
         after = moments.error(change)
-        if after is None or best.after is None or after < best.after:
-            bias = change[:, width] if moments.bias else None
-            best = Mended(change[:, :width], bias, ridge, before, after)
+        if after is not None and best.after is not None and not after < best.after:
+            break
+        bias = change[:, width] if moments.bias else None
+        best = Mended(change[:, :width], bias, ridge, before, after)
     return best
 
 

@@ -34,6 +34,7 @@ from prune_export.calibrate import (
     seams_of,
     sites_of,
 )
+from prune_export.calibrate.seam_fit import HELD_ROWS
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.surgery import Drop, Edit, Overwrite
@@ -82,8 +83,10 @@ class Refits:
             if has_target(site)
         ]
         widest, residual = max(widths), arch.sizes["residual"]
-        # Sums in float32; of a solve in float64 the damped sums, their factor and two sides.
-        held = 4 * widest * (widest + residual) + 16 * widest * (widest + residual)
+        # Sums in float32, and held-out rows; of a solve in float64 the damped sums, their factor
+        # and two sides; a few matrices.
+        both = widest + residual
+        held = (20 * widest + 4 * HELD_ROWS) * both + 24 * widest * residual
         head = 8 * arch.sizes["vocab"] * residual
         return (Further(forwards=1.5, ram_bytes=max(held, head), states=SEAM_STATES),)
 

@@ -205,7 +205,7 @@ def test_one_window_is_fitted_and_none_held_out(
     one = TokenSet.of(tokens.ids[:1])
     found = repair(made.checkpoint, seams, cut_of(made, units), one, machine)
     assert (found.loss, found.held_out_tokens) == (None, 0)
-    assert found.logs[0]["ridge"] == 1.0
+    assert found.logs[0]["ridge"] == 0.1
     assert found.logs[0]["state_error"] == [None, None]
 
 
