@@ -102,6 +102,25 @@ class Noted(Protocol):
 
 
 @runtime_checkable
+class Refitting(Protocol):
+    """What a method has besides where it does more if its stage has data, and less if not."""
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it is to be refused without."""
+
+    def passes_with_data(self, arch: Arch) -> tuple[Further, ...]:
+        """The passes that `decide` then runs, beyond those that `statistics` tells.
+
+        Raises:
+            PlanError: the parameters cannot work on this model.
+        """
+
+    def refit_note(self, arch: Arch) -> str:
+        """What a reader of the plan must know of them, in a few words; empty where nothing."""
+
+
+@runtime_checkable
 class Silencing(Protocol):
     """What a method has besides where it keeps zero what earlier stages zeroed of blocks.
 

@@ -27,6 +27,14 @@ from prune_export.calibrate.gradients import (
 from prune_export.calibrate.junctions import Grams, JunctionGrams
 from prune_export.calibrate.norm_shares import NormShares, Shares
 from prune_export.calibrate.removals import Removals, native_dtype
+from prune_export.calibrate.seam_stream import (
+    SEAM_STATES,
+    CutModel,
+    Repaired,
+    held_out,
+    repair,
+)
+from prune_export.calibrate.seams import Seam, seams_of
 from prune_export.calibrate.sites import (
     SITES,
     Gram,
@@ -47,6 +55,7 @@ from prune_export.calibrate.view import Engines, Means, ModelView
 __all__ = [
     "DENSE_STATES",
     "OUTPUTS",
+    "SEAM_STATES",
     "SITES",
     "AngularDistance",
     "BlockInfluence",
@@ -55,6 +64,7 @@ __all__ = [
     "Chain",
     "Collector",
     "Corrected",
+    "CutModel",
     "Edited",
     "Editor",
     "Engines",
@@ -73,7 +83,9 @@ __all__ = [
     "Part",
     "PassCost",
     "Removals",
+    "Repaired",
     "Scope",
+    "Seam",
     "Shares",
     "Site",
     "Squares",
@@ -90,6 +102,7 @@ __all__ = [
     "gather",
     "gradients",
     "has_target",
+    "held_out",
     "inputs_last",
     "inputs_of",
     "inside",
@@ -102,6 +115,8 @@ __all__ = [
     "refuse_unknown",
     "refuse_unknown_tokens",
     "refuse_unreadable",
+    "repair",
+    "seams_of",
     "sites_of",
     "spooled_bytes",
     "sweep",

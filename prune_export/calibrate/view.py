@@ -16,6 +16,8 @@ from prune_export.calibrate.edit_block import Editor
 from prune_export.calibrate.edit_stream import Order, Swept, sweep
 from prune_export.calibrate.gradients import GradientReader, Gradients, gradients
 from prune_export.calibrate.removals import Removals
+from prune_export.calibrate.seam_stream import CutModel, Repaired, repair
+from prune_export.calibrate.seams import Seam
 from prune_export.calibrate.statistics import Statistic
 from prune_export.calibrate.stream import gather
 from prune_export.calibrate.tokens import TokenSet
@@ -119,6 +121,24 @@ class ModelView:
             order=order,
             loss=loss,
             dense=dense,
+        )
+
+    def repair(self, seams: Collection[Seam], cut: CutModel) -> Repaired:
+        """What the projections before the seams of a cut become, refitted on the windows.
+
+        Raises:
+            ValueError: the view was made without calibration data.
+        """
+        means = self.calibration()
+        return repair(
+            self.checkpoint,
+            seams,
+            cut,
+            means.tokens,
+            means.machine,
+            means.told,
+            means.scratch,
+            arch=self.arch,
         )
 
     def gradients(self, reader: GradientReader) -> Gradients:

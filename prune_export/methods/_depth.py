@@ -9,8 +9,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from prune_export.arch import Arch
+from prune_export.calibrate import ModelView, Seam, Unit
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
+from prune_export.methods import _seams
 from prune_export.scores import least, run_sums
 from prune_export.silenced import Silenced
 from prune_export.surgery import Drop
@@ -28,7 +30,7 @@ Contiguous = Annotated[bool, Field(description="Remove one run of neighbouring b
 
 
 @dataclass(frozen=True)
-class Amount:
+class Amount(_seams.Refits):
     """How many blocks: a fraction, a number or a list, exactly one of them.
 
     Every depth method is one, so these are keys of them all.
@@ -40,6 +42,7 @@ class Amount:
     sparsity: Sparsity = None
     remove: Remove = None
     layers: Layers = None
+    refit: _seams.Refit = "auto"
 
     def __post_init__(self) -> None:
         given = [key for key in ("sparsity", "remove", "layers") if getattr(self, key) is not None]
@@ -91,6 +94,19 @@ class Amount:
         remove = self.of(arch)
         return known.without_some(remove, arch.layers - remove)
 
+    def seams_known(self, arch: Arch) -> tuple[Seam, ...] | None:
+        """The seams where the blocks are listed; None where they are not."""
+        return None if self.layers is None else _seams.seams_listed(arch, self.layers, "block")
+
+    def seams_at_most(self, arch: Arch) -> str:
+        """How many seams there may be, for a reader."""
+        return _seams.at_most(self.of(arch))
+
+    def dropping(self, model: ModelView, dropped: Collection[int], **log: Any) -> Decision:
+        """The decision that drops these blocks, and refits what stands before them."""
+        blocks = [Unit(layer) for layer in dropped]
+        return self.refitted(model, decision(model.arch, dropped, **log), blocks)
+
 
 def deepest(layers: int, remove: int) -> range:
     """The `remove` deepest blocks except the last one."""
@@ -102,11 +118,6 @@ def decision(arch: Arch, dropped: Collection[int], **log: Any) -> Decision:
     chosen = tuple(sorted(dropped))
     kept = arch.kept(chosen)
     return Decision((Drop(chosen),), {"dropped": list(chosen), "kept": list(kept), **log})
-
-
-def listed(amount: Amount, arch: Arch) -> Decision | None:
-    """The decision where the blocks are listed, None where they are to be found."""
-    return None if amount.layers is None else decision(arch, amount.layers)
 
 
 @dataclass(frozen=True)

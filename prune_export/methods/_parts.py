@@ -16,12 +16,12 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import OUTPUTS, ModelView, Unit
+from prune_export.calibrate import OUTPUTS, ModelView, Seam, Unit
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.header import TORCH
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError, StageError
-from prune_export.methods import _depth
+from prune_export.methods import _depth, _seams
 from prune_export.silenced import Silenced
 from prune_export.surgery import Overwrite
 
@@ -109,7 +109,15 @@ class Amount(_depth.Amount):
     def removal(self, model: ModelView, layers: Iterable[int], **log: Any) -> Decision:
         """The edits that remove these blocks, or of each the part; the log names them."""
         units = [Unit(layer, self.unit) for layer in layers]
-        return decision(model.arch, model.checkpoint, units, **log)
+        return self.refitted(model, decision(model.arch, model.checkpoint, units, **log), units)
+
+    def seams_known(self, arch: Arch) -> tuple[Seam, ...] | None:
+        """The seams where the blocks are listed; None where they are not."""
+        return None if self.layers is None else _seams.seams_listed(arch, self.layers, self.unit)
+
+    def seams_at_most(self, arch: Arch) -> str:
+        """How many seams there may be, for a reader."""
+        return _seams.at_most(1 if getattr(self, "contiguous", False) else self.of(arch))
 
     def listed(self, model: ModelView) -> Decision | None:
         """The decision where the blocks are listed, None where they are to be found."""

@@ -12,7 +12,7 @@ from typing import ClassVar
 from prune_export.arch import Arch
 from prune_export.calibrate import AngularDistance, ModelView, Statistic
 from prune_export.contracts import Decision
-from prune_export.methods import _depth
+from prune_export.methods import _depth, _seams
 from prune_export.scores import runs
 
 
@@ -26,20 +26,25 @@ class AngularDistanceDrop(_depth.Amount):
     to it are logged; of equal runs the deepest is taken.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     def statistics(self, arch: Arch) -> tuple[Statistic, ...]:
         del arch
         return () if self.layers is not None else (AngularDistance(),)
 
+    def seams_at_most(self, arch: Arch) -> str:
+        """One run is removed."""
+        del arch
+        return _seams.at_most(1)
+
     def decide(self, model: ModelView) -> Decision:
-        if (known := _depth.listed(self, model.arch)) is not None:
-            return known
+        if self.layers is not None:
+            return self.dropping(model, self.layers)
         distances = model.stat(AngularDistance())
         remove = self.of(model.arch)
         choice = _depth.least_run(runs(distances, remove), remove)
-        return _depth.decision(
-            model.arch,
+        return self.dropping(
+            model,
             choice.dropped,
             **choice.log,
             distance_map=distances.tolist(),

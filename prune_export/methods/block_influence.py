@@ -25,7 +25,7 @@ class BlockInfluenceDrop(_parts.Amount):
     to the residual states; where the block adds both parts to what enters it, each is alone.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     contiguous: _depth.Contiguous = False
     select: _search.Select = "one_shot"

@@ -6,13 +6,14 @@ healed, it nearly ties with the angular distance.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
 from prune_export.arch import Arch
-from prune_export.calibrate import ModelView, Statistic
+from prune_export.calibrate import ModelView, Seam, Statistic
 from prune_export.contracts import Decision
-from prune_export.methods import _depth
+from prune_export.methods import _depth, _seams
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,18 @@ class Deepest(_depth.Amount):
     last block and keeps the one before; its text says that the last is kept.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     def statistics(self, arch: Arch) -> tuple[Statistic, ...]:
         del arch
         return ()
 
     def decide(self, model: ModelView) -> Decision:
-        arch = model.arch
-        chosen = self.layers or _depth.deepest(arch.layers, self.of(arch))
-        return _depth.decision(arch, chosen)
+        return self.dropping(model, self._chosen(model.arch))
+
+    def seams_known(self, arch: Arch) -> tuple[Seam, ...]:
+        """The seam before the last block."""
+        return _seams.seams_listed(arch, self._chosen(arch), "block")
+
+    def _chosen(self, arch: Arch) -> Collection[int]:
+        return self.layers or _depth.deepest(arch.layers, self.of(arch))

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from prune_export.arch import Arch
-from prune_export.calibrate import ModelView
+from prune_export.calibrate import ModelView, Seam
 from prune_export.contracts import Decision
-from prune_export.methods import _depth
+from prune_export.methods import _depth, _seams
 
 _WARNING: Final = "meant for models trained with LayerDrop; others lose much"
 
@@ -30,7 +30,7 @@ class EveryOther(_depth.Amount):
     where the paper takes the multiples of a whole number.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     def statistics(self, arch: Arch) -> tuple[()]:
         del arch
@@ -46,7 +46,11 @@ class EveryOther(_depth.Amount):
         return _WARNING
 
     def decide(self, model: ModelView) -> Decision:
-        return _depth.decision(model.arch, self._chosen(model.arch), warning=_WARNING)
+        return self.dropping(model, self._chosen(model.arch), warning=_WARNING)
+
+    def seams_known(self, arch: Arch) -> tuple[Seam, ...]:
+        """The seams at even distances."""
+        return _seams.seams_listed(arch, self._chosen(arch), "block")
 
     def _chosen(self, arch: Arch) -> tuple[int, ...]:
         count = self.of(arch)

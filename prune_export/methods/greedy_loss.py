@@ -38,7 +38,7 @@ class GreedyLoss(_parts.Amount):
     removals are revised, or a `beam` followed; parts of blocks can go.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     shortlist: Annotated[
         int | None,

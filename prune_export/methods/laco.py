@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Folded, Further, ModelView, TokenSet, block_bytes
+from prune_export.calibrate import Folded, Further, ModelView, TokenSet, Unit, block_bytes
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
-from prune_export.methods import _collapse, _depth
+from prune_export.methods import _collapse, _depth, _seams
 from prune_export.silenced import Silenced
 from prune_export.surgery import Drop, Edit, Overwrite
 
@@ -39,7 +39,7 @@ class Laco(_depth.Amount):
     samples are calibration windows instead of ten sentences.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     merge: Annotated[
         Literal["rdsc", "last", "drop"],
@@ -171,7 +171,11 @@ class Laco(_depth.Amount):
             "threshold": found.threshold,
             "passes": {"block_forwards": forwards},
         }
-        return Decision(tuple(edits), log)
+        return self.refitted(model, Decision(tuple(edits), log), [Unit(one) for one in dropped])
+
+    def seams_at_most(self, arch: Arch) -> str:
+        """How many layers may stand alone before those that fold into them."""
+        return _seams.at_most(self.of(arch)) if self._exact else "each seam"
 
     @property
     def _exact(self) -> bool:

@@ -27,7 +27,7 @@ class Perplexity(_parts.Amount):
     calibration data), the first four and the last two blocks protected.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     contiguous: _depth.Contiguous = False
     protect_first: Annotated[int, Field(ge=0, description="First blocks never removed.")] = 4

@@ -34,7 +34,7 @@ class Taylor(_parts.Amount):
     Differs: gradients are in float32 and exact; all calibration windows are used, not ten.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     contiguous: _depth.Contiguous = False
     protect_first: Annotated[

@@ -15,7 +15,7 @@ from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Cost, Noted, Silencing, Sparse
+from prune_export.contracts import Cost, Noted, Refitting, Silencing, Sparse
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
@@ -173,7 +173,12 @@ class _Planner:
     def _prune(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         after = stage.entry.predict(arch)
         statistics = stage.entry.statistics(arch)
-        cost, note = Cost(), ""
+        cost, note, more = Cost(), "", ""
+        if isinstance(stage.entry, Refitting) and (
+            stage.data in self.recipe.data or stage.entry.needs_data
+        ):
+            statistics += stage.entry.passes_with_data(arch)
+            more = stage.entry.refit_note(arch)
         if statistics:
             source = self._source(stage)
             samples, length = windows_of(source, self.recipe.root), source.length
@@ -188,8 +193,8 @@ class _Planner:
                 seconds=found.seconds,
             )
             note = f"{samples} x {length} tokens"
-        if isinstance(stage.entry, Noted):
-            note = "; ".join(part for part in (note, stage.entry.note(arch)) if part)
+        own = stage.entry.note(arch) if isinstance(stage.entry, Noted) else ""
+        note = "; ".join(part for part in (note, own, more) if part)
         written = self.size(after).bytes
         cost = dataclasses.replace(
             cost,

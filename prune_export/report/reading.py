@@ -87,6 +87,21 @@ class StageReading:
         return tuple(sorted(int(block) for block in self.log.get("dropped") or ()))
 
     @property
+    def refitted(self) -> str:
+        """What was refitted at the seams of its cut, or why nothing was; empty if nothing says."""
+        log = self.log.get("refit") or {}
+        if not log.get("taken"):
+            return f"no projection was refitted: {log['why']}" if log.get("why") else ""
+        done = [one for one in log.get("seams") or () if one.get("ridge") is not None]
+        blocks = text_from_blocks(tuple(sorted(int(one["block"]) for one in done)))
+        text = f"refitted {len(done)} projection{'' if len(done) == 1 else 's'} before what was "
+        text += f"removed, in block{'' if len(done) == 1 else 's'} {blocks}"
+        if log.get("held_out_loss"):
+            before, after = (as_number(loss) for loss in log["held_out_loss"])
+            text += f": held-out loss {before:.3f} before, {after:.3f} after"
+        return text
+
+    @property
     def losses(self) -> list[tuple[int, float, float | None]]:
         """(step, loss, learning rate) of each logged training step."""
         return [

@@ -25,7 +25,7 @@ from prune_export.calibrate import (
     token_set,
 )
 from prune_export.checkpoint import Checkpoint, card_license, import_gguf, read_gguf_header
-from prune_export.contracts import Work
+from prune_export.contracts import Refitting, Work
 from prune_export.errors import PruneExportError, StageError
 from prune_export.machine import Machine
 from prune_export.progress import Progress
@@ -221,6 +221,8 @@ def pruned(
         checkpoint = Checkpoint.open(source)
         arch = checkpoint.arch(bench.ignore_keys)
         asked = stage.entry.statistics(arch)
+        if isinstance(stage.entry, Refitting):
+            asked += stage.entry.passes_with_data(arch)
         view = ModelView(arch, checkpoint, {})
         if asked and data:
             # Here, as engines are artifacts themselves.

@@ -67,6 +67,10 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     assert json.loads(json.dumps(decision.log)), "the log says what was decided, as JSON"
+    refit = decision.log.get("refit", {})
+    assert refit.get("taken", True) or refit["why"]
+    for seam in refit.get("seams", ()):
+        assert seam["state_error"][1] <= seam["state_error"][0], "held-out states are truer"
 
 
 def test_the_documented_method_works_as_a_plugin(

@@ -139,7 +139,7 @@ def test_the_written_model_is_the_one_that_was_measured(
     model_type: str, merge: Any, tmp_path: Path
 ) -> None:
     tiny, model = view(tmp_path, model_type)
-    method = Laco(remove=2, merge=merge, merge_layers=3, lowest=0)
+    method = Laco(remove=2, merge=merge, merge_layers=3, lowest=0, refit=False)
     decision = method.decide(model)
     out = tmp_path / "out"
     rewrite(model.checkpoint, tiny.arch, decision.edits, out, ram_bytes=1 << 30)
@@ -152,7 +152,7 @@ def test_the_written_model_is_the_one_that_was_measured(
 
 def test_last_is_dropping_with_transferred_norms(tmp_path: Path) -> None:
     tiny, model = view(tmp_path, "llama")
-    decision = Laco(remove=2, merge="last", merge_layers=3, lowest=0).decide(model)
+    decision = Laco(remove=2, merge="last", merge_layers=3, lowest=0, refit=False).decide(model)
     ((of, count, _),) = decision.log["folds"] if len(decision.log["folds"]) == 1 else ((0, 0, 0),)
     if not count:
         pytest.fail("the case was meant to have one run of two")
@@ -170,7 +170,9 @@ def test_last_is_dropping_with_transferred_norms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("remove", [1, 3])
 def test_every_target_is_met_exactly(target: Any, remove: int, tmp_path: Path) -> None:
     _, model = view(tmp_path, "llama")
-    decision = Laco(remove=remove, target=target, merge_layers=3, lowest=0).decide(model)
+    decision = Laco(remove=remove, target=target, merge_layers=3, lowest=0, refit=False).decide(
+        model
+    )
     assert len(decision.log["dropped"]) == remove
     assert sum(layers for _, layers, _ in decision.log["folds"]) == remove
 

@@ -12,6 +12,7 @@ import pytest
 from variants import FULL, made
 
 from prune_export.errors import CheckpointError
+from prune_export.report.card import model_card
 from prune_export.report.reading import Change, Report, perplexity_change
 from prune_export.verify.results import Perplexity
 
@@ -164,3 +165,20 @@ def test_losses_that_overflow_are_infinite() -> None:
     assert found is not None and found.high == math.inf
     endless = Perplexity("pruned", 2.0, 8, 16, 120, [1e300, 0.0] * 4)
     assert perplexity_change(before, endless) == Change(2.0)
+
+
+def test_a_refit_is_told_in_words() -> None:
+    report = made("no_heal")
+    stage = report["stages"][0]
+    assert Report.of(report).stages[0].refitted == ""
+    seams = [{"block": 12, "ridge": 0.1}, {"block": 3, "ridge": None}]
+    stage["log"]["refit"] = {"taken": True, "seams": seams, "held_out_loss": [3.8, 3.4]}
+    text = Report.of(report).stages[0].refitted
+    assert text == (
+        "refitted 1 projection before what was removed, in block 12: "
+        "held-out loss 3.800 before, 3.400 after"
+    )
+    assert text in model_card(Report.of(report))
+    stage["log"]["refit"] = {"taken": False, "why": "the stage has no calibration data"}
+    text = Report.of(report).stages[0].refitted
+    assert text == "no projection was refitted: the stage has no calibration data"
