@@ -1,13 +1,14 @@
-"""Records what a matrix of tiny recipes makes, byte by byte, so that a change of form shows as none.
+# ruff: noqa: E402 (the environment is set before anything reads it)
+"""Records what a matrix of tiny recipes makes, byte by byte, so that a mere move shows as none.
 
     python benchmarks/characterise.py --write before.json
     python benchmarks/characterise.py --check before.json
 
 Every method, healer and exporter that runs here works at least once, through a real `run`, on tiny
-random models of three families, with text made from a seed. Of each recipe the file holds the ids of
-all artifacts, and the sha256 of every file of theirs and of the result. An exit status of 1 says
-that something differs, and what. Takes three minutes on one core. A single thread is used, as
-sums in another order have other last bits.
+random models of three families, with text made from a seed. Of each recipe the file holds the ids
+of all artifacts, and the sha256 of every file of theirs and of the result. An exit status of 1 says
+that something differs, and what. Takes four minutes of one core. A single thread is used, as sums
+in another order have other last bits.
 
 What holds times is compared without them: of JSON, the keys in `TIMES`; of the model card, lines
 that say how long something took; of `report.html` and the figures, nothing. `LOOSE` names what no
@@ -51,7 +52,7 @@ LOOSE: Final[dict[str, str]] = {
     "build.log": "it says how long each was",
     "model.pt2": "a zip of what the compiler wrote, with its times and temporary names",
 }
-"""Files that hold more than their input decides, with the reason; that they are there is compared."""
+"""Files that hold more than their input decides, and why; that they are there is compared."""
 
 DATA: Final = """\
 data:
