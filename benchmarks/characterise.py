@@ -283,7 +283,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator
         if key not in new:
             yield f"gone     {key}"
         elif key not in old:
-            yield f"new      {key}"
+            yield f"new      {key}" + (f": {new[key]}" if key.endswith("refused") else "")
         elif old[key] != new[key]:
             yield f"differs  {key}"
 
