@@ -77,7 +77,7 @@ def built(exporter: Any, checkpoint: Path, out: Path, scratch: Path, threads: in
 
 def built_by_builder(checkpoint: Path, precision: str, out: Path, scratch: Path) -> int:
     """onnxruntime-genai's command line builder with its defaults; bytes a decoding step reads."""
-    from prune_export.exporters._genai_graph import decode_bytes
+    from prune_export.exporters.ort_genai.graph import decode_bytes
 
     done = out.with_suffix(".done")
     if not done.is_file():

@@ -114,7 +114,7 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     from prune_export.calibrate import Means, ModelView, TokenSet
     from prune_export.checkpoint import Checkpoint
     from prune_export.machine import Machine
-    from prune_export.nm import Nm
+    from prune_export.sparsity.nm import Nm
     from prune_export.surgery import rewrite
 
     cls = registry.find("methods", options.method)

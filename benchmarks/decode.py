@@ -60,12 +60,12 @@ def open_runner(kind: str, path: Path, threads: int) -> Any:
 
         return Onnx().open(path, machine)
     if kind == HANDED:
-        from prune_export.exporters._ort import OrtRunner
+        from prune_export.exporters._shared.ort_runner import OrtRunner
 
         decoder = json.loads((path / "genai_config.json").read_text("utf-8"))["model"]["decoder"]
         return OrtRunner(path / "model.onnx", machine, head_size=int(decoder["head_size"]))
     if kind == "genai runtime":
-        from prune_export.exporters._genai_runner import OgRunner
+        from prune_export.exporters.ort_genai.runner import OgRunner
 
         return OgRunner(path, machine)
     from prune_export.exporters.ort_genai import OrtGenai

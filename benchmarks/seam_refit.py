@@ -26,7 +26,7 @@ import torch
 from prune_export.calibrate import BlockInfluence, Means, ModelView, TokenSet, gather, token_set
 from prune_export.checkpoint import Checkpoint, import_gguf
 from prune_export.machine import Machine
-from prune_export.methods.deepest import Deepest
+from prune_export.methods.depth.deepest import Deepest
 from prune_export.progress import Silent
 from prune_export.recipe import LocalText
 from prune_export.surgery import rewrite

@@ -81,7 +81,7 @@ def _memory(options: argparse.Namespace) -> dict[str, Any]:
     from prune_export.calibrate import Means, ModelView, TokenSet, pass_cost
     from prune_export.checkpoint import Checkpoint
     from prune_export.machine import Machine
-    from prune_export.nm import Nm
+    from prune_export.sparsity.nm import Nm
     from prune_export.surgery import rewrite
 
     keep, of = map(int, options.pattern.split(":"))

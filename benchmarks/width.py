@@ -38,14 +38,14 @@ from transformers import AutoModelForCausalLM
 
 from prune_export.arch import Arch
 from prune_export.calibrate import SITES, Means, ModelView, TokenSet
-from prune_export.calibrate.cost import BATCH_TOKENS
+from prune_export.calibrate.passes.cost import BATCH_TOKENS
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
-from prune_export.methods import _width_sweep
-from prune_export.methods.llm_pruner import LlmPruner
-from prune_export.methods.minitron import Minitron
-from prune_export.methods.structured_wanda import StructuredWanda
-from prune_export.methods.taylor import Taylor
+from prune_export.methods.depth.taylor import Taylor
+from prune_export.methods.width.llm_pruner import LlmPruner
+from prune_export.methods.width.minitron import Minitron
+from prune_export.methods.width.structured_wanda import StructuredWanda
+from prune_export.pruning.width import width_passes
 from prune_export.surgery import Drop, rewrite
 
 BESIDE = " beside autograd"
@@ -134,7 +134,7 @@ def timed(given: argparse.Namespace, case: str, checkpoint: Checkpoint) -> dict[
     ids = _windows(given.calibration, given.model, given.length)[: given.samples]
     machine = Machine.detect(device="cpu", threads=given.threads)
     solves: list[float] = []
-    plain_refit = _width_sweep.refit
+    plain_refit = width_passes.refit
 
     def timed_refit(*args: Any, **keys: Any) -> Any:
         began = time.process_time()
@@ -142,7 +142,7 @@ def timed(given: argparse.Namespace, case: str, checkpoint: Checkpoint) -> dict[
         solves.append(time.process_time() - began)
         return found
 
-    _width_sweep.refit = timed_refit
+    width_passes.refit = timed_refit
     seconds: dict[str, list[float]] = {"floor": [], "own": [], "solves": []}
     walls: dict[str, list[float]] = {"floor": [], "own": []}
     for number in range(-1, given.rounds):  # round -1 warms up and is not kept
@@ -235,7 +235,7 @@ def work(view: ModelView, case: str, kind: str) -> None:
     elif kind == "floor":
         view.sweep(_Nothing())
     elif "scores" in case:
-        view.sweep(_width_sweep.Measure(method(case), view.arch))
+        view.sweep(width_passes.Measure(method(case), view.arch))
     else:
         method(case).decide(view)
 

@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Final, Protocol, Self, runtime_checkable
 
 import numpy as np
 
+from prune_export.ablated import Silenced
 from prune_export.arch import Arch
 from prune_export.calibrate import Further, ModelView, Statistic, TokenSet
 from prune_export.machine import Machine
 from prune_export.progress import Progress
-from prune_export.silenced import Silenced
 from prune_export.surgery import Edit
 
 

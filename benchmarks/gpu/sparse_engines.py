@@ -80,8 +80,8 @@ def exporter(engine: str, precision: str, variant: Variant, sliding: bool, batch
         from prune_export.exporters.onnx import Onnx
 
         return Onnx(precision=precision, logits="last", sliding=sliding and variant.sparse)
-    from prune_export.exporters._trt_profiles import Span
     from prune_export.exporters.tensorrt import Tensorrt
+    from prune_export.exporters.tensorrt.profiles import Span
 
     return Tensorrt(
         flavor="rtx" if engine == "rtx" else "tensorrt",

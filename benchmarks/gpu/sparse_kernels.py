@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _result import save
 
-from prune_export.exporters._aoti_sparse import chosen, probed
+from prune_export.exporters.aoti.sparse import chosen, probed
 
 SHAPES = {
     "SmolLM2-135M": [(576, 576), (192, 576), (1536, 576), (576, 1536)],

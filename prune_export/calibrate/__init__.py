@@ -1,41 +1,44 @@
 """Token sets, statistics and the stream that gathers them with one block in memory."""
 
-from prune_export.calibrate.angular_distance import AngularDistance
-from prune_export.calibrate.block_influence import BlockInfluence
-from prune_export.calibrate.bypass import OUTPUTS, Part, Unit
-from prune_export.calibrate.bypass_loss import BypassLoss, BypassLosses
-from prune_export.calibrate.cost import PassCost, block_bytes, parked_bytes, pass_cost
-from prune_export.calibrate.data import (
+from prune_export.calibrate.data.files import inside, local_files
+from prune_export.calibrate.data.sources import (
     changed_since_first,
     refuse_short,
     refuse_unreadable,
     token_set,
 )
-from prune_export.calibrate.data_files import inside, local_files
-from prune_export.calibrate.dense_stream import DENSE_STATES, added_times, has_target
-from prune_export.calibrate.edit_block import Edited, Editor
-from prune_export.calibrate.edit_stream import Order, Swept, sweep
-from prune_export.calibrate.folded import Chain, Folded, Layer
-from prune_export.calibrate.foreseen import Corrected
-from prune_export.calibrate.gradients import (
+from prune_export.calibrate.data.token_set import TokenSet
+from prune_export.calibrate.data.tokenizer import Tokenizer, refuse_unknown_tokens
+from prune_export.calibrate.passes.ablation import Removals, native_dtype
+from prune_export.calibrate.passes.cost import PassCost, block_bytes, parked_bytes, pass_cost
+from prune_export.calibrate.passes.dense_reference import DENSE_STATES, added_times, has_target
+from prune_export.calibrate.passes.gradients import (
     GradientReader,
     Gradients,
     Sums,
     gradients,
     spooled_bytes,
 )
-from prune_export.calibrate.junctions import Grams, JunctionGrams
-from prune_export.calibrate.norm_shares import NormShares, Shares
-from prune_export.calibrate.removals import Removals, native_dtype
-from prune_export.calibrate.seam_stream import (
+from prune_export.calibrate.passes.layer_merge import Chain, Folded, Layer
+from prune_export.calibrate.passes.norm_correction import Corrected
+from prune_export.calibrate.passes.seam_refit import (
     SEAM_STATES,
     CutModel,
     Repaired,
     held_out,
     repair,
 )
-from prune_export.calibrate.seams import Seam, seams_of
-from prune_export.calibrate.sites import (
+from prune_export.calibrate.passes.seams import Seam, seams_of
+from prune_export.calibrate.passes.sequential import Order, Swept, sweep
+from prune_export.calibrate.passes.sequential_block import Edited, Editor
+from prune_export.calibrate.passes.statistics import gather, refuse_unknown
+from prune_export.calibrate.statistics.angular_distance import AngularDistance
+from prune_export.calibrate.statistics.api import Collector, Further, Scope, Statistic
+from prune_export.calibrate.statistics.block_influence import BlockInfluence
+from prune_export.calibrate.statistics.norm_energy import NormShares, Shares
+from prune_export.calibrate.statistics.norm_input_covariance import Grams, JunctionGrams
+from prune_export.calibrate.statistics.skip_loss import BypassLoss, BypassLosses
+from prune_export.calibrate.streaming.linear_groups import (
     SITES,
     Gram,
     Site,
@@ -46,10 +49,7 @@ from prune_export.calibrate.sites import (
     linears,
     sites_of,
 )
-from prune_export.calibrate.statistics import Collector, Further, Scope, Statistic
-from prune_export.calibrate.stream import gather, refuse_unknown
-from prune_export.calibrate.tokenizer import Tokenizer, refuse_unknown_tokens
-from prune_export.calibrate.tokens import TokenSet
+from prune_export.calibrate.streaming.skip import OUTPUTS, Part, Unit
 from prune_export.calibrate.view import Engines, Means, ModelView
 
 __all__ = [

@@ -11,16 +11,16 @@ from typing import Any, Protocol
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate.bypass import OUTPUTS, Unit
-from prune_export.calibrate.edit_block import Editor
-from prune_export.calibrate.edit_stream import Order, Swept, sweep
-from prune_export.calibrate.gradients import GradientReader, Gradients, gradients
-from prune_export.calibrate.removals import Removals
-from prune_export.calibrate.seam_stream import CutModel, Repaired, repair
-from prune_export.calibrate.seams import Seam
-from prune_export.calibrate.statistics import Statistic
-from prune_export.calibrate.stream import gather
-from prune_export.calibrate.tokens import TokenSet
+from prune_export.calibrate.data.token_set import TokenSet
+from prune_export.calibrate.passes.ablation import Removals
+from prune_export.calibrate.passes.gradients import GradientReader, Gradients, gradients
+from prune_export.calibrate.passes.seam_refit import CutModel, Repaired, repair
+from prune_export.calibrate.passes.seams import Seam
+from prune_export.calibrate.passes.sequential import Order, Swept, sweep
+from prune_export.calibrate.passes.sequential_block import Editor
+from prune_export.calibrate.passes.statistics import gather
+from prune_export.calibrate.statistics.api import Statistic
+from prune_export.calibrate.streaming.skip import OUTPUTS, Unit
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent

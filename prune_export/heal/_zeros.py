@@ -17,8 +17,8 @@ from prune_export.arch import Arch
 from prune_export.calibrate import SITES, as_matrix
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import StageError
-from prune_export.nm import Nm
-from prune_export.sliding import holds
+from prune_export.sparsity.nm import Nm
+from prune_export.sparsity.slidesparse import holds
 from prune_export.units import MIB
 
 KeepZeros = Literal["auto"] | bool

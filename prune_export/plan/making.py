@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export import registry
+from prune_export.ablated import Silenced
 from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, Noted, Refitting, Silencing, Sparse
 from prune_export.errors import MissingExtra, PlanError
-from prune_export.hardware import Planned, refuse_impossible, windows_note
 from prune_export.machine import Machine
 from prune_export.plan.data import refuse_too_little
 from prune_export.plan.limits import what_does_not_fit, windows_of
 from prune_export.plan.planned import Plan, PlannedStage, Rates, Size
 from prune_export.plan.positions import refuse_long_requests, refuse_long_text
+from prune_export.plan.sparsity_rules import Planned, refuse_impossible, windows_note
 from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates, unreached
-from prune_export.silenced import Silenced
 from prune_export.units import MIB
 from prune_export.verify.generation import refuse_unknown_prompts
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from prune_export.exporters._genai_tokens import DIFFERENT
+from prune_export.exporters.ort_genai.tokens import DIFFERENT
 from prune_export.report.reading import Report, perplexity_change
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.report.table import interval, number, speed_text, times, workload_text

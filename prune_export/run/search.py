@@ -24,9 +24,9 @@ from prune_export.recipe import (
     templates,
     unreached,
 )
-from prune_export.run import artifacts, crew
+from prune_export.run import artifacts, executor
 from prune_export.run.artifacts import Base, Bench
-from prune_export.run.crew import Job
+from prune_export.run.executor import Job
 from prune_export.run.measure import dense_latency_ms, engine_speed
 from prune_export.store import Artifact, Key
 from prune_export.surgery import Drop, Edit, Keep, rewrite
@@ -104,7 +104,7 @@ def searched(
         for r in rows
     ]
     healer = heal_of(search)
-    with crew.hired(search, bench) as each:
+    with executor.hired(search, bench) as each:
         for number, result in each(jobs, "pruning"):
             rows[number].made = list(result.made)
             rows[number].pruned = result.perplexity
@@ -174,7 +174,7 @@ def _rows(
 
 def _heal(
     bench: Bench,
-    each: crew.Each,
+    each: executor.Each,
     search: Search,
     healer: Stage,
     rows: list[_Row],

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.contracts import BuildRecord
-from prune_export.patterns import patterns
+from prune_export.sparsity.patterns import patterns
 from prune_export.verify.results import Sparsity, WeightPattern
 
 _FEW: Final = 0.05

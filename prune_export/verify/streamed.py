@@ -8,9 +8,9 @@ import numpy as np
 import psutil
 import torch
 
-from prune_export.calibrate.cost import block_bytes
-from prune_export.calibrate.skeleton import Skeleton
-from prune_export.calibrate.stream import compute_dtype
+from prune_export.calibrate.passes.cost import block_bytes
+from prune_export.calibrate.passes.statistics import compute_dtype
+from prune_export.calibrate.streaming.layerwise_model import Skeleton
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Task

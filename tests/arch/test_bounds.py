@@ -10,7 +10,7 @@ import pytest
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.config import full_config
 from prune_export.errors import CheckpointError, PlanError, PruneExportError
-from prune_export.exporters import _genai_support
+from prune_export.exporters.ort_genai import support
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
@@ -61,18 +61,18 @@ def test_a_large_model_is_none_of_these(tmp_path: Path) -> None:
 )
 def test_a_heads_size_must_be_a_number(config: dict[str, Any], key: str) -> None:
     with pytest.raises(PlanError, match=f"config.json  {key}"):
-        _genai_support.head_size(config)
+        support.head_size(config)
 
 
 def test_rotary_values_must_be_numbers() -> None:
     for part in (float("nan"), {"a": 1}, "0.5", -1, True):
         with pytest.raises(PlanError, match="partial_rotary_factor"):
-            _genai_support._fraction({"partial_rotary_factor": part})
+            support._fraction({"partial_rotary_factor": part})
     rope = {"full_attention": {"rope_theta": {}}, "sliding_attention": {"rope_theta": 1.0}}
     with pytest.raises(PlanError, match="rope_theta"):
-        _genai_support.corrections({"model_type": "gemma3_text", "rope_parameters": rope})
+        support.corrections({"model_type": "gemma3_text", "rope_parameters": rope})
     with pytest.raises(PlanError, match="rope_theta"):
-        _genai_support.corrections(
+        support.corrections(
             {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_theta": 1}}}
         )
 

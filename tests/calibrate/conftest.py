@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prune_export.arch import Arch
 from prune_export.arch.table import table_for
-from prune_export.calibrate import TokenSet, edit_stream
+from prune_export.calibrate import TokenSet
+from prune_export.calibrate.passes import sequential
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 
@@ -99,12 +100,12 @@ def twin(tmp_path: Path) -> Callable[..., Twin]:
 @pytest.fixture
 def small_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two windows at once, so that five make a ragged last batch."""
-    monkeypatch.setattr(edit_stream, "BATCH_TOKENS", {"cpu": 24})
+    monkeypatch.setattr(sequential, "BATCH_TOKENS", {"cpu": 24})
 
 
 @pytest.fixture
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How a sweep goes, given by `indirect`: `repeated` is for want of room to park in."""
     if request.param == "repeated":
-        monkeypatch.setattr(edit_stream, "parked_bytes", lambda *_: 1 << 60)
+        monkeypatch.setattr(sequential, "parked_bytes", lambda *_: 1 << 60)
     return str(request.param)

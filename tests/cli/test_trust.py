@@ -69,7 +69,7 @@ def test_an_engine_with_a_pipe_or_a_device_in_it_is_not_opened(
      '{"search": {"past_present_share_buffer": true}, "model": {"decoder": {"head_size": {}}}}'],
 )  # fmt: skip
 def test_an_engines_configuration_is_checked(tmp_path: Path, text: str) -> None:
-    from prune_export.exporters._genai_runner import open_runner
+    from prune_export.exporters.ort_genai.runner import open_runner
 
     (tmp_path / "genai_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"genai_config\.json"):

@@ -18,10 +18,10 @@ from prune_export.arch.table import tables
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.exporters.onnx import Onnx
-from prune_export.methods._width import Width
+from prune_export.pruning.width.width_method import Width
 from prune_export.surgery import rewrite
 from tests.contracts.made import MACHINE, an_instance, view_for
-from tests.exporters.test_onnx import error, expected_logits, exported, padded, stepped
+from tests.exporters.onnx.test_onnx import error, expected_logits, exported, padded, stepped
 
 METHODS = registry.names("methods")
 FAMILIES = sorted(tables())

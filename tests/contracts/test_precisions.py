@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from prune_export.arch.table import tables
 from prune_export.exporters.onnx import Onnx
 from tests.contracts.made import MACHINE
-from tests.exporters.test_onnx import error, expected_logits, exported, padded, saved, stepped
+from tests.exporters.onnx.test_onnx import error, expected_logits, exported, padded, saved, stepped
 
 ALLOWED = {"fp32": 1e-5, "fp16": 3e-2, "bf16": 1e-1, "int8": 5e-1}
 """Largest error as a fraction of the largest logit; random models magnify every rounding."""

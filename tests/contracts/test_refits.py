@@ -18,14 +18,14 @@ from prune_export.calibrate import SITES, ModelView, added_times
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Decision, Refitting
 from prune_export.errors import PlanError
-from prune_export.methods import _seams
+from prune_export.pruning.depth import seam_refit
 from prune_export.surgery import Overwrite, rewrite
 from tests.contracts.made import an_instance, plain_view, units_of, view_for
 
 DEPTH = [
     (name, unit)
     for name in registry.names("methods")
-    if issubclass(registry.find("methods", name), _seams.Refits)
+    if issubclass(registry.find("methods", name), seam_refit.Refits)
     for unit in units_of(registry.find("methods", name))
 ]
 

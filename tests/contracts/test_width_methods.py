@@ -16,10 +16,10 @@ from tiny_models import PROMPT
 from prune_export import registry
 from prune_export.arch.table import tables
 from prune_export.calibrate import Further, ModelView
-from prune_export.calibrate.sites import as_matrix
+from prune_export.calibrate.streaming.linear_groups import as_matrix
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
-from prune_export.methods._width import Width
+from prune_export.pruning.width.width_method import Width
 from prune_export.surgery import Overwrite, rewrite
 from tests.contracts.made import plain_view
 

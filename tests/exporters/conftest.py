@@ -8,8 +8,8 @@ import onnx
 import pytest
 
 from prune_export.contracts import Work
-from prune_export.exporters._trt_graph import split_caches
 from prune_export.exporters.onnx import Onnx
+from prune_export.exporters.tensorrt.graph import split_caches
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 

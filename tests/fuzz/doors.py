@@ -20,7 +20,9 @@ from prune_export import hub
 from prune_export.checkpoint import Checkpoint, card_license, read_gguf_header
 from prune_export.checkpoint.loading import load_ends, load_tokenizer
 from prune_export.cli.engines import _exports
-from prune_export.exporters import _aoti_runner, _genai_runner, _genai_support
+from prune_export.exporters.aoti import runner as aoti_runner
+from prune_export.exporters.ort_genai import runner as ort_genai_runner
+from prune_export.exporters.ort_genai import support
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
 from prune_export.report import Report, model_card, summary_rows
@@ -60,9 +62,9 @@ def _arch(place: Path) -> None:
 
 def _genai(place: Path) -> None:
     arch = Checkpoint.open(place, weights=False).arch()
-    _genai_support.corrections(arch.config)
-    _genai_support.head_size(arch.config)
-    _genai_support.refuse(arch)
+    support.corrections(arch.config)
+    support.head_size(arch.config)
+    support.refuse(arch)
 
 
 @cache
@@ -203,8 +205,8 @@ DOORS: list[Door] = [
     Door("verification", "verify.json", "json",
          lambda place: _written("verify.json", _checks())(place), _verification),
     Door("genai-config", "genai_config.json", "json", _written("genai_config.json", GENAI),
-         _genai_runner._read_config),
+         ort_genai_runner._read_config),
     Door("aoti", "aoti.json", "json", _written("aoti.json", ABOUT),
-         lambda place: _aoti_runner._read_about(place / "aoti.json")),
+         lambda place: aoti_runner._read_about(place / "aoti.json")),
     Door("recipe", "recipe.yaml", "text", _written("recipe.yaml", RECIPE), _recipe),
 ]  # fmt: skip

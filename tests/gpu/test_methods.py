@@ -16,7 +16,7 @@ from prune_export import registry
 from prune_export.calibrate import Further, Means, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
-from prune_export.nm import Nm
+from prune_export.sparsity.nm import Nm
 from prune_export.surgery import rewrite
 
 pytestmark = [

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Work
 from prune_export.errors import PlanError
-from prune_export.exporters._aoti_sparse import MARGIN, chosen, probed
 from prune_export.exporters.aoti import Aoti
+from prune_export.exporters.aoti.sparse import MARGIN, chosen, probed
 from prune_export.exporters.onnx import Onnx
 from prune_export.machine import Machine
 from prune_export.progress import Silent
@@ -69,7 +69,7 @@ def test_a_compiled_model_computes_the_same(
     sparse: bool, two_of_four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here any kernel that runs counts as faster, so that the sparse path is taken."""
-    monkeypatch.setattr("prune_export.exporters._aoti_sparse.MARGIN", 0.0)
+    monkeypatch.setattr("prune_export.exporters.aoti.sparse.MARGIN", 0.0)
     machine = Machine.detect(device="cuda")
     work = Work(machine, Silent(), tmp_path)
     entry = Aoti(precision="bf16", sparse=sparse)

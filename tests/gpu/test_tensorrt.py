@@ -11,9 +11,9 @@ import torch
 
 from prune_export.contracts import Work
 from prune_export.errors import PlanError
-from prune_export.exporters._trt_binding import installed
-from prune_export.exporters._trt_profiles import Span
 from prune_export.exporters.tensorrt import Tensorrt
+from prune_export.exporters.tensorrt.binding import installed
+from prune_export.exporters.tensorrt.profiles import Span
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.verify.pytorch import PyTorch

@@ -126,7 +126,7 @@ def test_what_takes_long_to_read_is_left_to_the_run(
             with pytest.raises(PlanError, match=f"holds {1 if packing == 'windows' else 3}"):
                 refuse_short(source, tiny_llama, tmp_path, documents=documents)
             with monkeypatch.context() as patch:
-                patch.setattr("prune_export.calibrate.data.READ", 1000)
+                patch.setattr("prune_export.calibrate.data.sources.READ", 1000)
                 assert not refuse_short(source, tiny_llama, tmp_path, documents=documents)
 
 

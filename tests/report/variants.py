@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prune_export.exporters._genai_tokens import DIFFERENT
+from prune_export.exporters.ort_genai.tokens import DIFFERENT
 
 FULL = json.loads(Path(__file__).with_name("full.json").read_text(encoding="utf-8"))
 HOSTILE = (

@@ -14,7 +14,7 @@ from prune_export.progress import Silent
 from prune_export.recipe import Recipe
 from prune_export.run import artifacts
 from prune_export.run.artifacts import Bench
-from prune_export.run.crew import Desk
+from prune_export.run.executor import Desk
 from prune_export.store import Key, Store
 
 GPU = Machine("cuda", 8 << 30, 80 << 30, 4, 90)

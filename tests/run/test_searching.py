@@ -23,9 +23,9 @@ from prune_export.recipe.search import Candidate, Target, outside_of_blocks
 from prune_export.report import style
 from prune_export.report.pareto import frontier, pareto
 from prune_export.report.reading import CandidateReading, SearchReading
-from prune_export.run import Options, crew, plan, run
+from prune_export.run import Options, executor, plan, run
 from prune_export.run.artifacts import Base, Bench
-from prune_export.run.crew import Job
+from prune_export.run.executor import Job
 from prune_export.run.search import _going_on, _Row, _rows, _shaped
 from prune_export.store import Store
 from tests.run.test_run import SEARCH, STABLE, hashes
@@ -136,7 +136,10 @@ def test_a_worker_that_is_killed_is_told(options: Options) -> None:
     bench = Bench(Store(options.store), options.machine, Silent(), command="prune-export run it")
     stages: Any = (Deadly(),)
     jobs = [Job("a", stages, options.store, "id", {}, "ranking")]
-    with pytest.raises(StageError, match="was killed") as told, crew.hired(search, bench) as each:
+    with (
+        pytest.raises(StageError, match="was killed") as told,
+        executor.hired(search, bench) as each,
+    ):
         list(each(jobs, "pruning"))
     assert "prune-export run it" in str(told.value)
 

@@ -1,0 +1,1 @@
+"""Token sets, from texts that a recipe names."""

@@ -1,0 +1,1 @@
+"""Walks of calibration windows through a model, one block in memory."""

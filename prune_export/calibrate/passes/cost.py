@@ -1,0 +1,106 @@
+"""What a calibration pass takes, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+import torch
+
+from prune_export.arch import Arch
+from prune_export.calibrate.statistics.api import Further, Statistic
+from prune_export.calibrate.streaming.skip import after
+from prune_export.machine import Machine
+
+BATCH_TOKENS: Final[Mapping[str, int]] = {"cpu": 2048, "cuda": 16384}
+"""Tokens that go through a block at once: enough for full speed, little to hold."""
+
+_REPEATED: Final = 2.5
+"""Forward passes of a sweep that parks nothing: up to each of four sites, and to the end."""
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What a pass takes at its peak; `ram_bytes` comes over Python and torch themselves."""
+
+    ram_bytes: int
+    gpu_bytes: int
+    disk_bytes: int
+    flops: float
+    moved_bytes: int
+    seconds: float = 0.0
+
+
+def pass_cost(
+    arch: Arch,
+    statistics: Sequence[Statistic | Further],
+    samples: int,
+    length: int,
+    machine: Machine,
+) -> PassCost:
+    """What passes over `samples` windows of `length` tokens take, from shapes alone.
+
+    States count as spooled where they exceed half of the memory. All experts count as active.
+    """
+    item, residual, vocab = 4, arch.sizes["residual"], arch.sizes["vocab"]
+    block, average = block_bytes(arch, torch.float32), arch.block_parameters() / arch.layers
+    widest = max(size for name, size in arch.sizes.items() if name != "vocab")
+    ram = 3 * block + min(vocab, samples * length) * residual * item
+    ram += BATCH_TOKENS[machine.device] * (4 * widest + 6 * residual) * item
+    disk, flops, moved, handy = 0, 0.0, arch.parameters() * item, 0
+    for statistic in dict.fromkeys(statistics):
+        count = min(statistic.samples or samples, samples)
+        tokens = min(statistic.length or length, length)
+        bypassed = () if isinstance(statistic, Further) else statistic.bypassed
+        own = statistic.states if isinstance(statistic, Further) else 1 + len(bypassed)
+        states = own * count * tokens * residual * item
+        ram += (arch.layers + 1) * count * residual * item
+        if states > machine.ram_bytes // 2:
+            disk, moved = disk + 2 * states, moved + 2 * arch.layers * states
+        else:
+            ram += states
+        blocks = arch.layers + sum(after(unit, arch.layers) for unit in bypassed)
+        forwards = 1.0
+        if isinstance(statistic, Further):
+            forwards = statistic.forwards
+            ram, disk = ram + statistic.ram_bytes, disk + statistic.disk_bytes
+            dense = statistic.states > 1
+            parked = parked_bytes(arch, count * tokens, torch.float32, dense)
+            if statistic.parks and ram + parked <= machine.ram_bytes:
+                ram += parked
+            elif statistic.parks:
+                # Each block is computed again up to each of its sites instead.
+                forwards *= _REPEATED
+            handy += statistic.handy_bytes
+            moved += int(forwards) * arch.parameters() * item
+        each = 2 * average + 2 * tokens * residual
+        flops += forwards * count * tokens * blocks * each
+        if bypassed:
+            ram += 2 * vocab * residual * item
+            flops += 2.0 * count * tokens * (1 + len(bypassed)) * arch.head_parameters()
+    ram += min(handy, max(0, machine.ram_bytes // 2 - ram))
+    seconds = sum(one.seconds for one in statistics if isinstance(one, Further))
+    on_gpu = ram if machine.device == "cuda" else 0
+    return PassCost(ram, on_gpu, disk, flops, moved, seconds)
+
+
+def block_bytes(arch: Arch, dtype: torch.dtype) -> int:
+    """Bytes of the largest block."""
+    return max(
+        sum(prod(arch.shape(tensor)) for tensor in arch.block(layer)) * dtype.itemsize
+        for layer in range(arch.layers)
+    )
+
+
+def parked_bytes(arch: Arch, tokens: int, dtype: torch.dtype, dense: bool = False) -> int:
+    """What a sweep holds while all windows wait inside a block, at its widest site.
+
+    With `dense` (beside the dense model's states) also what the MLP's output will be added to.
+    """
+    residual, inner = arch.sizes["residual"], arch.sizes["residual"]
+    for name, size in arch.sizes.items():
+        if name.split(".")[0] == "mlp":
+            inner = max(inner, size)
+    return tokens * ((5 if dense else 4) * residual + 2 * inner) * dtype.itemsize

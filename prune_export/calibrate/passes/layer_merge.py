@@ -1,0 +1,205 @@
+"""How like the dense model's a model's last states are when layers are folded into others.
+
+A folded model is a chain of layers, each with the norms of one of the dense model's blocks and a
+weighted sum of several blocks' matrices. Chains that are tried one after the other differ in few
+layers: what comes before the first difference is computed once, and a layer that is a plain block
+is that block; nothing is copied.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from prune_export.arch import Arch
+from prune_export.calibrate.data.token_set import TokenSet
+from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
+from prune_export.calibrate.passes.statistics import check, compute_dtype
+from prune_export.calibrate.streaming.block_loader import threads
+from prune_export.calibrate.streaming.checkpointing import pass_key
+from prune_export.calibrate.streaming.layerwise_model import Skeleton
+from prune_export.checkpoint import Checkpoint
+from prune_export.machine import Machine
+from prune_export.progress import Progress, Silent
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with the norms of block `of`, and the sum of blocks' matrices times their weights."""
+
+    of: int
+    weights: tuple[tuple[int, float], ...]
+
+    @staticmethod
+    def plain(block: int) -> Layer:
+        """A block as it is."""
+        return Layer(block, ((block, 1.0),))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a block as it is."""
+        return self == Layer.plain(self.of)
+
+    def tensor(self, checkpoint: Checkpoint, arch: Arch, name: str) -> torch.Tensor:
+        """A stored tensor of block `of`, folded unless it belongs to a norm, in its own dtype."""
+        if arch.by_name[name].role.startswith("norm"):
+            return checkpoint.read_finite(name)
+        prefix = f"{arch.table.blocks}.{self.of}."
+        rest = name.removeprefix(prefix)
+        parts = [(f"{arch.table.blocks}.{block}.{rest}", weight) for block, weight in self.weights]
+        if len(parts) == 1 and parts[0][1] == 1.0:
+            return checkpoint.read_finite(parts[0][0])
+        first = checkpoint.read_finite(parts[0][0])
+        total = torch.zeros(first.shape, dtype=torch.float32)
+        for part, weight in parts:
+            total += weight * checkpoint.read_finite(part).float()
+        return total.to(first.dtype)
+
+
+Chain = tuple[Layer, ...]
+
+
+class Folded:
+    """Similarities of folded models to the dense one; a context manager.
+
+    `block_forwards` counts layers that windows went through. With `scratch` similarities are kept
+    there, so that a search that was killed goes on.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokens: TokenSet,
+        machine: Machine,
+        progress: Progress | None = None,
+        scratch: Path | None = None,
+        *,
+        arch: Arch | None = None,
+    ) -> None:
+        self.arch = arch or checkpoint.arch()
+        check(self.arch, tokens)
+        self.block_forwards = 0
+        self.dense: Chain = tuple(Layer.plain(block) for block in range(self.arch.layers))
+        self._checkpoint, self._machine, self._ids = checkpoint, machine, tokens.ids
+        self._progress = progress or Silent()
+        self._stack = ExitStack()
+        self._skeleton: Skeleton | None = None
+        self._loaded: dict[int, Layer] = {}
+        self._states: dict[Chain, torch.Tensor] = {}
+        self._known: dict[Chain, float] = {}
+        self._file = None
+        if scratch is not None:
+            key = pass_key(checkpoint, self.arch, tokens, machine, "folded-1")
+            self._file = scratch / f"folded-{key}.json"
+            self._load()
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(threads(self._machine.threads))
+        self._stack.enter_context(torch.inference_mode())
+        self._task = self._stack.enter_context(self._progress.task("Folding layers"))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._states.clear()
+        self._skeleton = None
+        self._stack.close()
+
+    def similarity(self, chain: Chain, *, keep: Iterable[Chain] = ()) -> float:
+        """The mean over the windows of the cosine between a window's last states, as one vector.
+
+        `keep` are chains that the next ones will start like: their states are kept.
+        """
+        if chain not in self._known:
+            keep = [self.dense, *keep]
+            dense = self._last(self.dense, keep)
+            found = self._last(chain, keep)
+            cosines = torch.nn.functional.cosine_similarity(
+                dense.flatten(1).double(), found.flatten(1).double()
+            )
+            self._known[chain] = float(cosines.mean())
+            self._save()
+        return self._known[chain]
+
+    def _last(self, chain: Chain, keep: Collection[Chain]) -> torch.Tensor:
+        """What the final norm makes of a chain's last states."""
+        skeleton = self._started()
+        at = next(i for i in range(len(chain), -1, -1) if chain[:i] in self._states)
+        states = self._states[chain[:at]]
+        for place in range(at, len(chain)):
+            states = self._run(skeleton, chain[place], states)
+            passed = chain[: place + 1]
+            if any(one[: place + 1] == passed for one in keep):
+                self._states[passed] = states
+        for known in list(self._states):
+            if not any(one[: len(known)] == known for one in keep):
+                del self._states[known]
+        norm = self.arch.final_norm
+        return states if norm is None else skeleton.model.get_submodule(norm)(states)
+
+    def _run(self, skeleton: Skeleton, layer: Layer, states: torch.Tensor) -> torch.Tensor:
+        self._place(skeleton, layer)
+        step = max(1, BATCH_TOKENS[self._machine.device] // states.shape[1])
+        self.block_forwards += 1
+        self._task.advance()
+        return torch.cat(
+            [
+                skeleton.run(layer.of, part, self._calls[layer.of])
+                for part in torch.split(states, step)
+            ]
+        )
+
+    def _place(self, skeleton: Skeleton, layer: Layer) -> None:
+        """Loads a layer into the block whose norms it has; others go where memory is short."""
+        if self._loaded.get(layer.of) == layer:
+            return
+        for other in list(self._loaded):
+            if len(self._loaded) >= self._most:
+                skeleton.free(other)
+                del self._loaded[other]
+        tensors = {
+            tensor.name: layer.tensor(self._checkpoint, self.arch, tensor.name)
+            for tensor in self.arch.block(layer.of)
+        }
+        skeleton.load(layer.of, skeleton.converted(tensors))
+        self._loaded[layer.of] = layer
+
+    def _started(self) -> Skeleton:
+        if self._skeleton is None:
+            dtype = compute_dtype(self._checkpoint, self._machine)
+            device = self._machine.device
+            made = Skeleton(self._checkpoint, self.arch, dtype=dtype, device=device)
+            made.look_up(self._ids.flatten())
+            self._calls = made.calls(self._ids)
+            self._states[()] = made.enter(self._ids)
+            made.forget_rows()
+            memory = self._machine.gpu_bytes if device == "cuda" else self._machine.ram_bytes
+            self._most = max(1, memory // 2 // block_bytes(self.arch, dtype))
+            self._skeleton = made
+        return self._skeleton
+
+    def _load(self) -> None:
+        if self._file is not None and self._file.exists():
+            rows: Sequence[Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            for chain, similarity in rows:
+                layers = (
+                    Layer(of, tuple((block, weight) for block, weight in weights))
+                    for of, weights in chain
+                )
+                self._known[tuple(layers)] = similarity
+
+    def _save(self) -> None:
+        if self._file is None:
+            return
+        rows = [
+            [[[layer.of, layer.weights] for layer in chain], similarity]
+            for chain, similarity in self._known.items()
+        ]
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(rows), encoding="utf-8")
+        partial.replace(self._file)

@@ -1,0 +1,402 @@
+"""Mends the seams of a cut in one pass, one block in memory: before each, a projection is refitted.
+
+The dense model's states and those of the cut one pass through the blocks. Where a block stands
+before a seam, the dense states go on to the goal first; then one projection of the block is changed
+so that what leaves the block is what they are there. Later seams see what earlier changes give.
+Some windows are held out: no change is fitted to them, and behind the last block the next-token
+loss on them says whether the cut model is better with the changes than without.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import torch
+from torch import nn
+
+from prune_export.arch import Arch
+from prune_export.calibrate.data.token_set import TokenSet
+from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
+from prune_export.calibrate.passes.dense_reference import Entered, added_times
+from prune_export.calibrate.passes.seam_fit import Mended, Moments, mended
+from prune_export.calibrate.passes.seams import Seam, steps
+from prune_export.calibrate.passes.statistics import check, compute_dtype
+from prune_export.calibrate.streaming.block_loader import loaded, threads
+from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
+from prune_export.calibrate.streaming.layerwise_model import Call, Skeleton
+from prune_export.calibrate.streaming.linear_groups import Weights, inputs_of
+from prune_export.calibrate.streaming.offload import Buffer
+from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.header import TORCH
+from prune_export.machine import Machine
+from prune_export.progress import Progress, Silent, Task
+
+SEAM_STATES: Final = 3
+"""Arrays of states that are held at most: the dense model's, the cut one's, and a goal inside of a
+block. What is held out of them goes through the cut model a second time, without the changes."""
+
+_HELD_OUT: Final = 8
+"""Every eighth window is held out; of fewer, the last one."""
+
+_LEAST: Final = 1e-20
+_LOSS: Final = "loss.json"
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """What a cut makes of a model: blocks that go, and tensors that have other values.
+
+    `values` are by stored name; `key` says what they are, for a killed pass to know them again.
+    """
+
+    dropped: frozenset[int]
+    values: Mapping[str, Callable[[], torch.Tensor]]
+    key: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Repaired:
+    """The refitted tensors, in files; what was done at each seam; held-out losses in nats.
+
+    `loss` are those of the cut model before and after, None where no window is held out.
+    """
+
+    folder: Path
+    logs: tuple[Mapping[str, Any], ...]
+    names: Mapping[str, Path]
+    loss: tuple[float, float] | None
+    tokens: int
+    held_out_tokens: int
+
+    def read(self, name: str) -> torch.Tensor:
+        """A refitted tensor, as it is to be stored."""
+        from safetensors import safe_open
+
+        with safe_open(self.names[name], framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+        return found
+
+
+def repair(
+    checkpoint: Checkpoint,
+    seams: Collection[Seam],
+    cut: CutModel,
+    tokens: TokenSet,
+    machine: Machine,
+    progress: Progress | None = None,
+    scratch: Path | None = None,
+    *,
+    arch: Arch | None = None,
+) -> Repaired:
+    """Refits what stands before `seams`, all of which have a site, from the first to the last.
+
+    With `scratch`, a pass that is killed goes on from there, and ends in the same bytes.
+
+    Raises:
+        PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
+        ValueError: of a model for which `added_times` is None.
+    """
+    arch = arch or checkpoint.arch()
+    check(arch, tokens)
+    temporary = scratch is None
+    scratch = scratch or Path(tempfile.mkdtemp(prefix="seams-"))
+    with ExitStack() as stack:
+        stack.enter_context(threads(machine.threads))
+        stack.enter_context(torch.inference_mode())
+        own = ["seams-1", repr(tuple(seams)), sorted(cut.dropped), sorted(cut.values), cut.key]
+        folder = scratch / f"seams-{pass_key(checkpoint, arch, tokens, machine, *own)}"
+        made = _Pass(checkpoint, arch, tuple(seams), cut, tokens, machine, Saves(folder), stack)
+        made.run(progress or Silent())
+    logs, names = [], {}
+    for number, step in enumerate(made.steps):
+        if step.mends:
+            log = json.loads((folder / f"{number}.json").read_text(encoding="utf-8"))
+            names.update(dict.fromkeys(log.pop("tensors"), folder / f"{number}.safetensors"))
+            logs.append(log)
+    heard = None
+    if made.held:
+        before, after = json.loads((folder / _LOSS).read_text(encoding="utf-8"))
+        heard = before, after
+    counts = made.fitted * tokens.length, made.held * tokens.length
+    repaired = Repaired(folder, tuple(logs), names, heard, *counts)
+    if temporary:
+        weakref.finalize(repaired, shutil.rmtree, scratch, ignore_errors=True)
+    return repaired
+
+
+def held_out(samples: int) -> list[int]:
+    """The windows that are not fitted to."""
+    found = list(range(_HELD_OUT - 1, samples, _HELD_OUT))
+    return found or ([samples - 1] if samples > 1 else [])
+
+
+class _Lane:
+    """States on their way; where they are in files, the next ones go into others."""
+
+    def __init__(self, make: Callable[[str], Buffer], name: str, *, spooled: bool) -> None:
+        self.name = name
+        self.states = make(name)
+        self.spare = make(f"{name}-spare") if spooled else self.states
+
+    def swap(self) -> None:
+        self.states, self.spare = self.spare, self.states
+
+
+class _Pass:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        arch: Arch,
+        seams: tuple[Seam, ...],
+        cut: CutModel,
+        tokens: TokenSet,
+        machine: Machine,
+        saves: Saves,
+        stack: ExitStack,
+    ) -> None:
+        times = added_times(arch)
+        if times is None:
+            raise ValueError(f"{arch.family}: outputs are not simply added to the states")
+        self.arch, self.cut, self.saves, self.times = arch, cut, saves, times
+        out = held_out(tokens.samples)
+        fitted = [row for row in range(tokens.samples) if row not in set(out)]
+        self.fitted, self.held = len(fitted), len(out)
+        self.ids = tokens.ids[fitted + out]
+        changed = {arch.by_name[name].layer or 0 for name in cut.values}
+        sites = [seam.site for seam in seams if seam.site is not None]
+        first = min({*cut.dropped, *changed, *(site.layer for site in sites)})
+        self.steps = steps(arch.layers, cut.dropped, seams, first)
+        self.last_fit = max(n for n, step in enumerate(self.steps) if step.mends)
+        if not self.held:
+            self.steps = self.steps[: self.last_fit + 1]
+        dtype = compute_dtype(checkpoint, machine)
+        self.skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
+        self.weights = Weights(self.skeleton)
+        length, residual = tokens.length, arch.sizes["residual"]
+        self.batch = max(1, BATCH_TOKENS[machine.device] // length)
+        self.inside = {seam.goal.layer for seam in seams if seam.goal.part == "attention"}
+        arrays = 2 * tokens.samples + self.held + (tokens.samples if self.inside else 0)
+        size = arrays * length * residual * dtype.itemsize
+        if machine.device == "cuda":
+            room = machine.gpu_bytes // 2 - 3 * block_bytes(arch, dtype)
+            held_on = "cuda" if size <= room // 2 else "cpu"
+        else:
+            held_on = "cpu"
+        free = machine.ram_bytes - psutil.Process().memory_info().rss
+        free -= 3 * block_bytes(arch, torch.float32)
+        self.spooled = held_on == "cpu" and size > free // 2
+
+        def buffer(rows: int, name: str) -> Buffer:
+            path = saves.folder / f"{name}.spool" if self.spooled else None
+            made = Buffer(
+                max(rows, 1), (length, residual), dtype, path=path, device=held_on
+            )  # fmt: skip
+            return stack.enter_context(made)
+
+        everywhere = partial(buffer, tokens.samples)
+        self.dense = _Lane(everywhere, "dense", spooled=self.spooled)
+        self.edited = _Lane(everywhere, "edited", spooled=self.spooled)
+        self.plain = _Lane(partial(buffer, self.held), "plain", spooled=self.spooled)
+        self.goal = everywhere("goal") if self.inside else None
+        self.saves.layout = tuple(sorted(self._in_memory()))
+
+    def run(self, progress: Progress) -> None:
+        """Goes from where the last save left off to the end."""
+        with progress.task("Refitting at the seams", len(self.steps)) as task:
+            done = self.saves.done()
+            task.advance(done)
+            if done == len(self.steps):
+                return
+            if done:
+                self._resume(done)
+            self.skeleton.look_up(self.ids.flatten())
+            calls = self.skeleton.calls(self.ids)
+            if not done:
+                for start, stop in self._batches(0, len(self.ids)):
+                    self.dense.states.write(start, self.skeleton.enter(self.ids[start:stop]))
+            self.skeleton.forget_rows()
+            layers = [step.layer for step in self.steps]
+            for number, _ in enumerate(loaded(self.skeleton, layers[done:]), done):
+                self._take(number, calls[layers[number]], task)
+                ended = number + 1 == len(self.steps)
+                if ended and self.held:
+                    self._hear()
+                if ended or self.spooled or self.saves.due():
+                    self.saves.save(number + 1, {} if ended else self._in_memory(), {})
+
+    def _take(self, number: int, call: Call, task: Task) -> None:
+        """Takes one step."""
+        step = self.steps[number]
+        if step.forks:
+            self._fork()
+        if step.dense:
+            self._advance_dense(step.layer, call)
+        if step.edited:
+            self._put_values(step.layer)
+            if self.held:
+                self._advance(self.plain, step.layer, call, 0, self.held)
+            if step.mends:
+                self._mend(number, step.mends, call)
+            start = 0 if number < self.last_fit else self.fitted
+            self._advance(self.edited, step.layer, call, start, len(self.ids))
+        task.advance()
+
+    def _fork(self) -> None:
+        """From here on the cut model has states of its own."""
+        for start, stop in self._batches(0, len(self.ids)):
+            states = self.dense.states.read(start, stop)
+            self.edited.states.write(start, states)
+            if start >= self.fitted:
+                self.plain.states.write(start - self.fitted, states)
+
+    def _advance_dense(self, layer: int, call: Call) -> None:
+        """Carries the dense model's states through a block; keeps a goal that lies in it."""
+        with ExitStack() as hooks:
+            entered = None
+            if layer in self.inside:
+                entered = Entered(self.skeleton, layer, self.times, hooks)
+            for start, stop in self._batches(0, len(self.ids)):
+                inputs = self.dense.states.read(start, stop).to(self.skeleton.device)
+                if entered is not None:
+                    entered.begin(start, inputs)
+                outputs = self.skeleton.run(layer, inputs, call)
+                if entered is not None and self.goal is not None:
+                    self.goal.write(start, entered.states(start))
+                    entered.forget(start)
+                self.dense.spare.write(start, outputs)
+        self.dense.swap()
+
+    def _advance(self, lane: _Lane, layer: int, call: Call, start: int, stop: int) -> None:
+        for first, last in self._batches(start, stop):
+            inputs = lane.states.read(first, last).to(self.skeleton.device)
+            lane.spare.write(first, self.skeleton.run(layer, inputs, call))
+        lane.swap()
+
+    def _put_values(self, layer: int) -> None:
+        """Puts what the cut says of a block into it."""
+        block = self.arch.block(layer)
+        if not any(tensor.name in self.cut.values for tensor in block):
+            return
+        read = self.skeleton.checkpoint.read_finite
+        stored = {
+            tensor.name: self.cut.values.get(tensor.name, partial(read, tensor.name))()
+            for tensor in block
+        }
+        self.skeleton.load(layer, self.skeleton.converted(stored))
+
+    def _mend(self, number: int, seam: Seam, call: Call) -> None:
+        """Refits the projection before a seam, whose block is loaded, and stores it."""
+        from safetensors.torch import save_file
+
+        assert seam.site is not None
+        (tensor,) = seam.site.tensors
+        module = self.skeleton.module(tensor)
+        bias = getattr(module, "bias", None)
+        moments = self._moments(seam, module, call)
+        weight = self.weights.read(tensor)
+        found = mended(weight, moments)
+        stored = dict[str, torch.Tensor]()
+        if found.change is not None:
+            stored[tensor.name] = self.weights.write(tensor, weight + found.change)
+            if bias is not None and found.bias is not None:
+                name = f"{tensor.name.removesuffix('weight')}bias"
+                own = getattr(torch, TORCH[self.skeleton.checkpoint.entries[name].dtype])
+                stored[name] = (bias.float() + found.bias).to(own).cpu()
+                bias.data.copy_(stored[name])
+        if not all(bool(value.isfinite().all()) for value in stored.values()):
+            # Too large for the dtype: as it was.
+            self.weights.write(tensor, weight)
+            if bias is not None and found.bias is not None:
+                bias.data.copy_(bias.float() - found.bias)
+            stored, found = {}, Mended(None, None, None, found.before, found.before)
+        folder = self.saves.folder
+        save_file({k: v.contiguous() for k, v in stored.items()}, folder / f"{number}.safetensors")
+        log = {
+            "projection": tensor.name,
+            "block": tensor.layer,
+            "removed": [_named(unit.layer, unit.part) for unit in seam.removed],
+            "ridge": found.ridge,
+            "state_error": [found.before, found.after],
+            "tensors": list(stored),
+        }
+        (folder / f"{number}.json").write_text(json.dumps(log), encoding="utf-8")
+
+    def _moments(self, seam: Seam, module: nn.Module, call: Call) -> Moments:
+        """What arrives at a projection, and what the states that leave its block lack."""
+        assert seam.site is not None
+        width = inputs_of(self.arch, seam.site.tensors[0])
+        caught: list[torch.Tensor] = []
+        moments = Moments(
+            width,
+            self.arch.sizes["residual"],
+            self.skeleton.device,
+            bias=getattr(module, "bias", None) is not None,
+            held_tokens=self.held * self.ids.shape[1],
+        )
+        handle = module.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
+        goals = self.goal if seam.goal.part == "attention" else self.dense.states
+        assert goals is not None
+        for start, stop in self._batches(0, len(self.ids)):
+            inputs = self.edited.states.read(start, stop).to(self.skeleton.device)
+            outputs = self.skeleton.run(seam.site.layer, inputs, call).float()
+            goal = goals.read(start, stop).to(self.skeleton.device).float()
+            weights = goal.square().mean(-1).clamp_min(_LEAST).reciprocal().flatten()
+            lacks = ((goal - outputs) / self.times).flatten(0, 1)
+            states = caught.pop().reshape(-1, width)
+            see = moments.see if start < self.fitted else moments.hold
+            see(states, lacks, weights)
+        handle.remove()
+        return moments
+
+    def _hear(self) -> None:
+        """The cut model's next-token loss on the held-out windows, before and after."""
+        self.skeleton.load_head()
+        ids = self.ids[self.fitted :]
+        losses = []
+        for lane, offset in ((self.plain, 0), (self.edited, self.fitted)):
+            total = sum(
+                self.skeleton.loss(lane.states.read(offset + start, offset + stop), ids[start:stop])
+                for start, stop in self._batches(0, self.held)
+            )
+            losses.append(total / (self.held * (ids.shape[1] - 1)))
+        (self.saves.folder / _LOSS).write_text(json.dumps(losses), encoding="utf-8")
+
+    def _resume(self, done: int) -> None:
+        self.saves.restore(self._in_memory())
+        if self.spooled:
+            if sum(step.dense for step in self.steps[:done]) % 2:
+                self.dense.swap()
+            if sum(step.edited for step in self.steps[:done]) % 2:
+                self.edited.swap()
+                self.plain.swap()
+
+    def _in_memory(self) -> dict[str, Buffer]:
+        if self.spooled:
+            return {}
+        lanes = {lane.name: lane.states for lane in (self.dense, self.edited, self.plain)}
+        return lanes | ({"goal": self.goal} if self.goal is not None else {})
+
+    def _batches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Windows at once from `start` on; none of them both fitted and held out."""
+        at = start
+        while at < stop:
+            end = min(at + self.batch, stop)
+            if at < self.fitted < end:
+                end = self.fitted
+            yield at, end
+            at = end
+
+
+def _named(layer: int, part: str) -> int | list[Any]:
+    """As a method's log says it: a block's number, or that and the part."""
+    return layer if part == "block" else [layer, part]

@@ -1,0 +1,246 @@
+"""Carries windows through a model while its blocks are edited on the way, one block in memory.
+
+Later blocks see what the edited earlier ones give. Inside a block, the order is the true one: the
+matrices that take the block's input are edited first, what they then give reaches the next, and so
+on. Every window is computed once for that: its computation is parked where a site's inputs arrive,
+all windows' inputs are seen there, the site's matrices are edited, and all go on. What is parked is
+held in memory; where that would be too much, the block is computed again up to each site instead.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import psutil
+import torch
+
+from prune_export.arch import Arch
+from prune_export.calibrate.data.token_set import TokenSet
+from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes, parked_bytes
+from prune_export.calibrate.passes.dense_reference import (
+    AIMED,
+    DENSE_STATES,
+    DenseStream,
+    added_times,
+)
+from prune_export.calibrate.passes.norm_correction import HEAD
+from prune_export.calibrate.passes.sequential_block import Block, Editor
+from prune_export.calibrate.passes.statistics import check, compute_dtype
+from prune_export.calibrate.streaming.block_loader import loaded, threads
+from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
+from prune_export.calibrate.streaming.layerwise_model import Call, Skeleton
+from prune_export.calibrate.streaming.linear_groups import Weights
+from prune_export.calibrate.streaming.offload import Buffer
+from prune_export.checkpoint import Checkpoint
+from prune_export.machine import Machine
+from prune_export.progress import Progress, Silent
+from prune_export.temporary import Temporary
+
+Order = Literal["sequential", "block"]
+
+_LOSS: Final = "loss.txt"
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """The edited matrices of a whole model, in files, and each block's logs by site.
+
+    `loss` is the edited model's mean next-token loss in nats over the windows, where it was asked
+    for.
+    """
+
+    folder: Path
+    logs: tuple[Mapping[str, Any], ...]
+    names: Mapping[str, Path]
+    loss: float | None = None
+
+    def read(self, name: str) -> torch.Tensor:
+        """An edited tensor, as it is to be stored."""
+        from safetensors import safe_open
+
+        with safe_open(self.names[name], framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+        return found
+
+    def values(self) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+        """Every edited tensor's name, and a function that reads it."""
+        for name in self.names:
+            yield name, partial(self.read, name)
+
+
+def sweep(
+    checkpoint: Checkpoint,
+    editor: Editor,
+    tokens: TokenSet,
+    machine: Machine,
+    progress: Progress | None = None,
+    scratch: Path | None = None,
+    *,
+    arch: Arch | None = None,
+    order: Order = "sequential",
+    loss: bool = False,
+    dense: bool = False,
+) -> Swept:
+    """The matrices that `editor` makes while `tokens` pass through the blocks that it has edited.
+
+    `order` is `sequential` (each site's inputs come from edited earlier sites of the block too) or
+    `block` (all sites of a block see the dense block; it is then computed a second time), as the
+    reference codes of Wanda and SparseGPT have it. With `dense`, the dense model's states go along,
+    and what gathers (`Aimed`) is told what a matrix has to give to be true to them. With `scratch`,
+    a sweep that is killed goes on from there, and ends in the same matrices bit for bit.
+
+    Raises:
+        PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
+        ValueError: `dense`, of a model for which `added_times` is None.
+    """
+    arch = arch or checkpoint.arch()
+    check(arch, tokens)
+    temporary = Temporary() if scratch is None else None
+    scratch = scratch or Path(temporary.path if temporary else "")
+    with ExitStack() as stack:
+        stack.enter_context(threads(machine.threads))
+        stack.enter_context(torch.inference_mode())
+        own = [editor.key, order, *(["loss"] if loss else []), *(["dense"] if dense else [])]
+        folder = scratch / f"sweep-{pass_key(checkpoint, arch, tokens, machine, *own)}"
+        made = Sweep(checkpoint, arch, editor, tokens, machine, order, Saves(folder), stack, dense)
+        made.asks_loss = loss
+        made.run(progress or Silent())
+    logs, names = [], {}
+    for layer in range(arch.layers):
+        logs.append(json.loads((folder / f"{layer}.json").read_text(encoding="utf-8")))
+        file = folder / f"{layer}.safetensors"
+        names.update(dict.fromkeys(logs[-1].pop("tensors"), file))
+    heard = float((folder / _LOSS).read_text(encoding="ascii")) if loss else None
+    swept = Swept(folder, tuple(logs), names, heard)
+    if temporary:
+        weakref.finalize(swept, temporary.close)
+    return swept
+
+
+class Sweep:
+    """One sweep: its states, where they are, and where it saves."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        arch: Arch,
+        editor: Editor,
+        tokens: TokenSet,
+        machine: Machine,
+        order: Order,
+        saves: Saves,
+        stack: ExitStack,
+        dense: bool,
+    ) -> None:
+        self.arch, self.editor, self.saves, self.order = arch, editor, saves, order
+        self.ids = tokens.ids
+        self.asks_loss = False
+        self.head_calls: list[Call] = []
+        dtype = compute_dtype(checkpoint, machine)
+        self.skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
+        self.weights = Weights(self.skeleton)
+        samples, length = self.ids.shape
+        self.batch = max(1, BATCH_TOKENS[machine.device] // length)
+        free = machine.ram_bytes - psutil.Process().memory_info().rss
+        free -= 3 * block_bytes(arch, torch.float32)
+        states = self.ids.numel() * arch.sizes["residual"] * dtype.itemsize
+        held_states = states * (1 + (DENSE_STATES if dense else 0))
+        parked = parked_bytes(arch, self.ids.numel(), dtype, dense)
+        if machine.device == "cuda":
+            room = machine.gpu_bytes // 2 - 3 * block_bytes(arch, dtype)
+            self.parks = parked + held_states <= room
+            held = "cuda" if held_states <= room // 2 else "cpu"
+        else:
+            self.parks = parked + held_states <= free
+            held = "cpu"
+        shape = (length, arch.sizes["residual"])
+        in_memory = held_states <= free // 2 or held == "cuda"
+
+        def buffer(name: str) -> Buffer:
+            path = None if in_memory else saves.folder / f"{name}.spool"
+            device = held if in_memory else "cpu"
+            return stack.enter_context(Buffer(samples, shape, dtype, path=path, device=device))
+
+        self.states = buffer("states")
+        self.spare = self.states if in_memory else buffer("spare")
+        self.dense: DenseStream | None = None
+        if dense:
+            times = added_times(arch)
+            if times is None:
+                raise ValueError(f"{arch.family}: outputs are not simply added to the states")
+            own = buffer("dense")
+            spare = own if in_memory else buffer("dense-spare")
+            goals = {kind: buffer(f"goal-{kind}") for kind in AIMED}
+            self.dense = DenseStream(self.skeleton, times, own, spare, goals)
+        self.saves.layout = tuple(self._held())
+
+    def run(self, progress: Progress) -> None:
+        """Goes from where the last save left off to the end."""
+        total = self.ids.numel() * self.arch.layers
+        with progress.task("Pruning block by block", total) as task:
+            done = self.saves.done()
+            task.advance(self.ids.numel() * done)
+            if done == self.arch.layers:
+                return
+            if done:
+                self.saves.restore(self._held())
+                if self.spare is not self.states and done % 2:
+                    self._swap()
+            self.skeleton.look_up(self.ids.flatten())
+            calls = self.skeleton.calls(self.ids)
+            self.head_calls = self.skeleton.calls(self.ids[:, :HEAD])
+            if not done:
+                for start, stop in self.batches():
+                    entered = self.skeleton.enter(self.ids[start:stop])
+                    for buffer in (self.states, *([self.dense.states] if self.dense else [])):
+                        buffer.write(start, entered)
+            self.skeleton.forget_rows()
+            for layer in loaded(self.skeleton, range(done, self.arch.layers)):
+                Block(self, layer, calls[layer], task).run()
+                self._swap()
+                last = layer + 1 == self.arch.layers
+                if last and self.asks_loss:
+                    (self.saves.folder / _LOSS).write_text(repr(self._loss()), encoding="ascii")
+                if last or self.spare is not self.states or self.saves.due():
+                    self.saves.save(layer + 1, {} if last else self._held(), {})
+
+    def _loss(self) -> float:
+        """The mean next-token loss of the windows, whose states have left the last block."""
+        self.skeleton.load_head()
+        total = sum(
+            self.skeleton.loss(self.states.read(start, stop), self.ids[start:stop])
+            for start, stop in self.batches()
+        )
+        samples, length = self.ids.shape
+        return total / (samples * (length - 1))
+
+    def _held(self) -> dict[str, Buffer]:
+        held = {"states": self.states} | ({"dense": self.dense.states} if self.dense else {})
+        return {name: buffer for name, buffer in held.items() if buffer.path is None}
+
+    def _swap(self) -> None:
+        self.states, self.spare = self.spare, self.states
+        if self.dense:
+            self.dense.swap()
+
+    def heads(self) -> Iterator[torch.Tensor]:
+        """The first tokens of all windows `[samples, HEAD, residual]`, some windows at once."""
+        device, rows = self.skeleton.device, max(1, self.batch * self.ids.shape[1] // HEAD)
+        held: list[torch.Tensor] = []
+        for start, stop in self.batches():
+            held.append(self.states.heads(start, stop, HEAD).to(device))
+            if stop == len(self.ids) or sum(map(len, held)) >= rows:
+                yield torch.cat(held)
+                held = []
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """First and last window, exclusive, of what goes through a block at once."""
+        for start in range(0, len(self.ids), self.batch):
+            yield start, min(start + self.batch, len(self.ids))

@@ -1,0 +1,248 @@
+"""One block of a sweep: its sites in the true order, what is seen at them, and what they become."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from prune_export.calibrate.passes.dense_reference import Aimed, Entered, has_target
+from prune_export.calibrate.passes.norm_correction import Foresees, foresee
+from prune_export.calibrate.streaming.layerwise_model import Call
+from prune_export.calibrate.streaming.linear_groups import Accumulator, Site, inputs_of, sites_of
+from prune_export.progress import Task
+
+if TYPE_CHECKING:
+    from prune_export.calibrate.passes.sequential import Sweep
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What an editor made of a site: new matrices `[out, in]` by stored name, and JSON about it."""
+
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Editor(Protocol):
+    """Edits the matrices of one site after another; it keeps nothing from one block to the next."""
+
+    @property
+    def key(self) -> str:
+        """Everything that decides what it does: a killed sweep goes on only with an equal one."""
+
+    def watch(self, site: Site, width: int, device: str) -> Accumulator | None:
+        """What gathers the inputs `[…, width]` of a site; None where the site stays as it is."""
+
+    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Any) -> Edited:
+        """New matrices for float32 copies `[out, in]` by stored name; `seen` is `watch`'s own."""
+
+
+class Arrived(Exception):
+    """The inputs of a site that is not yet edited have arrived, and are not to be parked."""
+
+
+class Block:
+    """One block: its sites, what is seen at them, and the windows' way through it."""
+
+    def __init__(self, a_sweep: Sweep, layer: int, call: Call, task: Task) -> None:
+        self.sweep, self.layer, self.call, self.task = a_sweep, layer, call, task
+        self.skeleton, self.editor = a_sweep.skeleton, a_sweep.editor
+        self.seen: dict[str, Accumulator] = {}
+        self.sites: dict[str, list[Site]] = {}
+        """By kind: one site, or those of all experts, at which tokens arrive together."""
+        self.logs: dict[str, Any] = {}
+        self.made: dict[str, torch.Tensor] = {}
+        self.edited: set[str] = set()
+        self.here: set[str] = set()
+        """The sites at which the windows that are now computed have been seen."""
+        self.entered: Entered | None = None
+
+    def run(self) -> None:
+        """Edits the block and carries the states through it."""
+        with ExitStack() as hooks:
+            for site in sites_of(self.sweep.arch, self.layer):
+                width = inputs_of(self.sweep.arch, site.tensors[0])
+                found = self.editor.watch(site, width, self.skeleton.device)
+                if found is not None:
+                    self.seen[site.name] = found
+                    self.sites.setdefault(site.kind, []).append(site)
+            if self.sweep.dense:
+                # While the block is as it was.
+                batches = self.sweep.batches()
+                self.sweep.dense.advance(self.layer, self.call, self.sites, batches)
+                times = self.sweep.dense.times
+                self.entered = Entered(self.skeleton, self.layer, times, hooks)
+            if self.sweep.order == "sequential":
+                self._foresee()
+            for kind, sites in self.sites.items():
+                modules = {
+                    self.skeleton.module(tensor) for site in sites for tensor in site.tensors
+                }
+                for module in sorted(modules, key=id):
+                    if sites[0].expert is None:
+                        handle = module.register_forward_pre_hook(partial(self._arrive, kind))
+                        hooks.callback(handle.remove)
+                    elif "forward" not in vars(module):
+                        module.forward = partial(self._experts, module)
+                        hooks.callback(delattr, module, "forward")
+            if self.sweep.order == "block":
+                self._block_order()
+            elif self.sweep.parks:
+                self._parked()
+            else:
+                self._repeated()
+        if self.seen:
+            name = next(iter(self.seen))
+            raise RuntimeError(f"block {self.layer}: no inputs arrived at {name}")
+        self._store()
+
+    def _foresee(self) -> None:
+        """Shows what wants it what arrives while the block is as it was."""
+        wanted = {}
+        for kind in list(self.sites)[1:]:  # before the first nothing is edited
+            for site in self.sites[kind]:
+                seen = self.seen[site.name]
+                if isinstance(seen, Foresees):
+                    wanted[self.skeleton.module(site.tensors[0])] = seen
+        if wanted:
+            call = self.sweep.head_calls[self.layer]
+            foresee(self.skeleton, self.layer, call, wanted, self.sweep.heads())
+
+    def _arrive(self, kind: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module
+        # OPT flattens windows before its MLP.
+        length = self.sweep.ids.shape[1]
+        self._see(kind, {None: args[0].reshape(-1, length, args[0].shape[-1])})
+
+    def _experts(
+        self, module: Any, states: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor
+    ) -> torch.Tensor:
+        """What transformers' experts compute, one after the other, with their inputs seen.
+
+        `states` `[tokens, residual]`; `chosen` and `shares` `[tokens, experts of each]`.
+        """
+        linear = nn.functional.linear
+        routed = [torch.where(chosen == expert) for expert in range(len(module.gate_up_proj))]
+        inputs = {expert: states[token] for expert, (token, _) in enumerate(routed)}
+        self._see("experts.in", {expert: x[None] for expert, x in inputs.items()})
+        inner = {
+            expert: module._apply_gate(linear(x, module.gate_up_proj[expert]))
+            for expert, x in inputs.items()
+        }
+        self._see("experts.out", {expert: x[None] for expert, x in inner.items()})
+        out = torch.zeros_like(states)
+        for expert, (token, place) in enumerate(routed):
+            made = linear(inner[expert], module.down_proj[expert]) * shares[token, place, None]
+            out.index_add_(0, token, made.to(out.dtype))
+        return out
+
+    def _see(self, kind: str, inputs: Mapping[int | None, torch.Tensor]) -> None:
+        """Inputs have arrived at the sites of a kind: see them, and wait for those of others."""
+        if kind in self.edited or kind in self.here or kind not in self.sites:
+            return
+        self.here.add(kind)
+        for site in self.sites[kind]:
+            seen, states = self.seen[site.name], inputs[site.expert]
+            if self.entered and has_target(site) and isinstance(seen, Aimed):
+                seen.aim(states, *self._target(site))
+            else:
+                seen.see(states)
+        if self.sweep.order == "block":
+            return
+        if not self.sweep.parks:
+            raise Arrived
+        from greenlet import getcurrent
+
+        getcurrent().parent.switch(kind)
+
+    def _target(self, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the matrix of a site is to give for the windows that are now computed."""
+        assert self.entered is not None
+        assert self.sweep.dense is not None
+        start = self.entered.at
+        bias: torch.Tensor | None = getattr(self.skeleton.module(site.tensors[0]), "bias", None)
+        return self.sweep.dense.wanted(site.kind, start, self.entered.states(start), bias)
+
+    def _enter(self, start: int, stop: int) -> torch.Tensor:
+        inputs = self.sweep.states.read(start, stop).to(self.skeleton.device)
+        if self.entered:
+            self.entered.begin(start, inputs)
+        return inputs
+
+    def _forward(self, start: int, stop: int) -> None:
+        inputs = self._enter(start, stop)
+        outputs = self.skeleton.run(self.layer, inputs, self.call)
+        if self.entered:
+            self.entered.forget(start)
+        self.sweep.spare.write(start, outputs)
+        self.task.advance(inputs.shape[0] * inputs.shape[1])
+
+    def _parked(self) -> None:
+        from greenlet import greenlet
+
+        waiting = [
+            (greenlet(partial(self._forward, *rows)), rows[0], set[str]())
+            for rows in self.sweep.batches()
+        ]
+        while waiting:
+            left, reached = [], set()
+            for one, start, mark in waiting:
+                self.here = mark
+                if self.entered:
+                    self.entered.at = start
+                name = one.switch()
+                if not one.dead:
+                    reached.add(name)
+                    left.append((one, start, mark))
+            waiting = left
+            for name in sorted(reached):
+                self._edit(name)
+
+    def _repeated(self) -> None:
+        while True:
+            reached = ""
+            for start, stop in self.sweep.batches():
+                self.here = set()
+                try:
+                    self._forward(start, stop)
+                except Arrived:
+                    (reached,) = self.here
+            if not reached:
+                return
+            self._edit(reached)
+
+    def _block_order(self) -> None:
+        for start, stop in self.sweep.batches():
+            self.here = set()
+            inputs = self._enter(start, stop)
+            self.skeleton.run(self.layer, inputs, self.call)
+        for name in self.sites:
+            self._edit(name)
+        for start, stop in self.sweep.batches():
+            self._forward(start, stop)
+
+    def _edit(self, kind: str) -> None:
+        for site in self.sites[kind]:
+            weights = {tensor.name: self.sweep.weights.read(tensor) for tensor in site.tensors}
+            result = self.editor.edit(site, weights, self.seen.pop(site.name))
+            for tensor in site.tensors:
+                if tensor.name in result.weights:
+                    value = result.weights[tensor.name]
+                    self.made[tensor.name] = self.sweep.weights.write(tensor, value)
+            self.logs[site.name] = dict(result.log)
+        self.edited.add(kind)
+
+    def _store(self) -> None:
+        from safetensors.torch import save_file
+
+        folder = self.sweep.saves.folder
+        save_file(self.made, folder / f"{self.layer}.safetensors")
+        known = self.logs | {"tensors": list(self.made)}
+        (folder / f"{self.layer}.json").write_text(json.dumps(known), encoding="utf-8")

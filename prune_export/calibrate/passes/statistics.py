@@ -1,0 +1,371 @@
+"""Carries windows of tokens through a model, one block in memory, and gathers statistics.
+
+Every statistic of a method is gathered in one pass. The states of all windows wait between two
+blocks, in memory or, where they exceed the budget, in a file. The pass computes in float32 on a
+CPU, in which it is fastest and exact, as only one block is ever held; on a GPU in the checkpoint's
+own dtype, but float16 as float32: some models' states exceed what float16 can say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from prune_export.arch import Arch
+from prune_export.calibrate.data.token_set import TokenSet
+from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
+from prune_export.calibrate.statistics.api import Collector, Listener, Scope, Statistic, Stepper
+from prune_export.calibrate.streaming.block_loader import loaded, threads
+from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
+from prune_export.calibrate.streaming.layerwise_model import Call, Skeleton
+from prune_export.calibrate.streaming.offload import Buffer
+from prune_export.calibrate.streaming.skip import Steps, Unit, after, bypassed
+from prune_export.checkpoint import Checkpoint
+from prune_export.errors import PlanError
+from prune_export.machine import Machine
+from prune_export.progress import Progress, Silent, Task
+from prune_export.temporary import Temporary
+
+
+def gather(
+    checkpoint: Checkpoint,
+    statistics: Sequence[Statistic],
+    tokens: TokenSet,
+    machine: Machine,
+    progress: Progress | None = None,
+    scratch: Path | None = None,
+    *,
+    arch: Arch | None = None,
+) -> dict[Statistic, Any]:
+    """The results of `statistics` over `tokens`, in one pass through the model.
+
+    With `scratch`, a pass that is killed goes on from there, and ends in the same result bit for
+    bit. Without, large states are spooled to a temporary directory.
+
+    Raises:
+        PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
+    """
+    wanted = tuple(dict.fromkeys(statistics))
+    arch = arch or checkpoint.arch()
+    check(arch, tokens)
+    if not wanted:
+        return {}
+    with ExitStack() as stack:
+        if scratch is None:
+            scratch = stack.enter_context(Temporary())
+        stack.enter_context(threads(machine.threads))
+        stack.enter_context(torch.inference_mode())
+        dtype = compute_dtype(checkpoint, machine)
+        folder = scratch / f"pass-{pass_key(checkpoint, arch, tokens, machine, *map(repr, wanted))}"
+        a_pass = _Pass(checkpoint, arch, wanted, tokens, machine, dtype, folder, stack)
+        a_pass.run(progress or Silent())
+        return {
+            statistic: collector.result()
+            for stream in a_pass.streams
+            for statistic, collector in stream.collectors.items()
+        }
+
+
+def check(arch: Arch, tokens: TokenSet) -> None:
+    """Refuses windows that the model cannot take.
+
+    Raises:
+        PlanError: they are longer than its positions, or hold ids that it does not know.
+    """
+    positions = arch.config.get("max_position_embeddings") or arch.config.get("n_positions")
+    if positions and tokens.length > int(positions):
+        raise PlanError(
+            "data  length",
+            f"got {tokens.length}, but the model has {positions} positions",
+            f"write `length: {positions}` or less",
+        )
+    refuse_unknown(arch, tokens)
+
+
+def refuse_unknown(arch: Arch, tokens: TokenSet) -> None:
+    """Refuses tokens that the model has no embedding of.
+
+    Raises:
+        PlanError: there is one.
+    """
+    last = int(tokens.ids.max()) if tokens.ids.numel() else -1
+    if last >= arch.sizes["vocab"]:
+        raise PlanError(
+            "data",
+            f"holds token id {last}, but the model knows {arch.sizes['vocab']} ids",
+            "make the tokens with this model's tokenizer; if a token was added to it, resize the "
+            "embedding",
+        )
+
+
+def compute_dtype(checkpoint: Checkpoint, machine: Machine) -> torch.dtype:
+    """What a pass computes in."""
+    bfloat16 = machine.device == "cuda" and checkpoint.dtype == "bfloat16"
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+@dataclass
+class _Stream:
+    """Windows on their way: the states of the whole model, and of variants without one unit.
+
+    `lanes` are the variants: None is the whole model, a unit the model without that.
+    """
+
+    ids: torch.Tensor
+    collectors: Mapping[Statistic, Collector]
+    lanes: tuple[Unit | None, ...]
+    states: Buffer
+    spare: Buffer | None
+    batch: int
+    calls: list[Call] = field(default_factory=list)
+
+    def enter(self, skeleton: Skeleton) -> None:
+        """Puts what enters the first block into the states."""
+        for start in range(0, len(self.ids), self.batch):
+            self.states.write(start, skeleton.enter(self.ids[start : start + self.batch]))
+
+    def advance(self, skeleton: Skeleton, layer: int, task: Task) -> None:
+        """Carries the states through a block."""
+        target = self.spare or self.states
+        count = len(self.ids)
+        call = self.calls[layer]
+        # Where a lane parts from the whole model, whose states are still those that enter.
+        for lane, without in enumerate(self.lanes):
+            if without is None or without.layer != layer:
+                continue
+            for start, stop in self._batches():
+                states = self.states.read(start, stop)
+                if without.part != "block":
+                    with bypassed(skeleton, layer, (without.part,)):
+                        states = skeleton.run(layer, states.to(skeleton.device), call)
+                    task.advance(states.shape[0] * states.shape[1])
+                target.write(lane * count + start, states)
+        for lane, without in enumerate(self.lanes):
+            if without is not None and without.layer >= layer:
+                continue
+            for start, stop in self._batches():
+                inputs = self.states.read(lane * count + start, lane * count + stop)
+                inputs = inputs.to(skeleton.device)
+                if without is None:
+                    outputs = self._seen(skeleton, layer, start, inputs)
+                else:
+                    outputs = skeleton.run(layer, inputs, call)
+                target.write(lane * count + start, outputs)
+                task.advance(inputs.shape[0] * inputs.shape[1])
+        if self.spare is not None:
+            self.states, self.spare = self.spare, self.states
+
+    def _seen(
+        self, skeleton: Skeleton, layer: int, start: int, inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """What a block of the whole model makes of its inputs, before the collectors' eyes."""
+        call = self.calls[layer]
+        steppers = [one for one in self.collectors.values() if isinstance(one, Stepper)]
+        steps = Steps(skeleton, layer, call) if steppers else None
+        with ExitStack() as hooks:
+            self._listen(skeleton, layer, hooks)
+            outputs = steps.run(inputs) if steps else skeleton.run(layer, inputs, call)
+        for collector in self.collectors.values():
+            collector.see(layer, start, inputs, outputs)
+        for stepper in steppers:
+            if steps:
+                stepper.step(layer, *steps.of(stepper.part, inputs, outputs))
+        return outputs
+
+    def _listen(self, skeleton: Skeleton, layer: int, hooks: ExitStack) -> None:
+        """Lets the listeners among the collectors see what arrives at their modules."""
+        for collector in self.collectors.values():
+            if not isinstance(collector, Listener):
+                continue
+            for tensor in skeleton.arch.block(layer):
+                if tensor.role in collector.roles:
+                    hear = partial(_arrived, collector, layer, tensor.role)
+                    handle = skeleton.module(tensor).register_forward_pre_hook(hear)
+                    hooks.callback(handle.remove)
+
+    def finish(self, skeleton: Skeleton) -> None:
+        """Tells the collectors the losses of all lanes."""
+        count = len(self.ids)
+        losses: dict[Unit | None, float] = {}
+        for lane, without in enumerate(self.lanes):
+            total = sum(
+                skeleton.loss(
+                    self.states.read(lane * count + start, lane * count + stop),
+                    self.ids[start:stop],
+                )
+                for start, stop in self._batches()
+            )
+            losses[without] = total / (count * (self.ids.shape[1] - 1))
+        own = {unit: loss for unit, loss in losses.items() if unit is not None}
+        for statistic, collector in self.collectors.items():
+            if statistic.bypassed:
+                collector.hear(losses[None], own)
+
+    def forget(self) -> None:
+        """Removes the states' files, if they are in files."""
+        for buffer in (self.states, self.spare):
+            if buffer is not None and buffer.path is not None:
+                buffer.path.unlink()
+
+    def work(self, layers: int) -> int:
+        """Tokens that go through blocks from beginning to end."""
+        blocks = sum(layers if lane is None else after(lane, layers) for lane in self.lanes)
+        return blocks * self.ids.numel()
+
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, len(self.ids), self.batch):
+            yield start, min(start + self.batch, len(self.ids))
+
+
+def _arrived(
+    collector: Listener, layer: int, role: str, module: torch.nn.Module, args: tuple[Any, ...]
+) -> None:
+    del module
+    collector.arrive(layer, role, args[0])
+
+
+class _Pass:
+    """One pass: its streams, their buffers, and where it saves."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        arch: Arch,
+        statistics: Sequence[Statistic],
+        tokens: TokenSet,
+        machine: Machine,
+        dtype: torch.dtype,
+        folder: Path,
+        stack: ExitStack,
+    ) -> None:
+        self.arch = arch
+        self.saves = Saves(folder)
+        self.device = machine.device
+        self.dtype = dtype
+        self.skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
+        self._stack = stack
+        self._states: dict[str, Buffer] = {}
+        self._kept: dict[str, Buffer] = {}
+        block = block_bytes(arch, dtype)
+        self._ram = machine.ram_bytes - psutil.Process().memory_info().rss - 3 * block
+        self._gpu = machine.gpu_bytes // 2 - 3 * block if machine.device == "cuda" else 0
+        groups: dict[tuple[int, int], list[Statistic]] = {}
+        for statistic in statistics:
+            samples = min(statistic.samples or tokens.samples, tokens.samples)
+            length = min(statistic.length or tokens.length, tokens.length)
+            groups.setdefault((samples, length), []).append(statistic)
+        self.streams = [
+            self._stream(number, tokens.ids[:samples, :length], group)
+            for number, ((samples, length), group) in enumerate(groups.items())
+        ]
+        self.saves.layout = tuple(sorted(self._states | self._kept))
+
+    def _stream(self, number: int, ids: torch.Tensor, statistics: Sequence[Statistic]) -> _Stream:
+        samples, length = ids.shape
+        residual = self.arch.sizes["residual"]
+
+        def scope(statistic: Statistic) -> Scope:
+            owner = f"{number}-{type(statistic).__name__}"
+            make = partial(self._buffer, owner)
+            return Scope(self.arch.layers, residual, samples, length, make)
+
+        collectors = {statistic: statistic.collector(scope(statistic)) for statistic in statistics}
+        lanes = (None, *sorted({unit for one in statistics for unit in one.bypassed}))
+        shape, rows = (length, residual), len(lanes) * samples
+        states = self._buffer(str(number), "states", rows, shape, self.dtype, states=True)
+        spare = None
+        if states.path is not None:
+            path = self.saves.folder / f"{number}-spare.spool"
+            spare = self._stack.enter_context(Buffer(rows, shape, self.dtype, path=path))
+        batch = max(1, BATCH_TOKENS[self.device] // length)
+        return _Stream(ids, collectors, lanes, states, spare, batch)
+
+    def _buffer(
+        self,
+        owner: str,
+        name: str,
+        rows: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        states: bool = False,
+    ) -> Buffer:
+        name = f"{owner}-{name}"
+        size = rows * prod(shape) * dtype.itemsize
+        if states and size <= self._gpu:
+            self._gpu -= size
+            made = Buffer(rows, shape, dtype, device=self.device)
+        elif size <= self._ram:
+            self._ram -= size
+            made = Buffer(rows, shape, dtype)
+        else:
+            made = Buffer(rows, shape, dtype, path=self.saves.folder / f"{name}.spool")
+        if made.path is None:
+            (self._states if states else self._kept)[name] = made
+        return self._stack.enter_context(made)
+
+    def run(self, progress: Progress) -> None:
+        """Goes from where the last save left off to the end."""
+        total = sum(stream.work(self.arch.layers) for stream in self.streams)
+        with progress.task("Calibrating", total) as task:
+            done = self._resume(task)
+            if done == self.arch.layers:
+                return
+            self.skeleton.look_up(torch.cat([stream.ids.flatten() for stream in self.streams]))
+            for stream in self.streams:
+                stream.calls = self.skeleton.calls(stream.ids)
+                if not done:
+                    stream.enter(self.skeleton)
+            self.skeleton.forget_rows()
+            for layer in loaded(self.skeleton, range(done, self.arch.layers)):
+                for stream in self.streams:
+                    stream.advance(self.skeleton, layer, task)
+                # A spooled state is overwritten by the block after next: it is marked each time.
+                spooled = any(stream.spare is not None for stream in self.streams)
+                if layer + 1 < self.arch.layers and (spooled or self.saves.due()):
+                    self.saves.save(layer + 1, self._states | self._kept, self._collected())
+            hearing = [stream for stream in self.streams if len(stream.lanes) > 1]
+            if hearing:
+                self.skeleton.load_head()
+            for stream in hearing:
+                stream.finish(self.skeleton)
+        if self.saves.any or self.saves.due():
+            # What follows may be killed as well; by then the states themselves are of no use.
+            self.saves.save(self.arch.layers, self._kept, self._collected())
+            for stream in self.streams:
+                stream.forget()
+
+    def _resume(self, task: Task) -> int:
+        done = self.saves.done()
+        if not done:
+            return 0
+        ended = done == self.arch.layers
+        state = self.saves.restore(self._kept if ended else self._states | self._kept)
+        for i, collector in enumerate(self._all_collectors()):
+            prefix = f"{i}."
+            own = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+            collector.restore(own)
+        for stream in self.streams:
+            if stream.spare is not None and done % 2:
+                stream.states, stream.spare = stream.spare, stream.states
+        before = sum(stream.work(self.arch.layers) for stream in self.streams)
+        task.advance(before * done / self.arch.layers)
+        return done
+
+    def _collected(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{i}.{key}": value
+            for i, collector in enumerate(self._all_collectors())
+            for key, value in collector.state().items()
+        }
+
+    def _all_collectors(self) -> list[Collector]:
+        return [one for stream in self.streams for one in stream.collectors.values()]

@@ -1,0 +1,145 @@
+"""Runs a loaded block without its attention or its MLP, and says what each of them adds to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal
+
+import torch
+
+from prune_export.calibrate.streaming.layerwise_model import Call, Skeleton
+
+Part = Literal["block", "attention", "mlp"]
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """What can be removed: a block, or its attention or its MLP alone."""
+
+    layer: int
+    part: Part = "block"
+
+
+def after(unit: Unit, layers: int) -> int:
+    """The blocks that must run for a model without a unit, once what enters its block is known."""
+    return layers - unit.layer - (unit.part == "block")
+
+
+OUTPUTS: Final[Mapping[Part, tuple[str, ...]]] = {
+    "attention": ("o", "o.bias"),
+    "mlp": ("down", "down.bias", "expert.down"),
+}
+"""The roles of what writes the output of a part of a block; zeros there remove the part."""
+
+_LANDMARKS: Final[Mapping[Part, tuple[str, ...]]] = {
+    "attention": ("o",),
+    "mlp": ("down", "router"),
+}
+"""The roles of matrices by which a part is found; experts are fused in memory, their router not."""
+
+
+@contextmanager
+def bypassed(skeleton: Skeleton, layer: int, parts: Collection[Part]) -> Iterator[None]:
+    """Inside, these parts of a loaded block give zeros; where they are modules, at no cost."""
+    with ExitStack() as undo:
+        for part in parts:
+            module, whole = _module(skeleton, layer, part)
+            if whole:
+                zeros = _zeros_and_none if part == "attention" else _zeros
+                _instead(module, partial(zeros, skeleton.arch.sizes["residual"]), undo)
+            else:
+                handle = module.register_forward_hook(lambda _m, _i, out: torch.zeros_like(out))
+                undo.callback(handle.remove)
+        yield
+
+
+Step = tuple[torch.Tensor, torch.Tensor]
+"""Residual states without what a part adds to them, and with it."""
+
+
+class Steps:
+    """The residual steps of a block's parts, found while it runs, at the cost of its norms.
+
+    A part's output is kept when the block runs; then the block runs again with what was kept in
+    place of the parts, or zeros. So whatever a family does with an output (scales it, norms it, or
+    norms the sum) is done to both sides of a step. Where both parts are added to what enters the
+    block (`Arch.parallel`), both steps start there; else that of the MLP starts where the
+    attention's ends.
+    """
+
+    def __init__(self, skeleton: Skeleton, layer: int, call: Call) -> None:
+        self._skeleton, self._layer, self._call = skeleton, layer, call
+        self._modules = {part: _module(skeleton, layer, part)[0] for part in ("attention", "mlp")}
+        self._kept: dict[str, Any] = {}
+
+    def run(self, states: torch.Tensor) -> torch.Tensor:
+        """What the whole block makes of states; the outputs of its parts are kept."""
+        with ExitStack() as undo:
+            for part, module in self._modules.items():
+                handle = module.register_forward_hook(partial(_keep, self._kept, part))
+                undo.callback(handle.remove)
+            return self._skeleton.run(self._layer, states, self._call)
+
+    def of(self, part: Part, states: torch.Tensor, outputs: torch.Tensor) -> Step:
+        """The step of one part; `states` were the last that ran, and gave `outputs`."""
+        if part == "attention":
+            return self._with((), states), self._with(("attention",), states)
+        if self._skeleton.arch.parallel:
+            return self._with((), states), self._with(("mlp",), states)
+        return self._with(("attention",), states), outputs
+
+    def _with(self, parts: Collection[str], states: torch.Tensor) -> torch.Tensor:
+        """What the block makes of states with only these parts, as they were."""
+        with ExitStack() as undo:
+            for part, module in self._modules.items():
+                kept = self._kept[part]
+                _instead(module, partial(_given, kept if part in parts else _blank(kept)), undo)
+            return self._skeleton.run(self._layer, states, self._call)
+
+
+def _module(skeleton: Skeleton, layer: int, part: Part) -> tuple[Any, bool]:
+    """The module of a part and True; where the block has none (OPT's MLP), that of its output."""
+    landmark = next(
+        tensor for tensor in skeleton.arch.block(layer) if tensor.role in _LANDMARKS[part]
+    )
+    leaf, block = skeleton.module(landmark), skeleton.block(layer)
+    for parent in block.modules():
+        if parent is not block and any(child is leaf for child in parent.children()):
+            return parent, True
+    return leaf, False
+
+
+def _instead(module: Any, forward: Callable[..., Any], undo: ExitStack) -> None:
+    """Lets a module compute with another `forward` until `undo`."""
+    # An instance's own `forward` hides that of its class.
+    module.forward = forward
+    undo.callback(delattr, module, "forward")
+
+
+def _zeros(width: int, *args: Any, **named: Any) -> torch.Tensor:
+    states: torch.Tensor = args[0] if args else named["hidden_states"]
+    assert states.shape[-1] == width
+    return torch.zeros_like(states)
+
+
+def _zeros_and_none(width: int, *args: Any, **named: Any) -> tuple[torch.Tensor, None]:
+    return _zeros(width, *args, **named), None
+
+
+def _keep(kept: dict[str, Any], part: str, module: Any, args: Any, output: Any) -> None:
+    del module, args
+    kept[part] = output
+
+
+def _given(output: Any, *args: Any, **named: Any) -> Any:
+    del args, named
+    return output
+
+
+def _blank(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)

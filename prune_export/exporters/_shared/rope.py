@@ -1,0 +1,40 @@
+"""Which rotary embeddings a model has, and the one that no exporter takes.
+
+            default  linear  yarn  llama3  longrope  dynamic
+onnx          yes      yes    yes    yes     yes        no
+tensorrt      as onnx, whose graph it builds from
+aoti          yes      yes    yes    yes     yes        no
+ort_genai     by family: `support`               no
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prune_export.errors import PlanError
+
+
+def rope_kinds(config: Mapping[str, Any]) -> set[str]:
+    """The rotary scalings of a full config; `gemma3` has one for each kind of attention."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, Mapping):
+        return {"default"}
+    parts = [value for value in rope.values() if isinstance(value, Mapping)] or [rope]
+    return {str(part.get("rope_type") or part.get("type") or "default") for part in parts}
+
+
+def refuse_rope(where: str, config: Mapping[str, Any]) -> None:
+    """Refuses frequencies that Python computes anew from the longest length seen so far.
+
+    Raises:
+        PlanError: with what is the same up to the model's own length.
+    """
+    if "dynamic" in rope_kinds(config):
+        raise PlanError(
+            where,
+            "no exporter takes rotary scaling `dynamic`, whose frequencies follow the longest "
+            "sequence so far",
+            'write `"rope_type": "default"` into config.json, which is the same up to '
+            f"{config.get('max_position_embeddings')} positions, or run it in PyTorch",
+        )

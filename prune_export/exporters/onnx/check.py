@@ -1,0 +1,140 @@
+"""Runs a fresh graph once and compares it with PyTorch, so that a broken one never leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from prune_export.errors import StageError
+from prune_export.exporters._shared.ort_runner import OrtRunner
+from prune_export.exporters.onnx.merge import parts
+from prune_export.exporters.onnx.replicate import Weight
+from prune_export.exporters.onnx.trace import weightless
+from prune_export.exporters.onnx.weights import Source, dequantize, quantize
+from prune_export.machine import Machine
+
+TOLERANCE: Final = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+"""Largest logit error allowed, as a fraction of the largest logit."""
+
+INT8_TOLERANCE: Final = 5e-1
+"""With int8 weights the runtime rounds activations to int8 as well, which random models magnify."""
+
+PROMPT: Final = 5
+
+
+def reference_logits(
+    config: Any, source: Source, ids: np.ndarray, dtype: torch.dtype, weights: Iterable[Weight] = ()
+) -> np.ndarray:
+    """PyTorch's logits float32 `[batch, length, vocab]`, one module's weights in memory at a time.
+
+    The model is the whole one, also where the graph has only what `source` leaves of it. The
+    weights are rounded to `dtype`, and those of `weights` that are stored as int8 as they are
+    stored; the computation is float32.
+    """
+    model = weightless(config, torch.float32)
+    model.config._experts_implementation = "eager"
+    stored = {
+        part: weight
+        for weight in weights
+        if weight.block is not None
+        for part in parts(weight.parameter)
+    }
+    for path, module in model.named_modules():
+        if any(parameter is not None for parameter in module._parameters.values()):
+            rounded = {} if isinstance(module, nn.Embedding) else stored
+            _stream(path, module, partial(_rounded, source=source, dtype=dtype, stored=rounded))
+    with torch.no_grad():
+        logits: np.ndarray = model(torch.from_numpy(ids), use_cache=False).logits.numpy()
+    return logits
+
+
+def _rounded(
+    name: str, source: Source, dtype: torch.dtype, stored: Mapping[str, Weight]
+) -> torch.Tensor:
+    values = replace(source, trim=None).read(name).to(dtype).float()
+    names = (name, *source.tied.get(name, ()))
+    weight = next((stored[other] for other in names if other in stored), None)
+    if weight is None or weight.block is None:
+        return values
+    stacked = values if values.dim() == 3 else values.unsqueeze(0)
+    for number, matrix in enumerate(stacked):  # in place: it is a copy already
+        expert = number if values.dim() == 3 else None
+        left = tuple(map(torch.from_numpy, np.ix_(*source.left(name, expert, matrix.shape))))
+        turned = matrix[left].t() if weight.transposed else matrix[left]
+        read = dequantize(*quantize(turned, weight.block), weight.block)
+        matrix[left] = read.t() if weight.transposed else read
+    return values
+
+
+def _stream(path: str, module: nn.Module, read: Callable[[str], torch.Tensor]) -> None:
+    empty = dict(module._parameters)
+
+    def load(*_: Any) -> None:
+        for name, parameter in empty.items():
+            if parameter is not None:
+                values = read(f"{path}.{name}")
+                module._parameters[name] = nn.Parameter(values, requires_grad=False)
+
+    def free(*_: Any) -> None:
+        module._parameters.update(empty)
+
+    module.register_forward_pre_hook(load)
+    module.register_forward_hook(free)
+
+
+def compare(
+    graph: Path,
+    config: Any,
+    source: Source,
+    dtype: torch.dtype,
+    machine: Machine,
+    *,
+    weights: Iterable[Weight] = (),
+    prepack: bool = True,
+) -> float:
+    """The largest logit error of a prompt and of one cached step, as a fraction of the largest.
+
+    Raises:
+        StageError: the graph does not load, or computes something else than PyTorch.
+    """
+    weights = tuple(weights)
+    int8 = any(weight.block is not None for weight in weights)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, PROMPT + 1))
+    expected = reference_logits(config, source, ids, dtype, weights)
+    with OrtRunner(graph, machine, prepack=prepack, fuse=not int8) as runner:
+        worst = _error(graph, runner, ids, expected, TOLERANCE[dtype])
+    if int8:  # once more as it will be used, with the runtime's own rounding of activations
+        with OrtRunner(graph, machine, prepack=prepack) as runner:
+            worst = _error(graph, runner, ids, expected, INT8_TOLERANCE)
+    return worst
+
+
+def _error(
+    graph: Path, runner: OrtRunner, ids: np.ndarray, expected: np.ndarray, tolerance: float
+) -> float:
+    prompt, _ = runner.step(ids[:, :PROMPT])
+    step, _ = runner.step(ids[:, PROMPT:])
+    scale = float(np.abs(expected).max())
+    found = (
+        ("the prompt", prompt, expected[:, PROMPT - prompt.shape[1] : PROMPT]),
+        ("a cached step", step, expected[:, PROMPT:]),
+    )
+    worst = 0.0
+    for what, got, wanted in found:
+        error = float(np.abs(got - wanted).max()) / scale
+        if not error <= tolerance:
+            raise StageError(
+                f"{graph}  {what}",
+                f"logits differ from PyTorch's by {error:.2g} of the largest one, "
+                f"expected at most {tolerance:g}",
+                "this is a bug of the exporter or the runtime: report it with the model's config",
+            )
+        worst = max(worst, error)
+    return worst

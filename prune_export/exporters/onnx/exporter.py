@@ -1,0 +1,252 @@
+"""`onnx`: a portable ONNX graph with a KV cache, of standard operators only.
+
+Inputs `input_ids`, `attention_mask`, `position_ids` and `past_key_values.{i}.key`/`.value`, outputs
+`logits` and `present.{i}.key`/`.value`: the names that the Hub's ONNX models have. Batch, sequence
+and past are dynamic. Tracing costs seconds for every block, and blocks are alike, so one of each
+kind is traced and stamped for the others; weights are copied from the checkpoint one at a time.
+
+What a wide checkpoint holds as zeros (`trim`) is not in the graph: each block has the channels and
+heads that are left of it, and none of a sub-block that only adds zero. `i` counts the caches, and a
+block without attention has none; their head counts are in the graph's inputs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import Field
+
+from prune_export.arch import Arch
+from prune_export.arch.table import table_for
+from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.loading import load_config
+from prune_export.contracts import BuildRecord, Cost, Runner, Work
+from prune_export.errors import MissingExtra, PlanError
+from prune_export.exporters._shared.ort_providers import (
+    Profile,
+    Provider,
+    ProviderName,
+    present,
+    runtime_version,
+)
+from prune_export.exporters._shared.rope import refuse_rope
+from prune_export.machine import Machine
+from prune_export.units import GIB
+
+if TYPE_CHECKING:
+    from prune_export.exporters.onnx.slidesparse import Slid
+
+_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}  # int8: the embedding stays fp32
+_TORCH: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"}
+_PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Onnx:
+    """A portable ONNX graph with a KV cache: opset 23, standard operators, any runtime."""
+
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16", "int8"],
+        Field(
+            description="of weights, cache and computation; int8 stores matrices in blocks of 32 "
+            "with a scale and keeps the rest in fp32"
+        ),
+    ] = "fp32"
+    logits: Annotated[
+        Literal["all", "last"],
+        Field(description="`last` computes the head for the last position only: faster prompts"),
+    ] = "all"
+    sliding: Annotated[
+        bool,
+        Field(
+            description="rewrite weights that keep 2N-2 of every 2N (6 of 8, and so 4 of 8) as "
+            "2 of 4, exactly, for hardware that knows no other pattern"
+        ),
+    ] = False
+
+    provider: Annotated[
+        ProviderName,
+        Field(
+            description="who runs it here: `auto` is `cuda` where the machine has a GPU and "
+            "onnxruntime knows it (onnxruntime-gpu), else `cpu`"
+        ),
+    ] = "auto"
+    sparse: Annotated[
+        bool,
+        Field(description="let `provider: tensorrt` use kernels for weights that hold 2 of 4"),
+    ] = False
+    profile: Annotated[
+        Profile, Field(description="shapes that `tensorrt` and `tensorrt_rtx` build for")
+    ] = field(default_factory=Profile)
+    provider_options: Annotated[
+        dict[str, str | int | float | bool],
+        Field(description="further options of the provider, by ONNX Runtime's own names"),
+    ] = field(default_factory=dict)
+
+    VERSION: ClassVar[str] = "3"
+    DIRECTORY: ClassVar[str] = "onnx"
+
+    def __post_init__(self) -> None:
+        self._provider()  # which refuses what cannot be
+        if self.sliding and self.precision == "int8":
+            raise PlanError(
+                "onnx.sliding",
+                "is of no use with `precision: int8`, which rounds weights but multiplies in fp32",
+                "write `precision: fp16`, or leave `sliding` out",
+            )
+
+    def check(self, arch: Arch, machine: Machine) -> None:
+        """Refuses in the plan what cannot work.
+
+        Raises:
+            MissingExtra: onnx, onnxscript or onnxruntime is not installed.
+            PlanError: the model computes what no graph can, or nothing here can run it.
+        """
+        refuse_rope("export: onnx", arch.config)
+        for package in _PACKAGES:
+            if find_spec(package) is None:
+                raise MissingExtra.of("export: onnx", package, "onnx")
+        self._provider().check(machine)
+
+    def longest(self, config: Mapping[str, Any]) -> int | None:
+        """What TensorRT's providers build for; others take any length."""
+        del config
+        return self.profile.length if self.provider.startswith("tensorrt") else None
+
+    def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
+        """What the export takes: the largest tensor twice, and the check of the whole graph."""
+        size = _BYTES[self.precision]
+        written = arch.parameters() * size
+        largest = max(prod(arch.shape(tensor)) for tensor in arch.stored())
+        return Cost(
+            ram_bytes=int(1.2 * GIB + largest * (size * (2 if self.sliding else 1) + 8)),
+            disk_bytes=written * (3 if self.sliding else 1),
+            flops=2.0 * 6 * 2 * arch.parameters(),
+            moved_bytes=2 * checkpoint_bytes + written * (6 if self.sliding else 2),
+            seconds=12.0,
+        )
+
+    def export(self, checkpoint: Path, out: Path, work: Work) -> BuildRecord:
+        """Writes `model.onnx`, `model.onnx_data`, config and tokenizer into the directory `out`.
+
+        Raises:
+            PlanError: this model's code cannot be traced block by block.
+            StageError: the written graph does not compute what PyTorch does.
+        """
+        start = perf_counter()
+        import torch
+
+        from prune_export.exporters._shared.trim import Trim
+        from prune_export.exporters.onnx import replicate
+        from prune_export.exporters.onnx import trace as tracing
+        from prune_export.exporters.onnx import weights as weight_files
+        from prune_export.exporters.onnx.widths import Fit
+
+        opened = Checkpoint.open(checkpoint)
+        trim = Trim.of(opened)
+        blocks = table_for(str(opened.config.get("model_type"))).blocks
+        config = load_config(checkpoint)
+        dtype = getattr(torch, _TORCH[self.precision])
+        last = self.logits == "last"
+        out.mkdir(parents=True, exist_ok=True)
+        with work.progress.task("trace one block of each kind", 1) as task:
+            trace = tracing.trace(config, dtype, blocks, last=last, trim=trim)
+            task.advance()
+        fit = Fit.of(trim, trace.parameter_of) if trim else None
+        stamped = replicate.stamp(trace, last=last, int8=self.precision == "int8", fit=fit)
+        source = weight_files.Source.of(opened, trace)
+        narrow = replace(source, trim=trim)
+        weight_files.write(stamped, narrow, dtype, out, work.progress)
+        _carry(opened, out)
+        slid = self._slid(out, work)
+        with work.progress.task("compare with PyTorch", 1) as task:
+            note = self._compared(out, config, narrow, stamped.weights, work.machine)
+            task.advance()
+        return BuildRecord(
+            exporter="onnx",
+            version=self.VERSION,
+            parameters=asdict(self) | {"opset": tracing.OPSET},
+            graph="model.onnx",
+            weight_bytes=weight_files.decode_bytes(stamped, dtype, trace.experts_visited)
+            + (slid.added_bytes if slid else 0),
+            seconds=perf_counter() - start,
+            toolchain=_toolchain(),
+            notes=(
+                f"{len(set(trace.kinds))} of {len(trace.kinds)} blocks traced",
+                *([trim.note()] if trim else ()),
+                note,
+                *filter(None, (self._provider().note(work.machine),)),
+                *(slid.notes() if slid else ()),
+            ),
+            sparsity={"asked": True, "proven": None} if self.sparse else {},
+        )
+
+    def open(self, path: Path, machine: Machine) -> Runner:
+        """A runner for what `export` wrote at `path`.
+
+        Raises:
+            StageError: the graph does not load, or the wanted provider does not run it.
+        """
+        from prune_export.exporters._shared.ort_runner import OrtRunner
+
+        return OrtRunner(path / "model.onnx", machine, provider=self._provider())
+
+    def without_sparsity(self) -> Onnx | None:
+        """The same without windows and sparse kernels; None where there are none."""
+        off = replace(self, sliding=False, sparse=False)
+        return off if off != self else None
+
+    def _provider(self) -> Provider:
+        return Provider(
+            self.provider, self.precision, self.sparse, self.profile, self.provider_options
+        )
+
+    def _slid(self, out: Path, work: Work) -> Slid | None:
+        if not self.sliding:
+            return None
+        from prune_export.exporters.onnx.slidesparse import slide
+
+        with work.progress.task("rewrite sparse weights", 1) as task:
+            slid = slide(out / "model.onnx")
+            task.advance()
+        return slid
+
+    def _compared(self, out: Path, config: Any, source: Any, weights: Any, machine: Machine) -> str:
+        import onnx
+        import torch
+
+        from prune_export.exporters.onnx import check as checking
+
+        dtype = getattr(torch, _TORCH[self.precision])
+        # TensorRT reads this graph too, on a machine whose onnxruntime may know no GPU.
+        if dtype == torch.bfloat16 and not (machine.device == "cuda" and present("cuda")):
+            onnx.checker.check_model(str(out / "model.onnx"), full_check=True)
+            return "checked as a graph only: ONNX Runtime has no bfloat16 kernels for the CPU"
+        if dtype != torch.bfloat16:  # the CPU's float32 accumulation is the stricter test
+            machine = replace(machine, device="cpu")
+        written = (out / "model.onnx_data").stat().st_size
+        prepack = 2 * written + GIB < machine.ram_bytes
+        error = checking.compare(
+            out / "model.onnx", config, source, dtype, machine, weights=weights, prepack=prepack
+        )
+        return f"logits within {error:.1e} of PyTorch's, relative to the largest"
+
+
+def _carry(opened: Checkpoint, out: Path) -> None:
+    """Config, tokenizer, chat template and generation config, as the checkpoint has them."""
+    for path in (opened.path / "config.json", *opened.side_files()):
+        shutil.copyfile(path, out / path.name)
+
+
+def _toolchain() -> Mapping[str, str]:
+    packages = ("torch", "transformers", "onnx", "onnxscript")
+    versions = {package: metadata.version(package) for package in packages}
+    return versions | {"onnxruntime": runtime_version()}

@@ -1,0 +1,96 @@
+"""Runs onnxruntime-genai's model builder; a program, because the builder prints and never frees.
+
+    python -m prune_export.exporters.ort_genai.build REQUEST.json
+
+The request holds `source`, `out`, `cache`, `precision`, `options` and `corrections`. A checkpoint
+that is wide with zeros becomes a narrow graph.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.loading import NO_ADAPTER
+from prune_export.exporters._shared.trim import Trim
+from prune_export.exporters.ort_genai.trim import cut, leaves_out, narrow
+
+
+def main(request: dict[str, Any]) -> None:
+    """Builds the graph that the request describes into its `out`."""
+    from onnxruntime_genai.models import builder
+
+    source, out, cache = request["source"], request["out"], request["cache"]
+    where = ("", source, out, request["precision"], "cpu", cache)
+    options = [f"{key}={value}" for key, value in request["options"].items()]
+    prepared = builder.parse_extra_options(*where, options)
+    config = prepared["hf_details"]["hf_config"]
+    for key, value in request["corrections"].items():
+        setattr(config, key, value)
+    trim = Trim.of(Checkpoint.open(source))
+    if trim and request["precision"] == "fp16":
+        trim = trim.with_all_heads()  # its attention's mask has a row for each head of the model
+    caches = _prepare(builder, trim)
+    builder.create_model(*where, **prepared)
+    if caches:
+        _tell_caches(Path(out) / "genai_config.json", *caches)
+    if caches or request["precision"] == "fp16":
+        _forget_shapes(Path(out) / "model.onnx")
+
+
+def _prepare(builder: Any, trim: Trim) -> list[int]:
+    """Makes the builder read weights in float32, and narrow ones; gets the number of caches."""
+    from transformers import AutoModelForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+    start = builder.Model.make_inputs_and_outputs
+    chosen: list[Trim] = []
+    caches: list[int] = []
+
+    def loaded(*given: Any, **named: Any) -> Any:
+        # The builder folds constants into weights in the checkpoint's dtype; in bfloat16 Gemma's
+        # `1 + weight` loses most of its digits.
+        # It says nothing of adapters, and would trust code where an option said so.
+        named |= {"trust_remote_code": False, "adapter_kwargs": dict(NO_ADAPTER)}
+        model = load(*given, dtype="float32", **named)
+        for one in chosen:
+            cut(model, one)
+        return model
+
+    def started(made: Any) -> None:
+        # A runtime without any cache would not know how long the past is.
+        some = any(t.role == "o" and t.name not in trim.dead for t in trim.arch.stored())
+        chosen.append(trim if some and leaves_out(made, builder.Model) else trim.all_alive())
+        caches.append(narrow(made, chosen[0]))
+        start(made)
+
+    AutoModelForCausalLM.from_pretrained = loaded
+    if trim:
+        builder.Model.make_inputs_and_outputs = started
+    return caches
+
+
+def _tell_caches(config: Path, count: int) -> None:
+    """The runtime asks for as many caches as the config has layers."""
+    said = json.loads(config.read_text(encoding="utf-8"))
+    said["model"]["decoder"]["num_hidden_layers"] = count
+    config.write_text(json.dumps(said, indent=4), encoding="utf-8")
+
+
+def _forget_shapes(graph: Path) -> None:
+    """Drops the shapes of inner values, for which ONNX Runtime would stop.
+
+    The builder's are wrong in fp16, and it gives widths that differ by block the same name.
+    """
+    import onnx
+
+    model = onnx.load(str(graph), load_external_data=False)
+    del model.graph.value_info[:]
+    onnx.save(model, str(graph))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,0 +1,307 @@
+"""`export: ort_genai`: the fastest engine on ONNX Runtime's CPU, for families its builder knows.
+
+onnxruntime-genai's own model builder writes the graph (fused attention, weight-only quantized
+matrices) and `genai_config.json`, so onnxruntime-genai runs the directory as it is. Every build is
+loaded and compared with PyTorch before it counts. A checkpoint that is wide with zeros becomes a
+narrow graph (`trim`); genai_config.json's `num_hidden_layers` then counts the caches.
+
+Source: onnxruntime-genai 0.18, `onnxruntime_genai.models.builder`.
+Differs: what it reads of the config is corrected where it would build a wrong graph or none
+(windows of mistral and phi3, phi's epsilon, gemma3's two rotary bases, phi3's longrope). Options
+that make it write graphs of tied models that ONNX Runtime refuses (asymmetric int4, int8 head over
+int4) are not offered.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import Field
+
+from prune_export.arch import Arch
+from prune_export.checkpoint import Checkpoint
+from prune_export.contracts import BuildRecord, Cost, Runner, Work
+from prune_export.errors import CheckpointError, MissingExtra, PlanError, StageError
+from prune_export.exporters._shared.ort_providers import runtime_version
+from prune_export.exporters._shared.trim import Trim
+from prune_export.exporters.ort_genai.graph import decode_bytes
+from prune_export.exporters.ort_genai.runner import GRAPH, open_runner
+from prune_export.exporters.ort_genai.support import corrections, refuse
+from prune_export.machine import Machine
+from prune_export.units import MIB
+
+_PACKAGES: Final = ("onnxruntime-genai", "onnx", "onnx-ir")
+_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MAX_RELATIVE_ERROR: Final = {"fp32": 1e-3, "fp16": 5e-2}
+"""Largest logit error as a fraction of the logits' standard deviation."""
+_MAX_KL: Final = 0.1  # nats a token, for int8; SmolLM2-135M has 0.005
+_BITS: Final = {"fp32": 32.0, "fp16": 16.0, "int8": 9.0, "int4": 5.0}
+"""A stored weight with its share of scales, at the default block size."""
+
+
+@dataclass(frozen=True)
+class OrtGenai:
+    """onnxruntime-genai's graph: fused operators, int8 by default; the fastest on CPUs."""
+
+    VERSION: ClassVar[str] = "2"
+    DIRECTORY: ClassVar[str] = "genai"
+
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8", "int4"],
+        Field(description="int8 doubles decode speed, int4 costs quality, fp16 is slow on CPUs"),
+    ] = "int8"
+    logits: Annotated[
+        Literal["last", "all"],
+        Field(description="`last` computes the head for the last position only: faster prefill"),
+    ] = "last"
+    block_size: Annotated[
+        Literal[16, 32, 64, 128, 256],
+        Field(description="weights that share a scale, in int8 and int4"),
+    ] = 32
+    accuracy_level: Annotated[
+        Literal[0, 1, 4],
+        Field(description="int8 and int4 compute in: 4 int8, 1 float32, 0 what the kernel likes"),
+    ] = 4
+
+    def check(self, arch: Arch, machine: Machine) -> None:
+        """Refuses what the builder does not know, gets wrong, or cannot run here.
+
+        Raises:
+            MissingExtra: onnx, onnxruntime or onnxruntime-genai is not installed.
+            PlanError: the model is not one that the builder builds right.
+        """
+        del machine  # the engine is for CPUs, wherever it is built
+        for package in _PACKAGES:
+            try:
+                metadata.version(package)
+            except metadata.PackageNotFoundError as error:
+                raise MissingExtra.of("exporter ort_genai", package, "onnx") from error
+        if find_spec("onnxruntime") is None:  # whichever of its wheels
+            raise MissingExtra.of("exporter ort_genai", "onnxruntime", "onnx")
+        version = metadata.version("onnxruntime-genai")
+        if not version.startswith("0.18."):
+            raise PlanError(
+                "exporter ort_genai",
+                f"got onnxruntime-genai {version}, expected 0.18: its builder differs by version",
+                'run `pip install "onnxruntime-genai>=0.18,<0.19"`',
+            )
+        refuse(arch)
+
+    def longest(self, config: Mapping[str, Any]) -> int:
+        """The rows of the graph's tables of rotations."""
+        return int(config["max_position_embeddings"])
+
+    def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
+        """RAM for the builder, which holds the whole model in fp32; disk for the engine."""
+        weights = 4 * arch.parameters()
+        copies = 3 if self.precision.startswith("int") else 2  # measured: 2.8 and 1.3
+        disk = int(arch.parameters() * _BITS[self.precision] / 8)
+        return Cost(
+            ram_bytes=600 * MIB + copies * weights,
+            disk_bytes=disk,
+            flops=2.0 * arch.parameters() * 64,
+            moved_bytes=2 * checkpoint_bytes + 2 * disk,
+            seconds=20.0 + 0.2 * arch.layers,
+        )
+
+    def export(self, checkpoint: Path, out: Path, work: Work) -> BuildRecord:
+        """Writes graph, `genai_config.json`, tokenizer and configs into `out`, and tries them.
+
+        Raises:
+            CheckpointError: the checkpoint has no tokenizer.
+            StageError: the builder failed, or the engine does not compute what PyTorch does.
+        """
+        start = perf_counter()
+        source = Checkpoint.open(checkpoint)
+        if not any((checkpoint / name).is_file() for name in _TOKENIZERS):
+            raise CheckpointError(
+                str(checkpoint),
+                f"has no tokenizer ({', '.join(_TOKENIZERS)}); onnxruntime-genai needs one",
+                "copy the tokenizer of the base model beside the weights",
+            )
+        self._build(source, out, work)
+        _carry(source, out)
+        notes = self._try(checkpoint, out, work)
+        return BuildRecord(
+            exporter="ort_genai",
+            version=self.VERSION,
+            parameters=asdict(self),
+            graph=GRAPH,
+            weight_bytes=decode_bytes(out / GRAPH),
+            seconds=perf_counter() - start,
+            toolchain={package: metadata.version(package) for package in _PACKAGES}
+            | {"onnxruntime": runtime_version()},
+            notes=tuple(filter(None, (Trim.of(source).note(), *notes))),
+        )
+
+    def open(self, path: Path, machine: Machine) -> Runner:
+        """A runner for what `export` wrote at `path`; it runs on the CPU."""
+        return open_runner(path, machine)
+
+    def _build(self, source: Checkpoint, out: Path, work: Work) -> None:
+        config = source.full_config()
+        layers = int(config["num_hidden_layers"])
+        request = {
+            "source": str(source.path.resolve()),
+            "out": str(out.resolve()),
+            "cache": str((work.scratch / "genai-cache").resolve()),
+            "precision": self.precision,
+            "options": self._options(),
+            "corrections": corrections(config),
+        }
+        with work.progress.task("ort_genai: building", total=layers + 2) as task:
+
+            def follow(line: str) -> None:
+                if line.startswith("Reading layer"):
+                    task.advance()
+                elif line.startswith(("Saving ONNX", "Saving processing")):
+                    task.advance()
+                    task.note(line.split(" in ", 1)[0])
+
+            _run("build", request, work, follow)
+
+    def _options(self) -> dict[str, str]:
+        options = {
+            # A cache as long as the context for blocks with a sliding window, so that the graph
+            # runs anywhere; bounded caches need onnxruntime-genai to feed them.
+            "windowed_kv_cache": "false",
+            "prune_lm_head": str(self.logits == "last").lower(),
+        }
+        if self.precision.startswith("int"):
+            options |= {
+                "block_size": str(self.block_size),
+                "accuracy_level": str(self.accuracy_level),
+            }
+        return options
+
+    def _try(self, checkpoint: Path, out: Path, work: Work) -> tuple[str, str]:
+        answer = work.scratch / "genai-trial-answer.json"
+        request = {
+            "source": str(checkpoint.resolve()),
+            "out": str(out.resolve()),
+            "threads": work.machine.threads,
+            "answer": str(answer.resolve()),
+        }
+        with work.progress.task("ort_genai: comparing with PyTorch"):
+            _run("trial", request, work, lambda line: None)
+        found = json.loads(answer.read_text(encoding="utf-8"))
+        if problem := self._problem(found):
+            fix = "use the exporter `onnx` for this model, and report this one"
+            if self.precision == "int8":
+                fix = (
+                    "write `precision: fp32`, as a model that has lost much takes no rounding "
+                    f"(its perplexity tells); where that fails too, {fix}"
+                )
+            raise StageError(f"ort_genai: {out}", problem, fix)
+        tried = (
+            f"tried on {found['positions']} positions: largest logit error "
+            f"{found['max_error']:.1g}, KL {found['mean_kl']:.1g} nats, same choice "
+            f"{found['same_choice']}; onnxruntime-genai generated {found['generated']} tokens"
+        )
+        return tried, str(found["tokenizer"])
+
+    def _problem(self, found: Mapping[str, Any]) -> str:
+        """What is wrong with a trial's findings; empty when nothing is."""
+        if not found["finite"]:
+            return "the engine's logits are not finite"
+        limit = _MAX_RELATIVE_ERROR.get(self.precision)
+        relative = found["max_error"] / found["spread"]
+        if limit is not None and relative > limit:
+            return (
+                f"logits are off by {relative:.1e} of their standard deviation, "
+                f"expected at most {limit:.0e} in {self.precision}"
+            )
+        if self.precision == "int8" and found["mean_kl"] > _MAX_KL:
+            return f"KL from PyTorch is {found['mean_kl']:.2g} nats, expected at most {_MAX_KL}"
+        # Twice the error can turn a choice round; what is generated is not what was compared, so
+        # twice that again.
+        allowed = max(4 * found["max_error"], (limit or 0) * found["spread"])
+        if self.precision != "int4" and found["worst_choice"] > allowed:
+            return (
+                f"onnxruntime-genai chose a token {found['worst_choice']:.2g} logits below "
+                f"PyTorch's best, expected at most {allowed:.2g}"
+            )
+        return ""
+
+
+def _carry(source: Checkpoint, out: Path) -> None:
+    """Copies what the builder left behind: the model's and the generation config, licences."""
+    for file in (source.path / "config.json", *source.side_files()):
+        if not (out / file.name).exists():
+            half = out / f"{file.name}.partial"  # a killed run must not leave half a file behind
+            shutil.copyfile(file, half)
+            half.replace(out / file.name)
+
+
+def _run(
+    program: str, request: Mapping[str, Any], work: Work, follow: Callable[[str], None]
+) -> None:
+    """Runs one of the programs beside this file, its output in a log in the scratch directory.
+
+    Raises:
+        StageError: it failed; the message has the end of its log.
+    """
+    name = program.strip("_").replace("_", "-")
+    work.scratch.mkdir(parents=True, exist_ok=True)
+    written = work.scratch / f"{name}.json"
+    written.write_text(json.dumps(request, sort_keys=True), encoding="utf-8")
+    log = work.scratch / f"{name}.log"
+    # Unbuffered (-u): progress comes as it is made, and a traceback stays below what led to it.
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        f"prune_export.exporters.ort_genai.{program}",
+        str(written),
+    ]
+    with (
+        log.open("w", encoding="utf-8") as kept,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=_environment(work.machine.threads),
+        ) as process,
+    ):
+        try:
+            for line in process.stdout or ():
+                kept.write(line)
+                follow(line)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        tail = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()][-3:]
+        raise StageError(
+            f"ort_genai: {program.strip('_')} (log: {log})",
+            f"ended with {process.returncode}: " + " | ".join(line.strip()[:300] for line in tail),
+            "use the exporter `onnx` for this model; memory is short where it ended with -9",
+        )
+
+
+def _environment(threads: int) -> dict[str, str]:
+    root = str(Path(__file__).resolve().parents[3])
+    path = os.environ.get("PYTHONPATH")
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join((root, path)) if path else root,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "OMP_NUM_THREADS": str(threads),
+        # The builder stamps the commit of the repository around it, ours, into the graph.
+        "GIT_DIR": os.devnull,
+    }

@@ -1,0 +1,1 @@
+"""Methods that remove whole blocks, or their attention or MLP."""

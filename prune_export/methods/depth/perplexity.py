@@ -1,0 +1,114 @@
+"""Removes the blocks without which, one at a time, perplexity stays lowest (Shortened LLaMA)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from prune_export.arch import Arch
+from prune_export.calibrate import BypassLoss, Further, ModelView, Statistic
+from prune_export.contracts import Decision
+from prune_export.errors import PlanError
+from prune_export.pruning.depth import block_choice, part_choice, selection
+
+
+@dataclass(frozen=True)
+class Perplexity(part_choice.Amount):
+    """Drop the blocks whose bypass harms perplexity least, the ends being protected.
+
+    With `unit` it is the attention or the MLP of blocks that is bypassed, and goes.
+
+    Source: Kim et al., "Shortened LLaMA", arXiv:2402.02834, section 3.
+    Differs: all bypasses are computed in one streamed pass; `contiguous` takes the run with the
+    least sum of losses. The defaults are the paper's: 10 samples of 128 tokens (taken from the
+    calibration data), the first four and the last two blocks protected.
+    """
+
+    VERSION: ClassVar[str] = "2"
+
+    contiguous: block_choice.Contiguous = False
+    protect_first: Annotated[int, Field(ge=0, description="First blocks never removed.")] = 4
+    protect_last: Annotated[int, Field(ge=0, description="Last blocks never removed.")] = 2
+    samples: Annotated[int, Field(ge=1, description="Calibration windows to score on.")] = 10
+    length: Annotated[int, Field(ge=2, description="Tokens of each window to score on.")] = 128
+
+    select: selection.Select = "one_shot"
+
+    def __post_init__(self) -> None:
+        """Refuses what contradicts itself.
+
+        Raises:
+            PlanError: a run is to be chosen block by block, or what `Amount` refuses.
+        """
+        super().__post_init__()
+        selection.refuse_run(self.select, self.contiguous)
+
+    def _candidates(self, arch: Arch) -> range:
+        candidates = range(self.protect_first, arch.layers - self.protect_last)
+        remove = self.of(arch)
+        if remove > len(candidates):
+            raise PlanError(
+                "protect_first, protect_last",
+                f"leave {len(candidates)} of {arch.layers} blocks to choose from, "
+                f"expected at least {remove}",
+                "lower them, for example `protect_first: 1` and `protect_last: 1`, "
+                "or remove fewer blocks",
+            )
+        return candidates
+
+    def _statistic(self, arch: Arch) -> BypassLoss:
+        return BypassLoss(tuple(self._candidates(arch)), self.samples, self.length, self.unit)
+
+    def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
+        if self.layers is not None:
+            return ()
+        first = (self._statistic(arch),)
+        if self.select == "one_shot":
+            return first
+        # What the first scoring takes is the statistic's own; the others are like it.
+        half = len(self._candidates(arch)) / 2
+        return (*first, *selection.passes(self.select, arch, self.of(arch), half))
+
+    def _losses(self, model: ModelView) -> list[float]:
+        """The loss without each unit of a model, from which some may be gone already."""
+        every = tuple(range(model.arch.layers))
+        statistic = BypassLoss(every, self.samples, self.length, self.unit)
+        return list(model.gather([statistic])[statistic].bypassed.values())
+
+    def predict(self, arch: Arch) -> Arch:
+        if self.layers is None:
+            self._candidates(arch)
+        return super().predict(arch)
+
+    def decide(self, model: ModelView) -> Decision:
+        arch = model.arch
+        if (known := self.listed(model)) is not None:
+            return known
+        losses = model.stat(self._statistic(arch))
+        candidates, remove = self.left(model, self._candidates(arch)), self.of(arch)
+        if self.select == "iterative":
+            choice = selection.iterative(model, remove, candidates, self._losses, self.unit)
+        elif self.select == "greedy":
+            own = [losses.bypassed.get(i, losses.dense) - losses.dense for i in range(arch.layers)]
+            choice = selection.guided(model, remove, candidates, own, self.unit)
+        else:
+            choice = block_choice.least_blocks(
+                [losses.bypassed[layer] for layer in candidates],
+                remove,
+                contiguous=self.contiguous,
+                of=candidates,
+            )
+        scores: list[Any] = [None] * arch.layers
+        for layer, loss in losses.bypassed.items():
+            scores[layer] = exp(loss)
+        return self.removal(
+            model,
+            choice.dropped,
+            **choice.log,
+            dense_perplexity=exp(losses.dense),
+            block_scores=scores,
+            block_score_name=f"perplexity without the {self.unit}",
+        )

@@ -1,0 +1,161 @@
+"""Removes the blocks whose weights the loss depends on least, by its first-order change.
+
+The gradients are streamed backward, one block in memory, so the score costs one forward and one
+backward pass, in which each block is computed again, and no second model. Blocks that are protected
+have no score: the way back ends above the first ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Annotated, Any, ClassVar, Final
+
+import torch
+from pydantic import Field
+
+from prune_export.arch import Arch
+from prune_export.calibrate import Further, ModelView, Part, Sums, block_bytes
+from prune_export.contracts import Decision
+from prune_export.errors import PlanError
+from prune_export.pruning.depth import block_choice, part_choice, selection
+
+
+@dataclass(frozen=True)
+class Taylor(part_choice.Amount):
+    """Drop the blocks with the least sum of |weight x gradient|, the ends being protected.
+
+    With `unit` it is the attention or the MLP of blocks whose own weights are summed, and that
+    goes. The norms around it do not count: some serve both, or stay.
+
+    Source: Kim et al., "Shortened LLaMA", arXiv:2402.02834, section 3 ("Taylor+"); the signed
+    gradients of all windows are summed before the absolute value, as in its released code.
+    Differs: gradients are in float32 and exact; all calibration windows are used, not ten.
+    """
+
+    VERSION: ClassVar[str] = "2"
+
+    contiguous: block_choice.Contiguous = False
+    protect_first: Annotated[
+        int, Field(ge=0, description="First blocks never removed: their gradients mislead.")
+    ] = 4
+    protect_last: Annotated[int, Field(ge=0, description="Last blocks never removed.")] = 2
+    select: selection.Select = "one_shot"
+
+    def __post_init__(self) -> None:
+        """Refuses what contradicts itself.
+
+        Raises:
+            PlanError: a run is to be chosen block by block, or what `Amount` refuses.
+        """
+        super().__post_init__()
+        selection.refuse_run(self.select, self.contiguous)
+
+    def _candidates(self, arch: Arch) -> range:
+        candidates = range(self.protect_first, arch.layers - self.protect_last)
+        remove = self.of(arch)
+        if remove > len(candidates):
+            raise PlanError(
+                "protect_first, protect_last",
+                f"leave {len(candidates)} of {arch.layers} blocks to choose from, "
+                f"expected at least {remove}",
+                "lower them, for example `protect_first: 1` and `protect_last: 1`, "
+                "or remove fewer blocks",
+            )
+        return candidates
+
+    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+        if self.layers is not None:
+            return ()
+        ram = 2 * block_bytes(arch, torch.float32)
+        forwards = 1 + 3 * (arch.layers - self.protect_first) / arch.layers
+        if self.select == "one_shot":
+            return (Further(forwards=forwards, ram_bytes=ram),)
+        return selection.passes(self.select, arch, self.of(arch), forwards, ram_bytes=ram)
+
+    def predict(self, arch: Arch) -> Arch:
+        if self.layers is None:
+            self._candidates(arch)
+        return super().predict(arch)
+
+    def decide(self, model: ModelView) -> Decision:
+        arch = model.arch
+        if (known := self.listed(model)) is not None:
+            return known
+        candidates, remove = self.left(model, self._candidates(arch)), self.of(arch)
+        scores = self._changes(model)
+        if self.select == "iterative":
+            choice = selection.iterative(model, remove, candidates, self._changes, self.unit)
+        elif self.select == "greedy":
+            choice = selection.guided(model, remove, candidates, scores, self.unit)
+        else:
+            choice = block_choice.least_blocks(
+                [scores[layer] for layer in candidates],
+                remove,
+                contiguous=self.contiguous,
+                of=candidates,
+            )
+        return self.removal(
+            model,
+            choice.dropped,
+            **choice.log,
+            block_scores=[score if score < inf else None for score in scores],
+            block_score_name=f"sum of |weight x gradient| of the {self.unit}",
+        )
+
+    def _changes(self, model: ModelView) -> list[float]:
+        """Every block's score in a model, from which some may be gone; infinite at the ends."""
+        layers = model.arch.layers
+        allowed = range(self.protect_first, layers - self.protect_last)
+        found = model.gradients(_Changes(self.unit, model.arch, allowed))
+        return [
+            float(found.block(layer)["change"]) if layer in allowed else inf
+            for layer in range(layers)
+        ]
+
+
+_ATTENTION: Final = frozenset({"q", "k", "v", "qkv", "o", "norm.q", "norm.k"})
+_AROUND: Final = ("norm.", "shortcut.")
+
+
+def _part(role: str | None) -> Part | None:
+    """Of which part a parameter is a weight; None of neither."""
+    if role is None:
+        return "mlp"  # experts and their router, whose names in memory are not those on the disk
+    own = role.removesuffix(".bias")
+    if own in _ATTENTION:
+        return "attention"
+    return None if own.startswith(_AROUND) else "mlp"
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """Keeps one number of a block: the sum of |weight x gradient| over its weights, or a part's."""
+
+    part: Part
+    arch: Arch
+    layers: range
+    kinds: ClassVar[tuple[Any, ...]] = ("sum",)
+
+    @property
+    def key(self) -> str:
+        return f"taylor-2 {self.part} {self.layers}"
+
+    def wants(self, layer: int, name: str) -> bool:
+        if layer not in self.layers:
+            return False
+        return self.part == "block" or _part(self._roles(layer).get(name)) == self.part
+
+    def _roles(self, layer: int) -> dict[str, str]:
+        prefix = f"{self.arch.table.blocks}.{layer}."
+        return {tensor.name.removeprefix(prefix): tensor.role for tensor in self.arch.block(layer)}
+
+    def keep(
+        self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]
+    ) -> Mapping[str, torch.Tensor]:
+        del layer
+        change = torch.zeros((), dtype=torch.float64)
+        for name, own in sums.items():
+            change += float((parameters[name].float() * own["sum"]).abs().sum(dtype=torch.float64))
+        return {"change": change}

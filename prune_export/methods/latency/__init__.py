@@ -1,0 +1,1 @@
+"""Methods that narrow towards a measured speed."""

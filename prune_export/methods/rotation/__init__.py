@@ -1,0 +1,1 @@
+"""Methods that rotate the residual states before they narrow them."""

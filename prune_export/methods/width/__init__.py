@@ -1,0 +1,1 @@
+"""Methods that narrow MLPs, heads, the hidden size or experts."""

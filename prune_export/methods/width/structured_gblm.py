@@ -1,0 +1,99 @@
+"""Removes channels and heads that both the input and the loss's gradient say matter little."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Annotated, ClassVar, Final, Literal
+
+import torch
+from pydantic import Field
+
+from prune_export.arch import Arch
+from prune_export.calibrate import SITES, Further, ModelView, Site, Squares, block_bytes
+from prune_export.pruning.width import unit_scores
+from prune_export.pruning.width.unit_choice import units_cut
+from prune_export.pruning.width.width_method import Scores, Width
+
+_WINDOWS: Final = 128
+"""The number of windows that alpha was published for."""
+
+_BACK: Final = frozenset({"o", "down", "expert.down"})
+
+
+@dataclass(frozen=True)
+class StructuredGblm(Width):
+    """Cut the inputs of projections with the least |weight| x (norm of input + alpha x gradient).
+
+    GBLM-Pruner's score of a weight, summed over all weights that an input of a projection back to
+    the residual state has; of a hidden dimension, over all matrices that read it, and by gradient
+    also over those that write it.
+
+    Source: Das et al., "Beyond Size: How Gradients Shape Pruning Decisions in Large Language
+    Models", arXiv:2311.04902, section 3, with alpha as the released code weighs it.
+    Differs: the paper scores single weights; sums are brought to 128 windows; inputs are seen
+    behind the blocks that are already cut; the projections are refitted.
+    """
+
+    VERSION: ClassVar[str] = "1"
+    WATCHES: ClassVar[bool] = True
+
+    alpha: Annotated[float, Field(ge=0, description="How much gradients weigh beside inputs.")] = (
+        100.0
+    )
+    norm: Annotated[
+        Literal["l1", "l2"],
+        Field(
+            description="Over windows, of a weight's gradients: sum of sizes, or root of squares."
+        ),
+    ] = "l1"
+
+    def passes_before(self, arch: Arch) -> tuple[Further, ...]:
+        return (Further(forwards=4, ram_bytes=3 * block_bytes(arch, torch.float32)),)
+
+    def known(self, model: ModelView) -> Scores:
+        axes = units_cut(model.arch, self.sizes(model.arch))
+        samples, length = model.calibration().tokens.ids.shape
+        # Inputs count by their root mean square over tokens; sums over a window of `length` are
+        # sqrt(length) times that.
+        of_sum = _WINDOWS if self.norm == "l1" else sqrt(_WINDOWS)
+        reader = unit_scores.UnitReader(
+            model.arch,
+            axes,
+            f"structured_gblm-1 {self.norm} {self.alpha} {samples} {length} {' '.join(axes)}",
+            ("abs",) if self.norm == "l1" else ("square",),
+            _Value(self.norm, samples, self.alpha * of_sum / sqrt(length)),
+            roles=frozenset(SITES) if "hidden" in self.fractions else _BACK,
+        )
+        scores = unit_scores.of_gradients(model.gradients(reader), axes)
+        unit_scores.complete(model.arch, axes, scores)
+        return scores
+
+    def watch(self, site: Site, units: int, width: int, device: str) -> Squares:
+        del site, units
+        return Squares(width, device)
+
+    def score(
+        self, site: Site, weights: Mapping[str, torch.Tensor], units: int, seen: Squares
+    ) -> torch.Tensor:
+        del site
+        norms = (seen.sums / max(1, seen.tokens)).sqrt().double()
+        total = torch.zeros_like(norms)
+        for weight in weights.values():
+            total += weight.abs().sum(0) * norms
+        return total.view(units, -1).sum(1)
+
+
+@dataclass(frozen=True)
+class _Value:
+    norm: str
+    windows: int
+    share: float
+
+    def __call__(self, weight: torch.Tensor, sums: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if self.norm == "l1":
+            size = sums["abs"] / self.windows
+        else:
+            size = (sums["square"] / self.windows).sqrt()
+        return weight.abs() * size * self.share

@@ -1,0 +1,41 @@
+"""Removes channels, heads and hidden dimensions whose weights are small; scores need no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from prune_export.calibrate import ModelView
+from prune_export.pruning.width import unit_scores
+from prune_export.pruning.width.unit_choice import units_cut
+from prune_export.pruning.width.width_method import Scores, Width
+
+
+@dataclass(frozen=True)
+class StructuredMagnitude(Width):
+    """Cut the units with the smallest weights, over all matrices that a unit is part of.
+
+    Of an MLP channel these are its rows in gate and up and its column in down; of a head its
+    queries, its column in the output projection, and its share of the keys and values.
+
+    Source: Li et al., "Pruning Filters for Efficient ConvNets", arXiv:1608.08710, section 3, over
+    coupled groups as in Fang et al., "DepGraph", arXiv:2301.12900, section 3.3.
+    Differs: the projections are refitted on calibration data; with `compensate: false` none is
+    read.
+    """
+
+    VERSION: ClassVar[str] = "1"
+
+    norm: Annotated[
+        Literal["l1", "l2"], Field(description="Sum of sizes, or of squares, of the weights.")
+    ] = "l2"
+
+    def known(self, model: ModelView) -> Scores:
+        axes = units_cut(model.arch, self.sizes(model.arch))
+        value = torch.Tensor.square if self.norm == "l2" else torch.Tensor.abs
+        scores = unit_scores.of_weights(model, axes, value)
+        unit_scores.complete(model.arch, axes, scores)
+        return scores

@@ -1,0 +1,51 @@
+"""Removes channels, heads and hidden dimensions that add little to what a matrix gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from prune_export.calibrate import Site, Squares
+from prune_export.pruning.width.width_method import Width
+
+
+@dataclass(frozen=True)
+class StructuredWanda(Width):
+    """Cut the inputs of projections with the least |weight| x norm of the input, over all outputs.
+
+    With `norm: l2` it is the square of what the output loses if the input alone goes missing. A
+    head's is the sum of its inputs', a hidden dimension's of all matrices that read it.
+
+    Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
+    arXiv:2306.11695, eq. 1, summed up over a structure as in An et al., "Fluctuation-based Adaptive
+    Structured Pruning", arXiv:2312.11983, section 3.
+    Differs: the projections are refitted by least squares instead of given a bias.
+    """
+
+    VERSION: ClassVar[str] = "1"
+    WATCHES: ClassVar[bool] = True
+
+    norm: Annotated[
+        Literal["l1", "l2"],
+        Field(description="How the weights of one input are put together: sizes or squares."),
+    ] = "l2"
+
+    def watch(self, site: Site, units: int, width: int, device: str) -> Squares:
+        del site, units
+        return Squares(width, device)
+
+    def score(
+        self, site: Site, weights: Mapping[str, torch.Tensor], units: int, seen: Squares
+    ) -> torch.Tensor:
+        del site
+        total = torch.zeros(len(seen.sums), dtype=torch.float64, device=seen.sums.device)
+        for weight in weights.values():
+            if self.norm == "l2":
+                total += weight.square().sum(0) * seen.sums
+            else:
+                total += weight.abs().sum(0) * seen.sums.sqrt()
+        return total.view(units, -1).sum(1)

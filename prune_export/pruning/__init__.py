@@ -1,0 +1,1 @@
+"""What several methods share, by family; no recipe names anything in here."""

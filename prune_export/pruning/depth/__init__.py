@@ -1,0 +1,1 @@
+"""How many blocks or parts of blocks go, which, and what is written down of it."""

@@ -1,0 +1,1 @@
+"""Widths by what they cost at run time."""

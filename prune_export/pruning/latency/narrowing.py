@@ -1,0 +1,194 @@
+"""Which widths ZipLM may cut, how they are cut with the others compensating, and at what error.
+
+The FFN channels of each block and its KV groups (each with its query heads) are cut where their
+outputs meet the residual states again: in the inputs of `down` and of `o`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prune_export.arch import Arch, Tensor
+from prune_export.calibrate import Edited, Gram, Site, sites_of
+from prune_export.calibrate.streaming.linear_groups import inputs_last
+from prune_export.errors import PlanError
+from prune_export.pruning.latency.obs_structured import removed
+
+SITE_OF = {"mlp": "mlp.out", "kv": "attention.out"}
+"""For each axis that is cut, the site whose inputs it is."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be left of a block's axis: `sizes`, descending, the first is the whole.
+
+    Sizes between them are allowed too, where they are multiples of `step`.
+    """
+
+    axis: str
+    sizes: tuple[int, ...]
+    step: int = 1
+
+    @property
+    def whole(self) -> int:
+        """The size before any cut."""
+        return self.sizes[0]
+
+    @property
+    def least(self) -> int:
+        """The smallest size that is not none."""
+        return min(size for size in self.sizes if size)
+
+
+def limits(arch: Arch, multiple_of: int, *, stock: bool = True) -> tuple[Limits, Limits]:
+    """What may be left of the FFN channels and of the KV groups of a block.
+
+    FFN channels go down by a tenth each time, as in the paper, to multiples of `multiple_of` or, in
+    a small model, of less. KV groups go one by one, where the model can do without some. `stock`
+    keeps to what a stock class can have in all of its blocks; else a block may lose all of either.
+
+    Raises:
+        PlanError: a block has no plain MLP, or blocks differ.
+    """
+    ffn = _common(arch, "mlp")
+    if ffn is None:
+        raise PlanError(
+            f"model  {arch.family}",
+            "has blocks without an MLP of their own, or of different widths",
+            "ziplm narrows plain MLPs of one width; for experts choose a method that cuts experts",
+        )
+    step = min(multiple_of, 1 << max(0, (ffn // 8).bit_length() - 1))
+    widths, exact = [ffn], float(ffn)
+    while True:
+        exact *= 0.9
+        width = round(exact / step) * step
+        if width < step:
+            break
+        if width < widths[-1]:
+            widths.append(width)
+    groups = _common(arch, "kv") or 1
+    fewer = _fewer_groups(arch, groups, stock=stock)
+    none = () if stock else (0,)
+    return Limits("mlp", (*widths, *none), step), Limits("kv", (groups, *fewer))
+
+
+def _common(arch: Arch, axis: str) -> int | None:
+    """The size of an axis that every block has and that is the same in all."""
+    found = {arch.sizes.get(f"{axis}.{layer}") for layer in range(arch.layers)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _fewer_groups(arch: Arch, groups: int, *, stock: bool) -> list[int]:
+    for tensor in arch.tensors:
+        over = {axis.split(".")[0] for axis in tensor.dims.axes()}
+        if "norm" in tensor.role and "kv" in over:
+            # A norm over all heads together: without some, the others come out longer.
+            return []
+    if not stock:
+        return [*range(groups - 1, -1, -1)]
+    found = []
+    for count in range(groups - 1, 0, -1):
+        try:
+            uniform(arch, {"kv": count}).to_config(arch.config)
+        except PlanError:
+            continue
+        found.append(count)
+    return found
+
+
+def uniform(arch: Arch, sizes: Mapping[str, int]) -> Arch:
+    """The model with `sizes` of axes in every block."""
+    for axis, size in sizes.items():
+        for layer in range(arch.layers):
+            if arch.sizes[f"{axis}.{layer}"] != size:
+                arch = arch.resized(f"{axis}.{layer}", size)
+    return arch
+
+
+def in_all(arch: Arch, sizes: Mapping[str, int]) -> dict[str, int]:
+    """`sizes` of axes, said for each block, where they are less than the whole."""
+    every = {f"{axis}.{i}": size for axis, size in sizes.items() for i in range(arch.layers)}
+    return {axis: size for axis, size in every.items() if size != arch.sizes[axis]}
+
+
+def groups_of(arch: Arch, tensor: Tensor, axis: str) -> list[list[int]]:
+    """The inputs of `tensor` that belong to each position of an axis."""
+    found = []
+    for number in range(arch.sizes[axis]):
+        ((_, positions),) = tensor.dims.kept(axis, [number], arch.sizes)
+        found.append(positions)
+    return found
+
+
+def output(arch: Arch, axis: str) -> Tensor:
+    """The matrix whose inputs an axis such as `mlp.3` is."""
+    name, _, layer = axis.partition(".")
+    sites = sites_of(arch, int(layer))
+    return next(site for site in sites if site.kind == SITE_OF[name]).tensors[0]
+
+
+def input_dim(tensor: Tensor) -> int:
+    """The dimension of a stored matrix that is its inputs."""
+    return 1 if inputs_last(tensor) else 0
+
+
+def _axis_of(site: Site) -> str | None:
+    for name, kind in SITE_OF.items():
+        if site.kind == kind:
+            return f"{name}.{site.layer}"
+    return None
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Leaves the blocks as they are and notes, for each axis and level, the error of its output."""
+
+    arch: Arch
+    levels: Mapping[str, Sequence[int]]
+    """What may be left of `mlp` and of `kv`."""
+
+    @property
+    def key(self) -> str:
+        return json.dumps(["ziplm scores 1", {name: [*of] for name, of in self.levels.items()}])
+
+    def watch(self, site: Site, width: int, device: str) -> Gram | None:
+        axis = _axis_of(site)
+        if axis is None or len(self.levels[axis.split(".")[0]]) < 2:
+            return None
+        return Gram(width, device)
+
+    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Gram) -> Edited:
+        axis = str(_axis_of(site))
+        (tensor,) = site.tensors
+        groups = groups_of(self.arch, tensor, axis)
+        levels = self.levels[axis.split(".")[0]]
+        result = removed(weights[tensor.name], seen.sums, groups, levels)
+        return Edited(log={"errors": [result.errors[size] for size in levels]})
+
+
+@dataclass(frozen=True)
+class Narrower:
+    """Cuts axes to `sizes` by zeroing inputs of `down` and `o`; the others make up for them."""
+
+    arch: Arch
+    sizes: Mapping[str, int]
+
+    @property
+    def key(self) -> str:
+        return json.dumps(["ziplm cuts 1", dict(sorted(self.sizes.items()))])
+
+    def watch(self, site: Site, width: int, device: str) -> Gram | None:
+        return Gram(width, device) if _axis_of(site) in self.sizes else None
+
+    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Gram) -> Edited:
+        axis = str(_axis_of(site))
+        (tensor,) = site.tensors
+        groups = groups_of(self.arch, tensor, axis)
+        result = removed(weights[tensor.name], seen.sums, groups, [self.sizes[axis]])
+        log: dict[str, Any] = {"kept": result.kept, "error": result.errors[self.sizes[axis]]}
+        return Edited({tensor.name: result.weight}, log)

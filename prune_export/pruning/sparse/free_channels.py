@@ -1,0 +1,229 @@
+"""Channels inside a block that may stand in any order, and the tensors that go with them.
+
+What a gate and an up row make is read by one column of down, and what a value row makes by one
+column of o for each query head that shares it. So these rows and columns may change places together
+and the model computes the same: no gather at run time. Not so the inputs of q, k, v, gate and up,
+which all of the network shares, nor queries and keys, which positions are turned into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from math import prod
+from typing import Any, Final
+
+import torch
+
+from prune_export.arch import Arch, Tensor
+from prune_export.calibrate import as_matrix
+from prune_export.pruning.sparse import permutation
+from prune_export.pruning.sparse.masks import Amount, Compare, digest, zeros
+from prune_export.sparsity.nm import Nm
+from prune_export.surgery import Overwrite
+
+Moves = dict[str, tuple[int, list[int]]]
+"""By stored name: a dimension, and where each of its new places' values stood."""
+
+_MLP: Final = frozenset({
+    "gate", "up", "gate_up", "down", "gate.bias", "up.bias", "gate_up.bias",
+    "expert.gate", "expert.up", "expert.down",
+})  # fmt: skip
+_VALUES: Final = frozenset({"v", "v.bias", "qkv", "qkv.bias"})
+_OTHERS: Final = frozenset({"q", "k", "q.bias", "k.bias", "norm.q", "norm.k", "norm.q.bias",
+                            "norm.k.bias"})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The inputs of a matrix that may change places.
+
+    `places` int64 `[blocks, copies, width]` are its inputs: they move inside their block, and
+    alike in all copies (the query heads that share a value).
+    """
+
+    arch: Arch
+    tensor: Tensor
+    places: torch.Tensor
+
+    def columns(self, order: torch.Tensor) -> torch.Tensor:
+        """Int64 `[in]`: where each new place's input stood, by an order `[blocks, width]`."""
+        moved = torch.take_along_dim(self.places, order[:, None].cpu(), 2)
+        found = torch.empty(self.places.numel(), dtype=torch.int64)
+        found[self.places.flatten()] = moved.flatten()
+        return found
+
+    def best(self, scores: torch.Tensor, nm: Nm) -> torch.Tensor:
+        """The order `[blocks, width]` in which a pattern keeps much of the scores `[out, in]`."""
+        blocks, copies, width = self.places.shape
+        placed = scores[:, self.places.to(scores.device)]  # [out, blocks, copies, width]
+        placed = placed.permute(1, 2, 0, 3).reshape(blocks, copies * len(scores), width)
+        return permutation.grouped(placed, nm)
+
+    def moves(self, order: torch.Tensor) -> Moves:
+        """What an order `[blocks, width]` does to all tensors concerned."""
+        axis = _input_axes(self.tensor)
+        if len(axis) == 1:
+            sizes = self.arch.sizes
+            return {
+                tensor.name: tensor.dims.kept(axis[0], order[0].tolist(), sizes)[0]
+                for tensor in self.arch.using(axis[0])
+            }
+        columns = self.columns(order).tolist()
+        found: Moves = {self.tensor.name: (self.tensor.dims.of.index((axis,)), columns)}
+        for tensor in _values(self.arch, self.tensor):
+            found[tensor.name] = _value_rows(tensor, axis, order.tolist(), self.arch.sizes)
+        return found
+
+
+def free(arch: Arch, tensor: Tensor, nm: Nm) -> Channels | None:
+    """The channels of a matrix's inputs that are free to move, if they are."""
+    if tensor.role not in ("o", "down", "expert.down"):
+        return None
+    axes = _input_axes(tensor)
+    sizes = [arch.sizes[axis] for axis in axes]
+    if sizes[-1] % nm.of:
+        return None
+    if tensor.role != "o":
+        if len(axes) != 1 or any(one.role not in _MLP for one in arch.using(axes[0])):
+            return None
+        return Channels(arch, tensor, torch.arange(sizes[0]).view(1, 1, -1))
+    others = {one.role for one in arch.using(axes[0])} - _VALUES - _OTHERS - {"o"}
+    if others or not _values(arch, tensor) or _base(axes[0]) != "kv" or _base(axes[-1]) != "dim":
+        return None
+    return Channels(arch, tensor, torch.arange(prod(sizes)).view(sizes[0], -1, sizes[-1]))
+
+
+def mask(
+    channels: Channels | None, scores: torch.Tensor, amount: Amount, compare: Compare
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Where zeros go, `[out, in]` with the inputs where they stand now, and JSON about their order.
+
+    In the order that the JSON has, the zeros are in the pattern.
+    """
+    if channels is None or not isinstance(amount, Nm):
+        return zeros(scores, amount, compare), {}
+    order = channels.best(scores, amount)
+    columns = channels.columns(order).to(scores.device)
+    found = zeros_in(columns, scores, amount, compare)
+    return found, noted(order, scores, columns, amount)
+
+
+def zeros_in(
+    columns: torch.Tensor | None, scores: torch.Tensor, amount: Amount, compare: Compare
+) -> torch.Tensor:
+    """Where zeros go when the inputs are put in the order `columns` (None: that of now)."""
+    if columns is None:
+        return zeros(scores, amount, compare)
+    found = torch.empty_like(scores, dtype=torch.bool)
+    found[:, columns] = zeros(scores[:, columns], amount, compare)
+    return found
+
+
+def noted(
+    order: torch.Tensor, scores: torch.Tensor, columns: torch.Tensor, nm: Nm
+) -> dict[str, Any]:
+    """JSON about an order, with the share of the scores that the pattern keeps before and after."""
+    whole = float(scores.sum(dtype=torch.float64)) or 1.0
+    return {
+        "order": order.tolist(),
+        "kept_before": permutation.kept(scores, nm) / whole,
+        "kept_after": permutation.kept(scores, nm, columns) / whole,
+    }
+
+
+def placed(
+    channels: Mapping[str, Channels],
+    orders: Mapping[str, Any],
+    edits: Iterable[Overwrite],
+    tensors: Mapping[str, Any],
+    read: Callable[[str], torch.Tensor],
+) -> tuple[tuple[Overwrite, ...], dict[str, Any], dict[str, Any]]:
+    """The edits and the summaries with channels in the noted orders, and JSON about the gain.
+
+    `read` gives the tensors that move and that no edit has yet.
+    """
+    moves: Moves = {}
+    for name, own in orders.items():
+        moves.update(channels[name].moves(torch.tensor(own["order"])))
+    made = moved(edits, moves, read)
+    logs = {name: dict(own) for name, own in tensors.items()}
+    (arch, *_) = (one.arch for one in channels.values())
+    for edit in made:
+        if edit.tensor in moves and edit.tensor in logs:
+            kept = as_matrix(arch.by_name[edit.tensor], edit.value()) != 0
+            logs[edit.tensor]["digest"] = digest(kept)
+    shares = ("kept_before", "kept_after")
+    gains = {name: {share: own[share] for share in shares} for name, own in orders.items()}
+    means = {share: sum(own[share] for own in gains.values()) / len(gains) for share in shares}
+    return made, logs, {"matrices": len(gains), **means, "by_matrix": gains}
+
+
+def moved(
+    edits: Iterable[Overwrite], moves: Moves, read: Callable[[str], torch.Tensor]
+) -> tuple[Overwrite, ...]:
+    """The edits with rows and columns moved."""
+    values: dict[str, Callable[[], torch.Tensor]] = {edit.tensor: edit.value for edit in edits}
+    for name, move in moves.items():
+        values[name] = partial(_moved, values.get(name) or partial(read, name), *move)
+    return tuple(Overwrite(name, value) for name, value in values.items())
+
+
+def _moved(value: Callable[[], torch.Tensor], dim: int, positions: list[int]) -> torch.Tensor:
+    return value().index_select(dim, torch.tensor(positions))
+
+
+def _input_axes(tensor: Tensor) -> tuple[str, ...]:
+    """The axes of a matrix's input, outermost first: `mlp.3`, or `kv.3 group.3 dim`."""
+    for dim in tensor.dims.of:
+        if dim != (("residual",),):
+            return dim[0]
+    return ("residual",)
+
+
+def _base(axis: str) -> str:
+    return axis.partition(".")[0]
+
+
+def _values(arch: Arch, o: Tensor) -> tuple[Tensor, ...]:
+    """The tensors of o's block that have value rows."""
+    assert o.layer is not None
+    return tuple(tensor for tensor in arch.block(o.layer) if tensor.role in _VALUES)
+
+
+def _value_rows(
+    tensor: Tensor, axes: tuple[str, ...], order: list[list[int]], sizes: Mapping[str, int]
+) -> tuple[int, list[int]]:
+    """How the rows of a tensor that are values, of `axes` kv … dim, move; the others stay."""
+    heads, width = axes[0], axes[-1]
+    dim = next(at for at, one in enumerate(tensor.dims.of) if any(heads in part for part in one))
+    parts = tensor.dims.of[dim]
+    counts = [prod(_size(axis, sizes) for axis in part) for part in parts]
+    positions = list(range(sum(counts)))
+    # Queries, keys, values: the last part, or the last of three.
+    start, part = sum(counts[:-1]), parts[-1]
+    steps = [prod(_size(axis, sizes) for axis in part[at + 1 :]) for at in range(len(part))]
+    fixed = sum(2 * step for axis, step in zip(part, steps, strict=True) if axis == "3")
+    by_axis = dict(zip(part, steps, strict=True))
+    for head, channel in product(range(sizes[heads]), range(sizes[width])):
+        base = start + fixed + head * by_axis[heads]
+        positions[base + channel * by_axis[width]] = base + order[head][channel] * by_axis[width]
+    return dim, positions
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int:
+    return int(axis) if axis.isdecimal() else sizes[axis]
+
+
+def of_all(arch: Arch, tensors: Iterable[Tensor], nm: Nm) -> dict[str, Channels]:
+    """The free channels of those matrices that have some."""
+    return dict(_of_all(arch, tensors, nm))
+
+
+def _of_all(arch: Arch, tensors: Iterable[Tensor], nm: Nm) -> Iterator[tuple[str, Channels]]:
+    for tensor in tensors:
+        found = free(arch, tensor, nm)
+        if found is not None:
+            yield tensor.name, found

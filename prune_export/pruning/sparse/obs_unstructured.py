@@ -1,0 +1,197 @@
+"""Optimal brain surgery on a matrix `[out, in]`, one input after another, all outputs at once.
+
+With `G` the damped Gram matrix of the inputs and `U` the upper triangular matrix for which
+`U^T U` is its inverse, removing weight `w_j` of an output costs `w_j^2 / U_jj^2`, and the error
+`e_j = w_j / U_jj` is taken from the later weights as `e_j U_jk`. All arithmetic works on the
+transposed matrix, where an input is a contiguous row, and goes down a halving of the inputs: what
+the left half's errors do to the right half is one matrix product, at every level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final
+
+import torch
+
+from prune_export.errors import StageError
+from prune_export.pruning.sparse.masks import Amount, count_of, put_zeros, smallest, smallest_lanes
+from prune_export.sparsity.nm import Nm
+
+_LEAF: Final = 16
+"""Inputs that are gone through one by one; more than so many are halved."""
+
+_TOGETHER: Final = 2**22
+"""Weights of the small matrices that are worked on at once."""
+
+_MOST_DAMPING: Final = 1.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`upper` `[in, in]`, whose `upper^T upper` inverts the damped Gram matrix.
+
+    `dead` `[in]` are inputs that were always zero; `damping` is what was needed.
+    """
+
+    upper: torch.Tensor
+    dead: torch.Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """New weights, the scores by which zeros were chosen, and the mask (True where zero)."""
+
+    weight: torch.Tensor
+    scores: torch.Tensor
+    mask: torch.Tensor
+
+
+def factor(gram: torch.Tensor, damping: float, where: str) -> Factor:
+    """The factor of the inverse of `gram` `[in, in]`, which is overwritten.
+
+    `damping` times the mean of the diagonal is added to it, ten times as much as often as needed.
+
+    Raises:
+        StageError: with damping 1 there still is no factor.
+    """
+    diagonal = gram.diagonal()
+    dead = diagonal <= 0
+    mean = float(diagonal.double().mean())
+    if mean <= 0:
+        # Nothing was seen: every weight counts by its size alone.
+        return Factor(torch.eye(len(gram), device=gram.device), torch.zeros_like(dead), damping)
+    # With all indices reversed, G = L L^T, and U is the inverse of L, reversed again: one
+    # factorization and a triangular inverse, where the textbook inverts G and factors that.
+    diagonal.masked_fill_(dead, mean)
+    added = 0.0
+    while True:
+        diagonal += (damping - added) * mean
+        added = damping
+        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
+        if not int(failed) and bool(lower.diagonal().isfinite().all()):
+            break
+        if damping >= _MOST_DAMPING:
+            raise StageError(
+                where,
+                f"the Gram matrix of its inputs has no Cholesky factor with damping {damping:g}",
+                "look for calibration states that are not finite, or exclude its role",
+            )
+        damping = min(10 * damping, _MOST_DAMPING)
+    _invert(lower)
+    return Factor(lower.flip(0, 1), dead, damping)
+
+
+def _invert(lower: torch.Tensor) -> None:
+    """Inverts a lower triangular matrix in place, by halves: products only, no second matrix."""
+    width = len(lower)
+    if width <= 64:
+        identity = torch.eye(width, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = width // 2
+    first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert(first)
+    _invert(last)
+    below.copy_((last @ below).mul_(-1) @ first)
+
+
+def prune(
+    weights: Sequence[torch.Tensor], factor: Factor, amount: Amount, columns: int
+) -> Iterator[Pruned]:
+    """Matrices `[out, in]` of the same inputs with zeros, their other weights making up for them.
+
+    A fraction is removed of every `columns` neighbouring inputs, over all outputs of a matrix.
+    """
+    for together in _batches(weights):
+        work = _Work(together, factor, amount, columns)
+        work.descend(0, len(work.weight))
+        for start, stop in work.spans:
+            weight, mask = (part[:, start:stop].T.contiguous() for part in (work.weight, work.mask))
+            yield Pruned(weight, work.scores[:, start:stop].T, mask)
+
+
+def _batches(weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Matrices that are worked on at once: small ones, as each step has a cost of its own."""
+    held: list[torch.Tensor] = []
+    for weight in weights:
+        if held and sum(one.numel() for one in held) + weight.numel() > _TOGETHER:
+            yield held
+            held = []
+        held.append(weight)
+    yield held
+
+
+class _Work:
+    """Matrices on their way, transposed and side by side: all tensors are `[in, outputs]`."""
+
+    def __init__(
+        self, weights: Sequence[torch.Tensor], factor: Factor, amount: Amount, columns: int
+    ) -> None:
+        self.factor, self.amount = factor, amount
+        self.weight = torch.cat([weight.T for weight in weights], 1).contiguous()
+        ends = list(accumulate(len(weight) for weight in weights))
+        self.spans = list(zip([0, *ends], ends, strict=False))
+        self.step = amount.of if isinstance(amount, Nm) else columns
+        self.gone = self.weight == 0
+        self.mask = torch.empty_like(self.gone)
+        self.scores = torch.empty_like(self.weight)
+        self.errors = torch.empty_like(self.weight)
+        self.worth = factor.upper.diagonal().square().reciprocal()
+        self.worth.masked_fill_(factor.dead, 0)
+        self.inverse = factor.upper.diagonal().reciprocal()
+
+    def descend(self, start: int, stop: int) -> None:
+        """Goes through inputs from `start` to `stop`, all earlier errors being taken off them."""
+        if stop - start <= self.step:
+            self.choose(start, stop)
+            self.within(start, stop)
+        else:
+            self.halves(start, stop, self.step, self.descend)
+
+    def within(self, start: int, stop: int) -> None:
+        """Goes through inputs whose zeros are chosen."""
+        if stop - start <= _LEAF:
+            self.leaf(start, stop)
+        else:
+            self.halves(start, stop, 1, self.within)
+
+    def halves(self, start: int, stop: int, unit: int, go: Callable[[int, int], None]) -> None:
+        """Goes through the first half, takes its errors off the second, and goes through that."""
+        middle = start + unit * -(-(stop - start) // (2 * unit))
+        go(start, middle)
+        upper = self.factor.upper[start:middle, middle:stop]
+        self.weight[middle:stop].addmm_(upper.T, self.errors[start:middle], alpha=-1)
+        go(middle, stop)
+
+    def choose(self, start: int, stop: int) -> None:
+        """Which weights of these inputs become zero."""
+        scores, gone = self.scores[start:stop], self.gone[start:stop]
+        torch.square(self.weight[start:stop], out=scores).mul_(self.worth[start:stop, None])
+        # Zeros that were there go first; where there are more than are asked for, they stay.
+        scores.masked_fill_(gone, -1)
+        mask = self.mask[start:stop]
+        if isinstance(self.amount, Nm):
+            mask.copy_(smallest_lanes(scores, self.amount.of - self.amount.keep))
+        else:
+            for first, last in self.spans:
+                own = scores[:, first:last].reshape(1, -1)
+                count = count_of(self.amount, stop * (last - first))
+                count -= count_of(self.amount, start * (last - first))
+                mask[:, first:last] = smallest(own, count).view(stop - start, -1)
+        mask |= gone
+
+    def leaf(self, start: int, stop: int) -> None:
+        """Goes through inputs whose zeros are chosen, one by one."""
+        here = slice(start, stop)
+        upper, weight, mask = self.factor.upper[here, here], self.weight[here], self.mask[here]
+        scales = (mask * self.inverse[here, None]).unbind(0)
+        rows, errors = weight.unbind(0), self.errors[here].unbind(0)
+        for j in range(stop - start):
+            torch.mul(rows[j], scales[j], out=errors[j])
+            if j + 1 < stop - start:
+                weight[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+        put_zeros(weight, mask)

@@ -1,0 +1,367 @@
+"""What the sparse methods share: how many weights become zero, where, and what is written down.
+
+A method adds what it scores weights by. `Masker` is the editor of those that only put zeros in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import gcd
+from typing import Annotated, Any, Final, Literal
+
+import torch
+from pydantic import Field
+
+from prune_export.arch import Arch, Tensor
+from prune_export.calibrate import (
+    SITES,
+    Corrected,
+    Edited,
+    Further,
+    ModelView,
+    Order,
+    Site,
+    Squares,
+    Swept,
+    inputs_of,
+    linears,
+)
+from prune_export.contracts import Decision
+from prune_export.errors import PlanError, did_you_mean
+from prune_export.pruning.sparse import free_channels, owl, sequential_cost
+from prune_export.pruning.sparse.free_channels import Channels
+from prune_export.pruning.sparse.masks import Amount, Compare, put_zeros, summary
+from prune_export.sparsity.nm import Nm
+from prune_export.surgery import Edit, Overwrite
+
+Roles = tuple[str, ...]
+
+_CORRECTED: Final = ("attention.out", "mlp.out")
+"""Sites whose inputs pruned matrices of the same block have made."""
+
+NO_SPEEDUP: Final = (
+    "zeros without a pattern make the model smaller only when compressed: no maintained runtime "
+    "multiplies faster for them at this sparsity"
+)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Which weights become zero: a fraction or a pattern, of which matrices.
+
+    Every sparse method is one, so these are keys of them all.
+
+    Raises:
+        PlanError: no amount or two, an unknown role, or OWL where it cannot be.
+    """
+
+    sparsity: Annotated[
+        float | None, Field(gt=0, lt=1, description="Fraction of the weights that become zero.")
+    ] = None
+    nm: Annotated[
+        Nm | None,
+        Field(description="A pattern along the input, such as `{keep: 2, of: 4}`."),
+    ] = None
+    include: Annotated[
+        Roles | None,
+        Field(min_length=1, description="Roles to prune (`q`, `down` …); else all of the blocks."),
+    ] = None
+    exclude: Annotated[Roles, Field(description="Roles to leave as they are.")] = ()
+    layers: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...] | None,
+        Field(min_length=1, description="Blocks to prune, counted from 0; else all."),
+    ] = None
+    allocation: Annotated[
+        Literal["uniform", "owl"],
+        Field(description="`owl` spares blocks in which more scores are outliers."),
+    ] = "uniform"
+    owl_spread: Annotated[
+        float, Field(gt=0, lt=0.5, description="How far a block may be from the mean, by `owl`.")
+    ] = 0.08
+    owl_outlier: Annotated[
+        float, Field(gt=1, description="Times the block's mean score at which one is an outlier.")
+    ] = 5.0
+    permute: Annotated[
+        bool,
+        Field(
+            description="With `nm`: first put channels in an order in which the pattern costs "
+            "less, where that is free at run time: the inputs of down and o, with the rows that "
+            "make them."
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        if (self.sparsity is None) == (self.nm is None):
+            raise PlanError(
+                "how many weights",
+                f"got {'neither `sparsity` nor `nm`' if self.nm is None else 'both of them'}, "
+                "expected one of `sparsity` and `nm`",
+                "write `sparsity: 0.5`, or `nm: {keep: 2, of: 4}`",
+            )
+        for key in ("include", "exclude"):
+            for role in getattr(self, key) or ():
+                if role not in SITES:
+                    raise PlanError(
+                        f"{key}: {role}",
+                        "is not a role that can be pruned, "
+                        f"expected some of {', '.join(f'`{known}`' for known in SITES)}",
+                        did_you_mean(role, SITES),
+                    )
+        if self.allocation == "owl":
+            self._check_owl()
+        if self.permute and self.nm is None:
+            raise PlanError(
+                "permute",
+                "got true without `nm`; zeros without a pattern don't depend on an order",
+                "write `nm: {keep: 2, of: 4}` instead of `sparsity`, or leave `permute` out",
+            )
+
+    def _check_owl(self) -> None:
+        if self.sparsity is None:
+            raise PlanError(
+                "allocation: owl",
+                f"got `nm: {{{self.nm}}}`, which is the same in every block",
+                "write `sparsity: …` instead of `nm`, or `allocation: uniform`",
+            )
+        room = min(self.sparsity, 1 - self.sparsity)
+        if 2 * self.owl_spread >= room:
+            raise PlanError(
+                "allocation: owl",
+                f"got owl_spread {self.owl_spread}, with which a block could lose less than "
+                f"nothing or all of its weights at sparsity {self.sparsity}",
+                f"write `owl_spread: {room / 2.5:.2g}` or less",
+            )
+
+    def targets(self, arch: Arch) -> tuple[Tensor, ...]:
+        """The matrices that are pruned.
+
+        Raises:
+            PlanError: a role or a block that the model does not have, or nothing is left.
+        """
+        every = tuple(linears(arch))
+        roles = dict.fromkeys(tensor.role for tensor in every)
+        for key in ("include", "exclude"):
+            for role in getattr(self, key) or ():
+                if role not in roles:
+                    raise PlanError(
+                        f"{key}: {role}",
+                        f"this model has none, expected some of "
+                        f"{', '.join(f'`{known}`' for known in roles)}",
+                        did_you_mean(role, roles),
+                    )
+        for layer in self.layers or ():
+            if layer >= arch.layers:
+                raise PlanError(
+                    f"layers: {layer}",
+                    f"the model has {arch.layers} blocks",
+                    f"write numbers up to {arch.layers - 1}",
+                )
+        wanted = set(roles if self.include is None else self.include) - set(self.exclude)
+        found = tuple(
+            tensor
+            for tensor in every
+            if tensor.role in wanted and (self.layers is None or tensor.layer in self.layers)
+        )
+        if not found:
+            raise PlanError(
+                "include, exclude, layers", "leave nothing to prune", "exclude fewer roles"
+            )
+        return found
+
+    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+        """The passes that OWL takes."""
+        return (sequential_cost.of(arch, "sequential"),) if self.allocation == "owl" else ()
+
+    def predict(self, arch: Arch) -> Arch:
+        """The shapes stay.
+
+        Raises:
+            PlanError: the pattern's groups do not divide a matrix's inputs.
+        """
+        widths = {tensor.name: inputs_of(arch, tensor) for tensor in self.targets(arch)}
+        if self.nm is not None:
+            check_widths(self.nm, widths)
+        return arch
+
+    def channels(self, arch: Arch) -> dict[str, Channels]:
+        """The channels that may be put in another order, by the matrix that reads them."""
+        if self.nm is None or not self.permute:
+            return {}
+        return free_channels.of_all(arch, self.targets(arch), self.nm)
+
+    def amounts(self, model: ModelView) -> tuple[dict[int, Amount], Mapping[str, Any]]:
+        """How much of each block's matrices becomes zero, and JSON about why."""
+        layers = range(model.arch.layers)
+        if self.nm is not None:
+            return dict.fromkeys(layers, self.nm), {}
+        assert self.sparsity is not None
+        if self.allocation == "uniform":
+            return dict.fromkeys(layers, self.sparsity), {}
+        found = owl.allocate(
+            model, self.targets(model.arch), self.sparsity, self.owl_spread, self.owl_outlier
+        )
+        return dict(found.sparsity), found.log
+
+
+@dataclass(frozen=True)
+class Calibrated(Sparse):
+    """A sparse method that scores weights while calibration windows pass through the model."""
+
+    order: Annotated[
+        Order,
+        Field(
+            description="`sequential`: each matrix sees what earlier pruned ones of its block "
+            "give, in one pass; `block`: all see the dense block, as in published figures."
+        ),
+    ] = "sequential"
+
+    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+        """The passes that `decide` runs."""
+        return (
+            *super().statistics(arch),
+            sequential_cost.of(arch, self.order, permutes=self.permute),
+        )
+
+
+Score = Callable[[torch.Tensor, Squares, Tensor], torch.Tensor]
+"""The score of each weight `[out, in]` from the matrix, its inputs, and which matrix it is."""
+
+
+@dataclass(frozen=True)
+class Masker:
+    """Puts zeros where scores are least; an expert that no token reached goes by magnitude."""
+
+    key: str
+    targets: frozenset[str]
+    amounts: Mapping[int, Amount]
+    score: Score
+    compare: Compare = "row"
+    channels: Mapping[str, Channels] = field(default_factory=dict)
+    corrects: bool = False
+
+    def watch(self, site: Site, width: int, device: str) -> Squares | None:
+        """Norms of the inputs, where one of the site's matrices is pruned."""
+        if not any(tensor.name in self.targets for tensor in site.tensors):
+            return None
+        # To an expert, other tokens would be routed.
+        corrected = self.corrects and site.kind in _CORRECTED and site.expert is None
+        return Corrected(width, device) if corrected else Squares(width, device)
+
+    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Squares) -> Edited:
+        """The matrices with zeros in them."""
+        made, log, orders = {}, {}, {}
+        for tensor in site.tensors:
+            if tensor.name in self.targets:
+                channels = self.channels.get(tensor.name)
+                weight = weights[tensor.name]
+                scores = self.score(weight, seen, tensor) if seen.tokens else weight.abs()
+                mask, orders[tensor.name] = free_channels.mask(
+                    channels, scores, self.amounts[site.layer], self.compare
+                )
+                made[tensor.name] = put_zeros(weight, mask)
+                log[tensor.name] = summary(weight, scores, mask)
+        return Edited(made, {"tensors": log, "tokens": seen.tokens, "orders": orders})
+
+
+def masked(
+    method: Calibrated,
+    model: ModelView,
+    score: Score,
+    compare: Compare = "row",
+    *,
+    corrects: bool = False,
+) -> Decision:
+    """The decision of a method that puts zeros where `score` is least.
+
+    With `corrects`, norms in the true order are corrected for the noise of pruning (ADR 0019).
+    """
+    amounts, why = method.amounts(model)
+    names = frozenset(tensor.name for tensor in method.targets(model.arch))
+    key, channels = key_of(method, amounts), method.channels(model.arch)
+    masker = Masker(key, names, amounts, score, compare, channels, corrects)
+    return swept_decision(method, model, model.sweep(masker, method.order), why)
+
+
+def key_of(method: Sparse, amounts: Mapping[int, Amount]) -> str:
+    """Everything that decides what a method's editor does."""
+    return f"{type(method).__name__} {method.VERSION} {method} {dict(amounts)}"  # type: ignore[attr-defined]
+
+
+def swept_decision(
+    method: Calibrated, model: ModelView, swept: Swept, why: Mapping[str, Any]
+) -> Decision:
+    """The edits that store what a sweep made, and the log of it."""
+    sites = [site for log in swept.logs for site in log.values()]
+    logs = {name: own for site in sites for name, own in site["tensors"].items()}
+    unseen = [name for site in sites if not site["tokens"] for name in site["tensors"]]
+    more = {"order": method.order, **why}
+    if unseen:
+        more["by_magnitude_for_want_of_tokens"] = unseen
+    edits = tuple(Overwrite(name, read) for name, read in swept.values())
+    orders = {name: own for site in sites for name, own in site["orders"].items() if own}
+    return permuted(method, model, edits, logs, more, orders)
+
+
+def permuted(
+    method: Sparse,
+    model: ModelView,
+    edits: tuple[Overwrite, ...],
+    tensors: Mapping[str, Any],
+    why: Mapping[str, Any],
+    orders: Mapping[str, Any],
+) -> Decision:
+    """The decision, with channels put in the orders that `_free_channels.mask` noted, by matrix."""
+    if not orders:
+        return decision(method, edits, tensors, why)
+    channels = method.channels(model.arch)
+    placed, logs, gain = free_channels.placed(
+        channels, orders, edits, tensors, model.checkpoint.read
+    )
+    return decision(method, placed, logs, {**why, "permuted": gain})
+
+
+def decision(
+    method: Sparse, edits: Iterable[Edit], tensors: Mapping[str, Any], why: Mapping[str, Any]
+) -> Decision:
+    """The edits, and what every sparse method writes down; `tensors` are summaries by name."""
+    removed = sum(own["zeros"] for own in tensors.values())
+    weights = sum(own["weights"] for own in tensors.values())
+    digests = "".join(own["digest"] for own in tensors.values())
+    log = {
+        "pattern": str(method.nm) if method.nm else f"{method.sparsity} unstructured",
+        "sparsity": removed / weights,
+        "zeros": removed,
+        "weights": weights,
+        "mask_digest": hashlib.sha256(digests.encode()).hexdigest(),
+        **why,
+        "notes": [] if method.nm else [NO_SPEEDUP],
+        "tensors": dict(tensors),
+    }
+    return Decision(edits, log)
+
+
+def check_widths(nm: Nm, widths: Mapping[str, int]) -> None:
+    """Refuses a pattern whose groups do not divide an input.
+
+    Raises:
+        PlanError: the first such matrix, and what would do.
+    """
+    bad = [name for name, width in widths.items() if width % nm.of]
+    if not bad:
+        return
+    common = 0
+    for width in widths.values():
+        common = gcd(common, width)
+    offers = [
+        f"`nm: {{keep: {of * nm.keep // nm.of}, of: {of}}}`"
+        for of in range(nm.of, 1, -1)
+        if common % of == 0 and of * nm.keep % nm.of == 0
+    ]
+    raise PlanError(
+        bad[0],
+        f"has {widths[bad[0]]} inputs, which groups of {nm.of} do not divide "
+        f"({len(bad)} of {len(widths)} matrices)",
+        (f"write {offers[0]}, or " if offers else "") + "`exclude` the role of these matrices",
+    )

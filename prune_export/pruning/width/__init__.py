@@ -1,0 +1,1 @@
+"""Units of width (channels, heads, experts): their scores, choice and edits."""

@@ -1,0 +1,264 @@
+"""What the width methods share: how much of what is cut, and how scores become edits.
+
+A method gives scores: from weights or gradients before anything runs (`known`), from states as they
+pass (`watch`, `score`), or both. The rest is here. Where only channels and heads go, in equal
+numbers in every block, scoring and refitting are one sweep: each projection is scored when its
+inputs have arrived, cut and refitted, and the blocks after it see what it then gives. What can be
+ranked only when all of the model has been seen (the hidden size, whole experts, widths that differ
+by block) is scored in a pass before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from prune_export.arch import Arch
+from prune_export.calibrate import (
+    DENSE_STATES,
+    Further,
+    ModelView,
+    NormShares,
+    Site,
+    Statistic,
+    Swept,
+    added_times,
+)
+from prune_export.calibrate.streaming.linear_groups import Accumulator
+from prune_export.contracts import Decision
+from prune_export.errors import PlanError
+from prune_export.pruning.width import unit_edits, width_passes
+from prune_export.pruning.width.unit_choice import chosen_everywhere, chosen_in_block
+from prune_export.pruning.width.width_sizes import (
+    PARTS,
+    Part,
+    check_heads,
+    check_sayable,
+    sizes_after,
+)
+
+_Fraction = Annotated[float | None, Field(gt=0, lt=1)]
+
+Scores = Mapping[str, torch.Tensor]
+"""By axis (`mlp.3`, `moe.3.7`, `kv.3` for heads, `residual`, `expert.3`): one score a unit."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """How much is cut of what; every width method is one, so these are keys of them all.
+
+    Raises:
+        PlanError: nothing is to be cut, or something is said twice.
+    """
+
+    VERSION: ClassVar[str]
+    WATCHES: ClassVar[bool] = False
+    """Whether scores come from states."""
+
+    sparsity: Annotated[
+        float | None, Field(gt=0, lt=1, description="Fraction to remove of each of `axes`.")
+    ] = None
+    axes: Annotated[
+        tuple[Part, ...], Field(min_length=1, description="What `sparsity` is removed of.")
+    ] = ("ffn",)
+    ffn: Annotated[_Fraction, Field(description="Fraction of the MLP channels to remove.")] = None
+    heads: Annotated[
+        _Fraction,
+        Field(description="Fraction of the query heads to remove, the same in each group."),
+    ] = None
+    kv_groups: Annotated[
+        _Fraction,
+        Field(description="Fraction of the key-value heads to remove, with their queries."),
+    ] = None
+    hidden: Annotated[_Fraction, Field(description="Fraction of the hidden size to remove.")] = None
+    experts: Annotated[_Fraction, Field(description="Fraction of whole experts to remove.")] = None
+    multiple_of: Annotated[
+        int | None,
+        Field(ge=1, description="What widths are rounded to; 64 unless the model is too small."),
+    ] = None
+    per_layer: Annotated[
+        bool,
+        Field(description="Rank all blocks together; what goes is stored as zeros, and trimmed "
+                          "from engines."),
+    ] = False  # fmt: skip
+    compensate: Annotated[
+        Literal["auto"] | bool,
+        Field(description="Refit the projections after the cut by least squares; `auto` keeps a "
+                          "refit only where it is better on held-out tokens."),
+    ] = "auto"  # fmt: skip
+    towards: Annotated[
+        Literal["auto", "dense", "own"],
+        Field(description="What a refitted projection is to give: what brings the residual states "
+                          "back to those of the `dense` model, or what it gave of all of its `own` "
+                          "inputs; `auto` is `dense` where outputs are simply added to the states "
+                          "(not in Gemma 2 and 3, OLMo 2, SliceGPT's). Experts: always `own`."),
+    ] = "auto"  # fmt: skip
+    rescale_norms: Annotated[
+        bool,
+        Field(description="After a cut of the hidden size, scale each norm's gain so that what "
+                          "stays comes out as large as before."),
+    ] = True  # fmt: skip
+
+    def __post_init__(self) -> None:
+        own = [part for part in PARTS if getattr(self, part) is not None]
+        twice = [part for part in own if self.sparsity is not None and part in self.axes]
+        if twice or (self.sparsity is None and not own):
+            raise PlanError(
+                "how much to cut",
+                f"got `sparsity` of `{twice[0]}` and `{twice[0]}`"
+                if twice
+                else "got nothing, expected `sparsity` or a fraction of a part",
+                "write for example `sparsity: 0.25` or `ffn: 0.25`",
+            )
+        if self.towards == "dense" and not self.refits():
+            raise PlanError(
+                "towards",
+                "got `dense`, which says what projections are refitted to, but none is refitted",
+                "leave out `towards`, or cut `ffn`, `heads` or `kv_groups` with `compensate: auto`",
+            )
+        wide = [part for part in self.fractions if part in ("hidden", "experts")]
+        if self.per_layer and wide:
+            raise PlanError(
+                "per_layer",
+                f"got true with `{wide[0]}`, which all blocks share",
+                f"leave out `per_layer` or `{wide[0]}`",
+            )
+
+    @property
+    def fractions(self) -> dict[Part, float]:
+        """The fraction to remove of each part that is cut."""
+        found: dict[Part, float] = {}
+        for part in PARTS:
+            own: float | None = getattr(self, part)
+            if own is not None:
+                found[part] = own
+            elif self.sparsity is not None and part in self.axes:
+                found[part] = self.sparsity
+        return found
+
+    def sizes(self, arch: Arch) -> dict[str, int]:
+        """The size that each axis is left with (on average, with `per_layer`).
+
+        Raises:
+            PlanError: the model has no such part, or it is too narrow to be cut.
+        """
+        return sizes_after(arch, self.fractions, self.multiple_of)
+
+    def predict(self, arch: Arch) -> Arch:
+        """The shapes after the cut; with `per_layer` they stay, as what goes is zeroed."""
+        sizes = self.sizes(arch)
+        if self.towards == "dense" and added_times(arch) is None:
+            raise PlanError(
+                "towards",
+                f"got `dense`, but a {arch.family} model normalizes or turns what is added to its "
+                "residual states",
+                "write `towards: own`, or leave it out",
+            )
+        if self.per_layer:
+            check_heads(arch, sizes)
+            return arch
+        return check_sayable(arch, sizes, self.multiple_of)
+
+    def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
+        """What `decide` reads, and the passes that it runs, in order."""
+        passes: list[Statistic | Further] = [NormShares()] if self._rescales() else []
+        passes += self.passes_before(arch)
+        if self._measures():
+            passes.append(Further(forwards=1.1, parks=True))
+        if self.refits():
+            dense = self.aims(arch)
+            passes.append(
+                Further(
+                    forwards=3.0 if dense else 1.6,
+                    parks=True,
+                    ram_bytes=width_passes.refit_bytes(arch, self.sizes(arch), dense=dense),
+                    states=1 + DENSE_STATES if dense else 1,
+                )
+            )
+        return tuple(passes)
+
+    def decide(self, model: ModelView) -> Decision:
+        """Scores, chooses, refits."""
+        arch, sizes = model.arch, self.sizes(model.arch)
+        known = dict(self.known(model))
+        if self._measures():
+            measured = model.sweep(width_passes.Measure(self, arch))
+            known = width_passes.added(arch, known, measured)
+        kept: dict[str, torch.Tensor] = {}
+        if known and (self._measures() or not self.WATCHES):
+            if self.per_layer:
+                kept = chosen_everywhere(arch, known, sizes, self.protected(arch), self.multiple_of)
+            else:
+                kept = chosen_in_block(arch, known, sizes)
+        swept: Swept | None = None
+        if self.refits():
+            samples, length = model.calibration().tokens.ids.shape
+            cut = width_passes.Cut(self, arch, sizes, known, kept, samples, length)
+            swept = model.sweep(cut, dense=self.aims(arch))
+            kept |= width_passes.kept_in(arch, swept)
+        shares = model.stat(NormShares()) if self._rescales() else None
+        own = self.reworked(model, kept, known)
+        edits = unit_edits.edits(model, kept, swept, own, shares, wide=self.per_layer)
+        return Decision(edits, unit_edits.log(arch, kept, known, swept))
+
+    def refits(self) -> bool:
+        """Whether projections are refitted: channels or heads go, and it is not switched off."""
+        return self.compensate is not False and bool(
+            self.fractions.keys() & {"ffn", "heads", "kv_groups"}
+        )
+
+    def aims(self, arch: Arch) -> bool:
+        """Whether projections are refitted towards the dense model's residual states."""
+        return self.towards != "own" and self.refits() and added_times(arch) is not None
+
+    def _rescales(self) -> bool:
+        """Whether norms are rescaled: the hidden size is cut, and it is not switched off."""
+        return self.rescale_norms and "hidden" in self.fractions
+
+    def _measures(self) -> bool:
+        """Whether states must have been seen before anything is chosen."""
+        whole = self.fractions.keys() & {"hidden", "experts"}
+        return self.WATCHES and (self.per_layer or bool(whole) or not self.refits())
+
+    def protected(self, arch: Arch) -> frozenset[int]:
+        """Blocks that `per_layer` leaves as they are."""
+        del arch
+        return frozenset()
+
+    def passes_before(self, arch: Arch) -> tuple[Further, ...]:
+        """The passes that `known` runs."""
+        del arch
+        return ()
+
+    def known(self, model: ModelView) -> Scores:
+        """Scores that need no states, by axis, of the units' shape (heads are `[kv, group]`)."""
+        del model
+        return {}
+
+    def score_expert(
+        self, site: Site, weights: Mapping[str, torch.Tensor], scores: torch.Tensor, seen: Any
+    ) -> float:
+        """The score of a whole expert, at its projection back; `scores` are its channels'."""
+        del site, weights, seen
+        return float(scores.sum())
+
+    def reworked(
+        self, model: ModelView, kept: Scores, scores: Scores
+    ) -> dict[str, Callable[[], torch.Tensor]]:
+        """New values, by name, for tensors that the method itself changes before they are cut."""
+        del model, kept, scores
+        return {}
+
+    def watch(self, site: Site, units: int, width: int, device: str) -> Accumulator:
+        """Gathers what `score` reads of inputs `[…, width]`, which are `units` equal runs."""
+        raise NotImplementedError
+
+    def score(
+        self, site: Site, weights: Mapping[str, torch.Tensor], units: int, seen: Any
+    ) -> torch.Tensor:
+        """`[units]`: the scores of a site's inputs; `weights` are its matrices `[out, in]`."""
+        raise NotImplementedError

@@ -1,0 +1,242 @@
+"""The two passes of width methods: one that only scores, one that also cuts and refits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prune_export.arch import Arch
+from prune_export.calibrate import Edited, Site, Swept, has_target, sites_of
+from prune_export.calibrate.streaming.linear_groups import Accumulator
+from prune_export.pruning.linalg.refit import Products, refit
+from prune_export.pruning.width.unit_choice import chosen, units_cut
+from prune_export.pruning.width.unit_layout import spread, unit_axes, unit_shape
+
+if TYPE_CHECKING:
+    from prune_export.pruning.width.width_method import Width
+
+
+def axis_of(arch: Arch, site: Site) -> str | None:
+    """The axis of the units that arrive at a projection back to the residual state."""
+    match site.kind:
+        case "mlp.out":
+            return f"mlp.{site.layer}"
+        case "experts.out":
+            return f"moe.{site.layer}.{site.expert}"
+        case "attention.out":
+            return f"kv.{site.layer}"
+    return None
+
+
+@dataclass
+class _Seen:
+    """What is gathered at a site: what scores are made of, and what a refit is made of."""
+
+    scored: Accumulator | None = None
+    products: Products | None = None
+
+    def see(self, states: torch.Tensor) -> None:
+        for one in (self.scored, self.products):
+            if one is not None:
+                one.see(states)
+
+    def aim(self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> None:
+        if self.scored is not None:
+            self.scored.see(states)
+        if self.products is not None:
+            self.products.aim(states, wanted, weights)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Scores every site that the method reads, and edits nothing."""
+
+    method: Width
+    arch: Arch
+
+    @property
+    def key(self) -> str:
+        return _key("measure", self.method, {})
+
+    def watch(self, site: Site, width: int, device: str) -> _Seen | None:
+        units = self._units(site, width)
+        if not units:
+            return None
+        return _Seen(self.method.watch(site, units, width, device))
+
+    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
+        width = next(iter(weights.values())).shape[1]
+        units = self._units(site, width)
+        scores = self.method.score(site, weights, units, seen.scored)
+        log: dict[str, Any] = {"scores": scores.double().tolist()}
+        if site.kind == "experts.out" and "experts" in self.method.fractions:
+            log["expert"] = self.method.score_expert(site, weights, scores, seen.scored)
+        return Edited(log=log)
+
+    def _units(self, site: Site, width: int) -> int:
+        parts = self.method.fractions.keys()
+        if site.kind.endswith(".in"):
+            return width if "hidden" in parts else 0
+        if site.kind == "attention.out":
+            wanted = parts & {"heads", "kv_groups"}
+        else:
+            wanted = parts & {"ffn", "experts"} if site.expert is not None else parts & {"ffn"}
+        axis = axis_of(self.arch, site)
+        return prod(unit_shape(self.arch, axis)) if wanted and axis else 0
+
+
+def added(
+    arch: Arch, known: Mapping[str, torch.Tensor], measured: Swept
+) -> dict[str, torch.Tensor]:
+    """The scores that a measuring pass found, added to those known before."""
+    found: dict[str, torch.Tensor] = {}
+
+    def add(axis: str, scores: Any) -> None:
+        own = torch.tensor(scores, dtype=torch.float64).view(unit_shape(arch, axis))
+        found[axis] = found[axis] + own if axis in found else own
+
+    for layer, logs in enumerate(measured.logs):
+        experts = []
+        for site in sites_of(arch, layer):
+            log = logs.get(site.name)
+            if log is None:
+                continue
+            axis = axis_of(arch, site)
+            # An expert sees a part of the tokens: all of a block's count as one site.
+            share = 1 / arch.sizes[f"expert.{layer}"] if site.expert is not None else 1.0
+            if axis is None:
+                add("residual", [share * score for score in log["scores"]])
+            else:
+                add(axis, log["scores"])
+            if "expert" in log:
+                experts.append(log["expert"])
+        if experts:
+            add(f"expert.{layer}", experts)
+    return {axis: found[axis] + known[axis] if axis in known else found[axis] for axis in found} | {
+        axis: scores for axis, scores in known.items() if axis not in found
+    }
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Zeroes the inputs of projections that go, and refits the projections.
+
+    `kept` is what has been chosen before; what is not there is chosen when its inputs have been
+    seen. `samples` and `length` are the windows'.
+    """
+
+    method: Width
+    arch: Arch
+    sizes: Mapping[str, int]
+    known: Mapping[str, torch.Tensor]
+    kept: Mapping[str, torch.Tensor]
+    samples: int
+    length: int
+    axes: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes", frozenset(units_cut(self.arch, self.sizes)))
+
+    @property
+    def key(self) -> str:
+        return _key("cut", self.method, {**self.known, **self.kept})
+
+    def watch(self, site: Site, width: int, device: str) -> _Seen | None:
+        axis = axis_of(self.arch, site)
+        if axis is None or axis not in self.axes:
+            return None
+        if axis in self.kept and bool(self.kept[axis].all()):
+            return None
+        scored = None
+        if axis not in self.kept and self.method.WATCHES:
+            units = prod(unit_shape(self.arch, axis))
+            scored = self.method.watch(site, units, width, device)
+        products = Products(
+            width,
+            device,
+            tokens=self.samples * self.length,
+            samples=self.samples,
+            whole=site.expert is None,
+        )
+        return _Seen(scored, products)
+
+    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
+        ((name, weight),) = weights.items()
+        axis = axis_of(self.arch, site)
+        assert axis is not None
+        assert seen.products is not None
+        if axis in self.kept:
+            kept = self.kept[axis]
+        else:
+            kept = chosen(self.arch, axis, self._scores(site, axis, weights, seen), self.sizes)
+        columns = spread(kept, site.tensors[0], unit_axes(self.arch, axis), self.arch).flatten()
+        found = refit(
+            weight,
+            columns.to(weight.device),
+            seen.products,
+            always=self.method.compensate is True,
+        )
+        log = {
+            "kept": kept.flatten().nonzero().flatten().tolist(),
+            "error": found.error,
+            "cut_error": found.cut,
+            "ridge": found.ridge,
+            "towards": "own" if seen.products.crossed is None else "dense",
+        }
+        return Edited({name: found.weight}, log)
+
+    def _scores(
+        self, site: Site, axis: str, weights: Mapping[str, torch.Tensor], seen: _Seen
+    ) -> torch.Tensor:
+        shape = unit_shape(self.arch, axis)
+        units = prod(shape)
+        scores = self.method.score(site, weights, units, seen.scored).double().cpu().view(shape)
+        return scores + self.known[axis] if axis in self.known else scores
+
+
+def kept_in(arch: Arch, swept: Swept) -> dict[str, torch.Tensor]:
+    """What a cutting pass kept, by axis."""
+    found = {}
+    for layer, logs in enumerate(swept.logs):
+        for site in sites_of(arch, layer):
+            axis = axis_of(arch, site)
+            if axis is not None and site.name in logs:
+                flags = torch.zeros(prod(unit_shape(arch, axis)), dtype=torch.bool)
+                flags[logs[site.name]["kept"]] = True
+                found[axis] = flags.view(unit_shape(arch, axis))
+    return found
+
+
+def refit_bytes(arch: Arch, axes: Mapping[str, int], *, dense: bool) -> int:
+    """What a cutting pass holds beyond states and blocks: products, and a solve in float64.
+
+    With `dense` those of targets too: they are held of both sites of a block, as matrices are.
+    """
+    cut = frozenset(units_cut(arch, axes))
+    residual, most = arch.sizes["residual"], 0
+    for layer in range(arch.layers):
+        squares, crossed = [], 0
+        for site in sites_of(arch, layer):
+            if axis_of(arch, site) in cut:
+                width = prod(arch.shape(site.tensors[0])) // residual
+                squares.append(width**2)
+                crossed += 4 * residual * width if dense and has_target(site) else 0
+        if squares:
+            most = max(most, 4 * sum(squares) + 28 * max(squares) + crossed)
+    return most
+
+
+def _key(kind: str, method: Width, scores: Mapping[str, torch.Tensor]) -> str:
+    name = f"{type(method).__module__}.{type(method).__qualname__}"
+    digest = hashlib.sha256()
+    for axis, values in scores.items():
+        digest.update(axis.encode())
+        digest.update(values.contiguous().cpu().numpy().tobytes())
+    parts = [kind, name, type(method).VERSION, asdict(method), digest.hexdigest()]
+    return json.dumps(parts, sort_keys=True, default=str)

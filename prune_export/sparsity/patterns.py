@@ -1,0 +1,66 @@
+"""Which N:M pattern the weights of a graph hold: counted, weight by weight, not believed.
+
+A pattern is at most `keep` non-zeros in every `of` neighbouring inputs of each output. A weight may
+hold several; the one of the smallest group is reported, as 2 of 4 is what hardware knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from prune_export.sparsity.nm import Nm
+from prune_export.sparsity.onnx_weights import Matrix, load, matrices
+from prune_export.sparsity.slidesparse import fullest
+
+GROUPS: Final = (4, 8, 16, 6, 10, 12, 14)
+"""Sizes of groups that are counted, in the order in which a pattern is reported."""
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """A weight as it stands in a graph: its size, the fraction of zeros, the pattern or ''."""
+
+    name: str
+    inputs: int
+    outputs: int
+    zeros: float
+    pattern: str
+
+
+def patterns(graph: Path) -> list[Achieved]:
+    """Every constant matrix that the ONNX graph at `graph` multiplies with, in graph order.
+
+    Raises:
+        CheckpointError: it is not a graph, or its data are missing.
+    """
+    found: dict[str, Achieved] = {}
+    for matrix in matrices(load(graph), graph.parent):
+        if matrix.name not in found:
+            found[matrix.name] = achieved(matrix)
+    return list(found.values())
+
+
+def achieved(matrix: Matrix) -> Achieved:
+    """What a matrix holds."""
+    return counted(matrix.name, matrix.nonzero())
+
+
+def counted(name: str, nonzero: np.ndarray) -> Achieved:
+    """What the weight of this name holds, from `nonzero` bool `[in, out]`."""
+    inputs, outputs = nonzero.shape
+    zeros = 1 - int(np.count_nonzero(nonzero)) / max(nonzero.size, 1)
+    nm = pattern_held(nonzero) if zeros >= 1 / max(GROUPS) else None
+    return Achieved(name, inputs, outputs, zeros, str(nm) if nm else "")
+
+
+def pattern_held(nonzero: np.ndarray) -> Nm | None:
+    """The tightest pattern of the first of `GROUPS` that `nonzero` bool `[in, out]` holds."""
+    for of in GROUPS:
+        most = fullest(nonzero, of)
+        if most < of:
+            return Nm(max(most, 1), of)
+    return None

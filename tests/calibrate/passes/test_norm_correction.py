@@ -1,0 +1,114 @@
+"""Norms corrected by what a block would give unedited, against sweeps that see just that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from prune_export.calibrate import Corrected, Edited, Order, Site, Squares, TokenSet, sweep
+from prune_export.calibrate.passes import norm_correction, sequential
+from prune_export.machine import Machine
+from tests.calibrate.passes.test_sequential import DENSE
+
+pytestmark = pytest.mark.usefixtures("small_sweeps")
+
+
+@dataclass
+class Shrinks:
+    """Makes the first outputs of every matrix small, and keeps the norms that it saw."""
+
+    kind: type[Squares]
+    sums: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    key: str = "shrinks"
+
+    def watch(self, site: Site, width: int, device: str) -> Squares:
+        return self.kind(width, device)
+
+    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Squares) -> Edited:
+        self.sums[site.layer, site.kind] = seen.sums.clone()
+        made = {name: weight.clone() for name, weight in weights.items()}
+        for weight in made.values():
+            weight[: len(weight) // 2] *= 0.3
+        return Edited(made, {})
+
+
+def first_block(
+    made: Any, tokens: TokenSet, machine: Machine, kind: type[Squares], order: Order
+) -> dict[str, torch.Tensor]:
+    editor = Shrinks(kind)
+    sweep(made.checkpoint, editor, tokens, machine, order=order)
+    return {kind: sums for (layer, kind), sums in editor.sums.items() if layer == 0}
+
+
+@pytest.mark.parametrize("mode", ["parked", "repeated"], indirect=True)
+@pytest.mark.parametrize("model_type", DENSE)
+def test_whole_windows_give_the_norms_of_the_unedited_block(
+    twin: Callable[..., Any],
+    tokens: TokenSet,
+    machine: Machine,
+    model_type: str,
+    mode: str,
+) -> None:
+    assert tokens.ids.shape[1] < norm_correction.HEAD
+    made = twin(model_type)
+    unedited = first_block(made, tokens, machine, Squares, "block")
+    edited = first_block(made, tokens, machine, Squares, "sequential")
+    found = first_block(made, tokens, machine, Corrected, "sequential")
+    differs = 0
+    for kind, sums in found.items():
+        expected = (unedited[kind] + 0.1 * edited[kind]) / 1.1
+        torch.testing.assert_close(sums, expected, rtol=2e-3, atol=1e-5)
+        differs += not torch.allclose(edited[kind], unedited[kind], rtol=0.05)
+    assert differs >= 2, "edits must matter here"
+
+
+def test_heads_stand_for_their_windows(
+    twin: Callable[..., Any], tokens: TokenSet, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = twin("llama")
+    unedited = first_block(made, tokens, machine, Squares, "block")["attention.out"]
+    edited = first_block(made, tokens, machine, Squares, "sequential")["attention.out"]
+    for module in (norm_correction, sequential):
+        monkeypatch.setattr(module, "HEAD", 5)
+    found = first_block(made, tokens, machine, Corrected, "sequential")["attention.out"]
+    off, before = (found / unedited).log().abs(), (edited / unedited).log().abs()
+    assert 0 < off.mean() < 0.5 * before.mean()
+
+
+def test_a_channel_that_the_heads_do_not_reach_stays_about_as_it_is() -> None:
+    seen = Corrected(3, "cpu")
+    seen.foresee(torch.tensor([[[0.0, 2.0, 0.0]]]).expand(1, norm_correction.HEAD, 3))
+    window = torch.zeros(1, 4 * norm_correction.HEAD, 3)
+    window[:, :, 1] = 1.0
+    window[:, norm_correction.HEAD :, 0] = 3.0  # only after the head
+    seen.see(window)
+    plain = window.square().sum((0, 1))
+    assert seen.sums[0] == plain[0]
+    assert seen.sums[1] == pytest.approx(float(plain[1]) * 4.1 / 1.1)
+    assert seen.sums[2] == 0
+
+
+def test_states_in_files_give_the_same(
+    twin: Callable[..., Any], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = twin("llama")
+    for module in (norm_correction, sequential):
+        monkeypatch.setattr(module, "HEAD", 5)
+    roomy = first_block(made, tokens, Machine("cpu", 8 << 30, 0, 1), Corrected, "sequential")
+    tight = first_block(made, tokens, Machine("cpu", 1, 0, 1), Corrected, "sequential")
+    for kind, sums in roomy.items():
+        torch.testing.assert_close(tight[kind], sums)
+
+
+def test_in_block_order_nothing_is_corrected(
+    twin: Callable[..., Any], tokens: TokenSet, machine: Machine
+) -> None:
+    made = twin("llama")
+    plain = first_block(made, tokens, machine, Squares, "block")
+    found = first_block(made, tokens, machine, Corrected, "block")
+    for kind, sums in found.items():
+        assert torch.equal(sums, plain[kind])

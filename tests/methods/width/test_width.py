@@ -1,0 +1,473 @@
+"""What width methods leave: sizes, refusals, hidden dimensions, experts and resumed sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import Tiny, logits, random_model
+from transformers import AutoModelForCausalLM
+
+from prune_export.arch import Arch
+from prune_export.calibrate import Means, ModelView, NormShares, TokenSet, pass_cost
+from prune_export.checkpoint import Checkpoint
+from prune_export.errors import PlanError
+from prune_export.machine import Machine
+from prune_export.methods.width.llm_pruner import LlmPruner
+from prune_export.methods.width.minitron import Minitron
+from prune_export.methods.width.structured_magnitude import StructuredMagnitude
+from prune_export.methods.width.structured_wanda import StructuredWanda
+from prune_export.pruning.width.unit_choice import chosen, chosen_everywhere
+from prune_export.pruning.width.width_passes import Measure, added
+from prune_export.pruning.width.width_sizes import usual_multiple
+from prune_export.surgery import Overwrite, rewrite
+
+MACHINE = Machine("cpu", 8 << 30, 0, 1)
+IDS = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))
+
+Cutter = Callable[..., tuple[Tiny, Any, Any]]
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> Cutter:
+    """Makes a tiny model, cuts it and loads the result; also the decision's log."""
+
+    def make(model_type: str, method: Any, **changes: Any) -> tuple[Tiny, Any, Any]:
+        tiny = random_model(model_type, changes, tmp_path / "model")
+        checkpoint = Checkpoint.open(tiny.path)
+        means = Means(TokenSet.of(IDS), MACHINE, tmp_path / "scratch")
+        decision = method.decide(ModelView(tiny.arch, checkpoint, {}, means))
+        out = tmp_path / "out"
+        after = rewrite(checkpoint, tiny.arch, decision.edits, out, ram_bytes=1 << 30)
+        predicted = method.predict(tiny.arch)
+        assert {t.name: predicted.shape(t) for t in predicted.stored()} == {
+            name: entry.shape for name, entry in after.entries.items()
+        }
+        return tiny, AutoModelForCausalLM.from_pretrained(out).eval(), decision.log
+
+    return make
+
+
+def arch_of(model_type: str, **changes: Any) -> Arch:
+    from transformers import AutoConfig
+
+    return Arch.from_config(AutoConfig.for_model(model_type, **changes).to_dict())
+
+
+LLAMA = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"sparsity": 0.25}, {"mlp": 1152}),
+        ({"sparsity": 0.3}, {"mlp": 1088}),
+        ({"sparsity": 0.001}, {"mlp": 1472}),
+        ({"sparsity": 0.999}, {"mlp": 64}),
+        ({"sparsity": 0.3, "multiple_of": 1}, {"mlp": 1075}),
+        ({"sparsity": 1 / 3, "axes": ("ffn", "heads")}, {"mlp": 1024, "group": 2}),
+        ({"kv_groups": 0.6}, {"kv": 1}),
+        ({"hidden": 0.5}, {"residual": 288}),
+        ({"hidden": 0.25}, {"residual": 432}),
+        ({"hidden": 0.1}, {"residual": 504}),
+        ({"hidden": 0.5, "multiple_of": 64}, {"residual": 320}),
+        ({"hidden": 0.3, "kv_groups": 0.6}, {"residual": 384, "kv": 1}),
+        ({"sparsity": 0.5, "heads": 0.6}, {"mlp": 768, "group": 1}),
+    ],
+)
+def test_sizes_after(keys: Any, expected: dict[str, int]) -> None:
+    arch = arch_of("llama", **LLAMA)
+    method = Minitron(**keys)
+    found = {axis.split(".")[0]: size for axis, size in method.sizes(arch).items()}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple"), [(1536, 64), (576, 64), (768, 64), (320, 32), (48, 4), (16, 2), (7, 1)]
+)
+def test_the_usual_multiple_leaves_eight_steps(size: int, multiple: int) -> None:
+    assert usual_multiple(size) == multiple
+
+
+def test_query_heads_with_keys_of_their_own_are_cut_with_them() -> None:
+    arch = arch_of("llama", **{**LLAMA, "num_key_value_heads": 9})
+    assert Minitron(heads=0.66).sizes(arch) == {"kv.0": 3, "kv.1": 3}
+    with pytest.raises(PlanError, match="are the same in this model"):
+        Minitron(heads=0.5, kv_groups=0.5).predict(arch)
+
+
+def test_a_head_count_that_transformers_refuses_names_those_it_accepts() -> None:
+    arch = arch_of("llama", **{**LLAMA, "num_attention_heads": 24, "num_key_value_heads": 6})
+    with pytest.raises(PlanError) as caught:
+        Minitron(kv_groups=0.2).predict(arch)
+    assert caught.value.where == "config.json  num_attention_heads"
+    assert "`kv_groups: 0.333` (4 of 6 left)" in caught.value.fix
+    assert Minitron(kv_groups=0.333).predict(arch).sizes["kv.0"] == 4
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])
+def test_heads_that_no_config_can_say_may_be_zeroed(model_type: str) -> None:
+    arch = arch_of(model_type)
+    with pytest.raises(PlanError, match="per_layer: true"):
+        Minitron(heads=0.5).predict(arch)
+    assert Minitron(heads=0.5, per_layer=True).predict(arch).sizes == arch.sizes
+
+
+def test_heads_normalized_together_are_not_cut() -> None:
+    for per_layer in (False, True):
+        with pytest.raises(PlanError, match="normalizes all heads together"):
+            Minitron(heads=0.5, per_layer=per_layer).predict(arch_of("olmo2"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({}, "got nothing"),
+        ({"sparsity": 0.5, "ffn": 0.5}, "got `sparsity` of `ffn` and `ffn`"),
+        ({"hidden": 0.5, "per_layer": True}, "which all blocks share"),
+    ],
+)
+def test_what_cannot_mean_anything_is_refused(keys: Any, problem: str) -> None:
+    with pytest.raises(PlanError, match=problem):
+        Minitron(**keys)
+
+
+def test_parts_that_a_model_lacks_are_refused() -> None:
+    with pytest.raises(PlanError, match="is nothing that a llama model has"):
+        Minitron(experts=0.5).predict(arch_of("llama", **LLAMA))
+    with pytest.raises(PlanError, match="cannot be made smaller in steps of 2048"):
+        Minitron(ffn=0.5, multiple_of=2048).predict(arch_of("llama", **LLAMA))
+    with pytest.raises(PlanError, match="at least 2"):
+        Minitron(experts=0.9).predict(arch_of("mixtral", num_hidden_layers=2))
+
+
+def test_blocks_left_whole_need_widths_by_block() -> None:
+    with pytest.raises(PlanError, match="all blocks are to have one width"):
+        LlmPruner(ffn=0.5, protect_first=4)
+    method = LlmPruner(ffn=0.5, protect_first=1, protect_last=1, per_layer=True)
+    with pytest.raises(PlanError, match="leave none of 2 blocks"):
+        method.predict(arch_of("llama", **LLAMA))
+
+
+def test_blocks_left_whole_are_left_whole(cut: Cutter) -> None:
+    method = LlmPruner(ffn=0.25, protect_first=1, protect_last=2, per_layer=True)
+    _, _, log = cut("llama", method)
+    assert set(log["removed"]) <= {"mlp.1", "mlp.2", "mlp.3"}
+    # The others lose what these do not.
+    assert sum(len(gone) for gone in log["removed"].values()) == 6 * 12
+
+
+def test_groups_and_heads_are_chosen_by_score() -> None:
+    arch = arch_of("llama", **LLAMA)
+    scores = torch.tensor([[9.0, 0, 3], [1, 1, 1], [2, 5, 8]])
+    kept = chosen(arch, "kv.0", scores, {"kv.0": 2, "group.0": 2})
+    assert kept.tolist() == [[True, False, True], [False] * 3, [False, True, True]]
+
+
+def test_blocks_ranked_together_lose_where_shares_are_least() -> None:
+    arch = arch_of("llama", **{**LLAMA, "intermediate_size": 8})
+    scores = {
+        "mlp.0": torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 1]),
+        "mlp.1": torch.tensor([0.1, 90, 0.2, 80, 0.3, 70, 0.4, 60]),
+    }
+    kept = chosen_everywhere(arch, scores, {"mlp.0": 6, "mlp.1": 6}, (), 2)
+    assert kept["mlp.0"].all()
+    assert kept["mlp.1"].tolist() == [False, True] * 4
+
+
+def test_of_heads_ranked_together_every_group_of_a_block_loses_as_many() -> None:
+    arch = arch_of("llama", **LLAMA)
+    scores = {
+        "kv.0": torch.tensor([[9.0, 8, 7], [7, 9, 8], [8, 7, 9]]),
+        "kv.1": torch.tensor([[0.1, 9, 8], [9, 8, 0.1], [9, 0.1, 0.2]]),
+    }
+    kept = chosen_everywhere(arch, scores, {"group.0": 2, "group.1": 2}, (), None)
+    assert kept["kv.0"].tolist() == [[True, True, False], [False, True, True], [True, False, True]]
+    assert kept["kv.1"].tolist() == [[False, True, True], [True, True, False], [True, False, True]]
+    kept = chosen_everywhere(arch, scores, {"kv.0": 2, "kv.1": 3, "group.1": 2}, (), None)
+    assert kept["kv.1"].tolist() == [[False, True, True], [True, True, False], [False] * 3]
+
+
+HIDDEN = ["llama", "gemma2", "gemma3_text", "granite", "phi3", "qwen3", "smollm3", "mixtral"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", HIDDEN)
+def test_fewer_hidden_dimensions_are_the_whole_model_with_the_others_at_zero(
+    model_type: str, tied: bool, cut: Cutter, tmp_path: Path
+) -> None:
+    """A root mean square over fewer dimensions is larger, which the twin's gains make up for."""
+    method = Minitron(hidden=0.5, rescale_norms=False)
+    tiny, smaller, log = cut(model_type, method, tie_word_embeddings=tied)
+    size = tiny.arch.sizes["residual"]
+    gone = log["removed"]["residual"]
+    assert len(gone) == size // 2
+    state = load_file(tiny.path / "model.safetensors")
+    for tensor in tiny.arch.stored():
+        value = state[tensor.name]
+        if tensor.role.startswith("norm.") and "residual" in tensor.dims.axes():
+            offset = tiny.arch.table.norm_offset
+            state[tensor.name] = (value + offset) * 0.5**0.5 - offset
+        for number, positions in tensor.dims.kept("residual", gone, tiny.arch.sizes):
+            if tensor.role.startswith("norm."):
+                continue
+            state[tensor.name].index_fill_(number, torch.tensor(positions), 0.0)
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    save_file(state, twin / "model.safetensors", {"format": "pt"})
+    (twin / "config.json").write_bytes((tiny.path / "config.json").read_bytes())
+    expected = logits(AutoModelForCausalLM.from_pretrained(twin).eval())
+    assert (expected - tiny.logits()).abs().max() > 1e-2
+    torch.testing.assert_close(logits(smaller), expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("towards", ["dense", "own"])
+def test_refits_are_least_squares_on_whole_models(
+    towards: Any, cut: Cutter, tmp_path: Path
+) -> None:
+    """A dense model beside an edited one, site after site, and rows instead of products."""
+    method = StructuredMagnitude(ffn=0.5, heads=0.5, per_layer=True, towards=towards)
+    tiny, found, log = cut("llama", replace(method, compensate=True))
+    arch = tiny.arch
+    dense = AutoModelForCausalLM.from_pretrained(tiny.path).eval()
+    edited = AutoModelForCausalLM.from_pretrained(tiny.path).eval()
+    fitted = IDS.shape[1] - IDS.shape[1] // 8  # of four windows, the ends are held out
+    assert len(log["refits"]) == 2 * arch.layers
+    for row in log["refits"]:
+        assert row["towards"] == towards
+        paths = {"attention.out": "self_attn.o_proj", "mlp.out": "mlp.down_proj"}
+        path = f"model.layers.{row['layer']}.{paths[row['site']]}"
+        (x, y, before), (_, y_dense, before_dense) = (arrived(m, path) for m in (edited, dense))
+        weights = torch.ones(x.shape[:2])
+        if towards == "dense":
+            goal = before_dense + y_dense
+            y, weights = (y + goal - before) / 2, 1 / goal.square().mean(-1)
+        matrix = found.get_submodule(path).weight.detach()
+        stays = matrix.abs().sum(0) > 0
+        assert 0 < int(stays.sum()) < len(stays)
+        scales = weights[:, :fitted].double().sqrt().flatten()[:, None]
+        own = x[:, :fitted].flatten(0, 1)[:, stays].double() * scales
+        module = edited.get_submodule(path)
+        plain = module.weight.detach()[:, stays].double()
+        damping = row["ridge"] * float(own.square().sum(0).mean())
+        system = torch.cat([own, damping**0.5 * torch.eye(own.shape[1], dtype=torch.float64)])
+        missing = y[:, :fitted].flatten(0, 1).double() * scales - own @ plain.T
+        missing = torch.cat([missing, torch.zeros(own.shape[1], len(matrix))])
+        change = torch.linalg.lstsq(system, missing).solution.T
+        torch.testing.assert_close(matrix[:, stays], (plain + change).float(), atol=2e-3, rtol=2e-3)
+        module.weight.data.copy_(matrix)
+
+
+def test_a_plan_counts_the_dense_states_too() -> None:
+    arch, tokens = arch_of("llama", **LLAMA), 8 * 64
+    dense, own = (
+        pass_cost(arch, Minitron(ffn=0.5, towards=to).statistics(arch), 8, 64, MACHINE)
+        for to in ("auto", "own")
+    )
+    # Four more arrays of 576 floats a token, and the products of 576 outputs with 1536 inputs.
+    assert dense.ram_bytes - own.ram_bytes == 4 * (4 * tokens * 576 + 576 * 1536)
+    assert dense.flops / own.flops == pytest.approx(3.0 / 1.6)
+    little = replace(MACHINE, ram_bytes=8 * tokens * 576)
+    assert pass_cost(arch, Minitron(ffn=0.5).statistics(arch), 8, 64, little).disk_bytes > 0
+
+
+def arrived(model: Any, path: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a projection of a Llama is given, what it gives, and what that is added to."""
+    caught: list[torch.Tensor] = []
+    block = model.get_submodule(".".join(path.split(".")[:3]))
+    norm = block.input_layernorm if "self_attn" in path else block.post_attention_layernorm
+    before = norm.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    own = model.get_submodule(path).register_forward_hook(
+        lambda _, args, out: caught.extend((args[0], out))
+    )
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    before.remove()
+    own.remove()
+    residual, x, y = caught
+    return x, y, residual
+
+
+def test_what_is_normalized_before_it_is_added_is_refitted_to_its_own_output(cut: Cutter) -> None:
+    method = StructuredMagnitude(ffn=0.5)
+    _, _, log = cut("gemma2", method)
+    assert {row["towards"] for row in log["refits"]} == {"own"}
+    with pytest.raises(PlanError, match="a gemma2 model normalizes"):
+        replace(method, towards="dense").predict(arch_of("gemma2"))
+    with pytest.raises(PlanError, match="but none is refitted"):
+        replace(method, towards="dense", compensate=False)
+
+
+def test_experts_are_refitted_to_their_own_outputs(cut: Cutter) -> None:
+    _, _, log = cut("mixtral", StructuredMagnitude(ffn=0.5, heads=0.5, compensate=True))
+    found = {(row["site"].split(".")[0], row["towards"]) for row in log["refits"]}
+    assert found == {("attention", "dense"), ("experts", "own")}
+
+
+def test_kept_heads_move_away_from_removed_ones(cut: Cutter, tmp_path: Path) -> None:
+    """Of 4 heads ranked a, b, c, d, with 3 left: 2 * 3 - 4 + 1 = 3, so c moves away from d."""
+    method = Minitron(heads=0.25, head_residual=True, compensate=False)
+    tiny, smaller, log = cut("llama", method, num_key_value_heads=4, head_dim=6, hidden_size=24)
+    checkpoint = Checkpoint.open(tiny.path)
+    means = Means(TokenSet.of(IDS), MACHINE, tmp_path / "again")
+    view = ModelView(tiny.arch, checkpoint, {}, means)
+    scores = added(tiny.arch, {}, view.sweep(Measure(Minitron(heads=0.25), tiny.arch)))
+    for layer, block in enumerate(smaller.model.layers):
+        a, b, c, d = scores[f"kv.{layer}"].flatten().argsort(descending=True).tolist()
+        assert log["removed"][f"kv.{layer}"] == [d]
+        prefix = f"model.layers.{layer}.self_attn"
+        q = checkpoint.read(f"{prefix}.q_proj.weight").view(4, 6, 24)
+        o = checkpoint.read(f"{prefix}.o_proj.weight").view(24, 4, 6)
+        at = sorted((a, b, c))
+        expected = {a: q[a], b: q[b], c: 2 * q[c] - q[d]}
+        found = block.self_attn.q_proj.weight.view(3, 6, 24)
+        torch.testing.assert_close(found, torch.stack([expected[head] for head in at]))
+        expected = {a: o[:, a], b: o[:, b], c: 2 * o[:, c] - o[:, d]}
+        found = block.self_attn.o_proj.weight.view(24, 3, 6)
+        torch.testing.assert_close(found, torch.stack([expected[head] for head in at], 1))
+
+
+@pytest.mark.parametrize(
+    ("keys", "groups", "problem"),
+    [
+        ({"heads": 0.3, "compensate": False}, 3, "of their own, which these share"),
+        ({"heads": 0.66, "compensate": False}, 9, "keeps 3 of 9 heads"),
+        ({"heads": 0.3}, 9, "which refits what it would change"),
+        ({"ffn": 0.3, "compensate": False}, 9, "no heads are cut"),
+        ({"heads": 0.3, "compensate": False, "per_layer": True}, 9, "too few heads to move"),
+    ],
+)
+def test_a_head_residual_that_means_nothing_is_refused(
+    keys: Any, groups: int, problem: str
+) -> None:
+    arch = arch_of("llama", **{**LLAMA, "num_key_value_heads": groups})
+    with pytest.raises(PlanError, match=problem):
+        Minitron(head_residual=True, **keys).predict(arch)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_rescaled_norms_give_what_stays_as_before(model_type: str, tmp_path: Path) -> None:
+    """Where a norm is given the same states, and loses channels that are as large as the rest."""
+    tiny = random_model(model_type, {}, tmp_path / "model")
+    checkpoint = Checkpoint.open(tiny.path)
+    means = Means(TokenSet.of(IDS), MACHINE, tmp_path / "scratch")
+    view = ModelView(tiny.arch, checkpoint, {}, means)
+    method = StructuredMagnitude(hidden=0.5)
+    asked = method.statistics(tiny.arch)
+    assert asked == (NormShares(),)
+    shares = view.gather(asked)
+    view = replace(view, results=shares)
+    edits = {e.tensor: e for e in method.decide(view).edits if isinstance(e, Overwrite)}
+    caught: list[torch.Tensor] = []
+    norm = next(t for t in tiny.arch.block(2) if t.role == "norm.mlp")
+    module = tiny.model.get_submodule(norm.name.removesuffix(".weight"))
+    module.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    with torch.no_grad():
+        tiny.model(IDS, use_cache=False)
+    x = caught[0].flatten(0, 1).double()
+    own = x.square() / x.square().sum(-1, keepdim=True)
+    share = shares[NormShares()][2, "norm.mlp"]
+    torch.testing.assert_close(share, own.mean(0), rtol=1e-4, atol=1e-7)
+    kept = set(range(32)) - set(method.decide(view).log["removed"]["residual"])
+    factor = (float(own.mean(0)[sorted(kept)].sum()) * 2) ** 0.5
+    offset = tiny.arch.table.norm_offset
+    gain = checkpoint.read(norm.name) + offset
+    torch.testing.assert_close(edits[norm.name].value() + offset, gain * factor, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", [Minitron, StructuredMagnitude, StructuredWanda, LlmPruner])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_fewer_experts_are_the_whole_model_that_never_routes_to_the_others(
+    model_type: str, method: Any, cut: Cutter
+) -> None:
+    tiny, smaller, log = cut(model_type, method(experts=0.5))
+    assert all(len(gone) == 2 for gone in log["removed"].values())
+    hooks = []
+    for layer, block in enumerate(tiny.model.get_submodule(tiny.arch.table.blocks)):
+        gone = log["removed"].get(f"expert.{layer}")
+        if gone:
+            gate = next(m for name, m in block.named_modules() if name.endswith("mlp.gate"))
+            hooks.append(_never(gate, gone))
+    expected = logits(tiny.model)
+    for hook in hooks:
+        hook()
+    assert (expected - tiny.logits()).abs().max() > 1e-2
+    torch.testing.assert_close(logits(smaller), expected, atol=1e-3, rtol=1e-3)
+
+
+def _never(gate: Any, gone: list[int]) -> Callable[[], None]:
+    """Makes a router see minus infinity for some experts, inside its own forward."""
+    linear = torch.nn.functional.linear
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        def masked(*own: Any, **more: Any) -> torch.Tensor:
+            found = linear(*own, **more)
+            found[..., gone] = float("-inf")
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", masked)
+            return type(gate).forward(gate, *args, **kwargs)
+
+    gate.forward = forward
+    return lambda: delattr(gate, "forward")
+
+
+def test_everything_at_once(cut: Cutter) -> None:
+    method = Minitron(ffn=0.25, heads=0.5, hidden=0.25, compensate=True, rescale_norms=False)
+    _, smaller, log = cut("llama", method)
+    assert log["width"] == {
+        "residual": {"units": 32, "kept": 24},
+        "mlp": {"units": 288, "kept": 216},
+        "kv": {"units": 24, "kept": 12},
+    }
+    assert len(log["refits"]) == 12
+    assert all(refit["ridge"] for refit in log["refits"])
+    assert torch.isfinite(logits(smaller)).all()
+
+
+def test_a_killed_cut_goes_on_and_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prune_export.calibrate.streaming import checkpointing
+    from prune_export.pruning.width import width_passes
+
+    monkeypatch.setattr(checkpointing, "INTERVAL_SECONDS", 0.0)
+    tiny = random_model("llama", {}, tmp_path / "model")
+    checkpoint = Checkpoint.open(tiny.path)
+    method = Minitron(ffn=0.5, heads=0.5, per_layer=True)
+
+    def decided(folder: str) -> Any:
+        means = Means(TokenSet.of(IDS), MACHINE, tmp_path / folder)
+        return method.decide(ModelView(tiny.arch, checkpoint, {}, means))
+
+    def bytes_of(decision: Any, name: str) -> bytes:
+        rewrite(checkpoint, tiny.arch, decision.edits, tmp_path / name, ram_bytes=1 << 30)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    whole = bytes_of(decided("one"), "whole")
+    edit, calls = width_passes.Cut.edit, []
+
+    def counted(self: Any, site: Any, *rest: Any) -> Any:
+        calls.append(site.layer)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return edit(self, site, *rest)
+
+    monkeypatch.setattr(width_passes.Cut, "edit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        decided("two")
+    again = bytes_of(decided("two"), "again")
+    assert min(calls[7:]) > 0, "it began again"
+    assert again == whole
