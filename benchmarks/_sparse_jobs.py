@@ -111,7 +111,7 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     import transformers.modeling_utils  # noqa: F401
 
     from prune_export import registry
-    from prune_export.calibrate import Means, ModelView, TokenSet
+    from prune_export.calibrate import CalibrationContext, ModelView, TokenSet
     from prune_export.checkpoint import Checkpoint
     from prune_export.machine import Machine
     from prune_export.sparsity.nm import Nm
@@ -134,8 +134,8 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     def work() -> None:
         checkpoint = Checkpoint.open(model)
         arch = checkpoint.arch()
-        means = Means(tokens, machine, scratch)
-        decision = method.decide(ModelView(arch, checkpoint, {}, means))
+        context = CalibrationContext(tokens, machine, scratch)
+        decision = method.decide(ModelView(arch, checkpoint, {}, context))
         logs.append(decision.log)
         rewrite(checkpoint, arch, decision.edits, options.work / "out", ram_bytes=1 << 30)
 

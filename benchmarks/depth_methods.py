@@ -25,10 +25,10 @@ from typing import Any
 
 from prune_export import registry
 from prune_export.calibrate import (
-    Further,
-    Means,
+    Ablations,
+    CalibrationContext,
+    ExtraPass,
     ModelView,
-    Removals,
     TokenSet,
     Unit,
     native_dtype,
@@ -112,7 +112,9 @@ def _measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
     tokens = _tokens(options, "calibration", options.samples, options.length)
     scratch = options.work / "scratch"
     scratch.mkdir(exist_ok=True)
-    view = ModelView(checkpoint.arch(), checkpoint, {}, Means(tokens, machine, scratch))
+    view = ModelView(
+        checkpoint.arch(), checkpoint, {}, CalibrationContext(tokens, machine, scratch)
+    )
     make: Callable[..., Any] = registry.find("methods", entry)
     rows: list[dict[str, Any]] = []
     if entry == "greedy_loss":
@@ -145,9 +147,9 @@ def _measured(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def _decide(method: Any, view: ModelView) -> Any:
     asked = method.statistics(view.arch)
-    first = [statistic for statistic in asked if not isinstance(statistic, Further)]
+    first = [statistic for statistic in asked if not isinstance(statistic, ExtraPass)]
     results = view.gather(first) if first else {}
-    return method.decide(ModelView(view.arch, view.checkpoint, results, view.means))
+    return method.decide(ModelView(view.arch, view.checkpoint, results, view.context))
 
 
 def _evaluate_dropped(
@@ -171,7 +173,7 @@ def _losses(
     if scratch is not None:
         scratch.mkdir(exist_ok=True)
     dtype = native_dtype(machine)
-    with Removals(checkpoint, tokens, machine, scratch=scratch, dtype=dtype) as measured:
+    with Ablations(checkpoint, tokens, machine, scratch=scratch, dtype=dtype) as measured:
         return measured.losses(models)
 
 

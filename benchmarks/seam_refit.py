@@ -23,7 +23,14 @@ from typing import Any, Final
 
 import torch
 
-from prune_export.calibrate import BlockInfluence, Means, ModelView, TokenSet, gather, token_set
+from prune_export.calibrate import (
+    BlockInfluence,
+    CalibrationContext,
+    ModelView,
+    TokenSet,
+    gather,
+    token_set,
+)
 from prune_export.checkpoint import Checkpoint, import_gguf
 from prune_export.machine import Machine
 from prune_export.methods.depth.deepest import Deepest
@@ -100,7 +107,7 @@ def one(
     """Writes a cut model, refitted on so many windows, or as it was cut on none."""
     method = Deepest(layers=layers, refit="auto" if count else False)
     tokens = TokenSet.of(text.ids[: max(count, 2)])
-    view = ModelView(checkpoint.arch(), checkpoint, {}, Means(tokens, machine))
+    view = ModelView(checkpoint.arch(), checkpoint, {}, CalibrationContext(tokens, machine))
     start = time.process_time()
     decision = method.decide(view)
     seconds = time.process_time() - start

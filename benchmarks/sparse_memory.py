@@ -78,7 +78,7 @@ def _memory(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
     from prune_export import registry
-    from prune_export.calibrate import Means, ModelView, TokenSet, pass_cost
+    from prune_export.calibrate import CalibrationContext, ModelView, TokenSet, pass_cost
     from prune_export.checkpoint import Checkpoint
     from prune_export.machine import Machine
     from prune_export.sparsity.nm import Nm
@@ -100,7 +100,7 @@ def _memory(options: argparse.Namespace) -> dict[str, Any]:
     def work() -> None:
         checkpoint = Checkpoint.open(options.at)
         arch = checkpoint.arch()
-        view = ModelView(arch, checkpoint, {}, Means(tokens, machine, scratch))
+        view = ModelView(arch, checkpoint, {}, CalibrationContext(tokens, machine, scratch))
         rewrite(checkpoint, arch, method.decide(view).edits, out, ram_bytes=1 << 30)
 
     for folder in (out, scratch):

@@ -37,7 +37,7 @@ from prune_export.progress import Silent
 from prune_export.recipe import Export, LocalText, Stage, Template
 from prune_export.recipe.stages import Workload
 from prune_export.run import artifacts
-from prune_export.run.artifacts import Base, Bench
+from prune_export.run.artifacts import Base, RunContext
 from prune_export.run.measure import engine_speed, perplexity_of
 from prune_export.store import Artifact, Store
 
@@ -118,7 +118,7 @@ def joined(earlier: dict[str, Any], payload: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    bench: Bench
+    context: RunContext
     base: Base
     calibration: tuple[Artifact, TokenSet]
     healing: tuple[Artifact, TokenSet]
@@ -128,15 +128,15 @@ class _Table:
     @staticmethod
     def of(given: argparse.Namespace) -> _Table:
         machine = Machine.detect(device="cpu", threads=given.threads)
-        bench = Bench(Store(given.store), machine, Silent())
-        base = artifacts.base(bench, given.model.name, given.model, None)
+        context = RunContext(Store(given.store), machine, Silent())
+        base = artifacts.open_base(context, given.model.name, given.model, None)
 
         def tokens(name: str, length: int, samples: int | None = None, **own: Any) -> Any:
             source = LocalText(files=(f"{name}.jsonl",), samples=samples, length=length, **own)
-            return artifacts.tokens(bench, name, source, given.data, base)
+            return artifacts.make_tokens(context, name, source, given.data, base)
 
         return _Table(
-            bench,
+            context,
             base,
             tokens("calibration", given.length, given.samples),
             tokens("healing", 512),
@@ -173,7 +173,9 @@ class _Table:
         candidate = template.to_size(arch, round(target * arch.parameters()))
         before, seconds = dense, 0.0
         for stage in candidate.stages:
-            before = artifacts.pruned(self.bench, stage, before.path, before.id, self.calibration)
+            before = artifacts.run_prune(
+                self.context, stage, before.path, before.id, self.calibration
+            )
             seconds += before.seconds
         row: dict[str, Any] = {
             "stages": [{"method": stage.name, **stage.parameters()} for stage in candidate.stages],
@@ -192,21 +194,23 @@ class _Table:
     def _speedup(self, dense: Artifact, before: Artifact) -> float:
         """Against dense; engines of one shape are timed once, as their products are the same."""
         export = Export("onnx", registry.find("exporters", "onnx")())
-        engines = [artifacts.exported(self.bench, export, a.path, a.id) for a in (dense, before)]
+        engines = [
+            artifacts.export_engine(self.context, export, a.path, a.id) for a in (dense, before)
+        ]
         shape = _shape(engines[1].path)
         if shape not in self.speeds:
             workload = Workload(batch=1, prompt=128, new=32)
-            self.speeds[shape] = engine_speed(self.bench, engines[0], engines[1], workload)
+            self.speeds[shape] = engine_speed(self.context, engines[0], engines[1], workload)
         return self.speeds[shape]
 
     def _heal(self, steps: int, before: Artifact) -> Artifact:
         keys = {"rank": 16, "targets": "all", "steps": steps, "batch": 2, "learning_rate": 2e-3}
         entry = TypeAdapter(registry.find("heal", "lora")).validate_python(keys)
         stage = Stage("heal", "lora", entry, "healing")
-        return artifacts.healed(self.bench, stage, before.path, before.id, self.healing)
+        return artifacts.run_heal(self.context, stage, before.path, before.id, self.healing)
 
     def _perplexity(self, name: str, artifact: Artifact) -> float:
-        return perplexity_of(self.bench, name, artifact, self.evaluation[1])
+        return perplexity_of(self.context, name, artifact, self.evaluation[1])
 
 
 def _shape(engine: Path) -> str:

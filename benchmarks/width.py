@@ -37,7 +37,7 @@ from heal import _windows
 from transformers import AutoModelForCausalLM
 
 from prune_export.arch import Arch
-from prune_export.calibrate import SITES, Means, ModelView, TokenSet
+from prune_export.calibrate import LINEAR_GROUPS, CalibrationContext, ModelView, TokenSet
 from prune_export.calibrate.passes.cost import BATCH_TOKENS
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
@@ -149,7 +149,10 @@ def timed(given: argparse.Namespace, case: str, checkpoint: Checkpoint) -> dict[
         for kind in ("floor", "own") if number % 2 else ("own", "floor"):
             with tempfile.TemporaryDirectory() as scratch:
                 view = ModelView(
-                    arch, checkpoint, {}, Means(TokenSet.of(ids), machine, Path(scratch))
+                    arch,
+                    checkpoint,
+                    {},
+                    CalibrationContext(TokenSet.of(ids), machine, Path(scratch)),
                 )
                 solves.clear()
                 began, wall = time.process_time(), time.perf_counter()
@@ -193,10 +196,10 @@ def whole(path: Path) -> Any:
 
 def autograd(view: ModelView) -> None:
     """A plain forward and backward pass, with the gradient of every parameter."""
-    means, model = view.calibration(), whole(view.checkpoint.path)
-    torch.set_num_threads(means.machine.threads)
+    context, model = view.calibration(), whole(view.checkpoint.path)
+    torch.set_num_threads(context.machine.threads)
     model.zero_grad()
-    for ids in means.tokens.ids.split(BATCH_TOKENS["cpu"] // means.tokens.length):
+    for ids in context.tokens.ids.split(BATCH_TOKENS["cpu"] // context.tokens.length):
         model(ids, labels=ids, use_cache=False).loss.backward()
 
 
@@ -205,7 +208,7 @@ def least_ratio(method: Any, arch: Arch) -> float:
     taylor = isinstance(method, Taylor)
     first, last = (method.protect_first, method.protect_last) if taylor else (0, 0)
     sizes = [
-        {t.name: prod(arch.shape(t)) for t in arch.block(layer) if t.role in SITES}
+        {t.name: prod(arch.shape(t)) for t in arch.block(layer) if t.role in LINEAR_GROUPS}
         for layer in range(arch.layers)
     ]
     blocks = [sum(own.values()) for own in sizes]
@@ -214,7 +217,7 @@ def least_ratio(method: Any, arch: Arch) -> float:
     own += 2 * sum(blocks[first:])  # again, and back to what enters each block
     own += sum(blocks[first : len(blocks) - last])  # back to its weights
     # Nobody asks for the gradient by what enters the lowest of them.
-    entered = [t for t in arch.block(first) if SITES.get(t.role) == "attention.in"]
+    entered = [t for t in arch.block(first) if LINEAR_GROUPS.get(t.role) == "attention.in"]
     own -= sum(sizes[first][tensor.name] for tensor in entered)
     return own / (3 * (sum(blocks) + head))
 
@@ -233,9 +236,9 @@ def work(view: ModelView, case: str, kind: str) -> None:
         else:
             method(case).known(view)
     elif kind == "floor":
-        view.sweep(_Nothing())
+        view.sequential(_Nothing())
     elif "scores" in case:
-        view.sweep(width_passes.Measure(method(case), view.arch))
+        view.sequential(width_passes.Measure(method(case), view.arch))
     else:
         method(case).decide(view)
 

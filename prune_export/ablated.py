@@ -48,7 +48,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Silenced:
+class Ablated:
     """For `attention` and `mlp`, the blocks of which it is zero; nothing is known at first."""
 
     parts: Mapping[str, Places] = field(default_factory=dict)
@@ -57,15 +57,15 @@ class Silenced:
         """The blocks of which a part is zero."""
         return self.parts.get(part, Places())
 
-    def replaced(self, part: str, places: Places) -> Silenced:
+    def replaced(self, part: str, places: Places) -> Ablated:
         """The same with other blocks for one part."""
-        return Silenced({**self.parts, part: places})
+        return Ablated({**self.parts, part: places})
 
-    def without(self, kept: Collection[int]) -> Silenced:
+    def without(self, kept: Collection[int]) -> Ablated:
         """After all blocks but these were removed."""
-        return Silenced({part: places.without(kept) for part, places in self.parts.items()})
+        return Ablated({part: places.without(kept) for part, places in self.parts.items()})
 
-    def without_some(self, count: int, left: int) -> Silenced:
+    def without_some(self, count: int, left: int) -> Ablated:
         """After `count` blocks that nobody knows were removed, and `left` are there."""
         found = {part: places.without_some(count, left) for part, places in self.parts.items()}
-        return Silenced(found)
+        return Ablated(found)

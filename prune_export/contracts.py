@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Final, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-from prune_export.ablated import Silenced
+from prune_export.ablated import Ablated
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, Statistic, TokenSet
+from prune_export.calibrate import ExtraPass, ModelView, Statistic, TokenSet
 from prune_export.machine import Machine
 from prune_export.progress import Progress
 from prune_export.surgery import Edit
@@ -73,11 +73,11 @@ class Method(Protocol):
 
     VERSION: ClassVar[str]
 
-    def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[Statistic | ExtraPass, ...]:
         """The calibration statistics that `decide` will read; empty when it needs no data.
 
         Passes that `decide` runs itself, because they depend on what it finds, are announced as
-        `Further`.
+        `ExtraPass`.
         """
 
     def predict(self, arch: Arch) -> Arch:
@@ -94,7 +94,7 @@ class Method(Protocol):
 
 
 @runtime_checkable
-class Noted(Protocol):
+class HasPlanNote(Protocol):
     """What a method has besides where the plan is to say something about it."""
 
     def note(self, arch: Arch) -> str:
@@ -109,7 +109,7 @@ class Refitting(Protocol):
     def needs_data(self) -> bool:
         """Whether it is to be refused without."""
 
-    def passes_with_data(self, arch: Arch) -> tuple[Further, ...]:
+    def passes_with_data(self, arch: Arch) -> tuple[ExtraPass, ...]:
         """The passes that `decide` then runs, beyond those that `statistics` tells.
 
         Raises:
@@ -121,13 +121,13 @@ class Refitting(Protocol):
 
 
 @runtime_checkable
-class Silencing(Protocol):
+class TracksAblations(Protocol):
     """What a method has besides where it keeps zero what earlier stages zeroed of blocks.
 
     After a method without it, nothing is known of such zeros in the plan.
     """
 
-    def silenced(self, arch: Arch, known: Silenced) -> Silenced:
+    def ablated(self, arch: Arch, known: Ablated) -> Ablated:
         """What is known after it, of a model `arch` before it.
 
         Raises:
@@ -232,7 +232,7 @@ class Exporter(Protocol):
 
 
 @runtime_checkable
-class Sparse(Exporter, Protocol):
+class HasSparsity(Exporter, Protocol):
     """An exporter whose engines may run sparse kernels, or carry what is done for them."""
 
     def without_sparsity(self) -> Self | None:
@@ -260,7 +260,7 @@ class Bounded(Protocol):
 
 
 @runtime_checkable
-class Limited(Protocol):
+class LimitsBatch(Protocol):
     """A runner whose engine was built for so many sequences at once, and takes no more."""
 
     @property
@@ -269,7 +269,7 @@ class Limited(Protocol):
 
 
 @runtime_checkable
-class Placed(Protocol):
+class PlacesNodes(Protocol):
     """A runner whose runtime hands out the nodes of a graph to several providers."""
 
     def placement(self) -> Placement:

@@ -9,18 +9,18 @@ from prune_export.calibrate.data.sources import (
 )
 from prune_export.calibrate.data.token_set import TokenSet
 from prune_export.calibrate.data.tokenizer import Tokenizer, refuse_unknown_tokens
-from prune_export.calibrate.passes.ablation import Removals, native_dtype
-from prune_export.calibrate.passes.cost import PassCost, block_bytes, parked_bytes, pass_cost
+from prune_export.calibrate.passes.ablation import Ablations, native_dtype
+from prune_export.calibrate.passes.cost import PassCost, block_bytes, pass_cost, suspended_bytes
 from prune_export.calibrate.passes.dense_reference import DENSE_STATES, added_times, has_target
 from prune_export.calibrate.passes.gradients import (
     GradientReader,
     Gradients,
     Sums,
     gradients,
-    spooled_bytes,
+    offloaded_bytes,
 )
-from prune_export.calibrate.passes.layer_merge import Chain, Folded, Layer
-from prune_export.calibrate.passes.norm_correction import Corrected
+from prune_export.calibrate.passes.layer_merge import Chain, Layer, MergeSimilarity
+from prune_export.calibrate.passes.norm_correction import CorrectedNorms
 from prune_export.calibrate.passes.seam_refit import (
     SEAM_STATES,
     CutModel,
@@ -29,69 +29,69 @@ from prune_export.calibrate.passes.seam_refit import (
     repair,
 )
 from prune_export.calibrate.passes.seams import Seam, seams_of
-from prune_export.calibrate.passes.sequential import Order, Swept, sweep
+from prune_export.calibrate.passes.sequential import Order, SequentialResult, run_sequential
 from prune_export.calibrate.passes.sequential_block import Edited, Editor
 from prune_export.calibrate.passes.statistics import gather, refuse_unknown
 from prune_export.calibrate.statistics.angular_distance import AngularDistance
-from prune_export.calibrate.statistics.api import Collector, Further, Scope, Statistic
+from prune_export.calibrate.statistics.api import Collector, ExtraPass, Scope, Statistic
 from prune_export.calibrate.statistics.block_influence import BlockInfluence
-from prune_export.calibrate.statistics.norm_energy import NormShares, Shares
-from prune_export.calibrate.statistics.norm_input_covariance import Grams, JunctionGrams
-from prune_export.calibrate.statistics.skip_loss import BypassLoss, BypassLosses
+from prune_export.calibrate.statistics.norm_energy import EnergyShares, NormEnergy
+from prune_export.calibrate.statistics.norm_input_covariance import Covariances, NormInputCovariance
+from prune_export.calibrate.statistics.skip_loss import SkipLoss, SkipLosses
 from prune_export.calibrate.streaming.linear_groups import (
-    SITES,
-    Gram,
-    Site,
-    Squares,
+    LINEAR_GROUPS,
+    Hessian,
+    InputNorms,
+    LinearGroup,
     as_matrix,
     inputs_last,
     inputs_of,
+    linear_groups,
     linears,
-    sites_of,
 )
 from prune_export.calibrate.streaming.skip import OUTPUTS, Part, Unit
-from prune_export.calibrate.view import Engines, Means, ModelView
+from prune_export.calibrate.view import CalibrationContext, Engines, ModelView
 
 __all__ = [
     "DENSE_STATES",
+    "LINEAR_GROUPS",
     "OUTPUTS",
     "SEAM_STATES",
-    "SITES",
+    "Ablations",
     "AngularDistance",
     "BlockInfluence",
-    "BypassLoss",
-    "BypassLosses",
+    "CalibrationContext",
     "Chain",
     "Collector",
-    "Corrected",
+    "CorrectedNorms",
+    "Covariances",
     "CutModel",
     "Edited",
     "Editor",
+    "EnergyShares",
     "Engines",
-    "Folded",
-    "Further",
+    "ExtraPass",
     "GradientReader",
     "Gradients",
-    "Gram",
-    "Grams",
-    "JunctionGrams",
+    "Hessian",
+    "InputNorms",
     "Layer",
-    "Means",
+    "LinearGroup",
+    "MergeSimilarity",
     "ModelView",
-    "NormShares",
+    "NormEnergy",
+    "NormInputCovariance",
     "Order",
     "Part",
     "PassCost",
-    "Removals",
     "Repaired",
     "Scope",
     "Seam",
-    "Shares",
-    "Site",
-    "Squares",
+    "SequentialResult",
+    "SkipLoss",
+    "SkipLosses",
     "Statistic",
     "Sums",
-    "Swept",
     "TokenSet",
     "Tokenizer",
     "Unit",
@@ -106,19 +106,19 @@ __all__ = [
     "inputs_last",
     "inputs_of",
     "inside",
+    "linear_groups",
     "linears",
     "local_files",
     "native_dtype",
-    "parked_bytes",
+    "offloaded_bytes",
     "pass_cost",
     "refuse_short",
     "refuse_unknown",
     "refuse_unknown_tokens",
     "refuse_unreadable",
     "repair",
+    "run_sequential",
     "seams_of",
-    "sites_of",
-    "spooled_bytes",
-    "sweep",
+    "suspended_bytes",
     "token_set",
 ]

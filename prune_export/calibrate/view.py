@@ -12,11 +12,11 @@ import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.ablation import Removals
+from prune_export.calibrate.passes.ablation import Ablations
 from prune_export.calibrate.passes.gradients import GradientReader, Gradients, gradients
 from prune_export.calibrate.passes.seam_refit import CutModel, Repaired, repair
 from prune_export.calibrate.passes.seams import Seam
-from prune_export.calibrate.passes.sequential import Order, Swept, sweep
+from prune_export.calibrate.passes.sequential import Order, SequentialResult, run_sequential
 from prune_export.calibrate.passes.sequential_block import Editor
 from prune_export.calibrate.passes.statistics import gather
 from prune_export.calibrate.statistics.api import Statistic
@@ -41,7 +41,7 @@ class Engines(Protocol):
 
 
 @dataclass(frozen=True)
-class Means:
+class CalibrationContext:
     """What further passes are run with: the calibration windows and the machine.
 
     `scratch` outlives a killed run; a pass that is asked for again goes on from there. `engines`
@@ -67,7 +67,7 @@ class ModelView:
     arch: Arch
     checkpoint: Checkpoint
     results: Mapping[Statistic, Any]
-    means: Means | None = None
+    context: CalibrationContext | None = None
 
     def stat(self, statistic: Statistic) -> Any:
         """The result of a statistic.
@@ -78,30 +78,30 @@ class ModelView:
         return self.results[statistic]
 
     def gather(self, statistics: Sequence[Statistic]) -> Mapping[Statistic, Any]:
-        """The results of one more pass; announce it to the plan as `Further` in `statistics`.
+        """The results of one more pass; announce it to the plan as `ExtraPass` in `statistics`.
 
         Raises:
             ValueError: the view was made without calibration data.
         """
-        means = self.calibration()
+        context = self.calibration()
         return gather(
             self.checkpoint,
             statistics,
-            means.tokens,
-            means.machine,
-            means.told,
-            means.scratch,
+            context.tokens,
+            context.machine,
+            context.told,
+            context.scratch,
             arch=self.arch,
         )
 
-    def sweep(
+    def sequential(
         self,
         editor: Editor,
         order: Order = "sequential",
         *,
         loss: bool = False,
         dense: bool = False,
-    ) -> Swept:
+    ) -> SequentialResult:
         """What `editor` makes of the blocks while the windows pass through the edited ones.
 
         With `loss`, the edited model's loss as well; with `dense`, beside the dense model's states.
@@ -109,14 +109,14 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        means = self.calibration()
-        return sweep(
+        context = self.calibration()
+        return run_sequential(
             self.checkpoint,
             editor,
-            means.tokens,
-            means.machine,
-            means.told,
-            means.scratch,
+            context.tokens,
+            context.machine,
+            context.told,
+            context.scratch,
             arch=self.arch,
             order=order,
             loss=loss,
@@ -129,15 +129,15 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        means = self.calibration()
+        context = self.calibration()
         return repair(
             self.checkpoint,
             seams,
             cut,
-            means.tokens,
-            means.machine,
-            means.told,
-            means.scratch,
+            context.tokens,
+            context.machine,
+            context.told,
+            context.scratch,
             arch=self.arch,
         )
 
@@ -147,23 +147,23 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        means = self.calibration()
+        context = self.calibration()
         return gradients(
             self.checkpoint,
             reader,
-            means.tokens,
-            means.machine,
-            means.told,
-            means.scratch,
+            context.tokens,
+            context.machine,
+            context.told,
+            context.scratch,
             arch=self.arch,
         )
 
-    def removals(
+    def ablations(
         self,
         samples: int | None = None,
         length: int | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Removals:
+    ) -> Ablations:
         """Losses without this or that, on the first `samples` windows cut to `length` tokens.
 
         In `dtype`, by default that of a calibration pass.
@@ -171,14 +171,14 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        means = self.calibration()
-        ids = means.tokens.ids[:samples, :length]
-        return Removals(
+        context = self.calibration()
+        ids = context.tokens.ids[:samples, :length]
+        return Ablations(
             self.checkpoint,
-            TokenSet.of(ids, provenance=means.tokens.provenance),
-            means.machine,
-            means.told,
-            means.scratch,
+            TokenSet.of(ids, provenance=context.tokens.provenance),
+            context.machine,
+            context.told,
+            context.scratch,
             arch=self.arch,
             dtype=dtype,
         )
@@ -197,7 +197,7 @@ class ModelView:
         cut = replace(self.checkpoint, config=config, entries=entries)
         return replace(self, arch=arch, checkpoint=cut, results={})
 
-    def silenced(self, units: Collection[Unit]) -> ModelView:
+    def ablated(self, units: Collection[Unit]) -> ModelView:
         """The view of the model without the attention, or the MLP, of some blocks.
 
         What writes their outputs is read as zeros; no weight is read or copied.
@@ -226,15 +226,17 @@ class ModelView:
             weakref.finalize(checkpoint, temporary.close)
         return replace(self, checkpoint=checkpoint, results={})
 
-    def calibration(self) -> Means:
+    def calibration(self) -> CalibrationContext:
         """The means of further passes.
 
         Raises:
             ValueError: the view was made without calibration data.
         """
-        if self.means is None:
-            raise ValueError("the view has no calibration data: announce `Further` in `statistics`")
-        return self.means
+        if self.context is None:
+            raise ValueError(
+                "the view has no calibration data: announce `ExtraPass` in `statistics`"
+            )
+        return self.context
 
 
 def _holes(folder: Path, size: int) -> Path:

@@ -24,7 +24,7 @@ from prune_export.report import Report
 from prune_export.report.reading import ExportReading
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.run import artifacts
-from prune_export.run.artifacts import Bench
+from prune_export.run.artifacts import RunContext
 from prune_export.run.result import Result, alone, mend
 from prune_export.store import Store
 from prune_export.verify import (
@@ -67,13 +67,13 @@ def exported(
     registry.find("exporters", to)
     judged(out, {"the store": store}, again=False)
     export = _export(to, sets)
-    bench = Bench(Store(store), machine, progress, ignore_keys=ignore_keys, command=command)
+    context = RunContext(Store(store), machine, progress, ignore_keys=ignore_keys, command=command)
     path, revision = resolve_model(checkpoint)
     real = judged(out, {"the store": store, "the model": path}, again=False)
     mend(real)
-    base = artifacts.base(bench, checkpoint, path, revision)
+    base = artifacts.open_base(context, checkpoint, path, revision)
     export.entry.check(Checkpoint.open(base.path).arch(ignore_keys), machine)
-    made = artifacts.exported(bench, export, base.path, base.id)
+    made = artifacts.export_engine(context, export, base.path, base.id)
     with alone(real):
         result = Result(real, again=False)
         result.add(made)

@@ -15,7 +15,7 @@ from prune_export.places import judged_picture
 from prune_export.progress import Progress
 from prune_export.recipe import LocalText
 from prune_export.run import artifacts
-from prune_export.run.artifacts import Bench
+from prune_export.run.artifacts import RunContext
 from prune_export.store import Store
 from prune_export.temporary import Temporary
 
@@ -45,13 +45,13 @@ def inspected(
     for file in files:
         if not file.is_file():
             raise PlanError(f"--data {file}", "no such file", "give .txt, .jsonl or .parquet files")
-    bench = Bench(Store(store), machine, progress, ignore_keys=ignore_keys, command=command)
+    context = RunContext(Store(store), machine, progress, ignore_keys=ignore_keys, command=command)
     path, revision = resolve_model(model)
-    base = artifacts.base(bench, model, path, revision)
+    base = artifacts.open_base(context, model, path, revision)
     root = Path(os.path.commonpath([file.parent for file in files]))
     names = tuple(str(file.relative_to(root)) for file in files)
     source = LocalText(files=names, samples=samples, length=length, seed=seed, packing="packed")
-    _, tokens = artifacts.tokens(bench, "inspection", source, root, base)
+    _, tokens = artifacts.make_tokens(context, "inspection", source, root, base)
     with Temporary() as scratch:
         found = inspect_model(Checkpoint.open(base.path), tokens, machine, progress,
                               scratch=scratch, name=Path(model).name,

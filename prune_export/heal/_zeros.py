@@ -14,7 +14,7 @@ from typing import Final, Literal
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate import SITES, as_matrix
+from prune_export.calibrate import LINEAR_GROUPS, as_matrix
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import StageError
 from prune_export.sparsity.nm import Nm
@@ -87,7 +87,7 @@ def refuse_filled(
 def _pattern(source: Checkpoint, arch: Arch, name: str, which: Iterable[Nm]) -> Nm | None:
     """The first of these patterns that a matrix holds along its input, if it holds one."""
     tensor = arch.by_name[name]
-    if tensor.role not in SITES:
+    if tensor.role not in LINEAR_GROUPS:
         return None
     nonzero = as_matrix(tensor, source.read(name).float() != 0).T.numpy()  # [in, out]
     return next((pattern for pattern in which if holds(nonzero, pattern)), None)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export import registry
-from prune_export.ablated import Silenced
+from prune_export.ablated import Ablated
 from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Cost, Noted, Refitting, Silencing, Sparse
+from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.machine import Machine
 from prune_export.plan.data import refuse_too_little
@@ -66,13 +66,13 @@ def make_plan(
     arch = checkpoint.arch(ignore_keys=ignore_keys)
     planner = _Planner(recipe, checkpoint, machine, Rates.measure(machine))
     stages, archs = [], [arch]
-    silenced = Silenced()
+    ablated = Ablated()
     if imported:
         stages.append(planner.imported(arch))
     for index, stage in enumerate(recipe.stages):
         before = arch
         planned, arch = planner.stage(index, stage, before)
-        silenced = planner.silenced(index, stage, before, silenced)
+        ablated = planner.ablated(index, stage, before, ablated)
         stages.append(planned)
         archs.append(arch)
     whole = Planned(recipe, tuple(archs), machine)
@@ -148,7 +148,7 @@ class _Planner:
                 stage, arch
             )
 
-    def silenced(self, index: int, stage: Stage, arch: Arch, known: Silenced) -> Silenced:
+    def ablated(self, index: int, stage: Stage, arch: Arch, known: Ablated) -> Ablated:
         """Which parts of blocks are zero after a stage; nothing is known after one that may fill.
 
         Raises:
@@ -156,10 +156,10 @@ class _Planner:
         """
         if stage.kind == "heal" and getattr(stage.entry, "keep_zeros", False) is not False:
             return known
-        if stage.kind == "prune" and isinstance(stage.entry, Silencing):
+        if stage.kind == "prune" and isinstance(stage.entry, TracksAblations):
             with self._named(index, stage):
-                return stage.entry.silenced(arch, known)
-        return Silenced()
+                return stage.entry.ablated(arch, known)
+        return Ablated()
 
     @contextmanager
     def _named(self, index: int, stage: Stage) -> Iterator[None]:
@@ -193,7 +193,7 @@ class _Planner:
                 seconds=found.seconds,
             )
             note = f"{samples} x {length} tokens"
-        own = stage.entry.note(arch) if isinstance(stage.entry, Noted) else ""
+        own = stage.entry.note(arch) if isinstance(stage.entry, HasPlanNote) else ""
         note = "; ".join(part for part in (note, own, more) if part)
         written = self.size(after).bytes
         cost = dataclasses.replace(
@@ -272,7 +272,9 @@ class _Planner:
                 yield self.planned(
                     "export", export.name, export.parameters(), which, which, cost, note
                 )
-            twin = export.entry.without_sparsity() if isinstance(export.entry, Sparse) else None
+            twin = (
+                export.entry.without_sparsity() if isinstance(export.entry, HasSparsity) else None
+            )
             if compared and twin is not None:
                 cost, note = twin.cost(arch, self.size(arch).bytes), f"sparsity off{_TO_COMPARE}"
                 keys = dataclasses.replace(export, entry=twin).parameters()
@@ -295,7 +297,8 @@ class _Planner:
         yield self.planned("verify", "quality", {}, dense, arch, cost)
         if verify.speed:
             pairs = len(self.recipe.export) + sum(
-                isinstance(export.entry, Sparse) and export.entry.without_sparsity() is not None
+                isinstance(export.entry, HasSparsity)
+                and export.entry.without_sparsity() is not None
                 for export in self.recipe.export
             )
             asked = 40 * verify.speed.minutes * len(verify.speed.workloads)

@@ -15,7 +15,7 @@ from typing import Any
 
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
-from prune_export.contracts import Sparse
+from prune_export.contracts import HasSparsity
 from prune_export.errors import PlanError, StageError
 from prune_export.machine import Machine
 from prune_export.plan import CALIBRATION, Plan, make_plan, sets_of
@@ -23,11 +23,11 @@ from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage
 from prune_export.report import write_report
 from prune_export.run import artifacts
-from prune_export.run.artifacts import Base, Bench
-from prune_export.run.measure import measured
+from prune_export.run.artifacts import Base, RunContext
+from prune_export.run.measure import measure_run
 from prune_export.run.record import report_of
 from prune_export.run.result import Result, alone, lock_of, mend
-from prune_export.run.search import searched
+from prune_export.run.search import run_search
 from prune_export.store import Artifact, Store
 from prune_export.temporary import sweep
 from prune_export.verify import Engine, check_tasks
@@ -113,7 +113,7 @@ def run(
     sweep()
     store = Store(options.store)
     store.sweep()
-    bench = Bench(
+    context = RunContext(
         store,
         options.machine,
         progress,
@@ -121,31 +121,31 @@ def run(
         options.ignore_keys,
         options.command,
     )
-    base = artifacts.base(bench, *_model(recipe, model))
-    data = _data(bench, recipe, base)
+    base = artifacts.open_base(context, *_model(recipe, model))
+    data = _data(context, recipe, base)
     asked = recipe.to_yaml()
-    recipe, stages, searches = _stages(bench, recipe, base, data, options.ignore_keys)
+    recipe, stages, searches = _stages(context, recipe, base, data, options.ignore_keys)
     last = stages[-1] if stages else base
     tokens = data[CALIBRATION][1] if CALIBRATION in data else None
     exports = [
-        artifacts.exported(bench, export, last.path, last.id, tokens=tokens)
+        artifacts.export_engine(context, export, last.path, last.id, tokens=tokens)
         for export in recipe.export
     ]
     dense = []
     if recipe.verify.speed:
         dense = [
-            artifacts.exported(
-                bench, export, base.path, base.id, of=", dense to compare with", tokens=tokens
+            artifacts.export_engine(
+                context, export, base.path, base.id, of=", dense to compare with", tokens=tokens
             )
             for export in recipe.export
         ]
-    off = [_without_sparsity(bench, recipe, export, last) for export in recipe.export]
+    off = [_without_sparsity(context, recipe, export, last) for export in recipe.export]
     sets = {name: tokens for name, (_, tokens) in data.items()}
-    found = measured(bench, recipe, base, stages, exports, dense, sets, off)
+    found = measure_run(context, recipe, base, stages, exports, dense, sets, off)
     made = _Made(asked, base, data, stages, searches, exports, found)
     try:
         with alone(out):
-            report = _finished(bench, recipe, out, made)
+            report = _finished(context, recipe, out, made)
     except OSError as error:
         raise StageError(
             str(out),
@@ -156,15 +156,15 @@ def run(
 
 
 def _without_sparsity(
-    bench: Bench, recipe: Recipe, export: Export, last: Artifact | Base
+    context: RunContext, recipe: Recipe, export: Export, last: Artifact | Base
 ) -> Artifact | None:
     """The same engine with sparsity off, to tell its gain; None where there's nothing to tell."""
-    entry = export.entry.without_sparsity() if isinstance(export.entry, Sparse) else None
-    runs = Engine(export.name, last.path).runs_on(bench.machine)
+    entry = export.entry.without_sparsity() if isinstance(export.entry, HasSparsity) else None
+    runs = Engine(export.name, last.path).runs_on(context.machine)
     if entry is None or recipe.verify.speed is None or not runs:
         return None
     twin = replace(export, entry=entry)
-    return artifacts.exported(bench, twin, last.path, last.id, of=", sparsity off")
+    return artifacts.export_engine(context, twin, last.path, last.id, of=", sparsity off")
 
 
 def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
@@ -179,19 +179,21 @@ def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
     return recipe.model, *resolve_model(recipe.model, below=recipe.root, asker=recipe.name)
 
 
-def _data(bench: Bench, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
+def _data(context: RunContext, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
     """The token sets that the recipe uses; none shares a document with what it is judged by."""
     data = {}
     seen: tuple[str, ...] = ()
     for name, judges in sets_of(recipe):
-        data[name] = artifacts.tokens(bench, name, recipe.data[name], recipe.root, base, seen)
+        data[name] = artifacts.make_tokens(
+            context, name, recipe.data[name], recipe.root, base, seen
+        )
         if judges:
             seen = (*seen, *data[name][1].documents)
     return data
 
 
 def _stages(
-    bench: Bench,
+    context: RunContext,
     recipe: Recipe,
     base: Base,
     data: Mapping[str, tuple[Artifact, TokenSet]],
@@ -205,7 +207,7 @@ def _stages(
         source = made[-1] if made else base
         tokens = data.get(stage.data)
         if stage.kind == "search":
-            found = searched(bench, stage, source, data, ignore_keys)
+            found = run_search(context, stage, source, data, ignore_keys)
             made += found.made
             carried += found.stages
             searches.append(found.table)
@@ -213,9 +215,9 @@ def _stages(
         if stage.kind == "heal":
             if tokens is None:
                 raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
-            made.append(artifacts.healed(bench, stage, source.path, source.id, tokens))
+            made.append(artifacts.run_heal(context, stage, source.path, source.id, tokens))
         else:
-            made.append(artifacts.pruned(bench, stage, source.path, source.id, tokens))
+            made.append(artifacts.run_prune(context, stage, source.path, source.id, tokens))
         carried.append(stage)
     return replace(recipe, stages=tuple(carried)), made, searches
 
@@ -233,9 +235,9 @@ class _Made:
     found: Verification
 
 
-def _finished(bench: Bench, recipe: Recipe, out: Path, made: _Made) -> dict[str, Any]:
+def _finished(context: RunContext, recipe: Recipe, out: Path, made: _Made) -> dict[str, Any]:
     base, data, stages, exports = made.base, made.data, made.stages, made.exports
-    report = report_of(bench, recipe, base, data, stages, exports, made.found)
+    report = report_of(context, recipe, base, data, stages, exports, made.found)
     report["recipe"]["text"] = made.asked
     report["searches"] = made.searches
     result = Result(out)
@@ -259,6 +261,6 @@ def _finished(bench: Bench, recipe: Recipe, out: Path, made: _Made) -> dict[str,
     write_report(report, result.partial)
     result.write_lists(lock_of(origin, used, named, digest, artifacts.versions()))
     every = [*named.values(), *(artifact for artifact, _ in data.values())]
-    bench.store.remember(out, [artifact.id for artifact in every] + [base.id])
+    context.store.remember(out, [artifact.id for artifact in every] + [base.id])
     result.finish()
     return report

@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import prune_export
 from prune_export.calibrate import (
-    Further,
-    Means,
+    CalibrationContext,
+    ExtraPass,
     ModelView,
     TokenSet,
     changed_since_first,
@@ -60,7 +60,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Bench:
+class RunContext:
     """What every artifact of a run is made with."""
 
     store: Store
@@ -116,40 +116,40 @@ class Bench:
         )
 
 
-def base(bench: Bench, spec: str, path: Path, revision: str | None) -> Base:
+def open_base(context: RunContext, spec: str, path: Path, revision: str | None) -> Base:
     """The model at `path`: a directory as it lies, or a GGUF file imported once."""
     if path.suffix == ".gguf":
-        return base_from_gguf(bench, spec, path)
-    return base_from_directory(bench, spec, path, revision)
+        return base_from_gguf(context, spec, path)
+    return base_from_directory(context, spec, path, revision)
 
 
-def base_from_gguf(bench: Bench, spec: str, file: Path) -> Base:
+def base_from_gguf(context: RunContext, spec: str, file: Path) -> Base:
     """The plain checkpoint of a GGUF file, dequantized once."""
-    key = Key("import", "gguf", _IMPORT_VERSION, {}, (bench.store.file_hash(file),))
+    key = Key("import", "gguf", _IMPORT_VERSION, {}, (context.store.file_hash(file),))
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
         import_gguf(file, files, work.progress)
         return {}
 
-    artifact = bench.make(key, f"import {file.name}", build)
+    artifact = context.make(key, f"import {file.name}", build)
     said = read_gguf_header(file).metadata.get("general.license")
     return Base(spec, None, artifact.path, artifact.id, str(said) if said else None)
 
 
-def base_from_directory(bench: Bench, spec: str, path: Path, revision: str | None) -> Base:
+def base_from_directory(context: RunContext, spec: str, path: Path, revision: str | None) -> Base:
     """A checkpoint directory as it lies, known by the hashes of what decides its computation."""
     checkpoint = Checkpoint.open(path)
     decisive = [path / "config.json", *checkpoint.files, *checkpoint.side_files()]
-    with bench.progress.task("hash the model's files", len(decisive)) as task:
+    with context.progress.task("hash the model's files", len(decisive)) as task:
         hashes = {}
         for file in decisive:
-            hashes[file.name] = bench.store.file_hash(file)
+            hashes[file.name] = context.store.file_hash(file)
             task.advance()
     return Base(spec, revision, path, f"model-{sha256_of_json(hashes)[:24]}", card_license(path))
 
 
-def tokens(
-    bench: Bench,
+def make_tokens(
+    context: RunContext,
     name: str,
     source: Source,
     root: Path,
@@ -165,7 +165,7 @@ def tokens(
         for file in checkpoint.side_files()
         if _tokenizes(file) or (talks and file.name.startswith("chat_template"))
     ]
-    inputs = [f"{file.name}:{bench.store.file_hash(file)}" for file in tokenizer]
+    inputs = [f"{file.name}:{context.store.file_hash(file)}" for file in tokenizer]
     patterns: tuple[str, ...] = ()
     if isinstance(source, LocalText):
         patterns = source.files
@@ -173,7 +173,7 @@ def tokens(
         patterns = (source.tokens,)
     for pattern in patterns:
         inputs += [
-            f"{pattern}:{bench.store.file_hash(file)}"
+            f"{pattern}:{context.store.file_hash(file)}"
             for file in inside(root, pattern, f"data.{name}")
         ]
     excluded = frozenset(exclude)
@@ -181,7 +181,7 @@ def tokens(
     changed = changed_since_first(source, base.path, root)
     version = _CHANGED_DATA_VERSION if changed else _DATA_VERSION
     key = Key("data", name, version, parameters, tuple(inputs))
-    vocabulary = checkpoint.arch(bench.ignore_keys).sizes["vocab"]
+    vocabulary = checkpoint.arch(context.ignore_keys).sizes["vocab"]
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
         made = token_set(
@@ -200,12 +200,16 @@ def tokens(
             "provenance": dict(made.provenance),
         }
 
-    artifact = bench.make(key, f"tokenize {name}", build)
+    artifact = context.make(key, f"tokenize {name}", build)
     return artifact, TokenSet.load(artifact.path / "tokens.safetensors")
 
 
-def pruned(
-    bench: Bench, stage: Stage, source: Path, source_id: str, data: tuple[Artifact, TokenSet] | None
+def run_prune(
+    context: RunContext,
+    stage: Stage,
+    source: Path,
+    source_id: str,
+    data: tuple[Artifact, TokenSet] | None,
 ) -> Artifact:
     """The checkpoint after a prune stage; `record["log"]` says what was removed and why."""
     key = Key(
@@ -219,7 +223,7 @@ def pruned(
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
         checkpoint = Checkpoint.open(source)
-        arch = checkpoint.arch(bench.ignore_keys)
+        arch = checkpoint.arch(context.ignore_keys)
         asked = stage.entry.statistics(arch)
         if isinstance(stage.entry, Refitting):
             asked += stage.entry.passes_with_data(arch)
@@ -228,10 +232,12 @@ def pruned(
             # Here, as engines are artifacts themselves.
             from prune_export.run.timing import TimedEngines
 
-            engines = TimedEngines(bench, arch, source, source_id)
-            means = Means(data[1], work.machine, work.scratch, work.progress, engines)
-            view = replace(view, means=means)
-            first = [statistic for statistic in asked if not isinstance(statistic, Further)]
+            engines = TimedEngines(context, arch, source, source_id)
+            calibration = CalibrationContext(
+                data[1], work.machine, work.scratch, work.progress, engines
+            )
+            view = replace(view, context=calibration)
+            first = [statistic for statistic in asked if not isinstance(statistic, ExtraPass)]
             view = replace(view, results=view.gather(first))
         decision = stage.entry.decide(view)
         after = rewrite(
@@ -244,15 +250,15 @@ def pruned(
         )
         return {
             "log": dict(decision.log),
-            "parameters": after.arch(bench.ignore_keys).parameters(),
+            "parameters": after.arch(context.ignore_keys).parameters(),
             "bytes": after.nbytes,
         }
 
-    return bench.make(key, f"prune: {stage.name}", build)
+    return context.make(key, f"prune: {stage.name}", build)
 
 
-def healed(
-    bench: Bench, stage: Stage, source: Path, source_id: str, data: tuple[Artifact, TokenSet]
+def run_heal(
+    context: RunContext, stage: Stage, source: Path, source_id: str, data: tuple[Artifact, TokenSet]
 ) -> Artifact:
     """The checkpoint after a heal stage; `record["log"]` holds the loss curve."""
     key = Key(
@@ -272,14 +278,14 @@ def healed(
             "steps": record.steps,
             "trained_tokens": record.trained_tokens,
             "bytes": after.nbytes,
-            "parameters": after.arch(bench.ignore_keys).parameters(),
+            "parameters": after.arch(context.ignore_keys).parameters(),
         }
 
-    return bench.make(key, f"heal: {stage.name}", build)
+    return context.make(key, f"heal: {stage.name}", build)
 
 
-def exported(
-    bench: Bench,
+def export_engine(
+    context: RunContext,
     export: Export,
     source: Path,
     source_id: str,
@@ -311,7 +317,7 @@ def exported(
             "sparsity": dict(record["sparsity"]),
         }
 
-    return bench.make(key, f"export: {export.name}{of}", build)
+    return context.make(key, f"export: {export.name}{of}", build)
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Search, Stage
 from prune_export.run import artifacts
-from prune_export.run.artifacts import Bench
+from prune_export.run.artifacts import RunContext
 from prune_export.run.measure import perplexity_of
 from prune_export.store import Store
 
@@ -60,15 +60,17 @@ class Desk:
     command: str
 
     @staticmethod
-    def of(bench: Bench, workers: int) -> Desk:
+    def of(context: RunContext, workers: int) -> Desk:
         """A share of a bench: memory and threads are divided."""
         machine = replace(
-            bench.machine,
-            threads=max(1, bench.machine.threads // workers),
-            ram_bytes=bench.machine.ram_bytes // workers,
-            gpu_bytes=bench.machine.gpu_bytes // workers,
+            context.machine,
+            threads=max(1, context.machine.threads // workers),
+            ram_bytes=context.machine.ram_bytes // workers,
+            gpu_bytes=context.machine.gpu_bytes // workers,
         )
-        return Desk(bench.store.root, machine, bench.force, bench.ignore_keys, bench.command)
+        return Desk(
+            context.store.root, machine, context.force, context.ignore_keys, context.command
+        )
 
     def work(self, job: Job) -> Done:
         """Does a job; this runs in the other process.
@@ -85,36 +87,36 @@ class Desk:
         import torch
 
         torch.set_num_threads(self.machine.threads)
-        bench = Bench(
+        context = RunContext(
             Store(self.store), self.machine, Silent(), self.force, self.ignore_keys, self.command
         )
-        return done(bench, job)
+        return done(context, job)
 
 
-def done(bench: Bench, job: Job) -> Done:
+def done(context: RunContext, job: Job) -> Done:
     """Does a job on a bench."""
     made: list[str] = []
     path, id_ = job.path, job.id
     for stage in job.stages:
         tokens = None
         if stage.data in job.data:
-            artifact = bench.store.get(job.data[stage.data])
+            artifact = context.store.get(job.data[stage.data])
             assert artifact is not None, "data is made before any candidate"
             tokens = artifact, TokenSet.load(artifact.path / "tokens.safetensors")
         if stage.kind == "heal":
             if tokens is None:
                 raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
-            result = artifacts.healed(bench, stage, path, id_, tokens)
+            result = artifacts.run_heal(context, stage, path, id_, tokens)
         else:
-            result = artifacts.pruned(bench, stage, path, id_, tokens)
+            result = artifacts.run_prune(context, stage, path, id_, tokens)
         path, id_ = result.path, result.id
         made.append(id_)
-    validation = bench.store.get(job.data[job.validation])
-    last = bench.store.get(id_)
+    validation = context.store.get(job.data[job.validation])
+    last = context.store.get(id_)
     assert validation is not None
     assert last is not None
     text = TokenSet.load(validation.path / "tokens.safetensors")
-    return Done(tuple(made), perplexity_of(bench, job.label, last, text))
+    return Done(tuple(made), perplexity_of(context, job.label, last, text))
 
 
 Each = Callable[[Sequence[Job], str], Iterator[tuple[int, Done]]]
@@ -122,24 +124,24 @@ Each = Callable[[Sequence[Job], str], Iterator[tuple[int, Done]]]
 
 
 @contextmanager
-def hired(search: Search, bench: Bench) -> Iterator[Each]:
+def open_executor(search: Search, context: RunContext) -> Iterator[Each]:
     """Whoever makes the candidates of a search, as long as it is entered.
 
     Raises:
         MissingExtra: Ray is wanted and not installed.
     """
     if search.executor == "ray":
-        hiring = _on_ray(search, bench)
+        hiring = _on_ray(search, context)
     elif search.workers > 1:
-        hiring = _in_processes(search, bench)
+        hiring = _in_processes(search, context)
     else:
-        hiring = _here(bench)
+        hiring = _here(context)
     with hiring as work:
 
         def each(jobs: Sequence[Job], title: str) -> Iterator[tuple[int, Done]]:
-            with bench.progress.task(f"search: {title}", len(jobs)) as task:
+            with context.progress.task(f"search: {title}", len(jobs)) as task:
                 for number, result in work(jobs):
-                    bench.progress.say(f"search: {jobs[number].label}: {result.perplexity:.2f}")
+                    context.progress.say(f"search: {jobs[number].label}: {result.perplexity:.2f}")
                     task.advance()
                     yield number, result
 
@@ -150,20 +152,20 @@ _Work = Callable[[Sequence[Job]], Iterator[tuple[int, Done]]]
 
 
 @contextmanager
-def _here(bench: Bench) -> Iterator[_Work]:
+def _here(context: RunContext) -> Iterator[_Work]:
     def work(jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
         for number, job in enumerate(jobs):
-            yield number, done(bench, job)
+            yield number, done(context, job)
 
     yield work
 
 
 @contextmanager
-def _in_processes(search: Search, bench: Bench) -> Iterator[_Work]:
-    desk = Desk.of(bench, search.workers)
+def _in_processes(search: Search, context: RunContext) -> Iterator[_Work]:
+    desk = Desk.of(context, search.workers)
     # Spawned: a forked child would inherit torch's threads, which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(search.workers, mp_context=context) as pool:
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(search.workers, mp_context=spawning) as pool:
 
         def work(jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
             waiting = {pool.submit(desk.work, job): number for number, job in enumerate(jobs)}
@@ -176,7 +178,8 @@ def _in_processes(search: Search, bench: Bench) -> Iterator[_Work]:
             raise StageError(
                 "search  workers",
                 f"one of {search.workers} worker processes was killed, as for want of memory",
-                f"write fewer `workers`; what was finished is kept, go on with\n  {bench.command}",
+                "write fewer `workers`; what was finished is kept, go on with\n  "
+                f"{context.command}",
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -184,7 +187,7 @@ def _in_processes(search: Search, bench: Bench) -> Iterator[_Work]:
 
 
 @contextmanager
-def _on_ray(search: Search, bench: Bench) -> Iterator[_Work]:
+def _on_ray(search: Search, context: RunContext) -> Iterator[_Work]:
     """Joins the cluster that `RAY_ADDRESS` names, or starts one here."""
     try:
         import ray
@@ -192,9 +195,9 @@ def _on_ray(search: Search, bench: Bench) -> Iterator[_Work]:
         raise MissingExtra.of("search: executor ray", "ray", "ray") from error
     own = not ray.is_initialized()
     if own:
-        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": bench.machine.threads}
+        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": context.machine.threads}
         ray.init(include_dashboard=False, log_to_driver=False, **here)
-    desk = Desk.of(bench, search.workers)
+    desk = Desk.of(context, search.workers)
     threads = desk.machine.threads
     remote = ray.remote(num_cpus=threads, max_retries=0)(Desk.work)
     room = int(ray.cluster_resources().get("CPU", 1)) // threads

@@ -18,7 +18,7 @@ from prune_export.calibrate import TokenSet
 from prune_export.contracts import BuildRecord, Work
 from prune_export.machine import describe
 from prune_export.recipe import Quality, Recipe
-from prune_export.run.artifacts import Base, Bench
+from prune_export.run.artifacts import Base, RunContext
 from prune_export.store import Artifact, Key
 from prune_export.verify import (
     Effort,
@@ -65,8 +65,8 @@ class Point:
     id: str
 
 
-def measured(
-    bench: Bench,
+def measure_run(
+    context: RunContext,
     recipe: Recipe,
     base: Base,
     stages: Sequence[Artifact],
@@ -83,45 +83,45 @@ def measured(
     asked = recipe.verify
     points = _points(recipe, base, stages)
     engines = [(artifact, _engine(artifact)) for artifact in exports]
-    runnable = [(artifact, one) for artifact, one in engines if one.runs_on(bench.machine)]
+    runnable = [(artifact, one) for artifact, one in engines if one.runs_on(context.machine)]
     quality = asked.quality
     text = data.get(quality.perplexity) if quality and quality.perplexity else None
     ids = _any_ids(text, data)
-    found = Verification(reload=_reload(bench, points[-1]), machine=describe())
+    found = Verification(reload=_reload(context, points[-1]), machine=describe())
     if asked.parity or asked.speed or (quality and quality.engines):
         found.unverified.update(
-            {one.exporter: f"it does not run on {bench.machine.device}, which is all there was"
-             for _, one in engines if not one.runs_on(bench.machine)}
+            {one.exporter: f"it does not run on {context.machine.device}, which is all there was"
+             for _, one in engines if not one.runs_on(context.machine)}
         )  # fmt: skip
     if text is not None and quality is not None:
         for point in points:
             found.perplexity.append(
-                _perplexity(bench, point.name, Engine.pytorch(point.path), point.id, text)
+                _perplexity(context, point.name, Engine.pytorch(point.path), point.id, text)
             )
         for artifact, engine in runnable:
             if quality.engines:
                 found.perplexity.append(
-                    _perplexity(bench, engine.exporter, engine, artifact.id, text)
+                    _perplexity(context, engine.exporter, engine, artifact.id, text)
                 )
     if asked.generation:
-        found.generation.extend(_generation(bench, point) for point in (points[0], points[-1]))
+        found.generation.extend(_generation(context, point) for point in (points[0], points[-1]))
     if quality and quality.tasks:
-        found.tasks.extend(_tasks(bench, quality, points))
+        found.tasks.extend(_tasks(context, quality, points))
     for artifact, engine in runnable:
         if asked.parity:
-            found.parity.append(_parity(bench, artifact, engine, points[-1], ids))
-        found.placement.extend(_placement(bench, artifact, engine))
+            found.parity.append(_parity(context, artifact, engine, points[-1], ids))
+        found.placement.extend(_placement(context, artifact, engine))
     if asked.speed:
         for one, other in zip(dense, exports, strict=True):
-            if not _engine(other).runs_on(bench.machine):
+            if not _engine(other).runs_on(context.machine):
                 continue
-            found.speed.extend(_speed(bench, asked.speed, one, other, ids))
-            found.sweep.extend(_sweep(bench, asked.speed, one, other, ids))
+            found.speed.extend(_speed(context, asked.speed, one, other, ids))
+            found.sweep.extend(_sweep(context, asked.speed, one, other, ids))
         found.gates.extend(speed_gates(found.speed, asked.speed.at_least, asked.speed.phase))
     found.gates.extend(placement_gates(found.placement))
     twins = off or [None] * len(exports)
     for artifact, twin in zip(exports, twins, strict=True):
-        sparse = _sparsity(bench, asked.speed, artifact, twin, ids)
+        sparse = _sparsity(context, asked.speed, artifact, twin, ids)
         made = any("mask_digest" in stage.record["log"] for stage in stages)
         found.sparsity.extend(not_from_rounding(sparse, _record(artifact), zeros_made=made))
     if quality:
@@ -161,7 +161,7 @@ def _any_ids(text: TokenSet | None, data: Mapping[str, TokenSet]) -> np.ndarray:
 
 
 def _kept(
-    bench: Bench,
+    context: RunContext,
     name: str,
     label: str,
     kind: Any,
@@ -176,91 +176,93 @@ def _kept(
         del files, work
         return {"result": to_json(measure())}
 
-    found: T = from_json(kind, bench.make(key, label, build).record["result"])
+    found: T = from_json(kind, context.make(key, label, build).record["result"])
     return found
 
 
-def _reload(bench: Bench, point: Point) -> Reload:
+def _reload(context: RunContext, point: Point) -> Reload:
     return _kept(
-        bench, "reload", "verify: reload in a fresh process", Reload, (point.id,), {},
-        lambda: measure_reload(point.path, bench.machine, progress=bench.progress),
+        context, "reload", "verify: reload in a fresh process", Reload, (point.id,), {},
+        lambda: measure_reload(point.path, context.machine, progress=context.progress),
     )  # fmt: skip
 
 
-def _perplexity(bench: Bench, name: str, engine: Engine, id_: str, text: TokenSet) -> Perplexity:
+def _perplexity(
+    context: RunContext, name: str, engine: Engine, id_: str, text: TokenSet
+) -> Perplexity:
     return _kept(
-        bench, "perplexity", f"verify: perplexity of {name}", Perplexity,
+        context, "perplexity", f"verify: perplexity of {name}", Perplexity,
         (id_, text.fingerprint), {"name": name},
-        lambda: measure_perplexity(name, engine, text, bench.machine, progress=bench.progress),
+        lambda: measure_perplexity(name, engine, text, context.machine, progress=context.progress),
     )  # fmt: skip
 
 
-def perplexity_of(bench: Bench, name: str, artifact: Artifact, text: TokenSet) -> float:
+def perplexity_of(context: RunContext, name: str, artifact: Artifact, text: TokenSet) -> float:
     """The perplexity of a checkpoint on its way through a search."""
-    return _perplexity(bench, name, Engine.pytorch(artifact.path), artifact.id, text).value
+    return _perplexity(context, name, Engine.pytorch(artifact.path), artifact.id, text).value
 
 
 def engine_speed(
-    bench: Bench, dense: Artifact, engine: Artifact, workload: recipes.Workload
+    context: RunContext, dense: Artifact, engine: Artifact, workload: recipes.Workload
 ) -> float:
     """How many times as fast `engine` decodes: the middle of what was measured."""
     asked = recipes.Speed(workloads=(workload,), minutes=0.75)
-    found = _speed(bench, asked, dense, engine, tokens_without_text())
+    found = _speed(context, asked, dense, engine, tokens_without_text())
     return next(one.ratio for one in found if one.phase == "decode")
 
 
-def dense_latency_ms(bench: Bench, dense: Artifact, workload: recipes.Workload) -> float:
+def dense_latency_ms(context: RunContext, dense: Artifact, workload: recipes.Workload) -> float:
     """Milliseconds of a decoding step of an engine: the middle of what was measured."""
     asked = recipes.Speed(workloads=(workload,), minutes=0.75)
-    found = _speed(bench, asked, dense, dense, tokens_without_text())
+    found = _speed(context, asked, dense, dense, tokens_without_text())
     steps = next(one.dense_seconds for one in found if one.phase == "decode")
     return 1000 * float(np.median(steps))
 
 
-def _generation(bench: Bench, point: Point) -> Generation:
+def _generation(context: RunContext, point: Point) -> Generation:
     return _kept(
-        bench, "generation", f"verify: generation of {point.name}", Generation,
+        context, "generation", f"verify: generation of {point.name}", Generation,
         (point.id,), {"name": point.name},
         lambda: measure_generation(
-            point.name, Engine.pytorch(point.path), point.path, bench.machine,
-            progress=bench.progress,
+            point.name, Engine.pytorch(point.path), point.path, context.machine,
+            progress=context.progress,
         ),
     )  # fmt: skip
 
 
-def _tasks(bench: Bench, quality: Quality, points: Sequence[Point]) -> list[Task]:
+def _tasks(context: RunContext, quality: Quality, points: Sequence[Point]) -> list[Task]:
     return _kept(
-        bench, "tasks", "verify: lm-eval tasks", list[Task], (points[0].id, points[-1].id),
+        context, "tasks", "verify: lm-eval tasks", list[Task], (points[0].id, points[-1].id),
         {"tasks": list(quality.tasks), "samples": quality.task_samples},
         lambda: measure_tasks(
-            quality.tasks, points[-1].path, bench.machine, dense=points[0].path,
-            samples=quality.task_samples, progress=bench.progress,
+            quality.tasks, points[-1].path, context.machine, dense=points[0].path,
+            samples=quality.task_samples, progress=context.progress,
         ),
     )  # fmt: skip
 
 
 def _parity(
-    bench: Bench, artifact: Artifact, engine: Engine, point: Point, ids: np.ndarray
+    context: RunContext, artifact: Artifact, engine: Engine, point: Point, ids: np.ndarray
 ) -> Parity:
     return _kept(
-        bench, "parity", f"verify: {engine.exporter} against PyTorch", Parity,
+        context, "parity", f"verify: {engine.exporter} against PyTorch", Parity,
         (artifact.id, point.id), {"tokens": _digest(ids)},
         lambda: measure_parity(
-            engine, Engine.pytorch(point.path), ids, bench.machine, progress=bench.progress
+            engine, Engine.pytorch(point.path), ids, context.machine, progress=context.progress
         ),
     )  # fmt: skip
 
 
-def _placement(bench: Bench, artifact: Artifact, engine: Engine) -> list[Placed]:
-    about = {"machine": describe(), "device": bench.machine.device}
+def _placement(context: RunContext, artifact: Artifact, engine: Engine) -> list[Placed]:
+    about = {"machine": describe(), "device": context.machine.device}
     return _kept(
-        bench, "placement", f"verify: nodes of {engine.exporter}", list[Placed], (artifact.id,),
-        about, lambda: measure_placement(engine, bench.machine, progress=bench.progress),
+        context, "placement", f"verify: nodes of {engine.exporter}", list[Placed], (artifact.id,),
+        about, lambda: measure_placement(engine, context.machine, progress=context.progress),
     )  # fmt: skip
 
 
 def _sparsity(
-    bench: Bench,
+    context: RunContext,
     asked: recipes.Speed | None,
     artifact: Artifact,
     off: Artifact | None,
@@ -270,18 +272,18 @@ def _sparsity(
     record = _record(artifact)
     name = record.exporter
     found = _kept(
-        bench, "sparsity", f"verify: sparse weights of {name}", list[Sparsity], (artifact.id,), {},
-        lambda: measure_sparsity(record, artifact.path),
+        context, "sparsity", f"verify: sparse weights of {name}", list[Sparsity], (artifact.id,),
+        {}, lambda: measure_sparsity(record, artifact.path),
     )  # fmt: skip
     if not asked or off is None:
         return found
-    gain = _speed(bench, asked, off, artifact, ids, than="itself with sparsity off")
-    sweep = _sweep(bench, asked, off, artifact, ids, than="itself with sparsity off")
+    gain = _speed(context, asked, off, artifact, ids, than="itself with sparsity off")
+    sweep = _sweep(context, asked, off, artifact, ids, than="itself with sparsity off")
     return [replace(one, gain=gain, sweep=sweep) for one in found]
 
 
 def _speed(
-    bench: Bench,
+    context: RunContext,
     asked: recipes.Speed,
     dense: Artifact,
     pruned: Artifact,
@@ -290,11 +292,11 @@ def _speed(
     than: str = "dense",
 ) -> list[Speed]:
     effort = Effort(seconds=asked.minutes * 60)
-    return _timed(bench, asked.workloads, effort, dense, pruned, ids, than)
+    return _timed(context, asked.workloads, effort, dense, pruned, ids, than)
 
 
 def _sweep(
-    bench: Bench,
+    context: RunContext,
     asked: recipes.Speed,
     dense: Artifact,
     pruned: Artifact,
@@ -307,11 +309,11 @@ def _sweep(
         return []
     effort = Effort(launches=3, rounds=2, most_launches=3, seconds=asked.sweep.minutes * 60)
     grid = asked.sweep.workloads
-    return _timed(bench, grid, effort, dense, pruned, ids, f"{than} over a grid")
+    return _timed(context, grid, effort, dense, pruned, ids, f"{than} over a grid")
 
 
 def _timed(
-    bench: Bench,
+    context: RunContext,
     asked: Sequence[recipes.Workload],
     effort: Effort,
     dense: Artifact,
@@ -322,13 +324,13 @@ def _timed(
     workloads = [Workload(w.batch, w.prompt, w.new) for w in asked]
     one, other = _engine(dense), _engine(pruned)
     about = {"workloads": to_json(workloads), "minutes": effort.seconds / 60,
-             "machine": describe(), "threads": bench.machine.threads,
-             "device": bench.machine.device}  # fmt: skip
+             "machine": describe(), "threads": context.machine.threads,
+             "device": context.machine.device}  # fmt: skip
     return _kept(
-        bench, "speed", f"verify: speed of {other.exporter} against {than}", list[Speed],
+        context, "speed", f"verify: speed of {other.exporter} against {than}", list[Speed],
         (dense.id, pruned.id), about,
         lambda: measure_speed(
-            one, other, workloads, ids, bench.machine, effort=effort, progress=bench.progress
+            one, other, workloads, ids, context.machine, effort=effort, progress=context.progress
         ),
     )  # fmt: skip
 

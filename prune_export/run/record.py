@@ -9,13 +9,13 @@ from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import describe
 from prune_export.recipe import PUBLISHED_NAME, Recipe
-from prune_export.run.artifacts import Base, Bench
+from prune_export.run.artifacts import Base, RunContext
 from prune_export.store import Artifact
 from prune_export.verify.results import Verification
 
 
 def report_of(
-    bench: Bench,
+    context: RunContext,
     recipe: Recipe,
     base: Base,
     data: Mapping[str, tuple[Artifact, TokenSet]],
@@ -39,9 +39,9 @@ def report_of(
             "revision": base.revision,
             "license": base.license,
             "dtype": source.dtype,
-            **_size(bench, source),
+            **_size(context, source),
         },
-        "result": _size(bench, last),
+        "result": _size(context, last),
         "stages": [
             {
                 "index": index,
@@ -75,6 +75,6 @@ def report_of(
     }
 
 
-def _size(bench: Bench, checkpoint: Checkpoint) -> dict[str, int]:
-    arch = checkpoint.arch(bench.ignore_keys)
+def _size(context: RunContext, checkpoint: Checkpoint) -> dict[str, int]:
+    arch = checkpoint.arch(context.ignore_keys)
     return {"parameters": arch.parameters(), "bytes": checkpoint.nbytes, "layers": arch.layers}

@@ -25,7 +25,7 @@ from prune_export.recipe import (
     unreached,
 )
 from prune_export.run import artifacts, executor
-from prune_export.run.artifacts import Base, Bench
+from prune_export.run.artifacts import Base, RunContext
 from prune_export.run.executor import Job
 from prune_export.run.measure import dense_latency_ms, engine_speed
 from prune_export.store import Artifact, Key
@@ -86,8 +86,12 @@ class _Row:
         }
 
 
-def searched(
-    bench: Bench, stage: Stage, source: Base | Artifact, data: Data, ignore_keys: tuple[str, ...]
+def run_search(
+    context: RunContext,
+    stage: Stage,
+    source: Base | Artifact,
+    data: Data,
+    ignore_keys: tuple[str, ...],
 ) -> Found:
     """The best candidate of a search on `source`, and the table of all.
 
@@ -97,22 +101,22 @@ def searched(
     search: Search = stage.entry
     opened = Checkpoint.open(source.path)
     arch = opened.arch(ignore_keys)
-    rows, refused, outside = _rows(bench, search, source, arch, opened.nbytes)
+    rows, refused, outside = _rows(context, search, source, arch, opened.nbytes)
     ids = {name: artifact.id for name, (artifact, _) in data.items()}
     jobs = [
         Job(r.candidate.label, r.candidate.stages, source.path, source.id, ids, search.validation)
         for r in rows
     ]
     healer = heal_of(search)
-    with executor.hired(search, bench) as each:
+    with executor.open_executor(search, context) as each:
         for number, result in each(jobs, "pruning"):
             rows[number].made = list(result.made)
             rows[number].pruned = result.perplexity
         if healer is not None:
-            _heal(bench, each, search, healer, rows, ids)
+            _heal(context, each, search, healer, rows, ids)
     rows.sort(key=lambda row: row.rank)
     if search.measure_speed:
-        _time(bench, search, source, rows)
+        _time(context, search, source, rows)
     rows[0].note = "chosen"
     table = {
         "target": search.target.model_dump(mode="json"),
@@ -122,13 +126,13 @@ def searched(
         "outside": outside,
         "candidates": [row.to_json(arch.parameters()) for row in rows] + refused,
     }
-    bench.progress.say(f"search: {rows[0].candidate.label} is the best of {len(rows)}")
-    made = tuple(_artifact(bench, id_) for id_ in rows[0].made)
+    context.progress.say(f"search: {rows[0].candidate.label} is the best of {len(rows)}")
+    made = tuple(_artifact(context, id_) for id_ in rows[0].made)
     return Found(rows[0].candidate.stages, made, table)
 
 
 def _rows(
-    bench: Bench, search: Search, source: Base | Artifact, arch: Arch, nbytes: int
+    context: RunContext, search: Search, source: Base | Artifact, arch: Arch, nbytes: int
 ) -> tuple[list[_Row], list[dict[str, Any]], int]:
     """The candidates that come to the target, those that do not, and how many of the grid do not.
 
@@ -140,14 +144,14 @@ def _rows(
     outside = 0
     known: set[str] = set()
     left = search.target.fraction(nbytes)
-    wanted = None if left is not None else _wanted_speedup(bench, search, source)
+    wanted = None if left is not None else _wanted_speedup(context, search, source)
     for template in templates(search):
         try:
             if left is not None:
                 candidate, speedup = template.near(arch, left, search.target.tolerance), None
             else:
                 assert wanted is not None
-                candidate, speedup = _to_speed(bench, search, wanted, template, arch, source)
+                candidate, speedup = _to_speed(context, search, wanted, template, arch, source)
         except PlanError as error:
             if template.of_grid:
                 outside += 1
@@ -162,7 +166,7 @@ def _rows(
             known.add(shape if template.of_grid else same)
             rows.append(_Row(candidate, speedup=speedup))
     if outside:
-        bench.progress.say(
+        context.progress.say(
             f"search: {outside} combinations of the grid are outside of the target, "
             f"{len(rows)} candidates are within {search.target.tolerance:.0%} of it"
         )
@@ -173,7 +177,7 @@ def _rows(
 
 
 def _heal(
-    bench: Bench,
+    context: RunContext,
     each: executor.Each,
     search: Search,
     healer: Stage,
@@ -190,12 +194,12 @@ def _heal(
     for number, rung in enumerate(rungs):
         jobs = []
         for row in going:
-            before = row.last or _artifact(bench, row.made[-1])
+            before = row.last or _artifact(context, row.made[-1])
             label = f"{row.candidate.label}, healed"
             jobs.append(Job(label, (rung,), before.path, before.id, ids, search.validation))
         title = f"healing, part {number + 1} of {len(rungs)}" if len(rungs) > 1 else "healing"
         for at, result in each(jobs, title):
-            going[at].last = _artifact(bench, result.made[-1])
+            going[at].last = _artifact(context, result.made[-1])
             going[at].rungs.append(result.perplexity)
         if number + 1 < len(rungs):
             going = _going_on(search, going)
@@ -213,8 +217,8 @@ def _going_on(search: Search, rows: list[_Row]) -> list[_Row]:
     return [row for row in rows if row in kept]
 
 
-def _artifact(bench: Bench, id_: str) -> Artifact:
-    found = bench.store.get(id_)
+def _artifact(context: RunContext, id_: str) -> Artifact:
+    found = context.store.get(id_)
     if found is None:
         raise StageError(
             f"search  {id_}",
@@ -224,33 +228,35 @@ def _artifact(bench: Bench, id_: str) -> Artifact:
     return found
 
 
-def _time(bench: Bench, search: Search, source: Base | Artifact, rows: list[_Row]) -> None:
+def _time(context: RunContext, search: Search, source: Base | Artifact, rows: list[_Row]) -> None:
     """Times the engines of the candidates that were ranked: one at a time, with nothing beside."""
     export = _export(search)
-    dense = artifacts.exported(bench, export, source.path, source.id, of=", dense to compare with")
+    dense = artifacts.export_engine(
+        context, export, source.path, source.id, of=", dense to compare with"
+    )
     for row in rows:
         if row.speedup is None and "not healed" not in row.note:
-            last = _artifact(bench, row.made[-1])
-            engine = artifacts.exported(
-                bench, export, last.path, last.id, of=f", {row.candidate.label}"
+            last = _artifact(context, row.made[-1])
+            engine = artifacts.export_engine(
+                context, export, last.path, last.id, of=f", {row.candidate.label}"
             )
-            row.speedup = engine_speed(bench, dense, engine, search.target.workload)
+            row.speedup = engine_speed(context, dense, engine, search.target.workload)
 
 
 def _export(search: Search) -> Export:
     return Export(search.target.engine, registry.find("exporters", search.target.engine)())
 
 
-def _wanted_speedup(bench: Bench, search: Search, source: Base | Artifact) -> float:
+def _wanted_speedup(context: RunContext, search: Search, source: Base | Artifact) -> float:
     """The target's speedup; for a latency, the dense engine is timed."""
     if search.target.latency_ms is None:
         return search.target.speedup or 1.0
-    dense = artifacts.exported(
-        bench, _export(search), source.path, source.id, of=", dense to compare with"
+    dense = artifacts.export_engine(
+        context, _export(search), source.path, source.id, of=", dense to compare with"
     )
-    found = dense_latency_ms(bench, dense, search.target.workload)
+    found = dense_latency_ms(context, dense, search.target.workload)
     wanted = found / search.target.latency_ms
-    bench.progress.say(
+    context.progress.say(
         f"search: a step of the dense engine takes {found:.2f} ms, so {wanted:.2f}x is asked for"
     )
     if wanted <= 1:
@@ -263,7 +269,7 @@ def _wanted_speedup(bench: Bench, search: Search, source: Base | Artifact) -> fl
 
 
 def _to_speed(
-    bench: Bench,
+    context: RunContext,
     search: Search,
     wanted: float,
     template: Template,
@@ -276,7 +282,9 @@ def _to_speed(
     scored; the size is found by secants on seconds a step, which are nearly linear in it.
     """
     export = _export(search)
-    dense = artifacts.exported(bench, export, source.path, source.id, of=", dense to compare with")
+    dense = artifacts.export_engine(
+        context, export, source.path, source.id, of=", dense to compare with"
+    )
     total = arch.parameters()
     # (parameters, seconds a step relative to dense): the dense model is known.
     known = [(float(total), 1.0)]
@@ -289,10 +297,12 @@ def _to_speed(
         if left in tried:
             break
         tried.add(left)
-        shaped = _shaped(bench, source, arch, candidate.arch)
-        engine = artifacts.exported(bench, export, shaped.path, shaped.id, of=", of these shapes")
-        speedup = engine_speed(bench, dense, engine, search.target.workload)
-        bench.progress.say(
+        shaped = _shaped(context, source, arch, candidate.arch)
+        engine = artifacts.export_engine(
+            context, export, shaped.path, shaped.id, of=", of these shapes"
+        )
+        speedup = engine_speed(context, dense, engine, search.target.workload)
+        context.progress.say(
             f"search: {candidate.label}: {left / total:.1%} of the parameters: {speedup:.2f}x"
         )
         if best is None or abs(speedup / wanted - 1) < abs(best[1] / wanted - 1):
@@ -312,7 +322,7 @@ def _to_speed(
     return best
 
 
-def _shaped(bench: Bench, source: Base | Artifact, arch: Arch, after: Arch) -> Artifact:
+def _shaped(context: RunContext, source: Base | Artifact, arch: Arch, after: Arch) -> Artifact:
     """`source` cut to the shapes of `after`, whatever is lost: only its speed matters."""
     kept = _alike(arch, after)
     drop = tuple(layer for layer in range(arch.layers) if layer not in kept)
@@ -340,7 +350,7 @@ def _shaped(bench: Bench, source: Base | Artifact, arch: Arch, after: Arch) -> A
         )
         return {}
 
-    return bench.make(key, "search: a model of these shapes", build)
+    return context.make(key, "search: a model of these shapes", build)
 
 
 def _alike(arch: Arch, after: Arch) -> tuple[int, ...]:

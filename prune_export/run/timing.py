@@ -19,7 +19,7 @@ from prune_export.contracts import Work
 from prune_export.errors import PlanError
 from prune_export.recipe import Export, Workload
 from prune_export.run import artifacts
-from prune_export.run.artifacts import Bench
+from prune_export.run.artifacts import RunContext
 from prune_export.run.measure import engine_speed
 from prune_export.store import Artifact, Key
 from prune_export.surgery import Edit, Keep, Overwrite, rewrite
@@ -31,7 +31,7 @@ _VERSION: Final = "1"
 class TimedEngines:
     """Engines of the model at `path`, each cut in its own way, against the dense one."""
 
-    bench: Bench
+    context: RunContext
     arch: Arch
     path: Path
     id: str
@@ -44,17 +44,17 @@ class TimedEngines:
         Where the sizes differ between blocks, what is cut is zeros that the exporter trims.
         """
         export = Export(engine, registry.find("exporters", engine)())
-        dense = artifacts.exported(
-            self.bench, export, self.path, self.id, of=", dense to compare with"
+        dense = artifacts.export_engine(
+            self.context, export, self.path, self.id, of=", dense to compare with"
         )
         shaped = self._shaped(sizes)
-        made = artifacts.exported(
-            self.bench, export, shaped.path, shaped.id, of=", of these widths"
+        made = artifacts.export_engine(
+            self.context, export, shaped.path, shaped.id, of=", of these widths"
         )
         batch, prompt, new = request
         workload = Workload(batch=batch, prompt=prompt, new=new)
-        found = engine_speed(self.bench, dense, made, workload)
-        self.bench.progress.say(f"an engine with {_told(sizes)}: {found:.2f}x")
+        found = engine_speed(self.context, dense, made, workload)
+        self.context.progress.say(f"an engine with {_told(sizes)}: {found:.2f}x")
         return found
 
     def _shaped(self, sizes: Mapping[str, int]) -> Artifact:
@@ -71,7 +71,7 @@ class TimedEngines:
             )
             return {}
 
-        return self.bench.make(key, "a model of these widths", build)
+        return self.context.make(key, "a model of these widths", build)
 
     def _edits(self, sizes: Mapping[str, int]) -> list[Edit]:
         arch = self.arch

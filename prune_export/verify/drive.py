@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from prune_export.contracts import Limited, Runner
+from prune_export.contracts import LimitsBatch, Runner
 from prune_export.errors import VerifyError
 
 CHUNK: Final = 256
@@ -72,7 +72,7 @@ def window_losses(
 
 
 def _at_once(runner: Runner, wanted: int) -> int:
-    return min(wanted, runner.most_sequences) if isinstance(runner, Limited) else wanted
+    return min(wanted, runner.most_sequences) if isinstance(runner, LimitsBatch) else wanted
 
 
 def _returns_all(runner: Runner, ids: np.ndarray) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from prune_export.calibrate.passes.cost import block_bytes
 from prune_export.calibrate.passes.statistics import compute_dtype
-from prune_export.calibrate.streaming.layerwise_model import Skeleton
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Task
@@ -35,7 +35,7 @@ def streamed_losses(
     checkpoint = Checkpoint.open(path)
     arch = checkpoint.arch()
     dtype = compute_dtype(checkpoint, machine)
-    skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
+    layerwise = LayerwiseModel(checkpoint, arch, dtype=dtype, device=machine.device)
     window_bytes = ids.shape[1] * arch.sizes["residual"] * dtype.itemsize
     free = machine.ram_bytes - psutil.Process().memory_info().rss - 3 * block_bytes(arch, dtype)
     group = max(1, free // 2 // window_bytes)
@@ -43,36 +43,36 @@ def streamed_losses(
     for first in range(0, len(ids), group):
         windows = torch.from_numpy(np.ascontiguousarray(ids[first : first + group]))
         some = None if counted is None else torch.from_numpy(counted[first : first + group])
-        losses += _of_group(skeleton, windows, some, arch.layers, task)
+        losses += _of_group(layerwise, windows, some, arch.layers, task)
         task.advance(len(windows) / (arch.layers + 1))
     return losses
 
 
 def _of_group(
-    skeleton: Skeleton,
+    layerwise: LayerwiseModel,
     windows: torch.Tensor,
     counted: torch.Tensor | None,
     layers: int,
     task: Task,
 ) -> list[float]:
-    skeleton.look_up(windows.flatten())
-    calls = skeleton.calls(windows)
-    states = torch.stack([skeleton.enter(one[None])[0].cpu() for one in windows])
-    skeleton.forget_rows()
+    layerwise.look_up(windows.flatten())
+    calls = layerwise.calls(windows)
+    states = torch.stack([layerwise.enter(one[None])[0].cpu() for one in windows])
+    layerwise.forget_rows()
     for layer in range(layers):
-        skeleton.load(layer, skeleton.read(skeleton.arch.block(layer)))
+        layerwise.load(layer, layerwise.read(layerwise.arch.block(layer)))
         for at, one in enumerate(states):
-            out = skeleton.run(layer, one[None].to(skeleton.device), calls[layer])
+            out = layerwise.run(layer, one[None].to(layerwise.device), calls[layer])
             states[at] = out[0].cpu()
-        skeleton.free(layer)
+        layerwise.free(layer)
         task.advance(len(windows) / (layers + 1))
-    skeleton.load_head()
+    layerwise.load_head()
     if counted is None:
         return [
-            skeleton.loss(one[None], own[None]) / (windows.shape[1] - 1)
+            layerwise.loss(one[None], own[None]) / (windows.shape[1] - 1)
             for one, own in zip(states, windows, strict=True)
         ]
     return [
-        skeleton.loss(one[None], own[None], marks) / int(marks[1:].sum())
+        layerwise.loss(one[None], own[None], marks) / int(marks[1:].sum())
         for one, own, marks in zip(states, windows, counted, strict=True)
     ]

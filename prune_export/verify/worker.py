@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from prune_export.contracts import Placed, Runner
+from prune_export.contracts import PlacesNodes, Runner
 from prune_export.errors import PruneExportError
 from prune_export.machine import Machine
 from prune_export.verify import drive
@@ -63,7 +63,7 @@ class Worker:
 
     def do_placement(self) -> dict[str, Any] | None:
         runner = self._opened
-        return asdict(runner.placement()) if isinstance(runner, Placed) else None
+        return asdict(runner.placement()) if isinstance(runner, PlacesNodes) else None
 
     def do_losses(self, ids_file: str, counted_file: str | None = None) -> list[float]:
         counted = _load(counted_file) if counted_file else None

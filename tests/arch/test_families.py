@@ -47,7 +47,7 @@ def cut(tiny: Tiny, layers: Collection[int], base: Mapping[str, Any], out: Path)
 
 
 @contextmanager
-def bypassed(tiny: Tiny, layers: Collection[int]) -> Iterator[None]:
+def skipped(tiny: Tiny, layers: Collection[int]) -> Iterator[None]:
     """Makes the blocks return their input; nothing else of the model or its config changes."""
 
     def unchanged(_module: object, inputs: Any, named: Any, output: Any) -> Any:
@@ -104,7 +104,7 @@ def test_a_depth_cut_computes_as_the_model_that_skips_those_blocks(
     whole = made.logits()
     for number, layers in enumerate(DROPS):
         smaller = cut(made, layers, made.full, tmp_path / str(number))
-        with bypassed(made, layers):
+        with skipped(made, layers):
             expected = made.logits()
         assert (expected - whole).abs().max() > 1e-2
         torch.testing.assert_close(logits(smaller), expected, atol=1e-6, rtol=0)
@@ -115,7 +115,7 @@ def test_blocks_that_compute_with_their_number_may_lose_the_last(
 ) -> None:
     made = tiny("gpt2", scale_attn_by_inverse_layer_idx=True)
     smaller = cut(made, (4, 5), made.full, tmp_path / "cut")
-    with bypassed(made, (4, 5)):
+    with skipped(made, (4, 5)):
         torch.testing.assert_close(logits(smaller), made.logits(), atol=1e-6, rtol=0)
 
 
@@ -128,7 +128,7 @@ def test_without_the_sliced_lists_the_cut_model_would_compute_something_else(
 ) -> None:
     made = tiny(model_type)
     rules = made.arch.table.config
-    with bypassed(made, (1,)):
+    with skipped(made, (1,)):
         expected = made.logits()
     cut(made, (1,), made.full, tmp_path / "cut")
     naive = made.full | {made.arch.table.layers: made.arch.layers - 1}

@@ -38,7 +38,7 @@ def loaded(arch: Arch, state: State, tiny: Tiny, out: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 
 
-def silenced(tiny: Tiny, path: str, kept: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+def ablated(tiny: Tiny, path: str, kept: Sequence[Sequence[int]], width: int) -> torch.Tensor:
     """Logits of the whole model where module `path` of block i sees zeros outside `kept[i]`.
 
     `kept` counts runs of `width` features of the module's input.
@@ -88,7 +88,7 @@ def test_kept_mlp_channels_compute_as_the_whole_model_with_the_others_silenced(
     kept = channels(arch.layers, arch.sizes["mlp.0"], 20)
     for layer, index in enumerate(kept):
         arch, state = cut(arch, state, f"mlp.{layer}", index)
-    expected = silenced(made, down, kept, 1)
+    expected = ablated(made, down, kept, 1)
     assert (expected - made.logits()).abs().max() > 1e-2
     torch.testing.assert_close(
         logits(loaded(arch, state, made, tmp_path)), expected, atol=2e-4, rtol=1e-4
@@ -115,7 +115,7 @@ def test_kept_groups_compute_as_the_whole_model_with_the_others_silenced(
     for layer, index in enumerate(kept):
         arch, state = cut(arch, state, f"kv.{layer}", index)
     # Query heads 2k and 2k + 1 share key-value head k.
-    expected = silenced(made, out, kept, 2 * arch.sizes["dim"])
+    expected = ablated(made, out, kept, 2 * arch.sizes["dim"])
     assert (expected - made.logits()).abs().max() > 1e-2
     torch.testing.assert_close(
         logits(loaded(arch, state, made, tmp_path)), expected, atol=2e-4, rtol=1e-4
@@ -141,7 +141,7 @@ def test_kept_heads_of_fused_projections_compute_as_the_whole_model_with_the_oth
     for block in narrow.get_submodule(arch.table.blocks):
         if model_type == "gpt2":
             block.attn.c_attn.nf, block.attn.split_size = 3 * 2 * width, 2 * width
-    expected = silenced(made, out, kept, width)
+    expected = ablated(made, out, kept, width)
     assert (expected - made.logits()).abs().max() > 1e-2
     torch.testing.assert_close(logits(narrow), expected, atol=2e-4, rtol=1e-4)
 

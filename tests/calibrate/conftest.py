@@ -107,5 +107,5 @@ def small_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How a sweep goes, given by `indirect`: `repeated` is for want of room to park in."""
     if request.param == "repeated":
-        monkeypatch.setattr(sequential, "parked_bytes", lambda *_: 1 << 60)
+        monkeypatch.setattr(sequential, "suspended_bytes", lambda *_: 1 << 60)
     return str(request.param)

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, Means, ModelView, TokenSet
+from prune_export.calibrate import CalibrationContext, ExtraPass, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 
@@ -23,8 +23,8 @@ def some_ids() -> torch.Tensor:
 
 def plain_view(checkpoint: Checkpoint, scratch: Path) -> ModelView:
     """A model to decide on, with nothing gathered yet."""
-    means = Means(TokenSet.of(some_ids()), MACHINE, scratch)
-    return ModelView(checkpoint.arch(), checkpoint, {}, means)
+    context = CalibrationContext(TokenSet.of(some_ids()), MACHINE, scratch)
+    return ModelView(checkpoint.arch(), checkpoint, {}, context)
 
 
 def units_of(cls: Any) -> tuple[str | None, ...]:
@@ -50,7 +50,7 @@ def view_for(method: Any, checkpoint: Checkpoint, scratch: Path) -> ModelView:
     """What a run gives a method: the statistics that it asked for, and the means to more."""
     asked = method.statistics(checkpoint.arch())
     view = plain_view(checkpoint, scratch)
-    first = [statistic for statistic in asked if not isinstance(statistic, Further)]
+    first = [statistic for statistic in asked if not isinstance(statistic, ExtraPass)]
     return dataclasses.replace(view, results=view.gather(first)) if asked else view
 
 

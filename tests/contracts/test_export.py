@@ -18,7 +18,7 @@ from prune_export.arch.table import tables
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.exporters.onnx import Onnx
-from prune_export.pruning.width.width_method import Width
+from prune_export.pruning.width.width_method import WidthMethod
 from prune_export.surgery import rewrite
 from tests.contracts.made import MACHINE, an_instance, view_for
 from tests.exporters.onnx.test_onnx import error, expected_logits, exported, padded, stepped
@@ -35,7 +35,7 @@ SOME = {
 def shapes_that_differ(name: str) -> Any:
     """Widths that differ by block, where a method can: the harder case for an exporter."""
     cls = registry.find("methods", name)
-    if issubclass(cls, Width):
+    if issubclass(cls, WidthMethod):
         protect = {k: 0 for k in cls.__dataclass_fields__ if k.startswith("protect_")}
         return cls(ffn=0.5, heads=0.5, per_layer=True, **protect)
     return an_instance(cls)

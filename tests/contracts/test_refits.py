@@ -14,7 +14,7 @@ import torch
 
 from prune_export import registry
 from prune_export.arch.table import tables
-from prune_export.calibrate import SITES, ModelView, added_times
+from prune_export.calibrate import LINEAR_GROUPS, ModelView, added_times
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Decision, Refitting
 from prune_export.errors import PlanError
@@ -98,7 +98,7 @@ def test_refits_come_beside_the_same_cut(
     new = {edit.tensor for edit in found.edits if isinstance(edit, Overwrite)}
     roles = {checkpoint.arch().by_name[one].role.removesuffix(".bias") for one in new - own}
     assert new >= {*own, *refitted}
-    assert {SITES[role] for role in roles} <= {"attention.out", "mlp.out"}
+    assert {LINEAR_GROUPS[role] for role in roles} <= {"attention.out", "mlp.out"}
 
 
 @pytest.mark.parametrize(("name", "unit"), DEPTH)

@@ -15,15 +15,17 @@ from tiny_models import PROMPT
 
 from prune_export import registry
 from prune_export.arch.table import tables
-from prune_export.calibrate import Further, ModelView
+from prune_export.calibrate import ExtraPass, ModelView
 from prune_export.calibrate.streaming.linear_groups import as_matrix
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
-from prune_export.pruning.width.width_method import Width
+from prune_export.pruning.width.width_method import WidthMethod
 from prune_export.surgery import Overwrite, rewrite
 from tests.contracts.made import plain_view
 
-METHODS = [n for n in registry.names("methods") if issubclass(registry.find("methods", n), Width)]
+METHODS = [
+    n for n in registry.names("methods") if issubclass(registry.find("methods", n), WidthMethod)
+]
 
 
 def method_for(name: str, checkpoint: Checkpoint, **keys: Any) -> Any:
@@ -142,7 +144,7 @@ def test_passes_are_announced_exactly_where_states_are_read(
     arch = checkpoint.arch()
     method = registry.find("methods", name)(ffn=0.5, compensate=False)
     asked = method.statistics(arch)
-    assert all(isinstance(one, Further) for one in asked)
+    assert all(isinstance(one, ExtraPass) for one in asked)
     blind = ModelView(arch, checkpoint, {})
     if asked:
         with pytest.raises(ValueError, match="no calibration data"):

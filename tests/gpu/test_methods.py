@@ -13,7 +13,7 @@ from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export import registry
-from prune_export.calibrate import Further, Means, ModelView, TokenSet
+from prune_export.calibrate import CalibrationContext, ExtraPass, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.sparsity.nm import Nm
@@ -61,9 +61,9 @@ def made(
         machine = replace(machine, gpu_bytes=gpu_bytes)
     arch = checkpoint.arch()
     (out / "scratch").mkdir(parents=True)
-    view = ModelView(arch, checkpoint, {}, Means(tokens(), machine, out / "scratch"))
-    first = [one for one in method.statistics(arch) if not isinstance(one, Further)]
-    view = ModelView(arch, checkpoint, view.gather(first), view.means)
+    view = ModelView(arch, checkpoint, {}, CalibrationContext(tokens(), machine, out / "scratch"))
+    first = [one for one in method.statistics(arch) if not isinstance(one, ExtraPass)]
+    view = ModelView(arch, checkpoint, view.gather(first), view.context)
     edits = method.decide(view).edits
     return rewrite(checkpoint, arch, edits, out / "made", ram_bytes=1 << 30)
 

@@ -13,31 +13,33 @@ from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import LocalText
 from prune_export.run import artifacts
-from prune_export.run.artifacts import Base, Bench
+from prune_export.run.artifacts import Base, RunContext
 from prune_export.store import Artifact, Key, Store
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(Store(tmp_path / "store"), Machine.detect(device="cpu", threads=1), Silent())
+def context(tmp_path: Path) -> RunContext:
+    return RunContext(Store(tmp_path / "store"), Machine.detect(device="cpu", threads=1), Silent())
 
 
-def made(bench: Bench, model: Path, root: Path, **keys: object) -> Artifact:
+def made(context: RunContext, model: Path, root: Path, **keys: object) -> Artifact:
     source = LocalText.model_validate({"files": ["a.txt"], "length": 16, **keys})
-    return artifacts.tokens(bench, "evaluation", source, root, Base("m", None, model, "m"))[0]
+    return artifacts.make_tokens(context, "evaluation", source, root, Base("m", None, model, "m"))[
+        0
+    ]
 
 
-def first_id(bench: Bench, model: Path, root: Path, packing: str) -> str:
+def first_id(context: RunContext, model: Path, root: Path, packing: str) -> str:
     """The id that version 0.1 gave."""
     parameters = {
         "samples": None, "length": 16, "seed": 0, "column": "text", "packing": packing,
         "files": ["a.txt"],
     }  # fmt: skip
     inputs = [
-        f"{name}:{bench.store.file_hash(model / name)}"
+        f"{name}:{context.store.file_hash(model / name)}"
         for name in ("tokenizer.json", "tokenizer_config.json")
     ]
-    inputs.append(f"a.txt:{bench.store.file_hash(root / 'a.txt')}")
+    inputs.append(f"a.txt:{context.store.file_hash(root / 'a.txt')}")
     inputs.append("exclude:4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945")
     return Key("data", "evaluation", "1", parameters, tuple(inputs)).id
 
@@ -55,32 +57,32 @@ def with_bos(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def test_sources_that_mean_what_they_meant_keep_their_ids(
-    bench: Bench, tiny_llama: Path, with_bos: Path, tmp_path: Path
+    context: RunContext, tiny_llama: Path, with_bos: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "a.txt").write_text("Some text. " * 40, encoding="utf-8")
     for packing in ("stream", "packed", "windows"):
-        found = made(bench, tiny_llama, tmp_path, packing=packing)
-        assert found.id == first_id(bench, tiny_llama, tmp_path, packing)
-    found = made(bench, with_bos, tmp_path, packing="packed")
-    assert found.id == first_id(bench, with_bos, tmp_path, "packed")
+        found = made(context, tiny_llama, tmp_path, packing=packing)
+        assert found.id == first_id(context, tiny_llama, tmp_path, packing)
+    found = made(context, with_bos, tmp_path, packing="packed")
+    assert found.id == first_id(context, with_bos, tmp_path, "packed")
 
 
 def test_what_gives_other_tokens_has_another_id(
-    bench: Bench, tiny_llama: Path, with_bos: Path, tmp_path: Path
+    context: RunContext, tiny_llama: Path, with_bos: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "a.txt").write_text("Some text. " * 40, encoding="utf-8")
-    before = first_id(bench, with_bos, tmp_path, "stream")
-    each = made(bench, with_bos, tmp_path, packing="stream")
-    once = made(bench, with_bos, tmp_path, packing="stream", prefix="first")
+    before = first_id(context, with_bos, tmp_path, "stream")
+    each = made(context, with_bos, tmp_path, packing="stream")
+    once = made(context, with_bos, tmp_path, packing="stream", prefix="first")
     assert len({before, each.id, once.id}) == 3
     assert each.record["provenance"]["prefix"] == "every window"
     (tmp_path / "a.txt").write_text("Some text. " * 40, encoding="utf-8-sig")
-    marked = made(bench, tiny_llama, tmp_path, packing="packed")
-    assert marked.id != first_id(bench, tiny_llama, tmp_path, "packed")
+    marked = made(context, tiny_llama, tmp_path, packing="packed")
+    assert marked.id != first_id(context, tiny_llama, tmp_path, "packed")
 
 
 def test_another_chat_template_makes_other_conversations(
-    bench: Bench, tiny_llama: Path, tmp_path: Path
+    context: RunContext, tiny_llama: Path, tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
@@ -89,6 +91,6 @@ def test_another_chat_template_makes_other_conversations(
     ids = set()
     for template in ("{{ messages[0].content }}", "{{ messages[0].content }} Yes."):
         (model / "chat_template.jinja").write_text(template, encoding="utf-8")
-        ids.add(made(bench, model, tmp_path, files=["a.jsonl"], column="messages").id)
-        ids.add(made(bench, model, tmp_path, files=["a.jsonl"], column="messages").id)
+        ids.add(made(context, model, tmp_path, files=["a.jsonl"], column="messages").id)
+        ids.add(made(context, model, tmp_path, files=["a.jsonl"], column="messages").id)
     assert len(ids) == 2

@@ -13,7 +13,7 @@ from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe
 from prune_export.run import artifacts
-from prune_export.run.artifacts import Bench
+from prune_export.run.artifacts import RunContext
 from prune_export.run.executor import Desk
 from prune_export.store import Key, Store
 
@@ -28,14 +28,14 @@ def test_memory_is_handed_back_after_each_artifact(
     freed: list[bool] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
     machine = Machine(device, 8 << 30, 0, 1)
-    bench = Bench(Store(tmp_path / "store"), machine, Silent())
-    bench.make(Key("test", "good", "1", {}, ()), "good", lambda files, work: {})
+    context = RunContext(Store(tmp_path / "store"), machine, Silent())
+    context.make(Key("test", "good", "1", {}, ()), "good", lambda files, work: {})
 
     def bad(files: Path, work: Any) -> Any:
         raise RuntimeError("CUDA out of memory")
 
     with pytest.raises(StageError, match="CUDA out of memory"):
-        bench.make(Key("test", "bad", "1", {}, ()), "bad", bad)
+        context.make(Key("test", "bad", "1", {}, ()), "bad", bad)
     assert len(freed) == times
 
 
@@ -44,12 +44,12 @@ def test_what_is_free_of_a_gpu_decides_no_artifact(tiny_llama: Path, tmp_path: P
     stage = Recipe.parse("recipe: 1\nstages: [{prune: {method: deepest, remove: 1}}]").stages[0]
     made = []
     for free in (1 << 30, 80 << 30):
-        bench = Bench(Store(tmp_path / "store"), Machine("cpu", 8 << 30, free, 1), Silent())
-        made.append(artifacts.pruned(bench, stage, tiny_llama, "model-0", None))
+        context = RunContext(Store(tmp_path / "store"), Machine("cpu", 8 << 30, free, 1), Silent())
+        made.append(artifacts.run_prune(context, stage, tiny_llama, "model-0", None))
     assert made[0].id == made[1].id
     assert len(list((tmp_path / "store").glob("prune-*"))) == 1
 
 
 def test_workers_share_a_gpus_memory(tmp_path: Path) -> None:
-    bench = Bench(Store(tmp_path / "store"), GPU, Silent())
-    assert Desk.of(bench, 4).machine.gpu_bytes == 20 << 30
+    context = RunContext(Store(tmp_path / "store"), GPU, Silent())
+    assert Desk.of(context, 4).machine.gpu_bytes == 20 << 30

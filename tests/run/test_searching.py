@@ -24,7 +24,7 @@ from prune_export.report import style
 from prune_export.report.pareto import frontier, pareto
 from prune_export.report.reading import CandidateReading, SearchReading
 from prune_export.run import Options, executor, plan, run
-from prune_export.run.artifacts import Base, Bench
+from prune_export.run.artifacts import Base, RunContext
 from prune_export.run.executor import Job
 from prune_export.run.search import _going_on, _Row, _rows, _shaped
 from prune_export.store import Store
@@ -133,12 +133,14 @@ class Deadly:
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_told(options: Options) -> None:
     search = Search(Target(parameters=0.5), "ranking", workers=2)
-    bench = Bench(Store(options.store), options.machine, Silent(), command="prune-export run it")
+    context = RunContext(
+        Store(options.store), options.machine, Silent(), command="prune-export run it"
+    )
     stages: Any = (Deadly(),)
     jobs = [Job("a", stages, options.store, "id", {}, "ranking")]
     with (
         pytest.raises(StageError, match="was killed") as told,
-        executor.hired(search, bench) as each,
+        executor.open_executor(search, context) as each,
     ):
         list(each(jobs, "pruning"))
     assert "prune-export run it" in str(told.value)
@@ -219,8 +221,8 @@ def test_candidates_of_one_label_that_differ_in_another_key_all_compete(
         Target(parameters=0.9), "ranking", candidates=tuple(({"prune": body},) for body in bodies)
     )
     base, opened = Base("tiny", None, tiny_llama, "tiny"), Checkpoint.open(tiny_llama)
-    bench = Bench(Store(options.store), options.machine, Silent())
-    rows, _, _ = _rows(bench, search, base, opened.arch(), opened.nbytes)
+    context = RunContext(Store(options.store), options.machine, Silent())
+    rows, _, _ = _rows(context, search, base, opened.arch(), opened.nbytes)
     assert [one.candidate.stages[0].entry.compensate for one in rows] == ["auto", False]
 
 
@@ -228,12 +230,12 @@ def test_a_model_of_other_shapes_has_blocks_of_the_kinds_that_are_left(
     tmp_path: Path, options: Options
 ) -> None:
     arch = random_model("qwen3_moe", {}, tmp_path / "m").arch
-    bench = Bench(Store(options.store), options.machine, Silent())
+    context = RunContext(Store(options.store), options.machine, Silent())
     base = Base("m", None, tmp_path / "m", "m")
     for dropped, axis, size in (((2, 3, 4), "mlp", 8), ((0, 3), "kv", 1), ((0, 2), "expert", 2)):
         after = arch.without(dropped)
         after = after.with_sizes({one: size for one in after.sizes if one.startswith(f"{axis}.")})
-        shaped = Checkpoint.open(_shaped(bench, base, arch, after).path)
+        shaped = Checkpoint.open(_shaped(context, base, arch, after).path)
         assert {name: entry.shape for name, entry in shaped.entries.items()} == {
             tensor.name: after.shape(tensor) for tensor in after.stored()
         }

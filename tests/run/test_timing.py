@@ -13,7 +13,7 @@ from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe
 from prune_export.run import Options, run, timing
-from prune_export.run.artifacts import Bench, base
+from prune_export.run.artifacts import RunContext, open_base
 from prune_export.run.timing import TimedEngines
 from prune_export.store import Artifact, Store
 
@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Artifact, Artifact]]:
     """Engines are as fast as they are small; what was compared is kept."""
     compared: list[tuple[Artifact, Artifact]] = []
 
-    def speed(bench: Bench, dense: Artifact, engine: Artifact, workload: Any) -> float:
+    def speed(context: RunContext, dense: Artifact, engine: Artifact, workload: Any) -> float:
         assert (workload.batch, workload.prompt, workload.new) == (1, 128, 32)
         compared.append((dense, engine))
         return weights(dense) / weights(engine)
@@ -49,9 +49,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Artifact, Artifact]]:
 @pytest.fixture
 def engines(tiny_llama: Path, tmp_path: Path) -> TimedEngines:
     machine = Machine.detect(device="cpu", threads=1)
-    bench = Bench(Store(tmp_path / "store"), machine, Silent())
-    model = base(bench, "tiny", tiny_llama, None)
-    return TimedEngines(bench, Checkpoint.open(tiny_llama).arch(), model.path, model.id)
+    context = RunContext(Store(tmp_path / "store"), machine, Silent())
+    model = open_base(context, "tiny", tiny_llama, None)
+    return TimedEngines(context, Checkpoint.open(tiny_llama).arch(), model.path, model.id)
 
 
 def test_an_engine_has_the_widths_asked_for(

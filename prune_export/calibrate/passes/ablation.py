@@ -26,9 +26,9 @@ from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
 from prune_export.calibrate.passes.statistics import check, compute_dtype
 from prune_export.calibrate.streaming.block_loader import loaded, threads
 from prune_export.calibrate.streaming.checkpointing import pass_key
-from prune_export.calibrate.streaming.layerwise_model import Skeleton
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.calibrate.streaming.offload import Buffer
-from prune_export.calibrate.streaming.skip import Part, Unit, bypassed
+from prune_export.calibrate.streaming.skip import Part, Unit, skipped
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
@@ -47,7 +47,7 @@ _RESIDENT: Final = 0.5
 """The share of memory that a whole model may take to stay loaded."""
 
 
-class Removals:
+class Ablations:
     """The losses of one model without this or that; a context manager.
 
     The windows are scored in chunks, so that a few of them may be asked first. With `scratch` every
@@ -271,10 +271,10 @@ class _Model:
         folder: Path,
         dtype: torch.dtype,
     ) -> None:
-        self.skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
-        self.skeleton.look_up(torch.cat([ids.flatten() for ids in chunks]))
-        self._calls = self.skeleton.calls(chunks[0])
-        self.skeleton.load_head()
+        self.layerwise = LayerwiseModel(checkpoint, arch, dtype=dtype, device=machine.device)
+        self.layerwise.look_up(torch.cat([ids.flatten() for ids in chunks]))
+        self._calls = self.layerwise.calls(chunks[0])
+        self.layerwise.load_head()
         block, gpu = block_bytes(arch, dtype), machine.device == "cuda"
         blocks = block * arch.layers
         self._resident = blocks <= _RESIDENT * (machine.gpu_bytes if gpu else machine.ram_bytes)
@@ -295,30 +295,30 @@ class _Model:
     def loaded(self, layers: Sequence[int]) -> Iterator[int]:
         """Each of these blocks, loaded."""
         if not self._resident:
-            yield from loaded(self.skeleton, layers)
+            yield from loaded(self.layerwise, layers)
             return
         for layer in layers:
             if layer not in self._loaded:
-                self.skeleton.load(layer, self.skeleton.read(self.skeleton.arch.block(layer)))
+                self.layerwise.load(layer, self.layerwise.read(self.layerwise.arch.block(layer)))
                 self._loaded.add(layer)
             yield layer
 
     def enter(self, ids: torch.Tensor) -> Buffer:
         """What enters the first block."""
-        return self._stored(self.skeleton.enter(ids))
+        return self._stored(self.layerwise.enter(ids))
 
     def run(self, layer: int, states: torch.Tensor, without: Sequence[Part]) -> Buffer:
         """What a loaded block, without some of its parts, makes of a chunk's states."""
-        with bypassed(self.skeleton, layer, without):
-            return self._stored(self.skeleton.run(layer, states, self._calls[layer]))
+        with skipped(self.layerwise, layer, without):
+            return self._stored(self.layerwise.run(layer, states, self._calls[layer]))
 
     def loss(self, states: torch.Tensor, ids: torch.Tensor) -> float:
         """The summed loss of a chunk, from what its last block gave."""
-        return self.skeleton.loss(states, ids)
+        return self.layerwise.loss(states, ids)
 
     def read(self, states: Buffer) -> torch.Tensor:
         """States where the model computes."""
-        return states.read(0, states.rows).to(self.skeleton.device)
+        return states.read(0, states.rows).to(self.layerwise.device)
 
     def free(self, states: Buffer) -> None:
         """Forgets states."""

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate.statistics.api import Further, Statistic
+from prune_export.calibrate.statistics.api import ExtraPass, Statistic
 from prune_export.calibrate.streaming.skip import after
 from prune_export.machine import Machine
 
@@ -35,7 +35,7 @@ class PassCost:
 
 def pass_cost(
     arch: Arch,
-    statistics: Sequence[Statistic | Further],
+    statistics: Sequence[Statistic | ExtraPass],
     samples: int,
     length: int,
     machine: Machine,
@@ -53,35 +53,35 @@ def pass_cost(
     for statistic in dict.fromkeys(statistics):
         count = min(statistic.samples or samples, samples)
         tokens = min(statistic.length or length, length)
-        bypassed = () if isinstance(statistic, Further) else statistic.bypassed
-        own = statistic.states if isinstance(statistic, Further) else 1 + len(bypassed)
+        skipped = () if isinstance(statistic, ExtraPass) else statistic.skipped
+        own = statistic.states if isinstance(statistic, ExtraPass) else 1 + len(skipped)
         states = own * count * tokens * residual * item
         ram += (arch.layers + 1) * count * residual * item
         if states > machine.ram_bytes // 2:
             disk, moved = disk + 2 * states, moved + 2 * arch.layers * states
         else:
             ram += states
-        blocks = arch.layers + sum(after(unit, arch.layers) for unit in bypassed)
+        blocks = arch.layers + sum(after(unit, arch.layers) for unit in skipped)
         forwards = 1.0
-        if isinstance(statistic, Further):
+        if isinstance(statistic, ExtraPass):
             forwards = statistic.forwards
             ram, disk = ram + statistic.ram_bytes, disk + statistic.disk_bytes
             dense = statistic.states > 1
-            parked = parked_bytes(arch, count * tokens, torch.float32, dense)
-            if statistic.parks and ram + parked <= machine.ram_bytes:
-                ram += parked
-            elif statistic.parks:
+            suspended = suspended_bytes(arch, count * tokens, torch.float32, dense)
+            if statistic.suspends and ram + suspended <= machine.ram_bytes:
+                ram += suspended
+            elif statistic.suspends:
                 # Each block is computed again up to each of its sites instead.
                 forwards *= _REPEATED
             handy += statistic.handy_bytes
             moved += int(forwards) * arch.parameters() * item
         each = 2 * average + 2 * tokens * residual
         flops += forwards * count * tokens * blocks * each
-        if bypassed:
+        if skipped:
             ram += 2 * vocab * residual * item
-            flops += 2.0 * count * tokens * (1 + len(bypassed)) * arch.head_parameters()
+            flops += 2.0 * count * tokens * (1 + len(skipped)) * arch.head_parameters()
     ram += min(handy, max(0, machine.ram_bytes // 2 - ram))
-    seconds = sum(one.seconds for one in statistics if isinstance(one, Further))
+    seconds = sum(one.seconds for one in statistics if isinstance(one, ExtraPass))
     on_gpu = ram if machine.device == "cuda" else 0
     return PassCost(ram, on_gpu, disk, flops, moved, seconds)
 
@@ -94,7 +94,7 @@ def block_bytes(arch: Arch, dtype: torch.dtype) -> int:
     )
 
 
-def parked_bytes(arch: Arch, tokens: int, dtype: torch.dtype, dense: bool = False) -> int:
+def suspended_bytes(arch: Arch, tokens: int, dtype: torch.dtype, dense: bool = False) -> int:
     """What a sweep holds while all windows wait inside a block, at its widest site.
 
     With `dense` (beside the dense model's states) also what the MLP's output will be added to.

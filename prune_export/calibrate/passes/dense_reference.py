@@ -16,15 +16,15 @@ from torch import nn
 
 from prune_export.arch import Arch
 from prune_export.arch.conditions import holds
-from prune_export.calibrate.streaming.layerwise_model import Call, Skeleton
-from prune_export.calibrate.streaming.linear_groups import Accumulator, Site, sites_of
+from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
+from prune_export.calibrate.streaming.linear_groups import Accumulator, LinearGroup, linear_groups
 from prune_export.calibrate.streaming.offload import Buffer
 
-AIMED: Final = ("attention.out", "mlp.out")
+TARGETED: Final = ("attention.out", "mlp.out")
 """Sites that have a target. Experts have none: other tokens are routed to them in the dense model,
 and only the sum of what they give is compared."""
 
-DENSE_STATES: Final = 1 + len(AIMED)
+DENSE_STATES: Final = 1 + len(TARGETED)
 """Arrays of states that are held more: the dense model's, and one for each site's target."""
 
 _LEAST: Final = 1e-20
@@ -33,10 +33,12 @@ _NOT_ADDED: Final = {"norm.attn.out", "norm.mlp.out", "shortcut.attn", "shortcut
 
 
 @runtime_checkable
-class Aimed(Accumulator, Protocol):
+class TargetAccumulator(Accumulator, Protocol):
     """Gathers something of a site's inputs and of what is to be made of them."""
 
-    def aim(self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> None:
+    def see_with_target(
+        self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor
+    ) -> None:
         """Sees inputs `[samples, length, in]` and what the matrix is to make of them `[…, out]`.
 
         `weights` `[samples, length]` are one over the mean square of the residual states that
@@ -58,7 +60,7 @@ def added_times(arch: Arch) -> float | None:
     return float(arch.config.get(key, 1.0)) if key else 1.0
 
 
-class DenseStream:
+class DenseReference:
     """The states of the dense model, and the targets of the block that is being edited.
 
     `spare` takes the next states where they are in files, which a killed sweep reads again.
@@ -66,13 +68,13 @@ class DenseStream:
 
     def __init__(
         self,
-        skeleton: Skeleton,
+        layerwise: LayerwiseModel,
         times: float,
         states: Buffer,
         spare: Buffer,
         goals: Mapping[str, Buffer],
     ) -> None:
-        self._skeleton, self.times = skeleton, times
+        self._layerwise, self.times = layerwise, times
         self.states, self.spare = states, spare
         self._goals = goals
 
@@ -92,25 +94,30 @@ class DenseStream:
         A target is the residual states as they are when the output has been added.
         """
         with ExitStack() as hooks:
-            entered = Entered(self._skeleton, layer, self.times, hooks)
-            for kind, module in projections(self._skeleton, layer).items():
+            tracker = ResidualTracker(self._layerwise, layer, self.times, hooks)
+            for kind, module in projections(self._layerwise, layer).items():
                 if kind in kinds:
-                    handle = module.register_forward_hook(partial(self._keep, kind, entered))
+                    handle = module.register_forward_hook(partial(self._keep, kind, tracker))
                     hooks.callback(handle.remove)
             for start, stop in batches:
-                inputs = self.states.read(start, stop).to(self._skeleton.device)
-                entered.begin(start, inputs)
-                self.spare.write(start, self._skeleton.run(layer, inputs, call))
-                entered.forget(start)
+                inputs = self.states.read(start, stop).to(self._layerwise.device)
+                tracker.begin(start, inputs)
+                self.spare.write(start, self._layerwise.run(layer, inputs, call))
+                tracker.forget(start)
 
     def _keep(
-        self, kind: str, entered: Entered, module: nn.Module, args: Any, output: torch.Tensor
+        self,
+        kind: str,
+        tracker: ResidualTracker,
+        module: nn.Module,
+        args: Any,
+        output: torch.Tensor,
     ) -> None:
         del module, args
-        goal = entered.states(entered.at)
+        goal = tracker.states(tracker.at)
         if kind != "attention.out":  # what attention gives is in it by now
             goal = torch.add(goal, output.view(goal.shape), alpha=self.times)
-        self._goals[kind].write(entered.at, goal)
+        self._goals[kind].write(tracker.at, goal)
 
     def wanted(
         self, kind: str, start: int, before: torch.Tensor, bias: torch.Tensor | None
@@ -126,7 +133,7 @@ class DenseStream:
         return outputs, goal.float().square().mean(-1).clamp_min(_LEAST).reciprocal()
 
 
-class Entered:
+class ResidualTracker:
     """The residual states to which each projection's output is added, by a batch's first window.
 
     For attention those that enter the block. For the MLP what attention gives has been added to
@@ -134,12 +141,14 @@ class Entered:
     states, what the MLP is to make good is what is left after attention has.
     """
 
-    def __init__(self, skeleton: Skeleton, layer: int, times: float, hooks: ExitStack) -> None:
+    def __init__(
+        self, layerwise: LayerwiseModel, layer: int, times: float, hooks: ExitStack
+    ) -> None:
         self._times = times
         self._states: dict[int, torch.Tensor] = {}
         self.at = 0
         """The batch that is being computed."""
-        for kind, module in projections(skeleton, layer).items():
+        for kind, module in projections(layerwise, layer).items():
             if kind == "attention.out":
                 hooks.callback(module.register_forward_hook(self._add).remove)
 
@@ -162,15 +171,15 @@ class Entered:
         self._states[self.at] = torch.add(before, output.view(before.shape), alpha=self._times)
 
 
-def projections(skeleton: Skeleton, layer: int) -> dict[str, nn.Module]:
+def projections(layerwise: LayerwiseModel, layer: int) -> dict[str, nn.Module]:
     """The modules back to the residual states that have a target, by the kind of their site."""
     return {
-        site.kind: skeleton.module(site.tensors[0])
-        for site in sites_of(skeleton.arch, layer)
+        site.kind: layerwise.module(site.tensors[0])
+        for site in linear_groups(layerwise.arch, layer)
         if has_target(site)
     }
 
 
-def has_target(site: Site) -> bool:
+def has_target(site: LinearGroup) -> bool:
     """Whether the dense stream says what a site's matrix is to give."""
-    return site.kind in AIMED and site.expert is None
+    return site.kind in TARGETED and site.expert is None

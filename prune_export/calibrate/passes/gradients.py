@@ -23,7 +23,7 @@ from prune_export.calibrate.passes.cost import BATCH_TOKENS
 from prune_export.calibrate.passes.statistics import check, compute_dtype
 from prune_export.calibrate.streaming.block_loader import loaded, threads
 from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
-from prune_export.calibrate.streaming.layerwise_model import Call, Skeleton
+from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 from prune_export.calibrate.streaming.linear_groups import as_matrix, linears, part_of
 from prune_export.calibrate.streaming.offload import Buffer
 from prune_export.checkpoint import Checkpoint
@@ -126,7 +126,7 @@ def gradients(
         a_pass = _Pass(checkpoint, arch, reader, tokens, machine, Saves(folder))
         a_pass.run(progress or Silent())
     loss = json.loads((folder / "loss.json").read_text(encoding="utf-8")) / tokens.samples
-    names = {tensor.name: a_pass.skeleton.name_in_block(tensor) for tensor in linears(arch)}
+    names = {tensor.name: a_pass.layerwise.name_in_block(tensor) for tensor in linears(arch)}
     found = Gradients(folder, arch.layers, loss, names, a_pass.first)
     if temporary:
         weakref.finalize(found, temporary.close)
@@ -149,14 +149,14 @@ class _Pass:
     ) -> None:
         self.arch, self.reader, self.ids, self.saves = arch, reader, tokens.ids, saves
         self.dtype = compute_dtype(checkpoint, machine)
-        self.skeleton = Skeleton(checkpoint, arch, dtype=self.dtype, device=machine.device)
+        self.layerwise = LayerwiseModel(checkpoint, arch, dtype=self.dtype, device=machine.device)
         self.batch = max(1, BATCH_TOKENS[machine.device] // self.ids.shape[1])
         wanted = (layer for layer in range(arch.layers) if self._wanted(layer))
         self.first = next(wanted, arch.layers)
         """The first block of which a gradient is wanted: there the way back ends."""
 
     def _wanted(self, layer: int) -> dict[str, torch.nn.Parameter]:
-        parameters = self.skeleton.parameters(layer)
+        parameters = self.layerwise.parameters(layer)
         return {name: one for name, one in parameters.items() if self.reader.wants(layer, name)}
 
     def run(self, progress: Progress) -> None:
@@ -169,19 +169,19 @@ class _Pass:
             task.advance(all_tokens * (forward + _BACKWARD * back))
             if done == 2 * layers - first and (self.saves.folder / "loss.json").exists():
                 return
-            self.skeleton.look_up(self.ids.flatten())
-            calls = self.skeleton.calls(self.ids)
+            self.layerwise.look_up(self.ids.flatten())
+            calls = self.layerwise.calls(self.ids)
             if not done:
                 with self._file(0) as states:
                     for start, stop in self._batches(self.batch):
-                        states.write(start, self.skeleton.enter(self.ids[start:stop]))
-            self.skeleton.forget_rows()
-            for layer in loaded(self.skeleton, range(forward, layers)):
+                        states.write(start, self.layerwise.enter(self.ids[start:stop]))
+            self.layerwise.forget_rows()
+            for layer in loaded(self.layerwise, range(forward, layers)):
                 self._forward(layer, calls[layer], task)
                 self.saves.save(layer + 1, {}, {})
             if not back:
                 self._loss()
-            for layer in loaded(self.skeleton, reversed(range(first, layers - back))):
+            for layer in loaded(self.layerwise, reversed(range(first, layers - back))):
                 self._backward(layer, calls[layer], task)
                 self.saves.save(2 * layers - layer, {}, {})
                 self._path(layer + 1).unlink(missing_ok=True)
@@ -193,22 +193,22 @@ class _Pass:
     def _forward(self, layer: int, call: Call, task: Task) -> None:
         with self._file(layer) as states, self._file(layer + 1) as following:
             for start, stop in self._batches(self.batch):
-                inputs = states.read(start, stop).to(self.skeleton.device)
-                following.write(start, self.skeleton.run(layer, inputs, call))
+                inputs = states.read(start, stop).to(self.layerwise.device)
+                following.write(start, self.layerwise.run(layer, inputs, call))
                 task.advance(inputs.shape[0] * inputs.shape[1])
 
     def _loss(self) -> None:
-        self.skeleton.load_head()
+        self.layerwise.load_head()
         total, last = 0.0, self.arch.layers
         with self._file(last) as states, self._file(last, "by") as gradient:
             for start, stop in self._batches(1):
-                loss, found = self.skeleton.loss_gradient(
+                loss, found = self.layerwise.loss_gradient(
                     states.read(start, stop), self.ids[start:stop]
                 )
                 gradient.write(start, found)
                 total += loss
         (self.saves.folder / "loss.json").write_text(json.dumps(total), encoding="utf-8")
-        self.skeleton.free_head()
+        self.layerwise.free_head()
 
     def _backward(self, layer: int, call: Call, task: Task) -> None:
         from safetensors.torch import save_file
@@ -229,11 +229,11 @@ class _Pass:
             self._file(layer, "by") as below,
         ):
             for start, stop in self._batches(together):
-                inputs = states.read(start, stop).to(self.skeleton.device)
+                inputs = states.read(start, stop).to(self.layerwise.device)
                 further = [inputs.requires_grad_()] if layer > self.first else []
                 with torch.enable_grad():
-                    outputs = self.skeleton.run(layer, inputs, call)
-                by = above.read(start, stop).to(self.skeleton.device)
+                    outputs = self.layerwise.run(layer, inputs, call)
+                by = above.read(start, stop).to(self.layerwise.device)
                 found = torch.autograd.grad(outputs, [*wanted.values(), *further], by)
                 for name, gradient in zip(wanted, found[: len(wanted)], strict=True):
                     _add(sums[name], gradient.float())
@@ -242,7 +242,7 @@ class _Pass:
                 task.advance(_BACKWARD * inputs.shape[0] * inputs.shape[1])
         if not wanted:
             return
-        parameters = self.skeleton.parameters(layer)
+        parameters = self.layerwise.parameters(layer)
         values = {name: one.detach() for name, one in parameters.items()}
         kept = self.reader.keep(layer, sums, values)
         own_bytes = {name: tensor.contiguous().cpu() for name, tensor in kept.items()}
@@ -271,6 +271,6 @@ def _add(sums: Mapping[Kind, torch.Tensor], gradient: torch.Tensor) -> None:
             total.addcmul_(gradient, gradient)
 
 
-def spooled_bytes(arch: Arch, tokens: int, dtype: torch.dtype) -> int:
+def offloaded_bytes(arch: Arch, tokens: int, dtype: torch.dtype) -> int:
     """The files of a pass over `tokens`: the inputs of every block, and two gradients."""
     return (arch.layers + 3) * tokens * arch.sizes["residual"] * dtype.itemsize

@@ -23,7 +23,7 @@ from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
 from prune_export.calibrate.passes.statistics import check, compute_dtype
 from prune_export.calibrate.streaming.block_loader import threads
 from prune_export.calibrate.streaming.checkpointing import pass_key
-from prune_export.calibrate.streaming.layerwise_model import Skeleton
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
@@ -65,7 +65,7 @@ class Layer:
 Chain = tuple[Layer, ...]
 
 
-class Folded:
+class MergeSimilarity:
     """Similarities of folded models to the dense one; a context manager.
 
     `block_forwards` counts layers that windows went through. With `scratch` similarities are kept
@@ -89,7 +89,7 @@ class Folded:
         self._checkpoint, self._machine, self._ids = checkpoint, machine, tokens.ids
         self._progress = progress or Silent()
         self._stack = ExitStack()
-        self._skeleton: Skeleton | None = None
+        self._layerwise: LayerwiseModel | None = None
         self._loaded: dict[int, Layer] = {}
         self._states: dict[Chain, torch.Tensor] = {}
         self._known: dict[Chain, float] = {}
@@ -107,7 +107,7 @@ class Folded:
 
     def __exit__(self, *raised: object) -> None:
         self._states.clear()
-        self._skeleton = None
+        self._layerwise = None
         self._stack.close()
 
     def similarity(self, chain: Chain, *, keep: Iterable[Chain] = ()) -> float:
@@ -128,11 +128,11 @@ class Folded:
 
     def _last(self, chain: Chain, keep: Collection[Chain]) -> torch.Tensor:
         """What the final norm makes of a chain's last states."""
-        skeleton = self._started()
+        layerwise = self._started()
         at = next(i for i in range(len(chain), -1, -1) if chain[:i] in self._states)
         states = self._states[chain[:at]]
         for place in range(at, len(chain)):
-            states = self._run(skeleton, chain[place], states)
+            states = self._run(layerwise, chain[place], states)
             passed = chain[: place + 1]
             if any(one[: place + 1] == passed for one in keep):
                 self._states[passed] = states
@@ -140,48 +140,48 @@ class Folded:
             if not any(one[: len(known)] == known for one in keep):
                 del self._states[known]
         norm = self.arch.final_norm
-        return states if norm is None else skeleton.model.get_submodule(norm)(states)
+        return states if norm is None else layerwise.model.get_submodule(norm)(states)
 
-    def _run(self, skeleton: Skeleton, layer: Layer, states: torch.Tensor) -> torch.Tensor:
-        self._place(skeleton, layer)
+    def _run(self, layerwise: LayerwiseModel, layer: Layer, states: torch.Tensor) -> torch.Tensor:
+        self._place(layerwise, layer)
         step = max(1, BATCH_TOKENS[self._machine.device] // states.shape[1])
         self.block_forwards += 1
         self._task.advance()
         return torch.cat(
             [
-                skeleton.run(layer.of, part, self._calls[layer.of])
+                layerwise.run(layer.of, part, self._calls[layer.of])
                 for part in torch.split(states, step)
             ]
         )
 
-    def _place(self, skeleton: Skeleton, layer: Layer) -> None:
+    def _place(self, layerwise: LayerwiseModel, layer: Layer) -> None:
         """Loads a layer into the block whose norms it has; others go where memory is short."""
         if self._loaded.get(layer.of) == layer:
             return
         for other in list(self._loaded):
             if len(self._loaded) >= self._most:
-                skeleton.free(other)
+                layerwise.free(other)
                 del self._loaded[other]
         tensors = {
             tensor.name: layer.tensor(self._checkpoint, self.arch, tensor.name)
             for tensor in self.arch.block(layer.of)
         }
-        skeleton.load(layer.of, skeleton.converted(tensors))
+        layerwise.load(layer.of, layerwise.converted(tensors))
         self._loaded[layer.of] = layer
 
-    def _started(self) -> Skeleton:
-        if self._skeleton is None:
+    def _started(self) -> LayerwiseModel:
+        if self._layerwise is None:
             dtype = compute_dtype(self._checkpoint, self._machine)
             device = self._machine.device
-            made = Skeleton(self._checkpoint, self.arch, dtype=dtype, device=device)
+            made = LayerwiseModel(self._checkpoint, self.arch, dtype=dtype, device=device)
             made.look_up(self._ids.flatten())
             self._calls = made.calls(self._ids)
             self._states[()] = made.enter(self._ids)
             made.forget_rows()
             memory = self._machine.gpu_bytes if device == "cuda" else self._machine.ram_bytes
             self._most = max(1, memory // 2 // block_bytes(self.arch, dtype))
-            self._skeleton = made
-        return self._skeleton
+            self._layerwise = made
+        return self._layerwise
 
     def _load(self) -> None:
         if self._file is not None and self._file.exists():

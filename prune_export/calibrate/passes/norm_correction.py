@@ -15,10 +15,10 @@ from typing import Any, Final, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from prune_export.calibrate.streaming.layerwise_model import Call, Skeleton
-from prune_export.calibrate.streaming.linear_groups import Accumulator, Squares
+from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
+from prune_export.calibrate.streaming.linear_groups import Accumulator, InputNorms
 
-HEAD: Final = 64
+PREFIX_TOKENS: Final = 64
 """Tokens of each window that are computed without edits: a short way into many texts (ADR 0019)."""
 
 _USUAL: Final = 0.1
@@ -27,19 +27,19 @@ rarely active is in the heads only by chance."""
 
 
 @runtime_checkable
-class Foresees(Accumulator, Protocol):
+class SeesUnedited(Accumulator, Protocol):
     """Gathers something of a site's inputs, and of what they were without edits in the block."""
 
-    def foresee(self, states: torch.Tensor) -> None:
+    def see_unedited(self, states: torch.Tensor) -> None:
         """Sees inputs `[samples, HEAD or fewer, in]` without edits; then `see` sees all windows."""
 
 
-class Corrected(Squares):
+class CorrectedNorms(InputNorms):
     """Sums of squares by input, as they would be if no matrix of the block were edited."""
 
     def __init__(self, width: int, device: str) -> None:
         super().__init__(width, device)
-        self._without, self._with = Squares(width, device), Squares(width, device)
+        self._without, self._with = InputNorms(width, device), InputNorms(width, device)
 
     @property
     def sums(self) -> torch.Tensor:
@@ -51,25 +51,25 @@ class Corrected(Squares):
         wanted, given = self._without.sums + usual, self._with.sums + usual
         return torch.where(given > 0, found * wanted / given, found)
 
-    def foresee(self, states: torch.Tensor) -> None:
+    def see_unedited(self, states: torch.Tensor) -> None:
         self._without.see(states)
 
     def see(self, states: torch.Tensor) -> None:
         super().see(states)
         if self._without.tokens:
-            self._with.see(states[:, :HEAD])
+            self._with.see(states[:, :PREFIX_TOKENS])
 
 
 class _AllSeen(Exception):
     """Nothing more is wanted of these windows."""
 
 
-def foresee(
-    skeleton: Skeleton,
+def show_unedited(
+    layerwise: LayerwiseModel,
     layer: int,
     call: Call,
-    sites: Mapping[nn.Module, Foresees],
-    heads: Iterable[torch.Tensor],
+    sites: Mapping[nn.Module, SeesUnedited],
+    prefixes: Iterable[torch.Tensor],
 ) -> None:
     """Shows what arrives at modules of a block as it is now.
 
@@ -77,9 +77,9 @@ def foresee(
     """
     left: set[nn.Module] = set()
 
-    def arrive(gathers: Foresees, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def arrive(gathers: SeesUnedited, module: nn.Module, args: tuple[Any, ...]) -> None:
         # OPT flattens windows before its MLP.
-        gathers.foresee(args[0].reshape(len(head), -1, args[0].shape[-1]))
+        gathers.see_unedited(args[0].reshape(len(prefix), -1, args[0].shape[-1]))
         left.discard(module)
         if not left:
             raise _AllSeen
@@ -87,9 +87,9 @@ def foresee(
     with ExitStack() as hooks:
         for module, gathers in sites.items():
             hooks.callback(module.register_forward_pre_hook(partial(arrive, gathers)).remove)
-        for head in heads:
+        for prefix in prefixes:
             left.update(sites)
             try:
-                skeleton.run(layer, head, call)
+                layerwise.run(layer, prefix, call)
             except _AllSeen:
                 continue

@@ -27,13 +27,13 @@ from torch import nn
 from prune_export.arch import Arch
 from prune_export.calibrate.data.token_set import TokenSet
 from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
-from prune_export.calibrate.passes.dense_reference import Entered, added_times
+from prune_export.calibrate.passes.dense_reference import ResidualTracker, added_times
 from prune_export.calibrate.passes.seam_fit import Mended, Moments, mended
 from prune_export.calibrate.passes.seams import Seam, steps
 from prune_export.calibrate.passes.statistics import check, compute_dtype
 from prune_export.calibrate.streaming.block_loader import loaded, threads
 from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
-from prune_export.calibrate.streaming.layerwise_model import Call, Skeleton
+from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 from prune_export.calibrate.streaming.linear_groups import Weights, inputs_of
 from prune_export.calibrate.streaming.offload import Buffer
 from prune_export.checkpoint import Checkpoint
@@ -180,8 +180,8 @@ class _Pass:
         if not self.held:
             self.steps = self.steps[: self.last_fit + 1]
         dtype = compute_dtype(checkpoint, machine)
-        self.skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
-        self.weights = Weights(self.skeleton)
+        self.layerwise = LayerwiseModel(checkpoint, arch, dtype=dtype, device=machine.device)
+        self.weights = Weights(self.layerwise)
         length, residual = tokens.length, arch.sizes["residual"]
         self.batch = max(1, BATCH_TOKENS[machine.device] // length)
         self.inside = {seam.goal.layer for seam in seams if seam.goal.part == "attention"}
@@ -219,14 +219,14 @@ class _Pass:
                 return
             if done:
                 self._resume(done)
-            self.skeleton.look_up(self.ids.flatten())
-            calls = self.skeleton.calls(self.ids)
+            self.layerwise.look_up(self.ids.flatten())
+            calls = self.layerwise.calls(self.ids)
             if not done:
                 for start, stop in self._batches(0, len(self.ids)):
-                    self.dense.states.write(start, self.skeleton.enter(self.ids[start:stop]))
-            self.skeleton.forget_rows()
+                    self.dense.states.write(start, self.layerwise.enter(self.ids[start:stop]))
+            self.layerwise.forget_rows()
             layers = [step.layer for step in self.steps]
-            for number, _ in enumerate(loaded(self.skeleton, layers[done:]), done):
+            for number, _ in enumerate(loaded(self.layerwise, layers[done:]), done):
                 self._take(number, calls[layers[number]], task)
                 ended = number + 1 == len(self.steps)
                 if ended and self.held:
@@ -264,12 +264,12 @@ class _Pass:
         with ExitStack() as hooks:
             entered = None
             if layer in self.inside:
-                entered = Entered(self.skeleton, layer, self.times, hooks)
+                entered = ResidualTracker(self.layerwise, layer, self.times, hooks)
             for start, stop in self._batches(0, len(self.ids)):
-                inputs = self.dense.states.read(start, stop).to(self.skeleton.device)
+                inputs = self.dense.states.read(start, stop).to(self.layerwise.device)
                 if entered is not None:
                     entered.begin(start, inputs)
-                outputs = self.skeleton.run(layer, inputs, call)
+                outputs = self.layerwise.run(layer, inputs, call)
                 if entered is not None and self.goal is not None:
                     self.goal.write(start, entered.states(start))
                     entered.forget(start)
@@ -278,8 +278,8 @@ class _Pass:
 
     def _advance(self, lane: _Lane, layer: int, call: Call, start: int, stop: int) -> None:
         for first, last in self._batches(start, stop):
-            inputs = lane.states.read(first, last).to(self.skeleton.device)
-            lane.spare.write(first, self.skeleton.run(layer, inputs, call))
+            inputs = lane.states.read(first, last).to(self.layerwise.device)
+            lane.spare.write(first, self.layerwise.run(layer, inputs, call))
         lane.swap()
 
     def _put_values(self, layer: int) -> None:
@@ -287,12 +287,12 @@ class _Pass:
         block = self.arch.block(layer)
         if not any(tensor.name in self.cut.values for tensor in block):
             return
-        read = self.skeleton.checkpoint.read_finite
+        read = self.layerwise.checkpoint.read_finite
         stored = {
             tensor.name: self.cut.values.get(tensor.name, partial(read, tensor.name))()
             for tensor in block
         }
-        self.skeleton.load(layer, self.skeleton.converted(stored))
+        self.layerwise.load(layer, self.layerwise.converted(stored))
 
     def _mend(self, number: int, seam: Seam, call: Call) -> None:
         """Refits the projection before a seam, whose block is loaded, and stores it."""
@@ -300,7 +300,7 @@ class _Pass:
 
         assert seam.site is not None
         (tensor,) = seam.site.tensors
-        module = self.skeleton.module(tensor)
+        module = self.layerwise.module(tensor)
         bias = getattr(module, "bias", None)
         moments = self._moments(seam, module, call)
         weight = self.weights.read(tensor)
@@ -310,7 +310,7 @@ class _Pass:
             stored[tensor.name] = self.weights.write(tensor, weight + found.change)
             if bias is not None and found.bias is not None:
                 name = f"{tensor.name.removesuffix('weight')}bias"
-                own = getattr(torch, TORCH[self.skeleton.checkpoint.entries[name].dtype])
+                own = getattr(torch, TORCH[self.layerwise.checkpoint.entries[name].dtype])
                 stored[name] = (bias.float() + found.bias).to(own).cpu()
                 bias.data.copy_(stored[name])
         if not all(bool(value.isfinite().all()) for value in stored.values()):
@@ -339,7 +339,7 @@ class _Pass:
         moments = Moments(
             width,
             self.arch.sizes["residual"],
-            self.skeleton.device,
+            self.layerwise.device,
             bias=getattr(module, "bias", None) is not None,
             held_tokens=self.held * self.ids.shape[1],
         )
@@ -347,9 +347,9 @@ class _Pass:
         goals = self.goal if seam.goal.part == "attention" else self.dense.states
         assert goals is not None
         for start, stop in self._batches(0, len(self.ids)):
-            inputs = self.edited.states.read(start, stop).to(self.skeleton.device)
-            outputs = self.skeleton.run(seam.site.layer, inputs, call).float()
-            goal = goals.read(start, stop).to(self.skeleton.device).float()
+            inputs = self.edited.states.read(start, stop).to(self.layerwise.device)
+            outputs = self.layerwise.run(seam.site.layer, inputs, call).float()
+            goal = goals.read(start, stop).to(self.layerwise.device).float()
             weights = goal.square().mean(-1).clamp_min(_LEAST).reciprocal().flatten()
             lacks = ((goal - outputs) / self.times).flatten(0, 1)
             states = caught.pop().reshape(-1, width)
@@ -360,12 +360,14 @@ class _Pass:
 
     def _hear(self) -> None:
         """The cut model's next-token loss on the held-out windows, before and after."""
-        self.skeleton.load_head()
+        self.layerwise.load_head()
         ids = self.ids[self.fitted :]
         losses = []
         for lane, offset in ((self.plain, 0), (self.edited, self.fitted)):
             total = sum(
-                self.skeleton.loss(lane.states.read(offset + start, offset + stop), ids[start:stop])
+                self.layerwise.loss(
+                    lane.states.read(offset + start, offset + stop), ids[start:stop]
+                )
                 for start, stop in self._batches(0, self.held)
             )
             losses.append(total / (self.held * (ids.shape[1] - 1)))

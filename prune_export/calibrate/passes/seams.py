@@ -14,7 +14,7 @@ from typing import Final
 
 from prune_export.arch import Arch
 from prune_export.calibrate.passes.dense_reference import has_target
-from prune_export.calibrate.streaming.linear_groups import Site, sites_of
+from prune_export.calibrate.streaming.linear_groups import LinearGroup, linear_groups
 from prune_export.calibrate.streaming.skip import Part, Unit
 
 _KINDS: Final[Mapping[Part, str]] = {"attention": "attention.out", "mlp": "mlp.out"}
@@ -30,7 +30,7 @@ class Seam:
 
     removed: tuple[Unit, ...]
     goal: Unit
-    site: Site | None
+    site: LinearGroup | None
     why: str = ""
 
 
@@ -132,7 +132,7 @@ def _seam(
     removed = _whole(run)
     if before is None:
         return Seam(removed, goal, None, "no projection stands before it")
-    sites = {site.kind: site for site in sites_of(arch, before.layer) if has_target(site)}
+    sites = {site.kind: site for site in linear_groups(arch, before.layer) if has_target(site)}
     site = sites.get(_KINDS[before.part])
     if site is None and (before.layer, "attention") not in gone:
         # Experts: what the block's attention gives is refitted, as if they did not see it.

@@ -23,19 +23,19 @@ import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes, parked_bytes
+from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes, suspended_bytes
 from prune_export.calibrate.passes.dense_reference import (
-    AIMED,
     DENSE_STATES,
-    DenseStream,
+    TARGETED,
+    DenseReference,
     added_times,
 )
-from prune_export.calibrate.passes.norm_correction import HEAD
+from prune_export.calibrate.passes.norm_correction import PREFIX_TOKENS
 from prune_export.calibrate.passes.sequential_block import Block, Editor
 from prune_export.calibrate.passes.statistics import check, compute_dtype
 from prune_export.calibrate.streaming.block_loader import loaded, threads
 from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
-from prune_export.calibrate.streaming.layerwise_model import Call, Skeleton
+from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 from prune_export.calibrate.streaming.linear_groups import Weights
 from prune_export.calibrate.streaming.offload import Buffer
 from prune_export.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ _LOSS: Final = "loss.txt"
 
 
 @dataclass(frozen=True, eq=False)
-class Swept:
+class SequentialResult:
     """The edited matrices of a whole model, in files, and each block's logs by site.
 
     `loss` is the edited model's mean next-token loss in nats over the windows, where it was asked
@@ -75,7 +75,7 @@ class Swept:
             yield name, partial(self.read, name)
 
 
-def sweep(
+def run_sequential(
     checkpoint: Checkpoint,
     editor: Editor,
     tokens: TokenSet,
@@ -87,14 +87,15 @@ def sweep(
     order: Order = "sequential",
     loss: bool = False,
     dense: bool = False,
-) -> Swept:
+) -> SequentialResult:
     """The matrices that `editor` makes while `tokens` pass through the blocks that it has edited.
 
     `order` is `sequential` (each site's inputs come from edited earlier sites of the block too) or
     `block` (all sites of a block see the dense block; it is then computed a second time), as the
     reference codes of Wanda and SparseGPT have it. With `dense`, the dense model's states go along,
-    and what gathers (`Aimed`) is told what a matrix has to give to be true to them. With `scratch`,
-    a sweep that is killed goes on from there, and ends in the same matrices bit for bit.
+    and what gathers (`TargetAccumulator`) is told what a matrix has to give to be true to them.
+    With `scratch`, a pass that is killed goes on from there, and ends in the same matrices bit for
+    bit.
 
     Raises:
         PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
@@ -109,7 +110,9 @@ def sweep(
         stack.enter_context(torch.inference_mode())
         own = [editor.key, order, *(["loss"] if loss else []), *(["dense"] if dense else [])]
         folder = scratch / f"sweep-{pass_key(checkpoint, arch, tokens, machine, *own)}"
-        made = Sweep(checkpoint, arch, editor, tokens, machine, order, Saves(folder), stack, dense)
+        made = SequentialPass(
+            checkpoint, arch, editor, tokens, machine, order, Saves(folder), stack, dense
+        )
         made.asks_loss = loss
         made.run(progress or Silent())
     logs, names = [], {}
@@ -118,13 +121,13 @@ def sweep(
         file = folder / f"{layer}.safetensors"
         names.update(dict.fromkeys(logs[-1].pop("tensors"), file))
     heard = float((folder / _LOSS).read_text(encoding="ascii")) if loss else None
-    swept = Swept(folder, tuple(logs), names, heard)
+    swept = SequentialResult(folder, tuple(logs), names, heard)
     if temporary:
         weakref.finalize(swept, temporary.close)
     return swept
 
 
-class Sweep:
+class SequentialPass:
     """One sweep: its states, where they are, and where it saves."""
 
     def __init__(
@@ -142,23 +145,23 @@ class Sweep:
         self.arch, self.editor, self.saves, self.order = arch, editor, saves, order
         self.ids = tokens.ids
         self.asks_loss = False
-        self.head_calls: list[Call] = []
+        self.prefix_calls: list[Call] = []
         dtype = compute_dtype(checkpoint, machine)
-        self.skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
-        self.weights = Weights(self.skeleton)
+        self.layerwise = LayerwiseModel(checkpoint, arch, dtype=dtype, device=machine.device)
+        self.weights = Weights(self.layerwise)
         samples, length = self.ids.shape
         self.batch = max(1, BATCH_TOKENS[machine.device] // length)
         free = machine.ram_bytes - psutil.Process().memory_info().rss
         free -= 3 * block_bytes(arch, torch.float32)
         states = self.ids.numel() * arch.sizes["residual"] * dtype.itemsize
         held_states = states * (1 + (DENSE_STATES if dense else 0))
-        parked = parked_bytes(arch, self.ids.numel(), dtype, dense)
+        suspended = suspended_bytes(arch, self.ids.numel(), dtype, dense)
         if machine.device == "cuda":
             room = machine.gpu_bytes // 2 - 3 * block_bytes(arch, dtype)
-            self.parks = parked + held_states <= room
+            self.suspends = suspended + held_states <= room
             held = "cuda" if held_states <= room // 2 else "cpu"
         else:
-            self.parks = parked + held_states <= free
+            self.suspends = suspended + held_states <= free
             held = "cpu"
         shape = (length, arch.sizes["residual"])
         in_memory = held_states <= free // 2 or held == "cuda"
@@ -170,15 +173,15 @@ class Sweep:
 
         self.states = buffer("states")
         self.spare = self.states if in_memory else buffer("spare")
-        self.dense: DenseStream | None = None
+        self.dense: DenseReference | None = None
         if dense:
             times = added_times(arch)
             if times is None:
                 raise ValueError(f"{arch.family}: outputs are not simply added to the states")
             own = buffer("dense")
             spare = own if in_memory else buffer("dense-spare")
-            goals = {kind: buffer(f"goal-{kind}") for kind in AIMED}
-            self.dense = DenseStream(self.skeleton, times, own, spare, goals)
+            goals = {kind: buffer(f"goal-{kind}") for kind in TARGETED}
+            self.dense = DenseReference(self.layerwise, times, own, spare, goals)
         self.saves.layout = tuple(self._held())
 
     def run(self, progress: Progress) -> None:
@@ -193,16 +196,16 @@ class Sweep:
                 self.saves.restore(self._held())
                 if self.spare is not self.states and done % 2:
                     self._swap()
-            self.skeleton.look_up(self.ids.flatten())
-            calls = self.skeleton.calls(self.ids)
-            self.head_calls = self.skeleton.calls(self.ids[:, :HEAD])
+            self.layerwise.look_up(self.ids.flatten())
+            calls = self.layerwise.calls(self.ids)
+            self.prefix_calls = self.layerwise.calls(self.ids[:, :PREFIX_TOKENS])
             if not done:
                 for start, stop in self.batches():
-                    entered = self.skeleton.enter(self.ids[start:stop])
+                    entered = self.layerwise.enter(self.ids[start:stop])
                     for buffer in (self.states, *([self.dense.states] if self.dense else [])):
                         buffer.write(start, entered)
-            self.skeleton.forget_rows()
-            for layer in loaded(self.skeleton, range(done, self.arch.layers)):
+            self.layerwise.forget_rows()
+            for layer in loaded(self.layerwise, range(done, self.arch.layers)):
                 Block(self, layer, calls[layer], task).run()
                 self._swap()
                 last = layer + 1 == self.arch.layers
@@ -213,9 +216,9 @@ class Sweep:
 
     def _loss(self) -> float:
         """The mean next-token loss of the windows, whose states have left the last block."""
-        self.skeleton.load_head()
+        self.layerwise.load_head()
         total = sum(
-            self.skeleton.loss(self.states.read(start, stop), self.ids[start:stop])
+            self.layerwise.loss(self.states.read(start, stop), self.ids[start:stop])
             for start, stop in self.batches()
         )
         samples, length = self.ids.shape
@@ -230,12 +233,15 @@ class Sweep:
         if self.dense:
             self.dense.swap()
 
-    def heads(self) -> Iterator[torch.Tensor]:
+    def prefixes(self) -> Iterator[torch.Tensor]:
         """The first tokens of all windows `[samples, HEAD, residual]`, some windows at once."""
-        device, rows = self.skeleton.device, max(1, self.batch * self.ids.shape[1] // HEAD)
+        device, rows = (
+            self.layerwise.device,
+            max(1, self.batch * self.ids.shape[1] // PREFIX_TOKENS),
+        )
         held: list[torch.Tensor] = []
         for start, stop in self.batches():
-            held.append(self.states.heads(start, stop, HEAD).to(device))
+            held.append(self.states.prefixes(start, stop, PREFIX_TOKENS).to(device))
             if stop == len(self.ids) or sum(map(len, held)) >= rows:
                 yield torch.cat(held)
                 held = []

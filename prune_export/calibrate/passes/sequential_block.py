@@ -12,14 +12,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from prune_export.calibrate.passes.dense_reference import Aimed, Entered, has_target
-from prune_export.calibrate.passes.norm_correction import Foresees, foresee
+from prune_export.calibrate.passes.dense_reference import (
+    ResidualTracker,
+    TargetAccumulator,
+    has_target,
+)
+from prune_export.calibrate.passes.norm_correction import SeesUnedited, show_unedited
 from prune_export.calibrate.streaming.layerwise_model import Call
-from prune_export.calibrate.streaming.linear_groups import Accumulator, Site, inputs_of, sites_of
+from prune_export.calibrate.streaming.linear_groups import (
+    Accumulator,
+    LinearGroup,
+    inputs_of,
+    linear_groups,
+)
 from prune_export.progress import Task
 
 if TYPE_CHECKING:
-    from prune_export.calibrate.passes.sequential import Sweep
+    from prune_export.calibrate.passes.sequential import SequentialPass
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,10 @@ class Editor(Protocol):
     def key(self) -> str:
         """Everything that decides what it does: a killed sweep goes on only with an equal one."""
 
-    def watch(self, site: Site, width: int, device: str) -> Accumulator | None:
+    def watch(self, site: LinearGroup, width: int, device: str) -> Accumulator | None:
         """What gathers the inputs `[…, width]` of a site; None where the site stays as it is."""
 
-    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Any) -> Edited:
+    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Any) -> Edited:
         """New matrices for float32 copies `[out, in]` by stored name; `seen` is `watch`'s own."""
 
 
@@ -51,39 +60,39 @@ class Arrived(Exception):
 class Block:
     """One block: its sites, what is seen at them, and the windows' way through it."""
 
-    def __init__(self, a_sweep: Sweep, layer: int, call: Call, task: Task) -> None:
-        self.sweep, self.layer, self.call, self.task = a_sweep, layer, call, task
-        self.skeleton, self.editor = a_sweep.skeleton, a_sweep.editor
+    def __init__(self, sequential: SequentialPass, layer: int, call: Call, task: Task) -> None:
+        self.sequential, self.layer, self.call, self.task = sequential, layer, call, task
+        self.layerwise, self.editor = sequential.layerwise, sequential.editor
         self.seen: dict[str, Accumulator] = {}
-        self.sites: dict[str, list[Site]] = {}
+        self.sites: dict[str, list[LinearGroup]] = {}
         """By kind: one site, or those of all experts, at which tokens arrive together."""
         self.logs: dict[str, Any] = {}
         self.made: dict[str, torch.Tensor] = {}
         self.edited: set[str] = set()
         self.here: set[str] = set()
         """The sites at which the windows that are now computed have been seen."""
-        self.entered: Entered | None = None
+        self.tracker: ResidualTracker | None = None
 
     def run(self) -> None:
         """Edits the block and carries the states through it."""
         with ExitStack() as hooks:
-            for site in sites_of(self.sweep.arch, self.layer):
-                width = inputs_of(self.sweep.arch, site.tensors[0])
-                found = self.editor.watch(site, width, self.skeleton.device)
+            for site in linear_groups(self.sequential.arch, self.layer):
+                width = inputs_of(self.sequential.arch, site.tensors[0])
+                found = self.editor.watch(site, width, self.layerwise.device)
                 if found is not None:
                     self.seen[site.name] = found
                     self.sites.setdefault(site.kind, []).append(site)
-            if self.sweep.dense:
+            if self.sequential.dense:
                 # While the block is as it was.
-                batches = self.sweep.batches()
-                self.sweep.dense.advance(self.layer, self.call, self.sites, batches)
-                times = self.sweep.dense.times
-                self.entered = Entered(self.skeleton, self.layer, times, hooks)
-            if self.sweep.order == "sequential":
-                self._foresee()
+                batches = self.sequential.batches()
+                self.sequential.dense.advance(self.layer, self.call, self.sites, batches)
+                times = self.sequential.dense.times
+                self.tracker = ResidualTracker(self.layerwise, self.layer, times, hooks)
+            if self.sequential.order == "sequential":
+                self._show_unedited()
             for kind, sites in self.sites.items():
                 modules = {
-                    self.skeleton.module(tensor) for site in sites for tensor in site.tensors
+                    self.layerwise.module(tensor) for site in sites for tensor in site.tensors
                 }
                 for module in sorted(modules, key=id):
                     if sites[0].expert is None:
@@ -92,10 +101,10 @@ class Block:
                     elif "forward" not in vars(module):
                         module.forward = partial(self._experts, module)
                         hooks.callback(delattr, module, "forward")
-            if self.sweep.order == "block":
+            if self.sequential.order == "block":
                 self._block_order()
-            elif self.sweep.parks:
-                self._parked()
+            elif self.sequential.suspends:
+                self._suspended()
             else:
                 self._repeated()
         if self.seen:
@@ -103,22 +112,22 @@ class Block:
             raise RuntimeError(f"block {self.layer}: no inputs arrived at {name}")
         self._store()
 
-    def _foresee(self) -> None:
+    def _show_unedited(self) -> None:
         """Shows what wants it what arrives while the block is as it was."""
         wanted = {}
         for kind in list(self.sites)[1:]:  # before the first nothing is edited
             for site in self.sites[kind]:
                 seen = self.seen[site.name]
-                if isinstance(seen, Foresees):
-                    wanted[self.skeleton.module(site.tensors[0])] = seen
+                if isinstance(seen, SeesUnedited):
+                    wanted[self.layerwise.module(site.tensors[0])] = seen
         if wanted:
-            call = self.sweep.head_calls[self.layer]
-            foresee(self.skeleton, self.layer, call, wanted, self.sweep.heads())
+            call = self.sequential.prefix_calls[self.layer]
+            show_unedited(self.layerwise, self.layer, call, wanted, self.sequential.prefixes())
 
     def _arrive(self, kind: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         del module
         # OPT flattens windows before its MLP.
-        length = self.sweep.ids.shape[1]
+        length = self.sequential.ids.shape[1]
         self._see(kind, {None: args[0].reshape(-1, length, args[0].shape[-1])})
 
     def _experts(
@@ -150,53 +159,53 @@ class Block:
         self.here.add(kind)
         for site in self.sites[kind]:
             seen, states = self.seen[site.name], inputs[site.expert]
-            if self.entered and has_target(site) and isinstance(seen, Aimed):
-                seen.aim(states, *self._target(site))
+            if self.tracker and has_target(site) and isinstance(seen, TargetAccumulator):
+                seen.see_with_target(states, *self._target(site))
             else:
                 seen.see(states)
-        if self.sweep.order == "block":
+        if self.sequential.order == "block":
             return
-        if not self.sweep.parks:
+        if not self.sequential.suspends:
             raise Arrived
         from greenlet import getcurrent
 
         getcurrent().parent.switch(kind)
 
-    def _target(self, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+    def _target(self, site: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """What the matrix of a site is to give for the windows that are now computed."""
-        assert self.entered is not None
-        assert self.sweep.dense is not None
-        start = self.entered.at
-        bias: torch.Tensor | None = getattr(self.skeleton.module(site.tensors[0]), "bias", None)
-        return self.sweep.dense.wanted(site.kind, start, self.entered.states(start), bias)
+        assert self.tracker is not None
+        assert self.sequential.dense is not None
+        start = self.tracker.at
+        bias: torch.Tensor | None = getattr(self.layerwise.module(site.tensors[0]), "bias", None)
+        return self.sequential.dense.wanted(site.kind, start, self.tracker.states(start), bias)
 
     def _enter(self, start: int, stop: int) -> torch.Tensor:
-        inputs = self.sweep.states.read(start, stop).to(self.skeleton.device)
-        if self.entered:
-            self.entered.begin(start, inputs)
+        inputs = self.sequential.states.read(start, stop).to(self.layerwise.device)
+        if self.tracker:
+            self.tracker.begin(start, inputs)
         return inputs
 
     def _forward(self, start: int, stop: int) -> None:
         inputs = self._enter(start, stop)
-        outputs = self.skeleton.run(self.layer, inputs, self.call)
-        if self.entered:
-            self.entered.forget(start)
-        self.sweep.spare.write(start, outputs)
+        outputs = self.layerwise.run(self.layer, inputs, self.call)
+        if self.tracker:
+            self.tracker.forget(start)
+        self.sequential.spare.write(start, outputs)
         self.task.advance(inputs.shape[0] * inputs.shape[1])
 
-    def _parked(self) -> None:
+    def _suspended(self) -> None:
         from greenlet import greenlet
 
         waiting = [
             (greenlet(partial(self._forward, *rows)), rows[0], set[str]())
-            for rows in self.sweep.batches()
+            for rows in self.sequential.batches()
         ]
         while waiting:
             left, reached = [], set()
             for one, start, mark in waiting:
                 self.here = mark
-                if self.entered:
-                    self.entered.at = start
+                if self.tracker:
+                    self.tracker.at = start
                 name = one.switch()
                 if not one.dead:
                     reached.add(name)
@@ -208,7 +217,7 @@ class Block:
     def _repeated(self) -> None:
         while True:
             reached = ""
-            for start, stop in self.sweep.batches():
+            for start, stop in self.sequential.batches():
                 self.here = set()
                 try:
                     self._forward(start, stop)
@@ -219,30 +228,30 @@ class Block:
             self._edit(reached)
 
     def _block_order(self) -> None:
-        for start, stop in self.sweep.batches():
+        for start, stop in self.sequential.batches():
             self.here = set()
             inputs = self._enter(start, stop)
-            self.skeleton.run(self.layer, inputs, self.call)
+            self.layerwise.run(self.layer, inputs, self.call)
         for name in self.sites:
             self._edit(name)
-        for start, stop in self.sweep.batches():
+        for start, stop in self.sequential.batches():
             self._forward(start, stop)
 
     def _edit(self, kind: str) -> None:
         for site in self.sites[kind]:
-            weights = {tensor.name: self.sweep.weights.read(tensor) for tensor in site.tensors}
+            weights = {tensor.name: self.sequential.weights.read(tensor) for tensor in site.tensors}
             result = self.editor.edit(site, weights, self.seen.pop(site.name))
             for tensor in site.tensors:
                 if tensor.name in result.weights:
                     value = result.weights[tensor.name]
-                    self.made[tensor.name] = self.sweep.weights.write(tensor, value)
+                    self.made[tensor.name] = self.sequential.weights.write(tensor, value)
             self.logs[site.name] = dict(result.log)
         self.edited.add(kind)
 
     def _store(self) -> None:
         from safetensors.torch import save_file
 
-        folder = self.sweep.saves.folder
+        folder = self.sequential.saves.folder
         save_file(self.made, folder / f"{self.layer}.safetensors")
         known = self.logs | {"tensors": list(self.made)}
         (folder / f"{self.layer}.json").write_text(json.dumps(known), encoding="utf-8")

@@ -25,9 +25,9 @@ from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
 from prune_export.calibrate.statistics.api import Collector, Listener, Scope, Statistic, Stepper
 from prune_export.calibrate.streaming.block_loader import loaded, threads
 from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
-from prune_export.calibrate.streaming.layerwise_model import Call, Skeleton
+from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 from prune_export.calibrate.streaming.offload import Buffer
-from prune_export.calibrate.streaming.skip import Steps, Unit, after, bypassed
+from prune_export.calibrate.streaming.skip import Steps, Unit, after, skipped
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
@@ -127,12 +127,12 @@ class _Stream:
     batch: int
     calls: list[Call] = field(default_factory=list)
 
-    def enter(self, skeleton: Skeleton) -> None:
+    def enter(self, layerwise: LayerwiseModel) -> None:
         """Puts what enters the first block into the states."""
         for start in range(0, len(self.ids), self.batch):
-            self.states.write(start, skeleton.enter(self.ids[start : start + self.batch]))
+            self.states.write(start, layerwise.enter(self.ids[start : start + self.batch]))
 
-    def advance(self, skeleton: Skeleton, layer: int, task: Task) -> None:
+    def advance(self, layerwise: LayerwiseModel, layer: int, task: Task) -> None:
         """Carries the states through a block."""
         target = self.spare or self.states
         count = len(self.ids)
@@ -144,8 +144,8 @@ class _Stream:
             for start, stop in self._batches():
                 states = self.states.read(start, stop)
                 if without.part != "block":
-                    with bypassed(skeleton, layer, (without.part,)):
-                        states = skeleton.run(layer, states.to(skeleton.device), call)
+                    with skipped(layerwise, layer, (without.part,)):
+                        states = layerwise.run(layer, states.to(layerwise.device), call)
                     task.advance(states.shape[0] * states.shape[1])
                 target.write(lane * count + start, states)
         for lane, without in enumerate(self.lanes):
@@ -153,26 +153,26 @@ class _Stream:
                 continue
             for start, stop in self._batches():
                 inputs = self.states.read(lane * count + start, lane * count + stop)
-                inputs = inputs.to(skeleton.device)
+                inputs = inputs.to(layerwise.device)
                 if without is None:
-                    outputs = self._seen(skeleton, layer, start, inputs)
+                    outputs = self._seen(layerwise, layer, start, inputs)
                 else:
-                    outputs = skeleton.run(layer, inputs, call)
+                    outputs = layerwise.run(layer, inputs, call)
                 target.write(lane * count + start, outputs)
                 task.advance(inputs.shape[0] * inputs.shape[1])
         if self.spare is not None:
             self.states, self.spare = self.spare, self.states
 
     def _seen(
-        self, skeleton: Skeleton, layer: int, start: int, inputs: torch.Tensor
+        self, layerwise: LayerwiseModel, layer: int, start: int, inputs: torch.Tensor
     ) -> torch.Tensor:
         """What a block of the whole model makes of its inputs, before the collectors' eyes."""
         call = self.calls[layer]
         steppers = [one for one in self.collectors.values() if isinstance(one, Stepper)]
-        steps = Steps(skeleton, layer, call) if steppers else None
+        steps = Steps(layerwise, layer, call) if steppers else None
         with ExitStack() as hooks:
-            self._listen(skeleton, layer, hooks)
-            outputs = steps.run(inputs) if steps else skeleton.run(layer, inputs, call)
+            self._listen(layerwise, layer, hooks)
+            outputs = steps.run(inputs) if steps else layerwise.run(layer, inputs, call)
         for collector in self.collectors.values():
             collector.see(layer, start, inputs, outputs)
         for stepper in steppers:
@@ -180,24 +180,24 @@ class _Stream:
                 stepper.step(layer, *steps.of(stepper.part, inputs, outputs))
         return outputs
 
-    def _listen(self, skeleton: Skeleton, layer: int, hooks: ExitStack) -> None:
+    def _listen(self, layerwise: LayerwiseModel, layer: int, hooks: ExitStack) -> None:
         """Lets the listeners among the collectors see what arrives at their modules."""
         for collector in self.collectors.values():
             if not isinstance(collector, Listener):
                 continue
-            for tensor in skeleton.arch.block(layer):
+            for tensor in layerwise.arch.block(layer):
                 if tensor.role in collector.roles:
                     hear = partial(_arrived, collector, layer, tensor.role)
-                    handle = skeleton.module(tensor).register_forward_pre_hook(hear)
+                    handle = layerwise.module(tensor).register_forward_pre_hook(hear)
                     hooks.callback(handle.remove)
 
-    def finish(self, skeleton: Skeleton) -> None:
+    def finish(self, layerwise: LayerwiseModel) -> None:
         """Tells the collectors the losses of all lanes."""
         count = len(self.ids)
         losses: dict[Unit | None, float] = {}
         for lane, without in enumerate(self.lanes):
             total = sum(
-                skeleton.loss(
+                layerwise.loss(
                     self.states.read(lane * count + start, lane * count + stop),
                     self.ids[start:stop],
                 )
@@ -206,7 +206,7 @@ class _Stream:
             losses[without] = total / (count * (self.ids.shape[1] - 1))
         own = {unit: loss for unit, loss in losses.items() if unit is not None}
         for statistic, collector in self.collectors.items():
-            if statistic.bypassed:
+            if statistic.skipped:
                 collector.hear(losses[None], own)
 
     def forget(self) -> None:
@@ -250,7 +250,7 @@ class _Pass:
         self.saves = Saves(folder)
         self.device = machine.device
         self.dtype = dtype
-        self.skeleton = Skeleton(checkpoint, arch, dtype=dtype, device=machine.device)
+        self.layerwise = LayerwiseModel(checkpoint, arch, dtype=dtype, device=machine.device)
         self._stack = stack
         self._states: dict[str, Buffer] = {}
         self._kept: dict[str, Buffer] = {}
@@ -278,7 +278,7 @@ class _Pass:
             return Scope(self.arch.layers, residual, samples, length, make)
 
         collectors = {statistic: statistic.collector(scope(statistic)) for statistic in statistics}
-        lanes = (None, *sorted({unit for one in statistics for unit in one.bypassed}))
+        lanes = (None, *sorted({unit for one in statistics for unit in one.skipped}))
         shape, rows = (length, residual), len(lanes) * samples
         states = self._buffer(str(number), "states", rows, shape, self.dtype, states=True)
         spare = None
@@ -319,24 +319,24 @@ class _Pass:
             done = self._resume(task)
             if done == self.arch.layers:
                 return
-            self.skeleton.look_up(torch.cat([stream.ids.flatten() for stream in self.streams]))
+            self.layerwise.look_up(torch.cat([stream.ids.flatten() for stream in self.streams]))
             for stream in self.streams:
-                stream.calls = self.skeleton.calls(stream.ids)
+                stream.calls = self.layerwise.calls(stream.ids)
                 if not done:
-                    stream.enter(self.skeleton)
-            self.skeleton.forget_rows()
-            for layer in loaded(self.skeleton, range(done, self.arch.layers)):
+                    stream.enter(self.layerwise)
+            self.layerwise.forget_rows()
+            for layer in loaded(self.layerwise, range(done, self.arch.layers)):
                 for stream in self.streams:
-                    stream.advance(self.skeleton, layer, task)
+                    stream.advance(self.layerwise, layer, task)
                 # A spooled state is overwritten by the block after next: it is marked each time.
                 spooled = any(stream.spare is not None for stream in self.streams)
                 if layer + 1 < self.arch.layers and (spooled or self.saves.due()):
                     self.saves.save(layer + 1, self._states | self._kept, self._collected())
             hearing = [stream for stream in self.streams if len(stream.lanes) > 1]
             if hearing:
-                self.skeleton.load_head()
+                self.layerwise.load_head()
             for stream in hearing:
-                stream.finish(self.skeleton)
+                stream.finish(self.layerwise)
         if self.saves.any or self.saves.due():
             # What follows may be killed as well; by then the states themselves are of no use.
             self.saves.save(self.arch.layers, self._kept, self._collected())

@@ -26,7 +26,7 @@ class AngularDistance:
 
     samples: int | None = None
     length: int | None = None
-    bypassed: ClassVar[tuple[Unit, ...]] = ()
+    skipped: ClassVar[tuple[Unit, ...]] = ()
 
     def collector(self, scope: Scope) -> _Collector:
         return _Collector(scope)
@@ -43,8 +43,8 @@ class _Collector:
         if layer == self._scope.layers - 1:
             self._points.write((layer + 1) * self._scope.samples + start, outputs[:, -1])
 
-    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
-        del dense, bypassed
+    def hear(self, dense: float, skipped: Mapping[Unit, float]) -> None:
+        del dense, skipped
 
     def state(self) -> Mapping[str, torch.Tensor]:
         return {}

@@ -42,7 +42,7 @@ class Collector(Protocol):
         Outputs are residual states: those of the last block come before the final norm.
         """
 
-    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
+    def hear(self, dense: float, skipped: Mapping[Unit, float]) -> None:
         """Hears mean losses in nats a token; called once, and only where blocks are bypassed."""
 
     def state(self) -> Mapping[str, torch.Tensor]:
@@ -91,13 +91,13 @@ class Statistic(Protocol):
     @property
     def length(self) -> int | None: ...
     @property
-    def bypassed(self) -> tuple[Unit, ...]: ...
+    def skipped(self) -> tuple[Unit, ...]: ...
     def __hash__(self) -> int: ...
     def collector(self, scope: Scope) -> Collector: ...
 
 
 @dataclass(frozen=True)
-class Further:
+class ExtraPass:
     """Passes that a method's `decide` asks for itself (`ModelView`), announced for the plan.
 
     `forwards` are passes of `samples` windows, cut to `length` tokens (None: all of them), through
@@ -111,7 +111,7 @@ class Further:
     length: int | None = None
     ram_bytes: int = 0
     disk_bytes: int = 0
-    parks: bool = False
+    suspends: bool = False
     seconds: float = 0.0
     handy_bytes: int = 0
     states: int = 1

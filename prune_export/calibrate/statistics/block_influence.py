@@ -25,7 +25,7 @@ class BlockInfluence:
     samples: int | None = None
     length: int | None = None
     part: Part = "block"
-    bypassed: ClassVar[tuple[Unit, ...]] = ()
+    skipped: ClassVar[tuple[Unit, ...]] = ()
 
     def collector(self, scope: Scope) -> Collector:
         return _Collector(scope) if self.part == "block" else _OfPart(scope, self.part)
@@ -40,8 +40,8 @@ class _Turns:
         for one, other in zip(before, after, strict=True):
             self._sums[layer] += turned(one, other).sum().cpu()
 
-    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
-        del dense, bypassed
+    def hear(self, dense: float, skipped: Mapping[Unit, float]) -> None:
+        del dense, skipped
 
     def state(self) -> Mapping[str, torch.Tensor]:
         return {"sums": self._sums}

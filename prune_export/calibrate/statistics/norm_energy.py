@@ -13,17 +13,17 @@ from prune_export.calibrate.streaming.skip import Unit
 
 _ROLES: Final = ("norm.attn", "norm.attn.out", "norm.mlp", "norm.mlp.out")
 
-Shares = Mapping[tuple[int | None, str], torch.Tensor]
+EnergyShares = Mapping[tuple[int | None, str], torch.Tensor]
 """By block (None after the last) and the norm's role: float64 `[residual]`, of sum 1."""
 
 
 @dataclass(frozen=True)
-class NormShares:
-    """`Shares`: of each norm, the mean over tokens of x_j² / sum x², where x arrives at it."""
+class NormEnergy:
+    """`EnergyShares`: the mean over tokens of x_j² / sum x², where x is the input of each norm."""
 
     samples: int | None = None
     length: int | None = None
-    bypassed: ClassVar[tuple[Unit, ...]] = ()
+    skipped: ClassVar[tuple[Unit, ...]] = ()
 
     def collector(self, scope: Scope) -> Collector:
         return _Collector(scope)
@@ -51,8 +51,8 @@ class _Collector:
         whole = squares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         self._sums[row] += (squares / whole).sum(0).double().cpu()
 
-    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
-        del dense, bypassed
+    def hear(self, dense: float, skipped: Mapping[Unit, float]) -> None:
+        del dense, skipped
 
     def state(self) -> Mapping[str, torch.Tensor]:
         return {"sums": self._sums}
@@ -60,7 +60,7 @@ class _Collector:
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         self._sums = state["sums"]
 
-    def result(self) -> Shares:
+    def result(self) -> EnergyShares:
         found: dict[tuple[int | None, str], torch.Tensor] = {}
         for row, sums in enumerate(self._sums):
             if bool(sums.any()):

@@ -19,8 +19,8 @@ NORMS: Final = ("norm.attn", "norm.mlp")
 
 
 @dataclass(frozen=True)
-class JunctionGrams:
-    """`Grams`: mean outer products of the states at each junction, each state of length 1.
+class NormInputCovariance:
+    """`Covariances`: mean outer products of the states at each junction, each state of length 1.
 
     Junctions 2i and 2i + 1 are block i's two norms, the last one is the norm after all blocks: it
     is for models whose blocks have both. A norm makes all states equally long, so each token counts
@@ -29,7 +29,7 @@ class JunctionGrams:
 
     samples: int | None = None
     length: int | None = None
-    bypassed: ClassVar[tuple[Unit, ...]] = ()
+    skipped: ClassVar[tuple[Unit, ...]] = ()
 
     def collector(self, scope: Scope) -> _Collector:
         return _Collector(scope)
@@ -40,7 +40,7 @@ class JunctionGrams:
         return (len(NORMS) * arch.layers + 3) * arch.sizes["residual"] ** 2 * 4
 
 
-class Grams:
+class Covariances:
     """The Gram of each junction by its number, float64 `[residual, residual]`, of trace 1.
 
     They are in memory, or in a file that stays readable when the pass has ended.
@@ -102,8 +102,8 @@ class _Collector:
     def _write(self, number: int, role: str) -> None:
         self._buffer.write(number, self._sums.pop(role)[None])
 
-    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
-        del dense, bypassed
+    def hear(self, dense: float, skipped: Mapping[Unit, float]) -> None:
+        del dense, skipped
 
     def state(self) -> Mapping[str, torch.Tensor]:
         return {}
@@ -111,5 +111,5 @@ class _Collector:
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         del state
 
-    def result(self) -> Grams:
-        return Grams(self._buffer, self._scope.samples * self._scope.length)
+    def result(self) -> Covariances:
+        return Covariances(self._buffer, self._scope.samples * self._scope.length)

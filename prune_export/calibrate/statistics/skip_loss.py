@@ -12,19 +12,19 @@ from prune_export.calibrate.streaming.skip import Part, Unit
 
 
 @dataclass(frozen=True)
-class BypassLosses:
+class SkipLosses:
     """Mean next-token losses in nats: of the whole model, and without this or that.
 
     `bypassed` has the losses by block, also where only a part of the block was left out.
     """
 
     dense: float
-    bypassed: Mapping[int, float]
+    skipped: Mapping[int, float]
 
 
 @dataclass(frozen=True)
-class BypassLoss:
-    """`BypassLosses` for the blocks `layers`, or for a `part` of each.
+class SkipLoss:
+    """`SkipLosses` for the blocks `layers`, or for a `part` of each.
 
     All variants go through the blocks together, so that each block is loaded once; blocks before
     the bypassed one are computed once for all. That is about layers / 2 forward passes over the
@@ -39,24 +39,24 @@ class BypassLoss:
     part: Part = "block"
 
     @property
-    def bypassed(self) -> tuple[Unit, ...]:
+    def skipped(self) -> tuple[Unit, ...]:
         return tuple(Unit(layer, self.part) for layer in self.layers)
 
     def collector(self, scope: Scope) -> _Collector:
         del scope
-        return _Collector(self.bypassed)
+        return _Collector(self.skipped)
 
 
 class _Collector:
-    def __init__(self, bypassed: tuple[Unit, ...]) -> None:
-        self._bypassed = bypassed
-        self._losses = torch.full((len(bypassed) + 1,), torch.nan, dtype=torch.float64)
+    def __init__(self, skipped: tuple[Unit, ...]) -> None:
+        self._bypassed = skipped
+        self._losses = torch.full((len(skipped) + 1,), torch.nan, dtype=torch.float64)
 
     def see(self, layer: int, start: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         del layer, start, inputs, outputs
 
-    def hear(self, dense: float, bypassed: Mapping[Unit, float]) -> None:
-        own = [dense, *(bypassed[unit] for unit in self._bypassed)]
+    def hear(self, dense: float, skipped: Mapping[Unit, float]) -> None:
+        own = [dense, *(skipped[unit] for unit in self._bypassed)]
         self._losses.copy_(torch.tensor(own, dtype=torch.float64))
 
     def state(self) -> Mapping[str, torch.Tensor]:
@@ -65,7 +65,7 @@ class _Collector:
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         self._losses.copy_(state["losses"])
 
-    def result(self) -> BypassLosses:
+    def result(self) -> SkipLosses:
         dense, *own = self._losses.tolist()
         by_block = {unit.layer: loss for unit, loss in zip(self._bypassed, own, strict=True)}
-        return BypassLosses(dense, by_block)
+        return SkipLosses(dense, by_block)

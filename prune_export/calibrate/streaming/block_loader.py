@@ -13,25 +13,25 @@ from typing import Any, Final, Self
 import psutil
 import torch
 
-from prune_export.calibrate.streaming.layerwise_model import Skeleton
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 
 _KEPT: Final = 256 << 20
 """Bytes that the C library may keep of what was freed."""
 
 
-def loaded(skeleton: Skeleton, layers: Iterable[int]) -> Iterator[int]:
+def loaded(layerwise: LayerwiseModel, layers: Iterable[int]) -> Iterator[int]:
     """Each of `layers`, loaded into the skeleton; freed again when the next one is asked for."""
     order = list(layers)
     with ThreadPoolExecutor(1) as reader, _Heap() as heap:
         ahead: Future[dict[str, torch.Tensor]] | None = None
         for at, layer in enumerate(order):
-            tensors = ahead.result() if ahead else _read(skeleton, layer)
+            tensors = ahead.result() if ahead else _read(layerwise, layer)
             ahead = None
             if at + 1 < len(order):
-                ahead = reader.submit(_read, skeleton, order[at + 1])
-            skeleton.load(layer, tensors)
+                ahead = reader.submit(_read, layerwise, order[at + 1])
+            layerwise.load(layer, tensors)
             yield layer
-            skeleton.free(layer)
+            layerwise.free(layer)
             heap.trim()
 
 
@@ -46,9 +46,9 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _read(skeleton: Skeleton, layer: int) -> dict[str, torch.Tensor]:
-    read = skeleton.read(skeleton.arch.block(layer))
-    if skeleton.device == "cuda":
+def _read(layerwise: LayerwiseModel, layer: int) -> dict[str, torch.Tensor]:
+    read = layerwise.read(layerwise.arch.block(layer))
+    if layerwise.device == "cuda":
         read = {name: tensor.pin_memory() for name, tensor in read.items()}
     return read
 

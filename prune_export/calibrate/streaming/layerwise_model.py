@@ -55,7 +55,7 @@ class _Place(nn.Module):
             return getattr(self.__dict__["_block"][0], name)
 
 
-class Skeleton:
+class LayerwiseModel:
     """A checkpoint's model on `meta`, with everything small in place; computes in `dtype`."""
 
     def __init__(

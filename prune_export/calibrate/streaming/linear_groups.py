@@ -9,10 +9,10 @@ from typing import Any, Final, Protocol
 import torch
 
 from prune_export.arch import Arch, Tensor
-from prune_export.calibrate.streaming.layerwise_model import Skeleton
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.checkpoint.header import TORCH
 
-SITES: Final[Mapping[str, str]] = {
+LINEAR_GROUPS: Final[Mapping[str, str]] = {
     "q": "attention.in",
     "k": "attention.in",
     "v": "attention.in",
@@ -30,7 +30,7 @@ SITES: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Site:
+class LinearGroup:
     """Matrices of one block that multiply the same input, in the table's order.
 
     Each expert has sites of its own, at which the tokens arrive that are routed to it.
@@ -47,14 +47,15 @@ class Site:
         return self.kind if self.expert is None else f"{self.kind}.{self.expert}"
 
 
-def sites_of(arch: Arch, layer: int) -> tuple[Site, ...]:
+def linear_groups(arch: Arch, layer: int) -> tuple[LinearGroup, ...]:
     """The sites of a block."""
     found: dict[tuple[str, int | None], list[Tensor]] = {}
     for tensor in arch.block(layer):
-        if tensor.role in SITES:
-            found.setdefault((SITES[tensor.role], tensor.expert), []).append(tensor)
+        if tensor.role in LINEAR_GROUPS:
+            found.setdefault((LINEAR_GROUPS[tensor.role], tensor.expert), []).append(tensor)
     return tuple(
-        Site(layer, kind, tuple(tensors), expert) for (kind, expert), tensors in found.items()
+        LinearGroup(layer, kind, tuple(tensors), expert)
+        for (kind, expert), tensors in found.items()
     )
 
 
@@ -65,7 +66,7 @@ class Accumulator(Protocol):
         """Sees inputs `[samples, length, in]` of whole windows."""
 
 
-class Squares:
+class InputNorms:
     """Sums of squares by input, float32: Wanda's norms."""
 
     def __init__(self, width: int, device: str) -> None:
@@ -89,7 +90,7 @@ class Squares:
         self.tokens += rows.shape[0]
 
 
-class Gram:
+class Hessian:
     """Sums of products of inputs `[in, in]`, float32: the Hessian of a layer's squared error."""
 
     def __init__(self, width: int, device: str) -> None:
@@ -122,7 +123,7 @@ class Gram:
 def inputs_last(tensor: Tensor) -> bool:
     """Whether a matrix at a site is stored `[out, in]`; Conv1D stores `[in, out]`."""
     last = tensor.dims.of[-1] == (("residual",),)
-    return last == SITES[tensor.role].endswith(".in")
+    return last == LINEAR_GROUPS[tensor.role].endswith(".in")
 
 
 def inputs_of(arch: Arch, tensor: Tensor) -> int:
@@ -152,8 +153,8 @@ def part_of(tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
 class Weights:
     """Reads and writes the matrices of a loaded block as `[out, in]`, whatever their layout."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self._skeleton = skeleton
+    def __init__(self, layerwise: LayerwiseModel) -> None:
+        self._layerwise = layerwise
 
     def read(self, tensor: Tensor) -> torch.Tensor:
         """A float32 copy of a matrix, `[out, in]`."""
@@ -161,20 +162,20 @@ class Weights:
 
     def write(self, tensor: Tensor, value: torch.Tensor) -> torch.Tensor:
         """Puts `[out, in]` into the block, rounded as it will be stored; returns what is stored."""
-        stored = self._skeleton.checkpoint.entries[tensor.name]
+        stored = self._layerwise.checkpoint.entries[tensor.name]
         rounded = as_matrix(tensor, value).contiguous().to(getattr(torch, TORCH[stored.dtype]))
         values = self._values(tensor)
         values.copy_(rounded.to(values.dtype))
         return rounded.cpu()
 
     def _values(self, tensor: Tensor) -> torch.Tensor:
-        module: Any = self._skeleton.module(tensor)
-        leaf = self._skeleton.name_in_block(tensor).rpartition(".")[2]
+        module: Any = self._layerwise.module(tensor)
+        leaf = self._layerwise.name_in_block(tensor).rpartition(".")[2]
         return part_of(tensor, getattr(module, leaf).data)
 
 
 def linears(arch: Arch) -> Iterator[Tensor]:
     """Every matrix of the blocks that is at a site."""
     for tensor in arch.tensors:
-        if tensor.layer is not None and tensor.role in SITES:
+        if tensor.layer is not None and tensor.role in LINEAR_GROUPS:
             yield tensor

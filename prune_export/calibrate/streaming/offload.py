@@ -51,7 +51,7 @@ class Buffer:
         self._fill(found, start)
         return found
 
-    def heads(self, start: int, stop: int, length: int) -> torch.Tensor:
+    def prefixes(self, start: int, stop: int, length: int) -> torch.Tensor:
         """As `read`, of each row the first `length` entries, or all if they are fewer."""
         if self._memory is not None:
             return self._memory[start:stop, :length]

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 import torch
 
-from prune_export.calibrate.streaming.layerwise_model import Call, Skeleton
+from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 
 Part = Literal["block", "attention", "mlp"]
 
@@ -42,14 +42,14 @@ _LANDMARKS: Final[Mapping[Part, tuple[str, ...]]] = {
 
 
 @contextmanager
-def bypassed(skeleton: Skeleton, layer: int, parts: Collection[Part]) -> Iterator[None]:
+def skipped(layerwise: LayerwiseModel, layer: int, parts: Collection[Part]) -> Iterator[None]:
     """Inside, these parts of a loaded block give zeros; where they are modules, at no cost."""
     with ExitStack() as undo:
         for part in parts:
-            module, whole = _module(skeleton, layer, part)
+            module, whole = _module(layerwise, layer, part)
             if whole:
                 zeros = _zeros_and_none if part == "attention" else _zeros
-                _instead(module, partial(zeros, skeleton.arch.sizes["residual"]), undo)
+                _instead(module, partial(zeros, layerwise.arch.sizes["residual"]), undo)
             else:
                 handle = module.register_forward_hook(lambda _m, _i, out: torch.zeros_like(out))
                 undo.callback(handle.remove)
@@ -70,9 +70,9 @@ class Steps:
     attention's ends.
     """
 
-    def __init__(self, skeleton: Skeleton, layer: int, call: Call) -> None:
-        self._skeleton, self._layer, self._call = skeleton, layer, call
-        self._modules = {part: _module(skeleton, layer, part)[0] for part in ("attention", "mlp")}
+    def __init__(self, layerwise: LayerwiseModel, layer: int, call: Call) -> None:
+        self._layerwise, self._layer, self._call = layerwise, layer, call
+        self._modules = {part: _module(layerwise, layer, part)[0] for part in ("attention", "mlp")}
         self._kept: dict[str, Any] = {}
 
     def run(self, states: torch.Tensor) -> torch.Tensor:
@@ -81,13 +81,13 @@ class Steps:
             for part, module in self._modules.items():
                 handle = module.register_forward_hook(partial(_keep, self._kept, part))
                 undo.callback(handle.remove)
-            return self._skeleton.run(self._layer, states, self._call)
+            return self._layerwise.run(self._layer, states, self._call)
 
     def of(self, part: Part, states: torch.Tensor, outputs: torch.Tensor) -> Step:
         """The step of one part; `states` were the last that ran, and gave `outputs`."""
         if part == "attention":
             return self._with((), states), self._with(("attention",), states)
-        if self._skeleton.arch.parallel:
+        if self._layerwise.arch.parallel:
             return self._with((), states), self._with(("mlp",), states)
         return self._with(("attention",), states), outputs
 
@@ -97,15 +97,15 @@ class Steps:
             for part, module in self._modules.items():
                 kept = self._kept[part]
                 _instead(module, partial(_given, kept if part in parts else _blank(kept)), undo)
-            return self._skeleton.run(self._layer, states, self._call)
+            return self._layerwise.run(self._layer, states, self._call)
 
 
-def _module(skeleton: Skeleton, layer: int, part: Part) -> tuple[Any, bool]:
+def _module(layerwise: LayerwiseModel, layer: int, part: Part) -> tuple[Any, bool]:
     """The module of a part and True; where the block has none (OPT's MLP), that of its output."""
     landmark = next(
-        tensor for tensor in skeleton.arch.block(layer) if tensor.role in _LANDMARKS[part]
+        tensor for tensor in layerwise.arch.block(layer) if tensor.role in _LANDMARKS[part]
     )
-    leaf, block = skeleton.module(landmark), skeleton.block(layer)
+    leaf, block = layerwise.module(landmark), layerwise.block(layer)
     for parent in block.modules():
         if parent is not block and any(child is leaf for child in parent.children()):
             return parent, True

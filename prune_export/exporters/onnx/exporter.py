@@ -161,7 +161,9 @@ class Onnx:
             trace = tracing.trace(config, dtype, blocks, last=last, trim=trim)
             task.advance()
         fit = Fit.of(trim, trace.parameter_of) if trim else None
-        stamped = replicate.stamp(trace, last=last, int8=self.precision == "int8", fit=fit)
+        stamped = replicate.replicate_blocks(
+            trace, last=last, int8=self.precision == "int8", fit=fit
+        )
         source = weight_files.Source.of(opened, trace)
         narrow = replace(source, trim=trim)
         weight_files.write(stamped, narrow, dtype, out, work.progress)

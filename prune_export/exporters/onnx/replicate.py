@@ -58,7 +58,9 @@ class Stamped:
     weights: tuple[Weight, ...]
 
 
-def stamp(trace: Trace, *, last: bool, int8: bool = False, fit: Fit | None = None) -> Stamped:
+def replicate_blocks(
+    trace: Trace, *, last: bool, int8: bool = False, fit: Fit | None = None
+) -> Stamped:
     """The graph of all layers.
 
     `last` says that it was traced for the last position's logits, `int8` that the matrices are to

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from prune_export.arch import Arch
-from prune_export.calibrate import BlockInfluence, Further, ModelView, Statistic
+from prune_export.calibrate import BlockInfluence, ExtraPass, ModelView, Statistic
 from prune_export.contracts import Decision
 from prune_export.pruning.depth import block_choice, part_choice, selection
 
@@ -39,7 +39,7 @@ class BlockInfluenceDrop(part_choice.Amount):
         super().__post_init__()
         selection.refuse_run(self.select, self.contiguous)
 
-    def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[Statistic | ExtraPass, ...]:
         if self.layers is not None:
             return ()
         if self.select == "one_shot":

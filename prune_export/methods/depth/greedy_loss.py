@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, Unit, native_dtype
+from prune_export.calibrate import ExtraPass, ModelView, Unit, native_dtype
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.pruning.depth import part_choice
@@ -63,14 +63,14 @@ class GreedyLoss(part_choice.Amount):
         ),
     ] = "auto"
 
-    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         if self.layers is not None:
             return ()
         forwards, head = self._passes(arch)
         residual = arch.sizes["residual"]
         states = self.samples * self.length * residual * 4
         return (
-            Further(
+            ExtraPass(
                 forwards=forwards + head,
                 samples=self.samples,
                 length=self.length,
@@ -92,9 +92,9 @@ class GreedyLoss(part_choice.Amount):
         dtype = native_dtype(model.calibration().machine)
         if self.compute_dtype != "auto":
             dtype = getattr(torch, self.compute_dtype)
-        with model.removals(self.samples, self.length, dtype) as removals:
+        with model.ablations(self.samples, self.length, dtype) as ablations:
             found = greedy(
-                removals,
+                ablations,
                 units,
                 self.of(arch),
                 shortlist=self.shortlist or len(units),
@@ -102,9 +102,9 @@ class GreedyLoss(part_choice.Amount):
                 revise=self.revise,
             )
             passes = {
-                "block_forwards": removals.block_forwards,
-                "head_forwards": removals.head_forwards,
-                "chunks": removals.chunks,
+                "block_forwards": ablations.block_forwards,
+                "head_forwards": ablations.head_forwards,
+                "chunks": ablations.chunks,
                 "compute_dtype": str(dtype).removeprefix("torch."),
             }
         scores: list[Any] = [None] * arch.layers

@@ -15,9 +15,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from prune_export.ablated import Silenced
+from prune_export.ablated import Ablated
 from prune_export.arch import Arch
-from prune_export.calibrate import Folded, Further, ModelView, TokenSet, Unit, block_bytes
+from prune_export.calibrate import (
+    ExtraPass,
+    MergeSimilarity,
+    ModelView,
+    TokenSet,
+    Unit,
+    block_bytes,
+)
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.pruning.depth import block_choice, collapse, seam_refit
@@ -74,10 +81,10 @@ class Laco(block_choice.Amount):
     samples: Annotated[int, Field(ge=1, description="Calibration windows to compare on.")] = 10
     length: Annotated[int, Field(ge=2, description="Tokens of each window.")] = 64
 
-    def silenced(self, arch: Arch, known: Silenced) -> Silenced:
+    def ablated(self, arch: Arch, known: Ablated) -> Ablated:
         """Nothing is known: a folded layer has matrices of several."""
         del arch, known
-        return Silenced()
+        return Ablated()
 
     def __post_init__(self) -> None:
         """Refuses what contradicts itself.
@@ -92,10 +99,10 @@ class Laco(block_choice.Amount):
         if self.sparsity is not None or self.remove is not None:
             super().__post_init__()
 
-    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         trials = arch.layers * (self.merge_layers - 1)
         return (
-            Further(
+            ExtraPass(
                 forwards=trials / 2 + 1,
                 samples=self.samples,
                 length=self.length,
@@ -133,12 +140,12 @@ class Laco(block_choice.Amount):
         return super().predict(arch)
 
     def decide(self, model: ModelView) -> Decision:
-        arch, means = model.arch, model.calibration()
-        tokens = TokenSet.of(means.tokens.ids[: self.samples, : self.length])
-        with Folded(
-            model.checkpoint, tokens, means.machine, means.told, means.scratch, arch=arch
+        arch, context = model.arch, model.calibration()
+        tokens = TokenSet.of(context.tokens.ids[: self.samples, : self.length])
+        with MergeSimilarity(
+            model.checkpoint, tokens, context.machine, context.told, context.scratch, arch=arch
         ) as measured:
-            search = collapse.Search(
+            search = collapse.FoldSearch(
                 measured,
                 self.merge,
                 self.merge_layers,
@@ -184,7 +191,7 @@ class Laco(block_choice.Amount):
     def _highest(self, arch: Arch) -> int:
         return min(self.highest or arch.layers, arch.layers)
 
-    def _found(self, search: collapse.Search, arch: Arch) -> collapse.Collapsed:
+    def _found(self, search: collapse.FoldSearch, arch: Arch) -> collapse.Collapsed:
         if not self._exact:
             return search.sweep(self.threshold)
         count = self.of(arch)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import BypassLoss, Further, ModelView, Statistic
+from prune_export.calibrate import ExtraPass, ModelView, SkipLoss, Statistic
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.pruning.depth import block_choice, part_choice, selection
@@ -59,10 +59,10 @@ class Perplexity(part_choice.Amount):
             )
         return candidates
 
-    def _statistic(self, arch: Arch) -> BypassLoss:
-        return BypassLoss(tuple(self._candidates(arch)), self.samples, self.length, self.unit)
+    def _statistic(self, arch: Arch) -> SkipLoss:
+        return SkipLoss(tuple(self._candidates(arch)), self.samples, self.length, self.unit)
 
-    def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[Statistic | ExtraPass, ...]:
         if self.layers is not None:
             return ()
         first = (self._statistic(arch),)
@@ -75,8 +75,8 @@ class Perplexity(part_choice.Amount):
     def _losses(self, model: ModelView) -> list[float]:
         """The loss without each unit of a model, from which some may be gone already."""
         every = tuple(range(model.arch.layers))
-        statistic = BypassLoss(every, self.samples, self.length, self.unit)
-        return list(model.gather([statistic])[statistic].bypassed.values())
+        statistic = SkipLoss(every, self.samples, self.length, self.unit)
+        return list(model.gather([statistic])[statistic].skipped.values())
 
     def predict(self, arch: Arch) -> Arch:
         if self.layers is None:
@@ -92,17 +92,17 @@ class Perplexity(part_choice.Amount):
         if self.select == "iterative":
             choice = selection.iterative(model, remove, candidates, self._losses, self.unit)
         elif self.select == "greedy":
-            own = [losses.bypassed.get(i, losses.dense) - losses.dense for i in range(arch.layers)]
+            own = [losses.skipped.get(i, losses.dense) - losses.dense for i in range(arch.layers)]
             choice = selection.guided(model, remove, candidates, own, self.unit)
         else:
             choice = block_choice.least_blocks(
-                [losses.bypassed[layer] for layer in candidates],
+                [losses.skipped[layer] for layer in candidates],
                 remove,
                 contiguous=self.contiguous,
                 of=candidates,
             )
         scores: list[Any] = [None] * arch.layers
-        for layer, loss in losses.bypassed.items():
+        for layer, loss in losses.skipped.items():
             scores[layer] = exp(loss)
         return self.removal(
             model,

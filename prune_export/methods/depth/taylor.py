@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, Part, Sums, block_bytes
+from prune_export.calibrate import ExtraPass, ModelView, Part, Sums, block_bytes
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.pruning.depth import block_choice, part_choice, selection
@@ -65,13 +65,13 @@ class Taylor(part_choice.Amount):
             )
         return candidates
 
-    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         if self.layers is not None:
             return ()
         ram = 2 * block_bytes(arch, torch.float32)
         forwards = 1 + 3 * (arch.layers - self.protect_first) / arch.layers
         if self.select == "one_shot":
-            return (Further(forwards=forwards, ram_bytes=ram),)
+            return (ExtraPass(forwards=forwards, ram_bytes=ram),)
         return selection.passes(self.select, arch, self.of(arch), forwards, ram_bytes=ram)
 
     def predict(self, arch: Arch) -> Arch:

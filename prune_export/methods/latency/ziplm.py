@@ -15,7 +15,7 @@ from pydantic import Field
 
 from prune_export import registry
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView
+from prune_export.calibrate import ExtraPass, ModelView
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError, did_you_mean
 from prune_export.pruning.latency import narrowing, target_search, width_costs
@@ -77,7 +77,7 @@ class ZipLM:
                 did_you_mean(self.target.engine, registry.names("exporters")),
             )
 
-    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         kv = self._limits(arch)[1]
         if self.target is None:
             forwards = 1
@@ -92,7 +92,7 @@ class ZipLM:
         seconds = 0.0
         if self.target is not None and self.target.speedup is not None:
             seconds = width_costs.ENGINE_SECONDS * width_costs.engines(self._limits(arch))
-        return (Further(forwards=forwards, ram_bytes=ram, parks=True, seconds=seconds),)
+        return (ExtraPass(forwards=forwards, ram_bytes=ram, suspends=True, seconds=seconds),)
 
     def _limits(self, arch: Arch) -> tuple[Limits, Limits]:
         return narrowing.limits(arch, self.multiple_of, stock=self.uniform)
@@ -133,7 +133,7 @@ class ZipLM:
     def _decision(
         self, model: ModelView, sizes: Mapping[str, int], log: Mapping[str, Any]
     ) -> Decision:
-        swept = model.sweep(narrowing.Narrower(model.arch, sizes))
+        swept = model.sequential(narrowing.Narrower(model.arch, sizes))
         kept: dict[str, list[int]] = {}
         errors: dict[str, float] = {}
         for axis in sizes:

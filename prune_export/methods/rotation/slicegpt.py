@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch, Tensor
-from prune_export.calibrate import Further, Grams, JunctionGrams, ModelView, Statistic
+from prune_export.calibrate import Covariances, ExtraPass, ModelView, NormInputCovariance, Statistic
 from prune_export.checkpoint.header import TORCH
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
@@ -59,9 +59,9 @@ class SliceGPT:
         Field(description="Fit each matrix by least squares to what is left of its own inputs."),
     ] = True
 
-    def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
-        held = JunctionGrams.ram_bytes(arch)
-        return (JunctionGrams(), Further(forwards=0, samples=1, ram_bytes=held))
+    def statistics(self, arch: Arch) -> tuple[Statistic | ExtraPass, ...]:
+        held = NormInputCovariance.ram_bytes(arch)
+        return (NormInputCovariance(), ExtraPass(forwards=0, samples=1, ram_bytes=held))
 
     def predict(self, arch: Arch) -> Arch:
         residual_bases.check(arch)
@@ -101,7 +101,7 @@ class SliceGPT:
         arch = model.arch
         after = self.predict(arch)
         hidden, kept = arch.sizes["residual"], after.sizes["residual"]
-        grams: Grams = model.stat(JunctionGrams())
+        grams: Covariances = model.stat(NormInputCovariance())
         numbers = range(len(grams))
         if self.rotation == "shared":
             shared = residual_bases.principal(grams[i] for i in numbers)[:, :kept]
@@ -134,15 +134,15 @@ def _tied(arch: Arch) -> list[Tensor]:
 class _Slicing:
     """The edits: every tensor that touches the residual states in the bases of its junctions.
 
-    Junctions are numbered as in `Grams`: states are read at them, and what writes does so in the
-    basis of the next one.
+    Junctions are numbered as in `Covariances`: states are read at them, and what writes does so in
+    the basis of the next one.
     """
 
     def __init__(
         self,
         model: ModelView,
         after: Arch,
-        grams: Grams,
+        grams: Covariances,
         bases: Sequence[torch.Tensor],
         refit: bool,
     ) -> None:

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch, Tensor
-from prune_export.calibrate import Further, ModelView, Squares, Sums, block_bytes, linears
+from prune_export.calibrate import ExtraPass, InputNorms, ModelView, Sums, block_bytes, linears
 from prune_export.contracts import Decision
 from prune_export.pruning.sparse import sparse_method
 
@@ -65,7 +65,7 @@ class Gblm(sparse_method.Calibrated):
         ),
     ] = "released"
 
-    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         """The passes that `decide` runs: forward, backward, and the sweep."""
         # A block's gradients and their sums; all blocks' scores are kept in files.
         ram = 2 * block_bytes(arch, torch.float32)
@@ -74,13 +74,13 @@ class Gblm(sparse_method.Calibrated):
         # A matrix's gradients, and their share of its scores.
         more = 8 * max(prod(arch.shape(tensor)) for tensor in linears(arch))
         return (
-            Further(forwards=4, ram_bytes=ram, disk_bytes=disk),
+            ExtraPass(forwards=4, ram_bytes=ram, disk_bytes=disk),
             *(
-                Further(
+                ExtraPass(
                     forwards=one.forwards,
                     ram_bytes=one.ram_bytes + more,
                     disk_bytes=one.disk_bytes + disk,
-                    parks=one.parks,
+                    suspends=one.suspends,
                 )
                 for one in sweeps
             ),
@@ -90,7 +90,7 @@ class Gblm(sparse_method.Calibrated):
         windows = model.calibration().tokens.samples
         found = model.gradients(Norms(self.norm, windows))
 
-        def own(weight: torch.Tensor, seen: Squares, tensor: Tensor) -> torch.Tensor:
+        def own(weight: torch.Tensor, seen: InputNorms, tensor: Tensor) -> torch.Tensor:
             gradient = found.matrix(tensor).to(weight.device).contiguous()
             return score(weight, seen, gradient, self.share(seen.tokens, windows))
 
@@ -110,7 +110,7 @@ class Gblm(sparse_method.Calibrated):
 
 
 def score(
-    weight: torch.Tensor, seen: Squares, gradient: torch.Tensor, share: float
+    weight: torch.Tensor, seen: InputNorms, gradient: torch.Tensor, share: float
 ) -> torch.Tensor:
     """`[out, in]`: |weight| times the sum of its input's norm and its gradient's."""
     norms = (seen.sums / seen.tokens).sqrt()

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch, Tensor
-from prune_export.calibrate import Further, ModelView
+from prune_export.calibrate import ExtraPass, ModelView
 from prune_export.calibrate.streaming.block_loader import threads
 from prune_export.calibrate.streaming.checkpointing import pass_key
 from prune_export.calibrate.streaming.linear_groups import part_of
@@ -34,7 +34,7 @@ _HELD_OUT_SHARE: Final = 10
 
 
 @dataclass(frozen=True)
-class IterativeMagnitude(sparse_method.Sparse):
+class IterativeMagnitude(sparse_method.SparseMethod):
     """Train, zero the smallest weights of the whole model, rewind the rest; repeat; train again.
 
     The calibration windows are what is trained on, but for a tenth that losses are measured on.
@@ -94,13 +94,13 @@ class IterativeMagnitude(sparse_method.Sparse):
         last = self.steps if self.control == "reinit" else each
         return self.rewind + self.rounds * each + last
 
-    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         """The trainings: weights, gradients and AdamW's moments are in memory, all in float32."""
         size = arch.parameters()
         # Activations of all blocks, and the logits three times over.
         states = 24 * arch.layers * arch.sizes["residual"] + 3 * arch.sizes["vocab"]
         return (
-            Further(
+            ExtraPass(
                 forwards=3 * self.total_steps,
                 samples=self.batch,
                 ram_bytes=16 * size + 4 * TOKENS * states,
@@ -109,25 +109,25 @@ class IterativeMagnitude(sparse_method.Sparse):
         )
 
     def decide(self, model: ModelView) -> Decision:
-        means = model.calibration()
-        held_out = max(1, means.tokens.samples // _HELD_OUT_SHARE)
-        if means.tokens.samples < 2:
+        context = model.calibration()
+        held_out = max(1, context.tokens.samples // _HELD_OUT_SHARE)
+        if context.tokens.samples < 2:
             raise StageError(
                 "iterative_magnitude",
-                f"got {means.tokens.samples} calibration window, expected at least 2: one to train "
-                "on, one to measure with",
+                f"got {context.tokens.samples} calibration window, expected at least 2: one to "
+                "train on, one to measure with",
                 "raise `samples` in `data.calibration`",
             )
-        temporary = Temporary() if means.scratch is None else None
-        key = pass_key(model.checkpoint, model.arch, means.tokens, means.machine, repr(self))
-        folder = Path(temporary.path if temporary else str(means.scratch)) / f"ticket-{key}"
+        temporary = Temporary() if context.scratch is None else None
+        key = pass_key(model.checkpoint, model.arch, context.tokens, context.machine, repr(self))
+        folder = Path(temporary.path if temporary else str(context.scratch)) / f"ticket-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         with (
-            threads(means.machine.threads),
-            means.told.task("Training, pruning, rewinding", self.total_steps) as task,
+            threads(context.machine.threads),
+            context.told.task("Training, pruning, rewinding", self.total_steps) as task,
         ):
-            student = Student(model.checkpoint, model.arch, means.machine.device)
-            windows = means.tokens.ids
+            student = Student(model.checkpoint, model.arch, context.machine.device)
+            windows = context.tokens.ids
             rounds = self._rounds(student, windows[held_out:], windows[:held_out], folder, task)
         logs = self._stored(student, model, folder)
         del student

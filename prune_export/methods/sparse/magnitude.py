@@ -26,7 +26,7 @@ Find = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Magnitude(sparse_method.Sparse):
+class Magnitude(sparse_method.SparseMethod):
     """Zero the smallest weights of each matrix, row or group, or of the model.
 
     Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks",

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Tensor
-from prune_export.calibrate import ModelView, Squares
+from prune_export.calibrate import InputNorms, ModelView
 from prune_export.contracts import Decision
 from prune_export.pruning.sparse import sparse_method
 from prune_export.pruning.sparse.masks import Compare
@@ -38,7 +38,7 @@ class Ria(sparse_method.Calibrated):
     ] = "matrix"
 
     def decide(self, model: ModelView) -> Decision:
-        def own(weight: torch.Tensor, seen: Squares, tensor: Tensor) -> torch.Tensor:
+        def own(weight: torch.Tensor, seen: InputNorms, tensor: Tensor) -> torch.Tensor:
             del tensor
             return relative_importance(weight).mul_((seen.sums / seen.tokens).pow(self.power / 2))
 

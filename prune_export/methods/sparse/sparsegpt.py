@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Edited, Further, Gram, ModelView, Site
+from prune_export.calibrate import Edited, ExtraPass, Hessian, LinearGroup, ModelView
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.pruning.sparse import (
@@ -59,9 +59,9 @@ class SparseGpt(sparse_method.Calibrated):
                 "leave out `columns`",
             )
 
-    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         own = sequential_cost.of(arch, self.order, grams=True, permutes=self.permute)
-        return (*sparse_method.Sparse.statistics(self, arch), own)
+        return (*sparse_method.SparseMethod.statistics(self, arch), own)
 
     def decide(self, model: ModelView) -> Decision:
         amounts, why = self.amounts(model)
@@ -74,7 +74,7 @@ class SparseGpt(sparse_method.Calibrated):
             self.columns,
             self.channels(model.arch),
         )
-        swept = model.sweep(editor, self.order)
+        swept = model.sequential(editor, self.order)
         raised = {
             f"{layer}.{site}": own["damping"]
             for layer, log in enumerate(swept.logs)
@@ -82,7 +82,7 @@ class SparseGpt(sparse_method.Calibrated):
             if own.get("damping", self.damping) != self.damping
         }
         more = {"raised_damping": raised} if raised else {}
-        return sparse_method.swept_decision(self, model, swept, {**why, **more})
+        return sparse_method.sequential_decision(self, model, swept, {**why, **more})
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ class _Compensating:
     columns: int
     channels: Mapping[str, Channels]
 
-    def watch(self, site: Site, width: int, device: str) -> Gram | None:
+    def watch(self, site: LinearGroup, width: int, device: str) -> Hessian | None:
         """The Gram matrix of the inputs, where one of the site's matrices is pruned."""
         wanted = any(tensor.name in self.targets for tensor in site.tensors)
-        return Gram(width, device) if wanted else None
+        return Hessian(width, device) if wanted else None
 
-    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Gram) -> Edited:
+    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian) -> Edited:
         """The matrices with zeros in them, and their other weights made up for it."""
         chosen = [tensor.name for tensor in site.tensors if tensor.name in self.targets]
         where = f"block {site.layer}, {site.name}"

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from prune_export.arch import Tensor
-from prune_export.calibrate import ModelView, Squares
+from prune_export.calibrate import InputNorms, ModelView
 from prune_export.contracts import Decision
 from prune_export.pruning.sparse import sparse_method
 
@@ -33,7 +33,7 @@ class Wanda(sparse_method.Calibrated):
         return sparse_method.masked(self, model, score, corrects=True)
 
 
-def score(weight: torch.Tensor, seen: Squares, tensor: Tensor | None = None) -> torch.Tensor:
+def score(weight: torch.Tensor, seen: InputNorms, tensor: Tensor | None = None) -> torch.Tensor:
     """`[out, in]`: |weight| times the root of the mean square, over tokens, of its input."""
     del tensor
     return weight.abs().mul_((seen.sums / seen.tokens).sqrt())

@@ -10,17 +10,17 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, block_bytes
+from prune_export.calibrate import ExtraPass, ModelView, block_bytes
 from prune_export.errors import PlanError
 from prune_export.pruning.width import unit_scores
 from prune_export.pruning.width.unit_choice import units_cut
-from prune_export.pruning.width.width_method import Scores, Width
+from prune_export.pruning.width.width_method import Scores, WidthMethod
 
 Importance = Literal["vector", "first", "fisher", "mixed"]
 
 
 @dataclass(frozen=True)
-class LlmPruner(Width):
+class LlmPruner(WidthMethod):
     """Cut the units whose removal changes the loss least, estimated from gradients.
 
     With w a weight, g its gradient and F the mean square of its windows' gradients, a weight counts
@@ -80,8 +80,8 @@ class LlmPruner(Width):
         self.protected(arch)
         return super().predict(arch)
 
-    def passes_before(self, arch: Arch) -> tuple[Further, ...]:
-        return (Further(forwards=4, ram_bytes=3 * block_bytes(arch, torch.float32)),)
+    def passes_before(self, arch: Arch) -> tuple[ExtraPass, ...]:
+        return (ExtraPass(forwards=4, ram_bytes=3 * block_bytes(arch, torch.float32)),)
 
     def known(self, model: ModelView) -> Scores:
         axes = units_cut(model.arch, self.sizes(model.arch))

@@ -10,15 +10,15 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import ModelView, Site, Squares
+from prune_export.calibrate import InputNorms, LinearGroup, ModelView
 from prune_export.errors import PlanError
 from prune_export.pruning.width import head_residual as residual_of_heads
 from prune_export.pruning.width.activation_scores import Activations, Aggregation
-from prune_export.pruning.width.width_method import Scores, Width
+from prune_export.pruning.width.width_method import Scores, WidthMethod
 
 
 @dataclass(frozen=True)
-class Minitron(Width):
+class Minitron(WidthMethod):
     """Cut what is least active: MLP channels, heads, hidden dimensions, experts.
 
     A channel counts by the input that it gives to the projection back; a head by the norm of its
@@ -74,17 +74,21 @@ class Minitron(Width):
                 )
         return found
 
-    def watch(self, site: Site, units: int, width: int, device: str) -> _Sizes:
+    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> _Sizes:
         return _Sizes(self, site, units, width, device)
 
     def score(
-        self, site: Site, weights: Mapping[str, torch.Tensor], units: int, seen: _Sizes
+        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: _Sizes
     ) -> torch.Tensor:
         del site, weights, units
         return seen.sizes.result()
 
     def score_expert(
-        self, site: Site, weights: Mapping[str, torch.Tensor], scores: torch.Tensor, seen: _Sizes
+        self,
+        site: LinearGroup,
+        weights: Mapping[str, torch.Tensor],
+        scores: torch.Tensor,
+        seen: _Sizes,
     ) -> float:
         del site, scores
         (down,) = weights.values()
@@ -93,7 +97,9 @@ class Minitron(Width):
 
 
 class _Sizes:
-    def __init__(self, own: Minitron, site: Site, units: int, width: int, device: str) -> None:
+    def __init__(
+        self, own: Minitron, site: LinearGroup, units: int, width: int, device: str
+    ) -> None:
         self.sizes = Activations(
             units,
             width,
@@ -104,7 +110,7 @@ class _Sizes:
         )
         self.squares = None
         if site.expert is not None and "experts" in own.fractions:
-            self.squares = Squares(width, device)
+            self.squares = InputNorms(width, device)
 
     def see(self, states: torch.Tensor) -> None:
         self.sizes.see(states)

@@ -11,10 +11,17 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import SITES, Further, ModelView, Site, Squares, block_bytes
+from prune_export.calibrate import (
+    LINEAR_GROUPS,
+    ExtraPass,
+    InputNorms,
+    LinearGroup,
+    ModelView,
+    block_bytes,
+)
 from prune_export.pruning.width import unit_scores
 from prune_export.pruning.width.unit_choice import units_cut
-from prune_export.pruning.width.width_method import Scores, Width
+from prune_export.pruning.width.width_method import Scores, WidthMethod
 
 _WINDOWS: Final = 128
 """The number of windows that alpha was published for."""
@@ -23,7 +30,7 @@ _BACK: Final = frozenset({"o", "down", "expert.down"})
 
 
 @dataclass(frozen=True)
-class StructuredGblm(Width):
+class StructuredGblm(WidthMethod):
     """Cut the inputs of projections with the least |weight| x (norm of input + alpha x gradient).
 
     GBLM-Pruner's score of a weight, summed over all weights that an input of a projection back to
@@ -49,8 +56,8 @@ class StructuredGblm(Width):
         ),
     ] = "l1"
 
-    def passes_before(self, arch: Arch) -> tuple[Further, ...]:
-        return (Further(forwards=4, ram_bytes=3 * block_bytes(arch, torch.float32)),)
+    def passes_before(self, arch: Arch) -> tuple[ExtraPass, ...]:
+        return (ExtraPass(forwards=4, ram_bytes=3 * block_bytes(arch, torch.float32)),)
 
     def known(self, model: ModelView) -> Scores:
         axes = units_cut(model.arch, self.sizes(model.arch))
@@ -64,18 +71,18 @@ class StructuredGblm(Width):
             f"structured_gblm-1 {self.norm} {self.alpha} {samples} {length} {' '.join(axes)}",
             ("abs",) if self.norm == "l1" else ("square",),
             _Value(self.norm, samples, self.alpha * of_sum / sqrt(length)),
-            roles=frozenset(SITES) if "hidden" in self.fractions else _BACK,
+            roles=frozenset(LINEAR_GROUPS) if "hidden" in self.fractions else _BACK,
         )
         scores = unit_scores.of_gradients(model.gradients(reader), axes)
         unit_scores.complete(model.arch, axes, scores)
         return scores
 
-    def watch(self, site: Site, units: int, width: int, device: str) -> Squares:
+    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> InputNorms:
         del site, units
-        return Squares(width, device)
+        return InputNorms(width, device)
 
     def score(
-        self, site: Site, weights: Mapping[str, torch.Tensor], units: int, seen: Squares
+        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: InputNorms
     ) -> torch.Tensor:
         del site
         norms = (seen.sums / max(1, seen.tokens)).sqrt().double()

@@ -11,11 +11,11 @@ from pydantic import Field
 from prune_export.calibrate import ModelView
 from prune_export.pruning.width import unit_scores
 from prune_export.pruning.width.unit_choice import units_cut
-from prune_export.pruning.width.width_method import Scores, Width
+from prune_export.pruning.width.width_method import Scores, WidthMethod
 
 
 @dataclass(frozen=True)
-class StructuredMagnitude(Width):
+class StructuredMagnitude(WidthMethod):
     """Cut the units with the smallest weights, over all matrices that a unit is part of.
 
     Of an MLP channel these are its rows in gate and up and its column in down; of a head its

@@ -9,12 +9,12 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from prune_export.calibrate import Site, Squares
-from prune_export.pruning.width.width_method import Width
+from prune_export.calibrate import InputNorms, LinearGroup
+from prune_export.pruning.width.width_method import WidthMethod
 
 
 @dataclass(frozen=True)
-class StructuredWanda(Width):
+class StructuredWanda(WidthMethod):
     """Cut the inputs of projections with the least |weight| x norm of the input, over all outputs.
 
     With `norm: l2` it is the square of what the output loses if the input alone goes missing. A
@@ -34,12 +34,12 @@ class StructuredWanda(Width):
         Field(description="How the weights of one input are put together: sizes or squares."),
     ] = "l2"
 
-    def watch(self, site: Site, units: int, width: int, device: str) -> Squares:
+    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> InputNorms:
         del site, units
-        return Squares(width, device)
+        return InputNorms(width, device)
 
     def score(
-        self, site: Site, weights: Mapping[str, torch.Tensor], units: int, seen: Squares
+        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: InputNorms
     ) -> torch.Tensor:
         del site
         total = torch.zeros(len(seen.sums), dtype=torch.float64, device=seen.sums.device)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from prune_export.ablated import Silenced
+from prune_export.ablated import Ablated
 from prune_export.arch import Arch
 from prune_export.calibrate import ModelView, Seam, Unit
 from prune_export.contracts import Decision
@@ -87,7 +87,7 @@ class Amount(seam_refit.Refits):
         """
         return arch.without(self.layers or deepest(arch.layers, self.of(arch)))
 
-    def silenced(self, arch: Arch, known: Silenced) -> Silenced:
+    def ablated(self, arch: Arch, known: Ablated) -> Ablated:
         """Which parts of the blocks that are left are zero."""
         if self.layers is not None:
             return known.without(arch.kept(self.layers))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import log
 from typing import Final, Literal
 
-from prune_export.calibrate import Chain, Folded
+from prune_export.calibrate import Chain, MergeSimilarity
 
 Runs = tuple[tuple[int, int], ...]
 """Where runs begin, and how many layers of each are folded."""
@@ -72,10 +72,10 @@ def folded(chain: Chain, at: int, count: int, merge: Merge) -> Chain:
 
 
 @dataclass(frozen=True)
-class Search:
+class FoldSearch:
     """Where and how layers may be folded; `similar` measures a chain, `keep` are its ancestors."""
 
-    model: Folded
+    model: MergeSimilarity
     merge: Merge
     merge_layers: int
     interval: int

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from prune_export.calibrate import Removals, Unit
+from prune_export.calibrate import Ablations, Unit
 from prune_export.calibrate.passes.ablation import Removed
 
 _GAIN: Final = 2e-3
@@ -36,7 +36,7 @@ class Found:
 
 
 def greedy(
-    removals: Removals,
+    ablations: Ablations,
     units: Collection[Unit],
     count: int,
     *,
@@ -55,7 +55,7 @@ def greedy(
     Source: the revision is the floating search of Pudil et al., "Floating search methods in
     feature selection", Pattern Recognition Letters 15 (1994).
     """
-    search = _Search(removals, tuple(units), shortlist, guess or {})
+    search = _Search(ablations, tuple(units), shortlist, guess or {})
     best = search.floating(count) if revise and beam == 1 else search.beam(count, beam)
     return Found(
         best[-1].gone,
@@ -76,7 +76,7 @@ class _Model:
 
 @dataclass
 class _Search:
-    removals: Removals
+    ablations: Ablations
     units: tuple[Unit, ...]
     shortlist: int
     guess: Mapping[Unit, float]
@@ -115,7 +115,7 @@ class _Search:
         return best
 
     def _dense(self) -> _Model:
-        (loss,) = self.removals.losses([()], keep=[()])
+        (loss,) = self.ablations.losses([()], keep=[()])
         return _Model((), loss, {unit: self.guess.get(unit, 0.0) for unit in self.units})
 
     def _removed(self, ways: Sequence[_Model], width: int) -> list[_Model]:
@@ -131,10 +131,10 @@ class _Search:
         race = self._race(racers, keep=[way.gone for way in ways], least=width + 1)
         for gone, (loss, chunks) in race.items():
             way = racers[gone]
-            (before,) = self.removals.losses([way.gone], chunks=chunks, keep=known)
+            (before,) = self.ablations.losses([way.gone], chunks=chunks, keep=known)
             (unit,) = gone - set(way.gone)
             known[way.gone][unit] = loss - before
-            if chunks == self.removals.chunks:
+            if chunks == self.ablations.chunks:
                 found.append(_Model((*way.gone, unit), loss, known[way.gone]))
         if not self.first:
             self.first = self._scaled(race, known[ways[0].gone])
@@ -168,7 +168,7 @@ class _Search:
         ends = [
             _Model(racers[gone], loss, model.costs)
             for gone, (loss, chunks) in race.items()
-            if chunks == self.removals.chunks
+            if chunks == self.ablations.chunks
         ]
         return min(ends, key=_rank)
 
@@ -179,11 +179,11 @@ class _Search:
         left, chunks = list(models), 1
         found: dict[frozenset[Unit], tuple[float, int]] = {}
         while True:
-            losses = self.removals.losses(left, chunks=chunks, keep=keep)
+            losses = self.ablations.losses(left, chunks=chunks, keep=keep)
             found |= {gone: (loss, chunks) for gone, loss in zip(left, losses, strict=True)}
-            if chunks >= self.removals.chunks:
+            if chunks >= self.ablations.chunks:
                 return found
-            chunks = min(2 * chunks, self.removals.chunks)
+            chunks = min(2 * chunks, self.ablations.chunks)
             left.sort(key=lambda gone: _place(found[gone][0], gone))
             left = left[: max(-(-len(left) // 2), least)]
 

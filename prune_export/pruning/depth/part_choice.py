@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from prune_export.ablated import Silenced
+from prune_export.ablated import Ablated
 from prune_export.arch import Arch
 from prune_export.calibrate import OUTPUTS, ModelView, Seam, Unit
 from prune_export.checkpoint import Checkpoint
@@ -50,14 +50,14 @@ class Amount(block_choice.Amount):
         self.of(arch)
         return arch
 
-    def silenced(self, arch: Arch, known: Silenced) -> Silenced:
+    def ablated(self, arch: Arch, known: Ablated) -> Ablated:
         """Which parts of blocks are zero after it.
 
         Raises:
             PlanError: after earlier stages there cannot be as many left as are to be removed.
         """
         if self.unit == "block":
-            return super().silenced(arch, known)
+            return super().ablated(arch, known)
         places = known.of(self.unit)
         if self.layers is not None:
             return known.replaced(self.unit, places.listed(self.layers))

@@ -22,7 +22,7 @@ from prune_export.calibrate import (
     OUTPUTS,
     SEAM_STATES,
     CutModel,
-    Further,
+    ExtraPass,
     ModelView,
     Part,
     Repaired,
@@ -31,8 +31,8 @@ from prune_export.calibrate import (
     added_times,
     has_target,
     inputs_of,
+    linear_groups,
     seams_of,
-    sites_of,
 )
 from prune_export.calibrate.passes.seam_fit import HELD_ROWS
 from prune_export.contracts import Decision
@@ -62,7 +62,7 @@ class Refits:
         """Whether the stage cannot be made without data: a refit is demanded."""
         return self.refit is True
 
-    def passes_with_data(self, arch: Arch) -> tuple[Further, ...]:
+    def passes_with_data(self, arch: Arch) -> tuple[ExtraPass, ...]:
         """The pass that refits, which is made where the stage has data.
 
         Raises:
@@ -79,7 +79,7 @@ class Refits:
         widths = [
             inputs_of(arch, site.tensors[0]) + 1
             for layer in range(arch.layers)
-            for site in sites_of(arch, layer)
+            for site in linear_groups(arch, layer)
             if has_target(site)
         ]
         widest, residual = max(widths), arch.sizes["residual"]
@@ -88,7 +88,7 @@ class Refits:
         both = widest + residual
         held = (20 * widest + 4 * HELD_ROWS) * both + 24 * widest * residual
         head = 8 * arch.sizes["vocab"] * residual
-        return (Further(forwards=1.5, ram_bytes=max(held, head), states=SEAM_STATES),)
+        return (ExtraPass(forwards=1.5, ram_bytes=max(held, head), states=SEAM_STATES),)
 
     def refit_note(self, arch: Arch) -> str:
         """For the plan: what will be refitted where the stage has data."""
@@ -122,7 +122,7 @@ class Refits:
         arch = model.arch
         if added_times(arch) is None:
             return _told(decision, {"taken": False, "why": _NORMED.format(arch.family)})
-        if model.means is None:
+        if model.context is None:
             return _told(decision, {"taken": False, "why": "the stage has no calibration data"})
         edits = tuple(decision.edits)
         found = seams_of(arch, removed, partial(_is_zero, model))
@@ -134,7 +134,7 @@ class Refits:
                 for seam in found
                 if seam.site is None
             ]
-        samples = model.means.tokens.samples
+        samples = model.context.tokens.samples
         if not mendable:
             return _told(decision, {**log, "why": found[0].why if found else "nothing is removed"})
         if self.refit == "auto" and samples < 2:

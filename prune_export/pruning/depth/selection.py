@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, ModelView, Part, Unit, native_dtype
+from prune_export.calibrate import ExtraPass, ModelView, Part, Unit, native_dtype
 from prune_export.errors import PlanError
 from prune_export.pruning.depth import block_choice
 from prune_export.pruning.depth.greedy import greedy
@@ -36,15 +36,15 @@ _SHORTLIST: Final = 8
 
 def passes(
     select: Select, arch: Arch, remove: int, each: float, *, ram_bytes: int = 0
-) -> tuple[Further, ...]:
+) -> tuple[ExtraPass, ...]:
     """The passes of a choice that is not made at once; `each` scoring takes so many."""
     samples, length = _WINDOWS
     if select == "iterative":
-        return (Further(forwards=each * remove, ram_bytes=ram_bytes),)
+        return (ExtraPass(forwards=each * remove, ram_bytes=ram_bytes),)
     head = 8 * arch.sizes["vocab"] * arch.sizes["residual"]
     return (
-        Further(forwards=each, ram_bytes=ram_bytes),
-        Further(
+        ExtraPass(forwards=each, ram_bytes=ram_bytes),
+        ExtraPass(
             forwards=_SHORTLIST * remove / 2,
             samples=samples,
             length=length,
@@ -82,8 +82,8 @@ def iterative(
             left = model.arch.kept(order) if order else tuple(range(model.arch.layers))
             found = dict(zip(left, scores(model.without(order)), strict=True))
         else:
-            silenced = model.silenced([Unit(layer, part) for layer in order])
-            found = dict(enumerate(scores(silenced)))
+            ablated = model.ablated([Unit(layer, part) for layer in order])
+            found = dict(enumerate(scores(ablated)))
         ranked = sorted(
             (score, -layer)
             for layer, score in found.items()
@@ -109,9 +109,9 @@ def guided(
     samples, length = _WINDOWS
     guess = {Unit(layer, part): scores[layer] for layer in allowed}
     dtype = native_dtype(model.calibration().machine)
-    with model.removals(samples, length, dtype) as removals:
+    with model.ablations(samples, length, dtype) as ablations:
         found = greedy(
-            removals, list(guess), remove, shortlist=_SHORTLIST, revise=False, guess=guess
+            ablations, list(guess), remove, shortlist=_SHORTLIST, revise=False, guess=guess
         )
     return block_choice.Choice(
         tuple(unit.layer for unit in found.order),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from prune_export.arch import Arch, Tensor
-from prune_export.calibrate import Edited, Gram, Site, sites_of
+from prune_export.calibrate import Edited, Hessian, LinearGroup, linear_groups
 from prune_export.calibrate.streaming.linear_groups import inputs_last
 from prune_export.errors import PlanError
 from prune_export.pruning.latency.obs_structured import removed
@@ -128,7 +128,7 @@ def groups_of(arch: Arch, tensor: Tensor, axis: str) -> list[list[int]]:
 def output(arch: Arch, axis: str) -> Tensor:
     """The matrix whose inputs an axis such as `mlp.3` is."""
     name, _, layer = axis.partition(".")
-    sites = sites_of(arch, int(layer))
+    sites = linear_groups(arch, int(layer))
     return next(site for site in sites if site.kind == SITE_OF[name]).tensors[0]
 
 
@@ -137,7 +137,7 @@ def input_dim(tensor: Tensor) -> int:
     return 1 if inputs_last(tensor) else 0
 
 
-def _axis_of(site: Site) -> str | None:
+def _axis_of(site: LinearGroup) -> str | None:
     for name, kind in SITE_OF.items():
         if site.kind == kind:
             return f"{name}.{site.layer}"
@@ -156,13 +156,13 @@ class Scorer:
     def key(self) -> str:
         return json.dumps(["ziplm scores 1", {name: [*of] for name, of in self.levels.items()}])
 
-    def watch(self, site: Site, width: int, device: str) -> Gram | None:
+    def watch(self, site: LinearGroup, width: int, device: str) -> Hessian | None:
         axis = _axis_of(site)
         if axis is None or len(self.levels[axis.split(".")[0]]) < 2:
             return None
-        return Gram(width, device)
+        return Hessian(width, device)
 
-    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Gram) -> Edited:
+    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian) -> Edited:
         axis = str(_axis_of(site))
         (tensor,) = site.tensors
         groups = groups_of(self.arch, tensor, axis)
@@ -182,10 +182,10 @@ class Narrower:
     def key(self) -> str:
         return json.dumps(["ziplm cuts 1", dict(sorted(self.sizes.items()))])
 
-    def watch(self, site: Site, width: int, device: str) -> Gram | None:
-        return Gram(width, device) if _axis_of(site) in self.sizes else None
+    def watch(self, site: LinearGroup, width: int, device: str) -> Hessian | None:
+        return Hessian(width, device) if _axis_of(site) in self.sizes else None
 
-    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Gram) -> Edited:
+    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian) -> Edited:
         axis = str(_axis_of(site))
         (tensor,) = site.tensors
         groups = groups_of(self.arch, tensor, axis)

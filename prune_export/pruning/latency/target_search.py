@@ -85,7 +85,7 @@ class _Losses:
         """The mean next-token loss in nats over the calibration windows."""
         editor = narrowing.Narrower(self._model.arch, sizes)
         if editor.key not in self._known:
-            swept = self._model.sweep(editor, loss=True)
+            swept = self._model.sequential(editor, loss=True)
             assert swept.loss is not None
             self._known[editor.key] = swept.loss
             if self._file:
@@ -191,7 +191,7 @@ class _Apart:
         self._weights: tuple[float, ...] | None = None
         arch = search.model.arch
         levels = {kind.axis: kind.sizes for kind in search.kinds}
-        logs = search.model.sweep(narrowing.Scorer(arch, levels)).logs
+        logs = search.model.sequential(narrowing.Scorer(arch, levels)).logs
         self._axes: list[tuple[str, int]] = []
         self._parts: list[spdy.Levels] = []
         for layer in range(arch.layers):

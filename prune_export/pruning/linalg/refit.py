@@ -69,7 +69,9 @@ class Products:
         self.rows += len(rows)
         _add_products(self.sums, rows)
 
-    def aim(self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> None:
+    def see_with_target(
+        self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor
+    ) -> None:
         """Sees inputs, targets `[samples, length, out]`, and the tokens' weights."""
         parts = [self._parts(of) for of in (states, wanted, weights.sqrt()[..., None])]
         (rows, targets, scales), (held, held_targets, held_scales) = zip(*parts, strict=True)

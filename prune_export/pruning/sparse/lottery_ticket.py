@@ -19,7 +19,7 @@ import torch
 
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import as_matrix
-from prune_export.calibrate.streaming.layerwise_model import Skeleton
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.calibrate.streaming.linear_groups import part_of
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_model
@@ -57,7 +57,7 @@ class Student:
         self.arch, self.device = arch, device
         with _no_bars():
             self.model: Any = load_model(checkpoint.path, dtype=torch.float32).to(device)
-        names = Skeleton(checkpoint, arch, dtype=torch.float32, device="cpu").name_in_memory
+        names = LayerwiseModel(checkpoint, arch, dtype=torch.float32, device="cpu").name_in_memory
         own = dict(self.model.named_parameters(remove_duplicate=False))
         self.places = {tensor.name: own[names(tensor)] for tensor in arch.stored()}
         self.masks: dict[str, torch.Tensor] = {}

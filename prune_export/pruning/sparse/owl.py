@@ -13,7 +13,15 @@ import numpy as np
 import torch
 
 from prune_export.arch import Tensor
-from prune_export.calibrate import SITES, Edited, ModelView, Site, Squares, as_matrix, sites_of
+from prune_export.calibrate import (
+    LINEAR_GROUPS,
+    Edited,
+    InputNorms,
+    LinearGroup,
+    ModelView,
+    as_matrix,
+    linear_groups,
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ def _outliers(
     stored = [(tensor, model.checkpoint.read_finite(tensor.name)) for tensor in tensors]
     total, count, above = 0.0, 0, 0
     pairs = [
-        (as_matrix(tensor, value), norms[tensor.layer, SITES[tensor.role], tensor.expert])
+        (as_matrix(tensor, value), norms[tensor.layer, LINEAR_GROUPS[tensor.role], tensor.expert])
         for tensor, value in stored
     ]
     for weight, norm in pairs:
@@ -85,10 +93,10 @@ def _outliers(
 
 def _norms(model: ModelView) -> dict[tuple[int | None, str, int | None], torch.Tensor]:
     """The norm of each input of each site, by layer, kind and expert."""
-    swept = model.sweep(_Norms())
+    swept = model.sequential(_Norms())
     found: dict[tuple[int | None, str, int | None], torch.Tensor] = {}
     for layer, log in enumerate(swept.logs):
-        for site in sites_of(model.arch, layer):
+        for site in linear_groups(model.arch, layer):
             squares = np.frombuffer(base64.b64decode(log[site.name]["squares"]), np.float32)
             found[layer, site.kind, site.expert] = torch.from_numpy(squares.copy()).sqrt()
     return found
@@ -100,11 +108,13 @@ class _Norms:
 
     key: str = "input norms 1"
 
-    def watch(self, site: Site, width: int, device: str) -> Squares:
+    def watch(self, site: LinearGroup, width: int, device: str) -> InputNorms:
         del site
-        return Squares(width, device)
+        return InputNorms(width, device)
 
-    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Squares) -> Edited:
+    def edit(
+        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
+    ) -> Edited:
         del site, weights
         squares = seen.sums.cpu().numpy().astype(np.float32)
         return Edited({}, {"squares": base64.b64encode(squares.tobytes()).decode("ascii")})

@@ -7,10 +7,10 @@ from math import prod
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Further, Order, block_bytes, inputs_of, sites_of
+from prune_export.calibrate import ExtraPass, Order, block_bytes, inputs_of, linear_groups
 
 
-def of(arch: Arch, order: Order, *, grams: bool = False, permutes: bool = False) -> Further:
+def of(arch: Arch, order: Order, *, grams: bool = False, permutes: bool = False) -> ExtraPass:
     """What a sweep holds and writes; `grams` says that it holds the inputs' Gram matrices.
 
     The matrices of a site are copied in float32; of one at a time there are scores, what finds
@@ -20,7 +20,7 @@ def of(arch: Arch, order: Order, *, grams: bool = False, permutes: bool = False)
     site_weights = matrix_weights = widest = squares = total = 0
     for layer in range(arch.layers):
         here = 0
-        for site in sites_of(arch, layer):
+        for site in linear_groups(arch, layer):
             sizes = [prod(arch.shape(tensor)) for tensor in site.tensors]
             site_weights = max(site_weights, sum(sizes))
             matrix_weights = max(matrix_weights, *sizes)
@@ -36,9 +36,9 @@ def of(arch: Arch, order: Order, *, grams: bool = False, permutes: bool = False)
         held += 12 * matrix_weights
     if permutes and grams:
         held += 4 * widest**2
-    return Further(
+    return ExtraPass(
         forwards=1 if order == "sequential" else 2,
-        parks=order == "sequential",
+        suspends=order == "sequential",
         ram_bytes=held,
         disk_bytes=_item_bytes(arch) * total,
     )

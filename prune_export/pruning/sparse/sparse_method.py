@@ -16,15 +16,15 @@ from pydantic import Field
 
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import (
-    SITES,
-    Corrected,
+    LINEAR_GROUPS,
+    CorrectedNorms,
     Edited,
-    Further,
+    ExtraPass,
+    InputNorms,
+    LinearGroup,
     ModelView,
     Order,
-    Site,
-    Squares,
-    Swept,
+    SequentialResult,
     inputs_of,
     linears,
 )
@@ -48,7 +48,7 @@ NO_SPEEDUP: Final = (
 
 
 @dataclass(frozen=True)
-class Sparse:
+class SparseMethod:
     """Which weights become zero: a fraction or a pattern, of which matrices.
 
     Every sparse method is one, so these are keys of them all.
@@ -102,12 +102,12 @@ class Sparse:
             )
         for key in ("include", "exclude"):
             for role in getattr(self, key) or ():
-                if role not in SITES:
+                if role not in LINEAR_GROUPS:
                     raise PlanError(
                         f"{key}: {role}",
                         "is not a role that can be pruned, "
-                        f"expected some of {', '.join(f'`{known}`' for known in SITES)}",
-                        did_you_mean(role, SITES),
+                        f"expected some of {', '.join(f'`{known}`' for known in LINEAR_GROUPS)}",
+                        did_you_mean(role, LINEAR_GROUPS),
                     )
         if self.allocation == "owl":
             self._check_owl()
@@ -170,7 +170,7 @@ class Sparse:
             )
         return found
 
-    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         """The passes that OWL takes."""
         return (sequential_cost.of(arch, "sequential"),) if self.allocation == "owl" else ()
 
@@ -206,7 +206,7 @@ class Sparse:
 
 
 @dataclass(frozen=True)
-class Calibrated(Sparse):
+class Calibrated(SparseMethod):
     """A sparse method that scores weights while calibration windows pass through the model."""
 
     order: Annotated[
@@ -217,7 +217,7 @@ class Calibrated(Sparse):
         ),
     ] = "sequential"
 
-    def statistics(self, arch: Arch) -> tuple[Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         """The passes that `decide` runs."""
         return (
             *super().statistics(arch),
@@ -225,7 +225,7 @@ class Calibrated(Sparse):
         )
 
 
-Score = Callable[[torch.Tensor, Squares, Tensor], torch.Tensor]
+Score = Callable[[torch.Tensor, InputNorms, Tensor], torch.Tensor]
 """The score of each weight `[out, in]` from the matrix, its inputs, and which matrix it is."""
 
 
@@ -241,15 +241,17 @@ class Masker:
     channels: Mapping[str, Channels] = field(default_factory=dict)
     corrects: bool = False
 
-    def watch(self, site: Site, width: int, device: str) -> Squares | None:
+    def watch(self, site: LinearGroup, width: int, device: str) -> InputNorms | None:
         """Norms of the inputs, where one of the site's matrices is pruned."""
         if not any(tensor.name in self.targets for tensor in site.tensors):
             return None
         # To an expert, other tokens would be routed.
         corrected = self.corrects and site.kind in _CORRECTED and site.expert is None
-        return Corrected(width, device) if corrected else Squares(width, device)
+        return CorrectedNorms(width, device) if corrected else InputNorms(width, device)
 
-    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Squares) -> Edited:
+    def edit(
+        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
+    ) -> Edited:
         """The matrices with zeros in them."""
         made, log, orders = {}, {}, {}
         for tensor in site.tensors:
@@ -281,16 +283,16 @@ def masked(
     names = frozenset(tensor.name for tensor in method.targets(model.arch))
     key, channels = key_of(method, amounts), method.channels(model.arch)
     masker = Masker(key, names, amounts, score, compare, channels, corrects)
-    return swept_decision(method, model, model.sweep(masker, method.order), why)
+    return sequential_decision(method, model, model.sequential(masker, method.order), why)
 
 
-def key_of(method: Sparse, amounts: Mapping[int, Amount]) -> str:
+def key_of(method: SparseMethod, amounts: Mapping[int, Amount]) -> str:
     """Everything that decides what a method's editor does."""
     return f"{type(method).__name__} {method.VERSION} {method} {dict(amounts)}"  # type: ignore[attr-defined]
 
 
-def swept_decision(
-    method: Calibrated, model: ModelView, swept: Swept, why: Mapping[str, Any]
+def sequential_decision(
+    method: Calibrated, model: ModelView, swept: SequentialResult, why: Mapping[str, Any]
 ) -> Decision:
     """The edits that store what a sweep made, and the log of it."""
     sites = [site for log in swept.logs for site in log.values()]
@@ -305,7 +307,7 @@ def swept_decision(
 
 
 def permuted(
-    method: Sparse,
+    method: SparseMethod,
     model: ModelView,
     edits: tuple[Overwrite, ...],
     tensors: Mapping[str, Any],
@@ -323,7 +325,7 @@ def permuted(
 
 
 def decision(
-    method: Sparse, edits: Iterable[Edit], tensors: Mapping[str, Any], why: Mapping[str, Any]
+    method: SparseMethod, edits: Iterable[Edit], tensors: Mapping[str, Any], why: Mapping[str, Any]
 ) -> Decision:
     """The edits, and what every sparse method writes down; `tensors` are summaries by name."""
     removed = sum(own["zeros"] for own in tensors.values())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from prune_export.arch import Arch, Tensor
-from prune_export.calibrate import ModelView, Shares, Swept, sites_of
+from prune_export.calibrate import EnergyShares, ModelView, SequentialResult, linear_groups
 from prune_export.pruning.width.unit_layout import reordered, spread, unit_axes
 from prune_export.pruning.width.width_passes import axis_of
 from prune_export.surgery import Edit, Keep, Overwrite
@@ -24,7 +24,7 @@ class _Values:
     """The values of stored tensors: those that were made, by a sweep too, else the checkpoint's."""
 
     model: ModelView
-    swept: Swept | None
+    swept: SequentialResult | None
     own: Mapping[str, Callable[[], torch.Tensor]]
 
     def __call__(self, name: str) -> torch.Tensor:
@@ -38,9 +38,9 @@ class _Values:
 def edits(
     model: ModelView,
     kept: Kept,
-    swept: Swept | None,
+    swept: SequentialResult | None,
     own: Mapping[str, Callable[[], torch.Tensor]],
-    shares: Shares | None,
+    shares: EnergyShares | None,
     *,
     wide: bool,
 ) -> Iterator[Edit]:
@@ -66,7 +66,7 @@ def edits(
 
 
 def _rescaled(
-    arch: Arch, stays: torch.Tensor, shares: Shares, values: _Values
+    arch: Arch, stays: torch.Tensor, shares: EnergyShares, values: _Values
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """Norms and embeddings of a model with fewer residual channels.
 
@@ -153,7 +153,9 @@ def _moved(
     return reordered(values(tensor.name), tensor, order, layer, arch)
 
 
-def log(arch: Arch, kept: Kept, scores: Mapping[str, torch.Tensor], swept: Swept | None) -> Any:
+def log(
+    arch: Arch, kept: Kept, scores: Mapping[str, torch.Tensor], swept: SequentialResult | None
+) -> Any:
     """What went, and what it did to each projection's output, as JSON."""
     found: dict[str, Any] = {
         "removed": {
@@ -190,9 +192,9 @@ def log(arch: Arch, kept: Kept, scores: Mapping[str, torch.Tensor], swept: Swept
     return found
 
 
-def _refits(arch: Arch, swept: Swept) -> Iterator[dict[str, Any]]:
+def _refits(arch: Arch, swept: SequentialResult) -> Iterator[dict[str, Any]]:
     for layer, logs in enumerate(swept.logs):
-        for site in sites_of(arch, layer):
+        for site in linear_groups(arch, layer):
             if axis_of(arch, site) is not None and site.name in logs:
                 own = logs[site.name]
                 yield {

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from prune_export.arch import Arch, Tensor
-from prune_export.calibrate import SITES, Gradients, ModelView, Sums
+from prune_export.calibrate import LINEAR_GROUPS, Gradients, ModelView, Sums
 from prune_export.pruning.width.unit_layout import summed, unit_axes, unit_shape
 
 Aggregate = Literal["sum", "prod", "max", "first"]
@@ -17,7 +17,7 @@ Aggregate = Literal["sum", "prod", "max", "first"]
 
 def matrices(arch: Arch, layer: int) -> Iterator[Tensor]:
     """The matrices of a block that units are coupled through, in the table's order."""
-    return (tensor for tensor in arch.block(layer) if tensor.role in SITES)
+    return (tensor for tensor in arch.block(layer) if tensor.role in LINEAR_GROUPS)
 
 
 def by_unit(
@@ -101,7 +101,7 @@ class UnitReader:
     key: str
     kinds: tuple[Any, ...]
     value: Callable[[torch.Tensor, Mapping[Any, torch.Tensor]], torch.Tensor]
-    roles: frozenset[str] = frozenset(SITES)
+    roles: frozenset[str] = frozenset(LINEAR_GROUPS)
     aggregate: Aggregate = "sum"
 
     def wants(self, layer: int, name: str) -> bool:

@@ -20,12 +20,12 @@ from pydantic import Field
 from prune_export.arch import Arch
 from prune_export.calibrate import (
     DENSE_STATES,
-    Further,
+    ExtraPass,
+    LinearGroup,
     ModelView,
-    NormShares,
-    Site,
+    NormEnergy,
+    SequentialResult,
     Statistic,
-    Swept,
     added_times,
 )
 from prune_export.calibrate.streaming.linear_groups import Accumulator
@@ -48,7 +48,7 @@ Scores = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Width:
+class WidthMethod:
     """How much is cut of what; every width method is one, so these are keys of them all.
 
     Raises:
@@ -163,18 +163,18 @@ class Width:
             return arch
         return check_sayable(arch, sizes, self.multiple_of)
 
-    def statistics(self, arch: Arch) -> tuple[Statistic | Further, ...]:
+    def statistics(self, arch: Arch) -> tuple[Statistic | ExtraPass, ...]:
         """What `decide` reads, and the passes that it runs, in order."""
-        passes: list[Statistic | Further] = [NormShares()] if self._rescales() else []
+        passes: list[Statistic | ExtraPass] = [NormEnergy()] if self._rescales() else []
         passes += self.passes_before(arch)
         if self._measures():
-            passes.append(Further(forwards=1.1, parks=True))
+            passes.append(ExtraPass(forwards=1.1, suspends=True))
         if self.refits():
             dense = self.aims(arch)
             passes.append(
-                Further(
+                ExtraPass(
                     forwards=3.0 if dense else 1.6,
-                    parks=True,
+                    suspends=True,
                     ram_bytes=width_passes.refit_bytes(arch, self.sizes(arch), dense=dense),
                     states=1 + DENSE_STATES if dense else 1,
                 )
@@ -186,7 +186,7 @@ class Width:
         arch, sizes = model.arch, self.sizes(model.arch)
         known = dict(self.known(model))
         if self._measures():
-            measured = model.sweep(width_passes.Measure(self, arch))
+            measured = model.sequential(width_passes.Measure(self, arch))
             known = width_passes.added(arch, known, measured)
         kept: dict[str, torch.Tensor] = {}
         if known and (self._measures() or not self.WATCHES):
@@ -194,13 +194,13 @@ class Width:
                 kept = chosen_everywhere(arch, known, sizes, self.protected(arch), self.multiple_of)
             else:
                 kept = chosen_in_block(arch, known, sizes)
-        swept: Swept | None = None
+        swept: SequentialResult | None = None
         if self.refits():
             samples, length = model.calibration().tokens.ids.shape
             cut = width_passes.Cut(self, arch, sizes, known, kept, samples, length)
-            swept = model.sweep(cut, dense=self.aims(arch))
+            swept = model.sequential(cut, dense=self.aims(arch))
             kept |= width_passes.kept_in(arch, swept)
-        shares = model.stat(NormShares()) if self._rescales() else None
+        shares = model.stat(NormEnergy()) if self._rescales() else None
         own = self.reworked(model, kept, known)
         edits = unit_edits.edits(model, kept, swept, own, shares, wide=self.per_layer)
         return Decision(edits, unit_edits.log(arch, kept, known, swept))
@@ -229,7 +229,7 @@ class Width:
         del arch
         return frozenset()
 
-    def passes_before(self, arch: Arch) -> tuple[Further, ...]:
+    def passes_before(self, arch: Arch) -> tuple[ExtraPass, ...]:
         """The passes that `known` runs."""
         del arch
         return ()
@@ -240,7 +240,11 @@ class Width:
         return {}
 
     def score_expert(
-        self, site: Site, weights: Mapping[str, torch.Tensor], scores: torch.Tensor, seen: Any
+        self,
+        site: LinearGroup,
+        weights: Mapping[str, torch.Tensor],
+        scores: torch.Tensor,
+        seen: Any,
     ) -> float:
         """The score of a whole expert, at its projection back; `scores` are its channels'."""
         del site, weights, seen
@@ -253,12 +257,12 @@ class Width:
         del model, kept, scores
         return {}
 
-    def watch(self, site: Site, units: int, width: int, device: str) -> Accumulator:
+    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> Accumulator:
         """Gathers what `score` reads of inputs `[…, width]`, which are `units` equal runs."""
         raise NotImplementedError
 
     def score(
-        self, site: Site, weights: Mapping[str, torch.Tensor], units: int, seen: Any
+        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: Any
     ) -> torch.Tensor:
         """`[units]`: the scores of a site's inputs; `weights` are its matrices `[out, in]`."""
         raise NotImplementedError

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Edited, Site, Swept, has_target, sites_of
+from prune_export.calibrate import Edited, LinearGroup, SequentialResult, has_target, linear_groups
 from prune_export.calibrate.streaming.linear_groups import Accumulator
 from prune_export.pruning.linalg.refit import Products, refit
 from prune_export.pruning.width.unit_choice import chosen, units_cut
 from prune_export.pruning.width.unit_layout import spread, unit_axes, unit_shape
 
 if TYPE_CHECKING:
-    from prune_export.pruning.width.width_method import Width
+    from prune_export.pruning.width.width_method import WidthMethod
 
 
-def axis_of(arch: Arch, site: Site) -> str | None:
+def axis_of(arch: Arch, site: LinearGroup) -> str | None:
     """The axis of the units that arrive at a projection back to the residual state."""
     match site.kind:
         case "mlp.out":
@@ -46,31 +46,33 @@ class _Seen:
             if one is not None:
                 one.see(states)
 
-    def aim(self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> None:
+    def see_with_target(
+        self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor
+    ) -> None:
         if self.scored is not None:
             self.scored.see(states)
         if self.products is not None:
-            self.products.aim(states, wanted, weights)
+            self.products.see_with_target(states, wanted, weights)
 
 
 @dataclass(frozen=True)
 class Measure:
     """Scores every site that the method reads, and edits nothing."""
 
-    method: Width
+    method: WidthMethod
     arch: Arch
 
     @property
     def key(self) -> str:
         return _key("measure", self.method, {})
 
-    def watch(self, site: Site, width: int, device: str) -> _Seen | None:
+    def watch(self, site: LinearGroup, width: int, device: str) -> _Seen | None:
         units = self._units(site, width)
         if not units:
             return None
         return _Seen(self.method.watch(site, units, width, device))
 
-    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
+    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
         width = next(iter(weights.values())).shape[1]
         units = self._units(site, width)
         scores = self.method.score(site, weights, units, seen.scored)
@@ -79,7 +81,7 @@ class Measure:
             log["expert"] = self.method.score_expert(site, weights, scores, seen.scored)
         return Edited(log=log)
 
-    def _units(self, site: Site, width: int) -> int:
+    def _units(self, site: LinearGroup, width: int) -> int:
         parts = self.method.fractions.keys()
         if site.kind.endswith(".in"):
             return width if "hidden" in parts else 0
@@ -92,7 +94,7 @@ class Measure:
 
 
 def added(
-    arch: Arch, known: Mapping[str, torch.Tensor], measured: Swept
+    arch: Arch, known: Mapping[str, torch.Tensor], measured: SequentialResult
 ) -> dict[str, torch.Tensor]:
     """The scores that a measuring pass found, added to those known before."""
     found: dict[str, torch.Tensor] = {}
@@ -103,7 +105,7 @@ def added(
 
     for layer, logs in enumerate(measured.logs):
         experts = []
-        for site in sites_of(arch, layer):
+        for site in linear_groups(arch, layer):
             log = logs.get(site.name)
             if log is None:
                 continue
@@ -131,7 +133,7 @@ class Cut:
     seen. `samples` and `length` are the windows'.
     """
 
-    method: Width
+    method: WidthMethod
     arch: Arch
     sizes: Mapping[str, int]
     known: Mapping[str, torch.Tensor]
@@ -147,7 +149,7 @@ class Cut:
     def key(self) -> str:
         return _key("cut", self.method, {**self.known, **self.kept})
 
-    def watch(self, site: Site, width: int, device: str) -> _Seen | None:
+    def watch(self, site: LinearGroup, width: int, device: str) -> _Seen | None:
         axis = axis_of(self.arch, site)
         if axis is None or axis not in self.axes:
             return None
@@ -166,7 +168,7 @@ class Cut:
         )
         return _Seen(scored, products)
 
-    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
+    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
         ((name, weight),) = weights.items()
         axis = axis_of(self.arch, site)
         assert axis is not None
@@ -192,7 +194,7 @@ class Cut:
         return Edited({name: found.weight}, log)
 
     def _scores(
-        self, site: Site, axis: str, weights: Mapping[str, torch.Tensor], seen: _Seen
+        self, site: LinearGroup, axis: str, weights: Mapping[str, torch.Tensor], seen: _Seen
     ) -> torch.Tensor:
         shape = unit_shape(self.arch, axis)
         units = prod(shape)
@@ -200,11 +202,11 @@ class Cut:
         return scores + self.known[axis] if axis in self.known else scores
 
 
-def kept_in(arch: Arch, swept: Swept) -> dict[str, torch.Tensor]:
+def kept_in(arch: Arch, swept: SequentialResult) -> dict[str, torch.Tensor]:
     """What a cutting pass kept, by axis."""
     found = {}
     for layer, logs in enumerate(swept.logs):
-        for site in sites_of(arch, layer):
+        for site in linear_groups(arch, layer):
             axis = axis_of(arch, site)
             if axis is not None and site.name in logs:
                 flags = torch.zeros(prod(unit_shape(arch, axis)), dtype=torch.bool)
@@ -222,7 +224,7 @@ def refit_bytes(arch: Arch, axes: Mapping[str, int], *, dense: bool) -> int:
     residual, most = arch.sizes["residual"], 0
     for layer in range(arch.layers):
         squares, crossed = [], 0
-        for site in sites_of(arch, layer):
+        for site in linear_groups(arch, layer):
             if axis_of(arch, site) in cut:
                 width = prod(arch.shape(site.tensors[0])) // residual
                 squares.append(width**2)
@@ -232,7 +234,7 @@ def refit_bytes(arch: Arch, axes: Mapping[str, int], *, dense: bool) -> int:
     return most
 
 
-def _key(kind: str, method: Width, scores: Mapping[str, torch.Tensor]) -> str:
+def _key(kind: str, method: WidthMethod, scores: Mapping[str, torch.Tensor]) -> str:
     name = f"{type(method).__module__}.{type(method).__qualname__}"
     digest = hashlib.sha256()
     for axis, values in scores.items():

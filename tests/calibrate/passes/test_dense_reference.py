@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import Edited, Order, Site, TokenSet, sweep
+from prune_export.calibrate import Edited, LinearGroup, Order, TokenSet, run_sequential
 from prune_export.calibrate.passes.dense_reference import added_times, has_target
 from prune_export.calibrate.streaming import checkpointing
-from prune_export.calibrate.streaming.linear_groups import sites_of
+from prune_export.calibrate.streaming.linear_groups import linear_groups
 from prune_export.machine import Machine
 
 pytestmark = pytest.mark.usefixtures("small_sweeps")
@@ -31,7 +31,9 @@ class Seen:
     def see(self, states: torch.Tensor) -> None:
         self.states.append(states.clone())
 
-    def aim(self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> None:
+    def see_with_target(
+        self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor
+    ) -> None:
         self.see(states)
         self.wanted.append(wanted.clone())
         self.weights.append(weights.clone())
@@ -48,13 +50,13 @@ class Bends:
     def key(self) -> str:
         return "bends"
 
-    def watch(self, site: Site, width: int, device: str) -> Seen:
+    def watch(self, site: LinearGroup, width: int, device: str) -> Seen:
         del width, device
         if site.layer == self.fails_at:
             raise KeyboardInterrupt
         return Seen()
 
-    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Seen) -> Edited:
+    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Seen) -> Edited:
         self.seen[site.layer, site.name] = seen
         factor = 0.6
         if seen.wanted:
@@ -113,22 +115,22 @@ def test_a_target_brings_the_states_back_to_the_dense_models(
     times = added_times(made.arch)
     if times is None:
         with pytest.raises(ValueError, match="not simply added"):
-            sweep(made.checkpoint, Bends(), tokens, machine, dense=True)
+            run_sequential(made.checkpoint, Bends(), tokens, machine, dense=True)
         return
     if mode == "spooled":
         machine = replace(machine, ram_bytes=0)
     order: Order = "block" if mode == "block" else "sequential"
     editor = Bends()
-    swept = sweep(made.checkpoint, editor, tokens, machine, order=order, dense=True)
+    swept = run_sequential(made.checkpoint, editor, tokens, machine, order=order, dense=True)
     arch, dense, edited = made.arch, made.model, deepcopy(made.model)
     aimed = 0
     for layer in range(arch.layers):
-        if sites_of(arch, layer)[-1].expert is not None:
+        if linear_groups(arch, layer)[-1].expert is not None:
             # Experts are in one tensor: what their sites see is tested with the sweep itself.
             assert not any(s.wanted for (_, n), s in editor.seen.items() if "experts" in n)
             assert editor.seen[layer, "attention.out"].wanted
             return
-        for site in sites_of(arch, layer):
+        for site in linear_groups(arch, layer):
             seen = editor.seen[layer, site.name]
             path = site.tensors[0].name.removesuffix(".weight")
             if not has_target(site):
@@ -150,12 +152,12 @@ def test_a_target_brings_the_states_back_to_the_dense_models(
             if order == "sequential":
                 bend(edited, site, swept.logs[layer][site.name]["factor"])
         if order == "block":
-            for site in sites_of(arch, layer):
+            for site in linear_groups(arch, layer):
                 bend(edited, site, swept.logs[layer][site.name]["factor"])
     assert aimed == 2 * arch.layers
 
 
-def bend(model: Any, site: Site, factor: float) -> None:
+def bend(model: Any, site: LinearGroup, factor: float) -> None:
     for tensor in site.tensors:
         model.get_submodule(tensor.name.removesuffix(".weight")).weight.data *= factor
 
@@ -176,17 +178,17 @@ def test_a_killed_sweep_goes_on_beside_the_dense_model(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, tmp_path: Path
 ) -> None:
     made = twin("llama")
-    whole = sweep(made.checkpoint, Bends(), tokens, machine, dense=True)
-    plain = sweep(made.checkpoint, Bends(), tokens, machine)
+    whole = run_sequential(made.checkpoint, Bends(), tokens, machine, dense=True)
+    plain = run_sequential(made.checkpoint, Bends(), tokens, machine)
     assert whole.logs != plain.logs
     killed, scratch = Bends(fails_at=3), tmp_path / "scratch"
     for spooled in (machine, replace(machine, ram_bytes=0)):
         with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpointing, "INTERVAL_SECONDS", 0.0)
             patch.setattr(checkpointing, "_SHARE", 0)
-            sweep(made.checkpoint, killed, tokens, spooled, scratch=scratch, dense=True)
+            run_sequential(made.checkpoint, killed, tokens, spooled, scratch=scratch, dense=True)
         again = Bends()
-        found = sweep(made.checkpoint, again, tokens, spooled, scratch=scratch, dense=True)
+        found = run_sequential(made.checkpoint, again, tokens, spooled, scratch=scratch, dense=True)
         assert min(layer for layer, _ in again.seen) == 3, "it began again"
         for name, read in whole.values():
             assert torch.equal(read(), found.read(name))

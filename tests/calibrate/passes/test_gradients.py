@@ -12,7 +12,7 @@ import torch
 
 from prune_export.arch.table import tables
 from prune_export.calibrate import Sums, TokenSet, as_matrix, gradients, linears
-from prune_export.calibrate.streaming.layerwise_model import Skeleton
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.calibrate.streaming.linear_groups import part_of
 from prune_export.machine import Machine
 
@@ -176,13 +176,13 @@ def test_the_way_back_ends_at_the_first_block_of_which_something_is_wanted(
 ) -> None:
     made = twin("llama")
     whole = gradients(made.checkpoint, Everything(kinds=("sum",)), tokens, machine)
-    real, ran = Skeleton.run, []
+    real, ran = LayerwiseModel.run, []
 
-    def counted(self: Skeleton, layer: int, *args: Any) -> torch.Tensor:
+    def counted(self: LayerwiseModel, layer: int, *args: Any) -> torch.Tensor:
         ran.append(layer)
         return real(self, layer, *args)
 
-    monkeypatch.setattr(Skeleton, "run", counted)
+    monkeypatch.setattr(LayerwiseModel, "run", counted)
     found = gradients(made.checkpoint, Some((2, 4)), tokens, machine, scratch=tmp_path / "one")
     assert ran == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2]
     assert found.first == 2

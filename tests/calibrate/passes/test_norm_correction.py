@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from prune_export.calibrate import Corrected, Edited, Order, Site, Squares, TokenSet, sweep
+from prune_export.calibrate import (
+    CorrectedNorms,
+    Edited,
+    InputNorms,
+    LinearGroup,
+    Order,
+    TokenSet,
+    run_sequential,
+)
 from prune_export.calibrate.passes import norm_correction, sequential
 from prune_export.machine import Machine
 from tests.calibrate.passes.test_sequential import DENSE
@@ -21,14 +29,16 @@ pytestmark = pytest.mark.usefixtures("small_sweeps")
 class Shrinks:
     """Makes the first outputs of every matrix small, and keeps the norms that it saw."""
 
-    kind: type[Squares]
+    kind: type[InputNorms]
     sums: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     key: str = "shrinks"
 
-    def watch(self, site: Site, width: int, device: str) -> Squares:
+    def watch(self, site: LinearGroup, width: int, device: str) -> InputNorms:
         return self.kind(width, device)
 
-    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Squares) -> Edited:
+    def edit(
+        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
+    ) -> Edited:
         self.sums[site.layer, site.kind] = seen.sums.clone()
         made = {name: weight.clone() for name, weight in weights.items()}
         for weight in made.values():
@@ -37,10 +47,10 @@ class Shrinks:
 
 
 def first_block(
-    made: Any, tokens: TokenSet, machine: Machine, kind: type[Squares], order: Order
+    made: Any, tokens: TokenSet, machine: Machine, kind: type[InputNorms], order: Order
 ) -> dict[str, torch.Tensor]:
     editor = Shrinks(kind)
-    sweep(made.checkpoint, editor, tokens, machine, order=order)
+    run_sequential(made.checkpoint, editor, tokens, machine, order=order)
     return {kind: sums for (layer, kind), sums in editor.sums.items() if layer == 0}
 
 
@@ -53,11 +63,11 @@ def test_whole_windows_give_the_norms_of_the_unedited_block(
     model_type: str,
     mode: str,
 ) -> None:
-    assert tokens.ids.shape[1] < norm_correction.HEAD
+    assert tokens.ids.shape[1] < norm_correction.PREFIX_TOKENS
     made = twin(model_type)
-    unedited = first_block(made, tokens, machine, Squares, "block")
-    edited = first_block(made, tokens, machine, Squares, "sequential")
-    found = first_block(made, tokens, machine, Corrected, "sequential")
+    unedited = first_block(made, tokens, machine, InputNorms, "block")
+    edited = first_block(made, tokens, machine, InputNorms, "sequential")
+    found = first_block(made, tokens, machine, CorrectedNorms, "sequential")
     differs = 0
     for kind, sums in found.items():
         expected = (unedited[kind] + 0.1 * edited[kind]) / 1.1
@@ -70,21 +80,21 @@ def test_heads_stand_for_their_windows(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = twin("llama")
-    unedited = first_block(made, tokens, machine, Squares, "block")["attention.out"]
-    edited = first_block(made, tokens, machine, Squares, "sequential")["attention.out"]
+    unedited = first_block(made, tokens, machine, InputNorms, "block")["attention.out"]
+    edited = first_block(made, tokens, machine, InputNorms, "sequential")["attention.out"]
     for module in (norm_correction, sequential):
-        monkeypatch.setattr(module, "HEAD", 5)
-    found = first_block(made, tokens, machine, Corrected, "sequential")["attention.out"]
+        monkeypatch.setattr(module, "PREFIX_TOKENS", 5)
+    found = first_block(made, tokens, machine, CorrectedNorms, "sequential")["attention.out"]
     off, before = (found / unedited).log().abs(), (edited / unedited).log().abs()
     assert 0 < off.mean() < 0.5 * before.mean()
 
 
 def test_a_channel_that_the_heads_do_not_reach_stays_about_as_it_is() -> None:
-    seen = Corrected(3, "cpu")
-    seen.foresee(torch.tensor([[[0.0, 2.0, 0.0]]]).expand(1, norm_correction.HEAD, 3))
-    window = torch.zeros(1, 4 * norm_correction.HEAD, 3)
+    seen = CorrectedNorms(3, "cpu")
+    seen.see_unedited(torch.tensor([[[0.0, 2.0, 0.0]]]).expand(1, norm_correction.PREFIX_TOKENS, 3))
+    window = torch.zeros(1, 4 * norm_correction.PREFIX_TOKENS, 3)
     window[:, :, 1] = 1.0
-    window[:, norm_correction.HEAD :, 0] = 3.0  # only after the head
+    window[:, norm_correction.PREFIX_TOKENS :, 0] = 3.0  # only after the head
     seen.see(window)
     plain = window.square().sum((0, 1))
     assert seen.sums[0] == plain[0]
@@ -97,9 +107,9 @@ def test_states_in_files_give_the_same(
 ) -> None:
     made = twin("llama")
     for module in (norm_correction, sequential):
-        monkeypatch.setattr(module, "HEAD", 5)
-    roomy = first_block(made, tokens, Machine("cpu", 8 << 30, 0, 1), Corrected, "sequential")
-    tight = first_block(made, tokens, Machine("cpu", 1, 0, 1), Corrected, "sequential")
+        monkeypatch.setattr(module, "PREFIX_TOKENS", 5)
+    roomy = first_block(made, tokens, Machine("cpu", 8 << 30, 0, 1), CorrectedNorms, "sequential")
+    tight = first_block(made, tokens, Machine("cpu", 1, 0, 1), CorrectedNorms, "sequential")
     for kind, sums in roomy.items():
         torch.testing.assert_close(tight[kind], sums)
 
@@ -108,7 +118,7 @@ def test_in_block_order_nothing_is_corrected(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine
 ) -> None:
     made = twin("llama")
-    plain = first_block(made, tokens, machine, Squares, "block")
-    found = first_block(made, tokens, machine, Corrected, "block")
+    plain = first_block(made, tokens, machine, InputNorms, "block")
+    found = first_block(made, tokens, machine, CorrectedNorms, "block")
     for kind, sums in found.items():
         assert torch.equal(sums, plain[kind])

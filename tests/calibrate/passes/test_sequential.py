@@ -12,15 +12,15 @@ import torch
 
 from prune_export.arch.table import tables
 from prune_export.calibrate import (
-    SITES,
+    LINEAR_GROUPS,
     Edited,
-    Gram,
+    Hessian,
+    LinearGroup,
     Order,
-    Site,
     TokenSet,
+    linear_groups,
     linears,
-    sites_of,
-    sweep,
+    run_sequential,
 )
 from prune_export.calibrate.streaming import checkpointing
 from prune_export.machine import Machine
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("small_sweeps")
 class Halves:
     """Halves every matrix it edits, and keeps what it saw."""
 
-    only: tuple[str, ...] = tuple(SITES.values())
+    only: tuple[str, ...] = tuple(LINEAR_GROUPS.values())
     grams: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     fails_at: int = -1
 
@@ -40,12 +40,12 @@ class Halves:
     def key(self) -> str:
         return "halves"
 
-    def watch(self, site: Site, width: int, device: str) -> Gram | None:
+    def watch(self, site: LinearGroup, width: int, device: str) -> Hessian | None:
         if site.layer == self.fails_at:
             raise KeyboardInterrupt
-        return Gram(width, device) if site.kind in self.only else None
+        return Hessian(width, device) if site.kind in self.only else None
 
-    def edit(self, site: Site, weights: Mapping[str, torch.Tensor], seen: Gram) -> Edited:
+    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian) -> Edited:
         self.grams[site.layer, site.name] = seen.sums.clone()
         return Edited({n: w / 2 for n, w in weights.items()}, {"tokens": seen.tokens})
 
@@ -56,12 +56,12 @@ def by_hand(made: Any, ids: torch.Tensor, order: Order) -> dict[tuple[int, str],
     names = {
         tensor.name: model.get_submodule(tensor.name.removesuffix(".weight"))
         for layer in range(arch.layers)
-        for site in sites_of(arch, layer)
+        for site in linear_groups(arch, layer)
         for tensor in site.tensors
     }
     found = {}
     for layer in range(arch.layers):
-        sites = sites_of(arch, layer)
+        sites = linear_groups(arch, layer)
         groups = [[site] for site in sites] if order == "sequential" else [list(sites)]
         for group in groups:
             seen: dict[str, torch.Tensor] = {}
@@ -99,7 +99,7 @@ def test_an_editor_sees_the_inputs_of_the_edited_model(
     made = twin(model_type)
     order: Order = "block" if mode == "block" else "sequential"
     editor = Halves()
-    swept = sweep(made.checkpoint, editor, tokens, machine, order=order)
+    swept = run_sequential(made.checkpoint, editor, tokens, machine, order=order)
     expected = by_hand(made, tokens.ids, order)
     assert editor.grams.keys() == expected.keys()
     for key, gram in expected.items():
@@ -121,14 +121,14 @@ def test_an_expert_sees_the_tokens_routed_to_it(
 ) -> None:
     made = twin(model_type)
     editor = Halves()
-    swept = sweep(
+    swept = run_sequential(
         made.checkpoint, editor, tokens, machine, order="block" if mode == "block" else "sequential"
     )
     assert dict(swept.values()).keys() == {tensor.name for tensor in linears(made.arch)}
     for name, read in swept.values():
         torch.testing.assert_close(read(), made.checkpoint.read(name) / 2)
     # By hand, in the first block with experts: what each expert's matrices are given.
-    every = [sites_of(made.arch, layer) for layer in range(made.arch.layers)]
+    every = [linear_groups(made.arch, layer) for layer in range(made.arch.layers)]
     sites = next(sites for sites in every if sites[-1].expert is not None)
     layer = sites[0].layer
     block = made.model.get_submodule(made.arch.table.blocks)
@@ -166,15 +166,15 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_bytes(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, tmp_path: Path
 ) -> None:
     made = twin("llama")
-    whole = sweep(made.checkpoint, Halves(), tokens, machine)
+    whole = run_sequential(made.checkpoint, Halves(), tokens, machine)
     killed, scratch = Halves(fails_at=4), tmp_path / "scratch"
     for spooled in (machine, replace(machine, ram_bytes=0)):
         with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpointing, "INTERVAL_SECONDS", 0.0)
             patch.setattr(checkpointing, "_SHARE", 0)
-            sweep(made.checkpoint, killed, tokens, spooled, scratch=scratch)
+            run_sequential(made.checkpoint, killed, tokens, spooled, scratch=scratch)
         again = Halves()
-        found = sweep(made.checkpoint, again, tokens, spooled, scratch=scratch)
+        found = run_sequential(made.checkpoint, again, tokens, spooled, scratch=scratch)
         assert min(layer for layer, _ in again.grams) == 4, "it began again"
         for name, read in whole.values():
             assert torch.equal(read(), found.read(name))

@@ -16,14 +16,14 @@ from prune_export.arch.table import tables
 from prune_export.calibrate import (
     AngularDistance,
     BlockInfluence,
-    BypassLoss,
+    SkipLoss,
     TokenSet,
     gather,
     pass_cost,
 )
 from prune_export.calibrate.passes import statistics
 from prune_export.calibrate.streaming import checkpointing
-from prune_export.calibrate.streaming.layerwise_model import Skeleton
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
@@ -34,7 +34,7 @@ VARIANTS = [
     for name, changes in {"plain": {}, **table.tiny.variants}.items()
 ]
 BYPASSED = (0, 2, 5)
-ALL = (AngularDistance(), BlockInfluence(), BypassLoss(BYPASSED), BypassLoss((1, 2), 3, 7))
+ALL = (AngularDistance(), BlockInfluence(), SkipLoss(BYPASSED), SkipLoss((1, 2), 3, 7))
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +68,12 @@ def test_every_statistic_equals_brute_force(
     losses = found[ALL[2]]
     assert losses.dense == pytest.approx(made.loss(tokens.ids), rel=1e-6, abs=1e-5)
     expected = {layer: made.loss(tokens.ids, [layer]) for layer in BYPASSED}
-    assert losses.bypassed == pytest.approx(expected, rel=1e-6, abs=1e-5)
+    assert losses.skipped == pytest.approx(expected, rel=1e-6, abs=1e-5)
     assert max(expected.values()) - min(expected.values()) > 1e-2
 
     fewer = found[ALL[3]]
     assert fewer.dense == pytest.approx(made.loss(tokens.ids[:3, :7]), rel=1e-6, abs=1e-5)
-    assert fewer.bypassed[2] == pytest.approx(
-        made.loss(tokens.ids[:3, :7], [2]), rel=1e-6, abs=1e-5
-    )
+    assert fewer.skipped[2] == pytest.approx(made.loss(tokens.ids[:3, :7], [2]), rel=1e-6, abs=1e-5)
 
 
 def test_the_last_point_is_not_normed(
@@ -126,9 +124,9 @@ def test_a_killed_pass_goes_on_and_ends_in_the_same_bits(
     machine = dataclasses.replace(machine, ram_bytes=ram_bytes)
     monkeypatch.setattr(checkpointing.Saves, "due", lambda _self: True)
     scratch, runs, blocks = tmp_path / "scratch", 0, []
-    real = Skeleton.run
+    real = LayerwiseModel.run
 
-    def fragile(self: Skeleton, layer: int, *args: Any) -> torch.Tensor:
+    def fragile(self: LayerwiseModel, layer: int, *args: Any) -> torch.Tensor:
         nonlocal runs
         runs += 1
         if runs == 10 * at + 1:
@@ -136,7 +134,7 @@ def test_a_killed_pass_goes_on_and_ends_in_the_same_bits(
         blocks.append(layer)
         return real(self, layer, *args)
 
-    monkeypatch.setattr(Skeleton, "run", fragile)
+    monkeypatch.setattr(LayerwiseModel, "run", fragile)
     with pytest.raises(Killed):
         gather(made.checkpoint, ALL, tokens, machine, scratch=scratch)
     reached = max(blocks, default=0)
@@ -163,7 +161,7 @@ def test_a_pass_that_ended_is_not_run_again(
     def refuse(*_: Any) -> torch.Tensor:
         raise Killed
 
-    monkeypatch.setattr(Skeleton, "run", refuse)
+    monkeypatch.setattr(LayerwiseModel, "run", refuse)
     again = gather(made.checkpoint, ALL, tokens, machine, scratch=tmp_path / "scratch")
     assert_same_bits(again, first)
 
@@ -180,18 +178,18 @@ def test_a_killed_pass_may_go_on_with_other_memory(
     made = twin("llama")
     unbroken = gather(made.checkpoint, ALL, tokens, machine)
     monkeypatch.setattr(checkpointing.Saves, "due", lambda _self: True)
-    real = Skeleton.run
+    real = LayerwiseModel.run
 
-    def fragile(self: Skeleton, layer: int, *args: Any) -> torch.Tensor:
+    def fragile(self: LayerwiseModel, layer: int, *args: Any) -> torch.Tensor:
         if layer == 3:
             raise Killed
         return real(self, layer, *args)
 
-    monkeypatch.setattr(Skeleton, "run", fragile)
+    monkeypatch.setattr(LayerwiseModel, "run", fragile)
     with pytest.raises(Killed):
         first = dataclasses.replace(machine, ram_bytes=before)
         gather(made.checkpoint, ALL, tokens, first, scratch=tmp_path / "scratch")
-    monkeypatch.setattr(Skeleton, "run", real)
+    monkeypatch.setattr(LayerwiseModel, "run", real)
     other = dataclasses.replace(machine, ram_bytes=8 * 1024**3 + 1 - before)
     found = gather(made.checkpoint, ALL, tokens, other, scratch=tmp_path / "scratch")
     assert_same_bits(found, unbroken)
@@ -245,14 +243,14 @@ def test_one_block_at_a_time_holds_weights(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = twin("mixtral")
-    held, real = [], Skeleton.run
+    held, real = [], LayerwiseModel.run
 
-    def watched(self: Skeleton, layer: int, *args: Any) -> torch.Tensor:
+    def watched(self: LayerwiseModel, layer: int, *args: Any) -> torch.Tensor:
         loaded = [not next(block.parameters()).is_meta for block in self._blocks]
         held.append(sum(loaded))
         return real(self, layer, *args)
 
-    monkeypatch.setattr(Skeleton, "run", watched)
+    monkeypatch.setattr(LayerwiseModel, "run", watched)
     gather(made.checkpoint, ALL, tokens, machine)
     assert set(held) == {1}
 
@@ -286,7 +284,7 @@ def test_the_cost_counts_states_and_forward_passes(
     assert twice.flops == 2 * one.flops
     states = 100 * 32 * arch.sizes["residual"] * 4
     assert states <= twice.ram_bytes - one.ram_bytes <= 2 * states
-    variants = pass_cost(arch, [BypassLoss((0, 5))], 100, 32, machine)
+    variants = pass_cost(arch, [SkipLoss((0, 5))], 100, 32, machine)
     assert variants.flops > one.flops * (1 + (5 + 0) / 6)
     poor = dataclasses.replace(machine, ram_bytes=states)
     assert pass_cost(arch, [AngularDistance()], 100, 32, poor).disk_bytes == 2 * states

@@ -14,17 +14,17 @@ from prune_export.arch.table import tables
 from prune_export.calibrate import (
     OUTPUTS,
     BlockInfluence,
-    BypassLoss,
-    Means,
+    CalibrationContext,
     ModelView,
-    NormShares,
+    NormEnergy,
+    SkipLoss,
     TokenSet,
     Unit,
     gather,
     pass_cost,
 )
 from prune_export.calibrate.passes import statistics
-from prune_export.calibrate.streaming.layerwise_model import Skeleton
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.machine import Machine
 from prune_export.surgery import Overwrite, rewrite
 from tests.calibrate.passes.test_ablation import by_hand
@@ -205,24 +205,24 @@ def test_losses_without_parts_equal_those_of_silenced_models(
 ) -> None:
     """In one pass with blocks bypassed, and on other windows."""
     made = twin(model_type)
-    asked = [BypassLoss((0, 2, 5), part=part), BypassLoss((2,)), BypassLoss((3,), 3, 7, part)]
+    asked = [SkipLoss((0, 2, 5), part=part), SkipLoss((2,)), SkipLoss((3,), 3, 7, part)]
     found = gather(made.checkpoint, asked, tokens, machine)
     silent = partial(by_hand, made)
     expected = {layer: silent(tokens.ids, [Unit(layer, part)]) for layer in (0, 2, 5)}
-    assert found[asked[0]].bypassed == pytest.approx(expected, rel=2e-5)
+    assert found[asked[0]].skipped == pytest.approx(expected, rel=2e-5)
     assert max(expected.values()) - min(expected.values()) > 1e-3
-    assert found[asked[1]].bypassed == pytest.approx({2: silent(tokens.ids, [Unit(2)])}, rel=2e-5)
+    assert found[asked[1]].skipped == pytest.approx({2: silent(tokens.ids, [Unit(2)])}, rel=2e-5)
     fewer = silent(tokens.ids[:3, :7], [Unit(3, part)])
-    assert found[asked[2]].bypassed == pytest.approx({3: fewer}, rel=2e-5)
+    assert found[asked[2]].skipped == pytest.approx({3: fewer}, rel=2e-5)
 
 
 def test_who_listens_inside_of_blocks_hears_them_once(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine
 ) -> None:
     made = twin("gpt2")
-    alone = gather(made.checkpoint, [NormShares()], tokens, machine)[NormShares()]
-    both = [BlockInfluence(part="attention"), NormShares(), BypassLoss((1, 4), part="attention")]
-    found = gather(made.checkpoint, both, tokens, machine)[NormShares()]
+    alone = gather(made.checkpoint, [NormEnergy()], tokens, machine)[NormEnergy()]
+    both = [BlockInfluence(part="attention"), NormEnergy(), SkipLoss((1, 4), part="attention")]
+    found = gather(made.checkpoint, both, tokens, machine)[NormEnergy()]
     assert alone.keys() == found.keys()
     assert len(alone) == 2 * made.arch.layers + 1
     assert all(torch.equal(alone[key], found[key]) for key in alone)
@@ -243,11 +243,13 @@ def test_a_silenced_view_is_the_written_model(
         if t.role in OUTPUTS[unit.part]
     ]
     written = rewrite(made.checkpoint, made.arch, edits, tmp_path / "out", ram_bytes=1 << 30)
-    asked = [BlockInfluence(), BlockInfluence(part="attention"), BypassLoss((2,), part="mlp")]
+    asked = [BlockInfluence(), BlockInfluence(part="attention"), SkipLoss((2,), part="mlp")]
     expected = gather(written, asked, tokens, machine)
     for scratch in (tmp_path / "scratch", None):
-        view = ModelView(made.arch, made.checkpoint, {}, Means(tokens, machine, scratch))
-        found = view.silenced(UNITS).gather(asked)
+        view = ModelView(
+            made.arch, made.checkpoint, {}, CalibrationContext(tokens, machine, scratch)
+        )
+        found = view.ablated(UNITS).gather(asked)
         for statistic in asked[:2]:
             assert torch.equal(found[statistic], expected[statistic])
         assert found[asked[2]] == expected[asked[2]]
@@ -264,18 +266,18 @@ def test_a_pass_runs_what_its_progress_and_the_plan_say(
 ) -> None:
     """Without its attention a block still runs: one block more than without the block."""
     made = twin("llama")
-    real, ran = Skeleton.run, []
+    real, ran = LayerwiseModel.run, []
 
-    def counted(self: Skeleton, layer: int, *args: Any) -> torch.Tensor:
+    def counted(self: LayerwiseModel, layer: int, *args: Any) -> torch.Tensor:
         ran.append(layer)
         return real(self, layer, *args)
 
-    monkeypatch.setattr(Skeleton, "run", counted)
+    monkeypatch.setattr(LayerwiseModel, "run", counted)
     monkeypatch.setattr(statistics, "BATCH_TOKENS", {"cpu": 2048})
     flops = {}
     for part, expected in (("block", 6 + 3 + 1), ("mlp", 6 + 4 + 2)):
         ran.clear()
-        asked = BypassLoss((2, 4), part=part)  # type: ignore[arg-type]
+        asked = SkipLoss((2, 4), part=part)  # type: ignore[arg-type]
         gather(made.checkpoint, [asked], tokens, machine)
         assert len(ran) == expected
         flops[part] = pass_cost(made.arch, [asked], 5, 12, machine).flops

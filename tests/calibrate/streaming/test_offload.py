@@ -27,8 +27,8 @@ def test_heads_are_the_first_entries_of_rows(tmp_path: Path, in_file: bool) -> N
     with Buffer(5, (4, 3), torch.float32, path=path) as buffer:
         rows = torch.randn(5, 4, 3)
         buffer.write(0, rows)
-        assert torch.equal(buffer.heads(1, 4, 2), rows[1:4, :2])
-        assert torch.equal(buffer.heads(0, 5, 9), rows)
+        assert torch.equal(buffer.prefixes(1, 4, 2), rows[1:4, :2])
+        assert torch.equal(buffer.prefixes(0, 5, 9), rows)
 
 
 def test_a_file_keeps_its_rows_after_it_is_closed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from prune_export.errors import PlanError
 from prune_export.exporters.onnx.markers import DOMAIN
-from prune_export.exporters.onnx.replicate import stamp
+from prune_export.exporters.onnx.replicate import replicate_blocks
 from prune_export.exporters.onnx.trace import Trace
 from prune_export.exporters.onnx.weights import dequantize, quantize
 
@@ -45,7 +45,7 @@ def chain(between: str | None = None, over: bool = False) -> Trace:
 
 
 def test_a_chain_is_stamped_in_the_order_of_its_layers() -> None:
-    graph = stamp(chain(), last=False).model.graph
+    graph = replicate_blocks(chain(), last=False).model.graph
     assert [node.op_type for node in graph.node] == ["Neg", "Neg", "Neg", "Abs"]
     assert list(graph.node[0].input) == ["input_ids"]
     for before, after in zip(graph.node, graph.node[1:], strict=False):
@@ -56,12 +56,12 @@ def test_a_chain_is_stamped_in_the_order_of_its_layers() -> None:
 
 def test_a_computation_between_blocks_is_refused() -> None:
     with pytest.raises(PlanError, match="not a plain chain"):
-        stamp(chain(between="Abs"), last=False)
+        replicate_blocks(chain(between="Abs"), last=False)
 
 
 def test_a_residual_past_a_block_is_refused() -> None:
     with pytest.raises(PlanError, match="reads several blocks"):
-        stamp(chain(over=True), last=False)
+        replicate_blocks(chain(over=True), last=False)
 
 
 def test_int8_rounds_each_block_of_rows_by_its_largest() -> None:

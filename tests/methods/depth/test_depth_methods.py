@@ -18,9 +18,9 @@ from prune_export.arch.table import table_for
 from prune_export.calibrate import (
     AngularDistance,
     BlockInfluence,
-    BypassLoss,
-    BypassLosses,
     ModelView,
+    SkipLoss,
+    SkipLosses,
 )
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Decision
@@ -109,8 +109,8 @@ def test_perplexity_takes_the_blocks_that_are_missed_least() -> None:
     method = Perplexity(remove=2, protect_first=1, protect_last=1, samples=3, length=9)
     losses = {1: log(30), 2: log(11), 3: log(20), 4: log(12)}
     (statistic,) = method.statistics(arch_of(6))
-    assert statistic == BypassLoss((1, 2, 3, 4), 3, 9)
-    results = {statistic: BypassLosses(log(10), losses)}
+    assert statistic == SkipLoss((1, 2, 3, 4), 3, 9)
+    results = {statistic: SkipLosses(log(10), losses)}
     found = decided(method, 6, results)
     assert dropped(found) == [2, 4]
     assert found.log["order"] == [2, 4, 3, 1]
@@ -122,7 +122,7 @@ def test_perplexity_takes_the_blocks_that_are_missed_least() -> None:
 
 def test_perplexity_protects_four_and_two_by_default() -> None:
     (statistic,) = Perplexity(remove=1).statistics(arch_of(12))
-    assert statistic == BypassLoss(tuple(range(4, 10)), 10, 128)
+    assert statistic == SkipLoss(tuple(range(4, 10)), 10, 128)
 
 
 @pytest.mark.parametrize(("layers", "remove"), [(6, 1), (4, 1), (2, 1), (12, 7)])

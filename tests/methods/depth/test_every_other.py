@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from prune_export.arch import Arch
 from prune_export.calibrate import ModelView
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Noted
+from prune_export.contracts import HasPlanNote
 from prune_export.methods.depth.every_other import EveryOther
 
 
@@ -35,7 +35,7 @@ def test_the_blocks_that_go(layers: int, amount: dict[str, object], dropped: lis
 
 def test_it_warns_in_the_plan_and_in_the_log() -> None:
     method = EveryOther(remove=2)
-    assert isinstance(method, Noted)
+    assert isinstance(method, HasPlanNote)
     arch = Arch.from_config(LlamaConfig(num_hidden_layers=6).to_dict())
     nothing = Checkpoint(path=None, config={}, entries={})  # type: ignore[arg-type]
     assert "LayerDrop" in method.note(arch)

@@ -15,7 +15,7 @@ from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import Further, Means, ModelView, TokenSet, Unit
+from prune_export.calibrate import CalibrationContext, ExtraPass, ModelView, TokenSet, Unit
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
@@ -147,9 +147,9 @@ def test_an_early_choice_is_revised() -> None:
 def view(tmp_path: Path, model_type: str, windows: int = 3) -> tuple[Any, ModelView]:
     tiny = random_model(model_type, {}, tmp_path / "model")
     ids = torch.randint(3, 60, (windows, 16), generator=torch.Generator().manual_seed(1))
-    means = Means(TokenSet.of(ids), MACHINE, tmp_path / "scratch")
+    context = CalibrationContext(TokenSet.of(ids), MACHINE, tmp_path / "scratch")
     (tmp_path / "scratch").mkdir()
-    return tiny, ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, means)
+    return tiny, ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "mixtral"])
@@ -241,6 +241,6 @@ def test_the_plan_knows_how_many_passes_it_takes(tmp_path: Path) -> None:
     tiny, _ = view(tmp_path, "llama")
     (cheap,) = GreedyLoss(remove=1, samples=4).statistics(tiny.arch)
     (dear,) = GreedyLoss(remove=4, samples=4, beam=2).statistics(tiny.arch)
-    assert isinstance(cheap, Further)
+    assert isinstance(cheap, ExtraPass)
     assert (cheap.samples, cheap.length) == (4, 256)
     assert dear.forwards > 2 * cheap.forwards

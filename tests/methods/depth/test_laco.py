@@ -14,12 +14,19 @@ import torch
 from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
-from prune_export.calibrate import Chain, Folded, Layer, Means, ModelView, TokenSet
+from prune_export.calibrate import (
+    CalibrationContext,
+    Chain,
+    Layer,
+    MergeSimilarity,
+    ModelView,
+    TokenSet,
+)
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.methods.depth.laco import Laco
-from prune_export.pruning.depth.collapse import Search, combinations, folded
+from prune_export.pruning.depth.collapse import FoldSearch, combinations, folded
 from prune_export.surgery import rewrite
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
@@ -62,8 +69,8 @@ class Told:
         return 1.0 - sum(loss for block, loss in self.loses.items() if block not in left)
 
 
-def search(told: Told, merge_layers: int = 3, interval: int = 1, lowest: int = 0) -> Search:
-    return Search(told, "drop", merge_layers, interval, lowest, told.layers)  # type: ignore[arg-type]
+def search(told: Told, merge_layers: int = 3, interval: int = 1, lowest: int = 0) -> FoldSearch:
+    return FoldSearch(told, "drop", merge_layers, interval, lowest, told.layers)  # type: ignore[arg-type]
 
 
 def test_the_sweep_goes_down_and_folds_what_stays_similar() -> None:
@@ -123,8 +130,8 @@ def view(tmp_path: Path, model_type: str) -> tuple[Any, ModelView]:
     tiny = random_model(model_type, {}, tmp_path / "model")
     ids = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(1))
     (tmp_path / "scratch").mkdir()
-    means = Means(TokenSet.of(ids), MACHINE, tmp_path / "scratch")
-    return tiny, ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, means)
+    context = CalibrationContext(TokenSet.of(ids), MACHINE, tmp_path / "scratch")
+    return tiny, ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
 
 
 def last_states(path: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -179,15 +186,19 @@ def test_every_target_is_met_exactly(target: Any, remove: int, tmp_path: Path) -
 
 def test_untouched_layers_are_shared_and_similarities_kept(tmp_path: Path) -> None:
     _, model = view(tmp_path, "llama")
-    means = model.calibration()
-    with Folded(model.checkpoint, means.tokens, MACHINE, scratch=means.scratch) as measured:
+    context = model.calibration()
+    with MergeSimilarity(
+        model.checkpoint, context.tokens, MACHINE, scratch=context.scratch
+    ) as measured:
         measured.similarity(measured.dense)
         assert measured.block_forwards == 6
         tried = folded(measured.dense, 4, 1, "last")
         measured.similarity(tried)
         assert measured.block_forwards == 6 + 1, "only the folded layer"
         assert measured.similarity(measured.dense) == pytest.approx(1.0)
-    with Folded(model.checkpoint, means.tokens, MACHINE, scratch=means.scratch) as again:
+    with MergeSimilarity(
+        model.checkpoint, context.tokens, MACHINE, scratch=context.scratch
+    ) as again:
         assert again.similarity(tried) < 1.0
         assert again.block_forwards == 0
 

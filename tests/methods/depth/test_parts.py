@@ -12,7 +12,7 @@ from tiny_models import Tiny, random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export import registry
-from prune_export.calibrate import Further, Means, ModelView, TokenSet
+from prune_export.calibrate import CalibrationContext, ExtraPass, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError, StageError
 from prune_export.exporters.onnx import Onnx
@@ -31,9 +31,9 @@ PARTS = ("attention", "mlp")
 def made(tmp_path: Path, model_type: str = "llama", **changes: Any) -> tuple[Tiny, ModelView]:
     tiny = random_model(model_type, changes, tmp_path / "model")
     ids = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(2))
-    means = Means(TokenSet.of(ids), MACHINE, tmp_path / "scratch")
+    context = CalibrationContext(TokenSet.of(ids), MACHINE, tmp_path / "scratch")
     (tmp_path / "scratch").mkdir(exist_ok=True)
-    return tiny, ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, means)
+    return tiny, ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
 
 
 def of(name: str, **keys: Any) -> Any:
@@ -42,9 +42,9 @@ def of(name: str, **keys: Any) -> Any:
 
 
 def decided(method: Any, model: ModelView) -> Any:
-    asked = [s for s in method.statistics(model.arch) if not isinstance(s, Further)]
+    asked = [s for s in method.statistics(model.arch) if not isinstance(s, ExtraPass)]
     results = model.gather(asked) if asked else {}
-    return method.decide(ModelView(model.arch, model.checkpoint, results, model.means))
+    return method.decide(ModelView(model.arch, model.checkpoint, results, model.context))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -87,13 +87,13 @@ def test_what_an_earlier_stage_silenced_is_not_removed_again(
     method = of(name, remove=2, unit="attention", **keys)
     first = decided(method, model)
     rewrite(model.checkpoint, tiny.arch, first.edits, tmp_path / "once", ram_bytes=1 << 30)
-    once = ModelView(tiny.arch, Checkpoint.open(tmp_path / "once"), {}, model.means)
+    once = ModelView(tiny.arch, Checkpoint.open(tmp_path / "once"), {}, model.context)
     second = decided(method, once)
     gone, anew = ({layer for layer, _ in one.log["zeroed"]} for one in (first, second))
     assert len(gone) == len(anew) == 2
     assert not gone & anew
     rewrite(once.checkpoint, tiny.arch, second.edits, tmp_path / "twice", ram_bytes=1 << 30)
-    twice = ModelView(tiny.arch, Checkpoint.open(tmp_path / "twice"), {}, model.means)
+    twice = ModelView(tiny.arch, Checkpoint.open(tmp_path / "twice"), {}, model.context)
     with pytest.raises(StageError, match=r"to be removed, and [12] are left to choose from: of 4"):
         decided(replace(method, remove=3), twice)
 
@@ -109,7 +109,7 @@ def test_iterative_is_one_shot_in_the_written_model(name: str, part: Any, tmp_pa
     assert one.log["zeroed"] == [[first, part]]
     rewrite(model.checkpoint, tiny.arch, one.edits, tmp_path / "one", ram_bytes=1 << 30)
     written = Checkpoint.open(tmp_path / "one")
-    after = decided(of(name, remove=2, unit=part), ModelView(tiny.arch, written, {}, model.means))
+    after = decided(of(name, remove=2, unit=part), ModelView(tiny.arch, written, {}, model.context))
     # There, what was removed scores least of all: it adds nothing.
     ranked = [layer for layer in after.log["order"] if layer != first]
     assert ranked[0] == second

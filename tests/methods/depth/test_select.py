@@ -14,8 +14,8 @@ from prune_export.arch.table import tables
 from prune_export.calibrate import (
     AngularDistance,
     BlockInfluence,
-    Further,
-    Means,
+    CalibrationContext,
+    ExtraPass,
     ModelView,
     TokenSet,
     gather,
@@ -34,8 +34,8 @@ def view(tmp_path: Path, model_type: str = "llama") -> ModelView:
     tiny = random_model(model_type, {}, tmp_path / "model")
     ids = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(2))
     (tmp_path / "scratch").mkdir(exist_ok=True)
-    means = Means(TokenSet.of(ids), MACHINE, tmp_path / "scratch")
-    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, means)
+    context = CalibrationContext(TokenSet.of(ids), MACHINE, tmp_path / "scratch")
+    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
 
 
 def of(name: str, **keys: Any) -> Any:
@@ -44,9 +44,9 @@ def of(name: str, **keys: Any) -> Any:
 
 
 def decided(method: Any, model: ModelView) -> Any:
-    asked = [s for s in method.statistics(model.arch) if not isinstance(s, Further)]
+    asked = [s for s in method.statistics(model.arch) if not isinstance(s, ExtraPass)]
     results = model.gather(asked) if asked else {}
-    return method.decide(ModelView(model.arch, model.checkpoint, results, model.means))
+    return method.decide(ModelView(model.arch, model.checkpoint, results, model.context))
 
 
 @pytest.mark.parametrize("model_type", sorted(tables()))

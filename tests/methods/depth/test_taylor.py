@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import random_model
 
-from prune_export.calibrate import Means, ModelView, TokenSet
+from prune_export.calibrate import CalibrationContext, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.methods.depth.taylor import Taylor
@@ -21,7 +21,10 @@ def test_scores_equal_autograd_and_the_ends_are_protected(model_type: str, tmp_p
     tiny = random_model(model_type, {}, tmp_path / "model")
     ids = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))
     view = ModelView(
-        tiny.arch, Checkpoint.open(tiny.path), {}, Means(TokenSet.of(ids), MACHINE, tmp_path)
+        tiny.arch,
+        Checkpoint.open(tiny.path),
+        {},
+        CalibrationContext(TokenSet.of(ids), MACHINE, tmp_path),
     )
     found = Taylor(remove=2, protect_first=1, protect_last=1).decide(view).log
 

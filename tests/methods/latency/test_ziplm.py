@@ -12,7 +12,7 @@ import torch
 from tiny_models import Tiny, random_model
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Means, ModelView, TokenSet, sweep
+from prune_export.calibrate import CalibrationContext, ModelView, TokenSet, run_sequential
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError, StageError
 from prune_export.machine import Machine
@@ -51,8 +51,8 @@ class Counting:
 
 
 def view_of(tiny: Tiny, engines: Any = None, scratch: Path | None = None) -> ModelView:
-    means = Means(TokenSet.of(IDS), MACHINE, scratch, None, engines)
-    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, means)
+    context = CalibrationContext(TokenSet.of(IDS), MACHINE, scratch, None, engines)
+    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
 
 
 def loss_of(path: Path) -> float:
@@ -65,7 +65,7 @@ def loss_of(path: Path) -> float:
         def edit(self, site: Any, weights: Any, seen: Any) -> Any:
             raise AssertionError
 
-    found = sweep(Checkpoint.open(path), Nothing(), TokenSet.of(IDS), MACHINE, loss=True)
+    found = run_sequential(Checkpoint.open(path), Nothing(), TokenSet.of(IDS), MACHINE, loss=True)
     assert found.loss is not None
     return found.loss
 
@@ -105,7 +105,9 @@ def test_channels_without_effect_go_first_and_change_nothing(tmp_path: Path) -> 
     for block in tiny.model.model.layers:
         block.mlp.up_proj.weight.data[idle] = 0
     tiny.model.save_pretrained(tiny.path)
-    swept = view_of(tiny).sweep(narrowing.Narrower(tiny.arch, {f"mlp.{i}": 36 for i in range(6)}))
+    swept = view_of(tiny).sequential(
+        narrowing.Narrower(tiny.arch, {f"mlp.{i}": 36 for i in range(6)})
+    )
     kept = [position for position in range(48) if position not in idle]
     assert all(logs["mlp.out"]["kept"] == kept for logs in swept.logs)
     for name, value in swept.values():

@@ -16,7 +16,7 @@ from tiny_models import Tiny, logits, random_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import JunctionGrams, Means, ModelView, TokenSet
+from prune_export.calibrate import CalibrationContext, ModelView, NormInputCovariance, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
@@ -36,8 +36,8 @@ VARIANTS = [
 def sliced(tiny: Tiny, method: SliceGPT, out: Path) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     ids = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(3))
     checkpoint = Checkpoint.open(tiny.path)
-    view = ModelView(tiny.arch, checkpoint, {}, Means(TokenSet.of(ids), MACHINE))
-    view = dataclasses.replace(view, results=view.gather([JunctionGrams()]))
+    view = ModelView(tiny.arch, checkpoint, {}, CalibrationContext(TokenSet.of(ids), MACHINE))
+    view = dataclasses.replace(view, results=view.gather([NormInputCovariance()]))
     decision = method.decide(view)
     rewrite(checkpoint, tiny.arch, decision.edits, out, ram_bytes=1 << 30)
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -146,8 +146,10 @@ def test_what_lies_in_fewer_directions_is_cut_without_loss(model_type: str, tmp_
 
 def grams_of(tiny: Tiny) -> Any:
     ids = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(3))
-    view = ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, Means(TokenSet.of(ids), MACHINE))
-    return view.gather([JunctionGrams()])[JunctionGrams()]
+    view = ModelView(
+        tiny.arch, Checkpoint.open(tiny.path), {}, CalibrationContext(TokenSet.of(ids), MACHINE)
+    )
+    return view.gather([NormInputCovariance()])[NormInputCovariance()]
 
 
 def test_a_cut_is_a_projection_of_the_states(tmp_path: Path) -> None:
@@ -182,9 +184,11 @@ def test_grams_equal_brute_force_and_survive_a_spool(tmp_path: Path) -> None:
     tiny.model(ids, use_cache=False)
     found = grams_of(tiny)
     # So little memory that the pass keeps everything in files.
-    poor = Means(TokenSet.of(ids), dataclasses.replace(MACHINE, ram_bytes=1), tmp_path / "scratch")
+    poor = CalibrationContext(
+        TokenSet.of(ids), dataclasses.replace(MACHINE, ram_bytes=1), tmp_path / "scratch"
+    )
     view = ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, poor)
-    spooled = view.gather([JunctionGrams()])[JunctionGrams()]
+    spooled = view.gather([NormInputCovariance()])[NormInputCovariance()]
     assert list((tmp_path / "scratch").rglob("*grams*"))
     assert len(found) == len(caught) == 13
     for number, states in enumerate(caught):

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import Tiny, random_model
 
-from prune_export.calibrate import Means, ModelView, Squares, TokenSet, as_matrix, linears
+from prune_export.calibrate import (
+    CalibrationContext,
+    InputNorms,
+    ModelView,
+    TokenSet,
+    as_matrix,
+    linears,
+)
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.methods.sparse.gblm import Gblm, Norms, score
@@ -25,13 +32,13 @@ IDS = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))
 
 
 def view_of(tiny: Tiny, scratch: Path) -> ModelView:
-    means = Means(TokenSet.of(IDS), MACHINE, scratch)
-    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, means)
+    context = CalibrationContext(TokenSet.of(IDS), MACHINE, scratch)
+    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
 
 
 def found_by(method: Gblm, x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The method's scores from inputs `[windows, tokens, in]`, gradients `[windows, out, in]`."""
-    seen = Squares(x.shape[-1], "cpu")
+    seen = InputNorms(x.shape[-1], "cpu")
     seen.see(x)
     reader = Norms(method.norm, len(x))
     kind = reader.kinds[0]
@@ -104,7 +111,7 @@ def test_without_gradients_a_score_is_wanda_s_bit_for_bit(seed: int, dtype: torc
 
     x, g, weight = drawn(3, seed)
     weight = weight.to(dtype).float()
-    seen = Squares(12, "cpu")
+    seen = InputNorms(12, "cpu")
     seen.see(x)
     assert torch.equal(score(weight, seen, g[0].abs(), 0.0), wanda.score(weight, seen))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import Tiny, random_model
 
-from prune_export.calibrate import Means, ModelView, TokenSet, as_matrix, linears
+from prune_export.calibrate import CalibrationContext, ModelView, TokenSet, as_matrix, linears
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError, StageError
 from prune_export.machine import Machine
@@ -27,8 +27,8 @@ QUICK: dict[str, Any] = {"rounds": 2, "steps": 4, "batch": 3, "learning_rate": 3
 
 
 def view_of(tiny: Tiny, scratch: Path, progress: Any = None) -> ModelView:
-    means = Means(TokenSet.of(IDS), MACHINE, scratch, progress)
-    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, means)
+    context = CalibrationContext(TokenSet.of(IDS), MACHINE, scratch, progress)
+    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
 
 
 def made(method: IterativeMagnitude, view: ModelView) -> tuple[dict[str, torch.Tensor], Any]:
@@ -189,7 +189,9 @@ def test_what_cannot_be_is_refused_before_work(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="owl"):
         IterativeMagnitude(sparsity=0.5, allocation="owl")
     tiny = random_model("llama", {}, tmp_path / "model")
-    view = replace(view_of(tiny, tmp_path), means=Means(TokenSet.of(IDS[:1]), MACHINE, tmp_path))
+    view = replace(
+        view_of(tiny, tmp_path), context=CalibrationContext(TokenSet.of(IDS[:1]), MACHINE, tmp_path)
+    )
     with pytest.raises(StageError, match="expected at least 2"):
         IterativeMagnitude(sparsity=0.5, **QUICK).decide(view)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import random_model
 
-from prune_export.calibrate import Means, ModelView, TokenSet
+from prune_export.calibrate import CalibrationContext, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.methods.sparse.gblm import Gblm
@@ -33,8 +33,10 @@ def test_zeros_are_where_the_released_code_puts_them(
     method: Any, pattern: str, tmp_path: Path
 ) -> None:
     tiny = random_model("llama", {}, tmp_path / "model")
-    means = Means(TokenSet.of(IDS), Machine("cpu", 8 << 30, 0, 1), tmp_path / "scratch")
-    view = ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, means)
+    context = CalibrationContext(
+        TokenSet.of(IDS), Machine("cpu", 8 << 30, 0, 1), tmp_path / "scratch"
+    )
+    view = ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
     decision = method(order="block", **AMOUNTS[pattern]).decide(view)
     options = argparse.Namespace(method=method.__name__.lower(), pattern=pattern)
     _sparse_released.prune(options, tiny.model.float(), IDS, None)

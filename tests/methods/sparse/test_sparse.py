@@ -17,14 +17,14 @@ from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.arch.table import table_for, tables
 from prune_export.calibrate import (
-    SITES,
-    Means,
+    LINEAR_GROUPS,
+    CalibrationContext,
     ModelView,
     TokenSet,
     as_matrix,
     linears,
-    parked_bytes,
     pass_cost,
+    suspended_bytes,
 )
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Decision
@@ -62,7 +62,9 @@ def tiny(tmp_path: Path) -> Callable[..., Checkpoint]:
 def view_of(checkpoint: Checkpoint, samples: int = 4, length: int = 12) -> ModelView:
     random = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 60, (samples, length), generator=random)
-    return ModelView(checkpoint.arch(), checkpoint, {}, Means(TokenSet.of(ids), MACHINE))
+    return ModelView(
+        checkpoint.arch(), checkpoint, {}, CalibrationContext(TokenSet.of(ids), MACHINE)
+    )
 
 
 def made(decision: Decision) -> dict[str, torch.Tensor]:
@@ -269,8 +271,8 @@ def test_the_plan_knows_what_a_sweep_takes() -> None:
     # Three sites of 32 inputs and one of 48, and the factor of the widest and its workspace.
     assert grams.ram_bytes - one.ram_bytes > 4 * (3 * 32**2 + 48**2) + 8 * 48**2
     cost = pass_cost(arch, [one], 8, 16, MACHINE)
-    less = pass_cost(arch, [replace(one, parks=False)], 8, 16, MACHINE)
-    assert cost.ram_bytes - less.ram_bytes == parked_bytes(arch, 8 * 16, torch.float32)
+    less = pass_cost(arch, [replace(one, suspends=False)], 8, 16, MACHINE)
+    assert cost.ram_bytes - less.ram_bytes == suspended_bytes(arch, 8 * 16, torch.float32)
     poor = pass_cost(arch, [one], 8, 16, replace(MACHINE, ram_bytes=0))
     assert poor.flops > 2 * cost.flops, "what cannot wait is computed again"
 
@@ -280,7 +282,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"sparsity": 0.5, "nm": Nm(2, 4)}, "both"),
     ("llama", {"sparsity": 0.5, "include": ("dawn",)}, "dawn[\\s\\S]*down"),
     ("gpt2", {"sparsity": 0.5, "include": ("q",)}, "has none[\\s\\S]*qkv"),
-    ("llama", {"sparsity": 0.5, "exclude": tuple(SITES)}, "has none|leave nothing"),
+    ("llama", {"sparsity": 0.5, "exclude": tuple(LINEAR_GROUPS)}, "has none|leave nothing"),
     ("llama", {"sparsity": 0.5, "layers": (6,)}, "6 blocks[\\s\\S]*up to 5"),
     ("llama", {"nm": Nm(8, 32)}, r"down_proj[\s\S]*48 inputs[\s\S]*keep: 4, of: 16"),
     ("gpt2", {"nm": Nm(3, 5)}, r"c_attn[\s\S]*32 inputs[\s\S]*exclude"),
@@ -301,7 +303,7 @@ def test_routers_norms_and_embeddings_are_never_pruned() -> None:
     for model_type in ("mixtral", "qwen3_moe", "gemma2"):
         arch = arch_of(model_type)
         roles = {tensor.role for tensor in Wanda(sparsity=0.5).targets(arch)}
-        assert roles <= set(SITES)
+        assert roles <= set(LINEAR_GROUPS)
         assert "router" not in roles
     with pytest.raises(PlanError, match="router"):
         Wanda(sparsity=0.5, include=("router",))

@@ -14,7 +14,7 @@ from tiny_models import Tiny, logits, random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export.arch import Arch
-from prune_export.calibrate import Means, ModelView, NormShares, TokenSet, pass_cost
+from prune_export.calibrate import CalibrationContext, ModelView, NormEnergy, TokenSet, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
@@ -40,8 +40,8 @@ def cut(tmp_path: Path) -> Cutter:
     def make(model_type: str, method: Any, **changes: Any) -> tuple[Tiny, Any, Any]:
         tiny = random_model(model_type, changes, tmp_path / "model")
         checkpoint = Checkpoint.open(tiny.path)
-        means = Means(TokenSet.of(IDS), MACHINE, tmp_path / "scratch")
-        decision = method.decide(ModelView(tiny.arch, checkpoint, {}, means))
+        context = CalibrationContext(TokenSet.of(IDS), MACHINE, tmp_path / "scratch")
+        decision = method.decide(ModelView(tiny.arch, checkpoint, {}, context))
         out = tmp_path / "out"
         after = rewrite(checkpoint, tiny.arch, decision.edits, out, ram_bytes=1 << 30)
         predicted = method.predict(tiny.arch)
@@ -320,9 +320,9 @@ def test_kept_heads_move_away_from_removed_ones(cut: Cutter, tmp_path: Path) -> 
     method = Minitron(heads=0.25, head_residual=True, compensate=False)
     tiny, smaller, log = cut("llama", method, num_key_value_heads=4, head_dim=6, hidden_size=24)
     checkpoint = Checkpoint.open(tiny.path)
-    means = Means(TokenSet.of(IDS), MACHINE, tmp_path / "again")
-    view = ModelView(tiny.arch, checkpoint, {}, means)
-    scores = added(tiny.arch, {}, view.sweep(Measure(Minitron(heads=0.25), tiny.arch)))
+    context = CalibrationContext(TokenSet.of(IDS), MACHINE, tmp_path / "again")
+    view = ModelView(tiny.arch, checkpoint, {}, context)
+    scores = added(tiny.arch, {}, view.sequential(Measure(Minitron(heads=0.25), tiny.arch)))
     for layer, block in enumerate(smaller.model.layers):
         a, b, c, d = scores[f"kv.{layer}"].flatten().argsort(descending=True).tolist()
         assert log["removed"][f"kv.{layer}"] == [d]
@@ -361,11 +361,11 @@ def test_rescaled_norms_give_what_stays_as_before(model_type: str, tmp_path: Pat
     """Where a norm is given the same states, and loses channels that are as large as the rest."""
     tiny = random_model(model_type, {}, tmp_path / "model")
     checkpoint = Checkpoint.open(tiny.path)
-    means = Means(TokenSet.of(IDS), MACHINE, tmp_path / "scratch")
-    view = ModelView(tiny.arch, checkpoint, {}, means)
+    context = CalibrationContext(TokenSet.of(IDS), MACHINE, tmp_path / "scratch")
+    view = ModelView(tiny.arch, checkpoint, {}, context)
     method = StructuredMagnitude(hidden=0.5)
     asked = method.statistics(tiny.arch)
-    assert asked == (NormShares(),)
+    assert asked == (NormEnergy(),)
     shares = view.gather(asked)
     view = replace(view, results=shares)
     edits = {e.tensor: e for e in method.decide(view).edits if isinstance(e, Overwrite)}
@@ -377,7 +377,7 @@ def test_rescaled_norms_give_what_stays_as_before(model_type: str, tmp_path: Pat
         tiny.model(IDS, use_cache=False)
     x = caught[0].flatten(0, 1).double()
     own = x.square() / x.square().sum(-1, keepdim=True)
-    share = shares[NormShares()][2, "norm.mlp"]
+    share = shares[NormEnergy()][2, "norm.mlp"]
     torch.testing.assert_close(share, own.mean(0), rtol=1e-4, atol=1e-7)
     kept = set(range(32)) - set(method.decide(view).log["removed"]["residual"])
     factor = (float(own.mean(0)[sorted(kept)].sum()) * 2) ** 0.5
@@ -449,8 +449,8 @@ def test_a_killed_cut_goes_on_and_ends_in_the_same_bytes(
     method = Minitron(ffn=0.5, heads=0.5, per_layer=True)
 
     def decided(folder: str) -> Any:
-        means = Means(TokenSet.of(IDS), MACHINE, tmp_path / folder)
-        return method.decide(ModelView(tiny.arch, checkpoint, {}, means))
+        context = CalibrationContext(TokenSet.of(IDS), MACHINE, tmp_path / folder)
+        return method.decide(ModelView(tiny.arch, checkpoint, {}, context))
 
     def bytes_of(decision: Any, name: str) -> bytes:
         rewrite(checkpoint, tiny.arch, decision.edits, tmp_path / name, ram_bytes=1 << 30)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import Tiny, random_model
 
-from prune_export.calibrate import Means, ModelView, TokenSet
+from prune_export.calibrate import CalibrationContext, ModelView, TokenSet
 from prune_export.calibrate.streaming.linear_groups import as_matrix
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
@@ -32,8 +32,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Tiny
     def make(model_type: str) -> tuple[Tiny, ModelView]:
         folder = tmp_path_factory.mktemp(model_type)
         tiny = random_model(model_type, {}, folder / "model")
-        means = Means(TokenSet.of(IDS), MACHINE, folder / "scratch")
-        return tiny, ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, means)
+        context = CalibrationContext(TokenSet.of(IDS), MACHINE, folder / "scratch")
+        return tiny, ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
 
     return make
 
@@ -50,7 +50,7 @@ def inputs_of(tiny: Tiny, name: str) -> torch.Tensor:
 
 
 def measured(method: Any, view: ModelView) -> dict[str, torch.Tensor]:
-    return added(view.arch, {}, view.sweep(Measure(method, view.arch)))
+    return added(view.arch, {}, view.sequential(Measure(method, view.arch)))
 
 
 def role(tiny: Tiny, layer: int, wanted: str) -> Any:
@@ -209,7 +209,10 @@ def test_units_that_do_nothing_go_first_and_nothing_changes(method: Any, tmp_pat
     save_file(state, tiny.path / "model.safetensors", {"format": "pt"})
     checkpoint = Checkpoint.open(tiny.path)
     view = ModelView(
-        tiny.arch, checkpoint, {}, Means(TokenSet.of(IDS), MACHINE, tmp_path / "scratch")
+        tiny.arch,
+        checkpoint,
+        {},
+        CalibrationContext(TokenSet.of(IDS), MACHINE, tmp_path / "scratch"),
     )
     # Minitron's heads count by what they give to the projection, be it idle or not.
     own = method(ffn=0.5, compensate=False) if method is Minitron else method(ffn=0.5, heads=0.5)

@@ -76,7 +76,9 @@ def test_a_refit_towards_a_target_weighs_tokens() -> None:
     kept = torch.tensor([True, False, True, True, False, True])
     made = Products(6, "cpu", tokens=len(rows), samples=32, whole=True)
     for part in (slice(0, 16), slice(16, 32)):
-        made.aim(rows.view(32, 8, 6)[part], targets.view(32, 8, 4)[part], weights.view(32, 8)[part])
+        made.see_with_target(
+            rows.view(32, 8, 6)[part], targets.view(32, 8, 4)[part], weights.view(32, 8)[part]
+        )
     found = refit(weight, kept, made, always=True, ridges=[ridge])
     held = (torch.arange(32) % 8 == 7).repeat_interleave(8)
     wanted = (rows @ weight.T + targets).double() / 2

@@ -14,7 +14,7 @@ from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import Means, ModelView, TokenSet, as_matrix, linears
+from prune_export.calibrate import CalibrationContext, ModelView, TokenSet, as_matrix, linears
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
@@ -74,8 +74,8 @@ METHODS: dict[str, Any] = {
 def test_a_method_permutes_and_prunes(method: str, model_type: str, tmp_path: Path) -> None:
     tiny = random_model(model_type, {}, tmp_path / "model")
     source = Checkpoint.open(tiny.path)
-    means = Means(TokenSet.of(IDS), MACHINE, tmp_path / "scratch")
-    view = ModelView(tiny.arch, source, {}, means)
+    context = CalibrationContext(TokenSet.of(IDS), MACHINE, tmp_path / "scratch")
+    view = ModelView(tiny.arch, source, {}, context)
     decision = METHODS[method](nm=HALF, permute=True).decide(view)
     found = decision.log["permuted"]
     names = {name for name, own in found["by_matrix"].items()}
