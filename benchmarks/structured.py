@@ -36,9 +36,11 @@ from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Export, LocalText, Stage, Template
 from prune_export.recipe.stages import Workload
-from prune_export.run import artifacts
-from prune_export.run.artifacts import Base, RunContext
+from prune_export.run.context import RunContext
+from prune_export.run.engines import export_engine
+from prune_export.run.inputs import Base, make_tokens, open_base
 from prune_export.run.measure import engine_speed, perplexity_of
+from prune_export.run.stages import run_heal, run_prune
 from prune_export.store import Artifact, Store
 
 METHODS = {
@@ -129,11 +131,11 @@ class _Table:
     def of(given: argparse.Namespace) -> _Table:
         machine = Machine.detect(device="cpu", threads=given.threads)
         context = RunContext(Store(given.store), machine, Silent())
-        base = artifacts.open_base(context, given.model.name, given.model, None)
+        base = open_base(context, given.model.name, given.model, None)
 
         def tokens(name: str, length: int, samples: int | None = None, **own: Any) -> Any:
             source = LocalText(files=(f"{name}.jsonl",), samples=samples, length=length, **own)
-            return artifacts.make_tokens(context, name, source, given.data, base)
+            return make_tokens(context, name, source, given.data, base)
 
         return _Table(
             context,
@@ -173,9 +175,7 @@ class _Table:
         candidate = template.to_size(arch, round(target * arch.parameters()))
         before, seconds = dense, 0.0
         for stage in candidate.stages:
-            before = artifacts.run_prune(
-                self.context, stage, before.path, before.id, self.calibration
-            )
+            before = run_prune(self.context, stage, before.path, before.id, self.calibration)
             seconds += before.seconds
         row: dict[str, Any] = {
             "stages": [{"method": stage.name, **stage.parameters()} for stage in candidate.stages],
@@ -194,9 +194,7 @@ class _Table:
     def _speedup(self, dense: Artifact, before: Artifact) -> float:
         """Against dense; engines of one shape are timed once, as their products are the same."""
         export = Export("onnx", registry.find("exporters", "onnx")())
-        engines = [
-            artifacts.export_engine(self.context, export, a.path, a.id) for a in (dense, before)
-        ]
+        engines = [export_engine(self.context, export, a.path, a.id) for a in (dense, before)]
         shape = _shape(engines[1].path)
         if shape not in self.speeds:
             workload = Workload(batch=1, prompt=128, new=32)
@@ -207,7 +205,7 @@ class _Table:
         keys = {"rank": 16, "targets": "all", "steps": steps, "batch": 2, "learning_rate": 2e-3}
         entry = TypeAdapter(registry.find("heal", "lora")).validate_python(keys)
         stage = Stage("heal", "lora", entry, "healing")
-        return artifacts.run_heal(self.context, stage, before.path, before.id, self.healing)
+        return run_heal(self.context, stage, before.path, before.id, self.healing)
 
     def _perplexity(self, name: str, artifact: Artifact) -> float:
         return perplexity_of(self.context, name, artifact, self.evaluation[1])

@@ -23,8 +23,9 @@ from prune_export.recipe import Export, LocalText, Recipe
 from prune_export.report import Report
 from prune_export.report.reading import ExportReading
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
-from prune_export.run import artifacts
-from prune_export.run.artifacts import RunContext
+from prune_export.run.context import RunContext
+from prune_export.run.engines import export_engine
+from prune_export.run.inputs import open_base
 from prune_export.run.result import Result, alone, mend
 from prune_export.store import Store
 from prune_export.verify import (
@@ -71,9 +72,9 @@ def exported(
     path, revision = resolve_model(checkpoint)
     real = judged(out, {"the store": store, "the model": path}, again=False)
     mend(real)
-    base = artifacts.open_base(context, checkpoint, path, revision)
+    base = open_base(context, checkpoint, path, revision)
     export.entry.check(Checkpoint.open(base.path).arch(ignore_keys), machine)
-    made = artifacts.export_engine(context, export, base.path, base.id)
+    made = export_engine(context, export, base.path, base.id)
     with alone(real):
         result = Result(real, again=False)
         result.add(made)

@@ -14,8 +14,8 @@ from prune_export.machine import Machine
 from prune_export.places import judged_picture
 from prune_export.progress import Progress
 from prune_export.recipe import LocalText
-from prune_export.run import artifacts
-from prune_export.run.artifacts import RunContext
+from prune_export.run.context import RunContext
+from prune_export.run.inputs import make_tokens, open_base
 from prune_export.store import Store
 from prune_export.temporary import Temporary
 
@@ -47,11 +47,11 @@ def inspected(
             raise PlanError(f"--data {file}", "no such file", "give .txt, .jsonl or .parquet files")
     context = RunContext(Store(store), machine, progress, ignore_keys=ignore_keys, command=command)
     path, revision = resolve_model(model)
-    base = artifacts.open_base(context, model, path, revision)
+    base = open_base(context, model, path, revision)
     root = Path(os.path.commonpath([file.parent for file in files]))
     names = tuple(str(file.relative_to(root)) for file in files)
     source = LocalText(files=names, samples=samples, length=length, seed=seed, packing="packed")
-    _, tokens = artifacts.make_tokens(context, "inspection", source, root, base)
+    _, tokens = make_tokens(context, "inspection", source, root, base)
     with Temporary() as scratch:
         found = inspect_model(Checkpoint.open(base.path), tokens, machine, progress,
                               scratch=scratch, name=Path(model).name,

@@ -22,12 +22,14 @@ from prune_export.plan import CALIBRATION, Plan, make_plan, sets_of
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage
 from prune_export.report import write_report
-from prune_export.run import artifacts
-from prune_export.run.artifacts import Base, RunContext
+from prune_export.run.context import RunContext
+from prune_export.run.engines import export_engine
+from prune_export.run.inputs import Base, make_tokens, open_base
 from prune_export.run.measure import measure_run
 from prune_export.run.record import report_of
-from prune_export.run.result import Result, alone, lock_of, mend
+from prune_export.run.result import Result, alone, lock_of, mend, versions
 from prune_export.run.search import run_search
+from prune_export.run.stages import run_heal, run_prune
 from prune_export.store import Artifact, Store
 from prune_export.temporary import sweep
 from prune_export.verify import Engine, check_tasks
@@ -121,20 +123,20 @@ def run(
         options.ignore_keys,
         options.command,
     )
-    base = artifacts.open_base(context, *_model(recipe, model))
+    base = open_base(context, *_model(recipe, model))
     data = _data(context, recipe, base)
     asked = recipe.to_yaml()
     recipe, stages, searches = _stages(context, recipe, base, data, options.ignore_keys)
     last = stages[-1] if stages else base
     tokens = data[CALIBRATION][1] if CALIBRATION in data else None
     exports = [
-        artifacts.export_engine(context, export, last.path, last.id, tokens=tokens)
+        export_engine(context, export, last.path, last.id, tokens=tokens)
         for export in recipe.export
     ]
     dense = []
     if recipe.verify.speed:
         dense = [
-            artifacts.export_engine(
+            export_engine(
                 context, export, base.path, base.id, of=", dense to compare with", tokens=tokens
             )
             for export in recipe.export
@@ -164,7 +166,7 @@ def _without_sparsity(
     if entry is None or recipe.verify.speed is None or not runs:
         return None
     twin = replace(export, entry=entry)
-    return artifacts.export_engine(context, twin, last.path, last.id, of=", sparsity off")
+    return export_engine(context, twin, last.path, last.id, of=", sparsity off")
 
 
 def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
@@ -184,9 +186,7 @@ def _data(context: RunContext, recipe: Recipe, base: Base) -> dict[str, tuple[Ar
     data = {}
     seen: tuple[str, ...] = ()
     for name, judges in sets_of(recipe):
-        data[name] = artifacts.make_tokens(
-            context, name, recipe.data[name], recipe.root, base, seen
-        )
+        data[name] = make_tokens(context, name, recipe.data[name], recipe.root, base, seen)
         if judges:
             seen = (*seen, *data[name][1].documents)
     return data
@@ -215,9 +215,9 @@ def _stages(
         if stage.kind == "heal":
             if tokens is None:
                 raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
-            made.append(artifacts.run_heal(context, stage, source.path, source.id, tokens))
+            made.append(run_heal(context, stage, source.path, source.id, tokens))
         else:
-            made.append(artifacts.run_prune(context, stage, source.path, source.id, tokens))
+            made.append(run_prune(context, stage, source.path, source.id, tokens))
         carried.append(stage)
     return replace(recipe, stages=tuple(carried)), made, searches
 
@@ -259,7 +259,7 @@ def _finished(context: RunContext, recipe: Recipe, out: Path, made: _Made) -> di
     result.write_json("verify.json", made.found.to_json())
     result.write_json("report.json", report)
     write_report(report, result.partial)
-    result.write_lists(lock_of(origin, used, named, digest, artifacts.versions()))
+    result.write_lists(lock_of(origin, used, named, digest, versions()))
     every = [*named.values(), *(artifact for artifact, _ in data.values())]
     context.store.remember(out, [artifact.id for artifact in every] + [base.id])
     result.finish()

@@ -20,9 +20,9 @@ from prune_export.errors import MissingExtra, PlanError, StageError
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Search, Stage
-from prune_export.run import artifacts
-from prune_export.run.artifacts import RunContext
+from prune_export.run.context import RunContext
 from prune_export.run.measure import perplexity_of
+from prune_export.run.stages import run_heal, run_prune
 from prune_export.store import Store
 
 
@@ -106,9 +106,9 @@ def done(context: RunContext, job: Job) -> Done:
         if stage.kind == "heal":
             if tokens is None:
                 raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
-            result = artifacts.run_heal(context, stage, path, id_, tokens)
+            result = run_heal(context, stage, path, id_, tokens)
         else:
-            result = artifacts.run_prune(context, stage, path, id_, tokens)
+            result = run_prune(context, stage, path, id_, tokens)
         path, id_ = result.path, result.id
         made.append(id_)
     validation = context.store.get(job.data[job.validation])

@@ -18,7 +18,8 @@ from prune_export.calibrate import TokenSet
 from prune_export.contracts import BuildRecord, Work
 from prune_export.machine import describe
 from prune_export.recipe import Quality, Recipe
-from prune_export.run.artifacts import Base, RunContext
+from prune_export.run.context import RunContext
+from prune_export.run.inputs import Base
 from prune_export.store import Artifact, Key
 from prune_export.verify import (
     Effort,

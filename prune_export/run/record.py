@@ -9,7 +9,8 @@ from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import describe
 from prune_export.recipe import PUBLISHED_NAME, Recipe
-from prune_export.run.artifacts import Base, RunContext
+from prune_export.run.context import RunContext
+from prune_export.run.inputs import Base
 from prune_export.store import Artifact
 from prune_export.verify.results import Verification
 

@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+import prune_export
 from prune_export.errors import PlanError, StageError
 from prune_export.locking import locked, sweep_lock, write_atomically
 from prune_export.places import is_lock, lock_beside, partial_of, refuse_strangers
@@ -266,3 +267,8 @@ def _clear(work: Path) -> None:
             (work / "old").rmdir()
         (work / ABOUT).unlink(missing_ok=True)
         work.rmdir()
+
+
+def versions() -> dict[str, str]:
+    """What wrote the lock: this tool's version."""
+    return {"prune_export": prune_export.__version__}

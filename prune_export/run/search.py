@@ -24,9 +24,11 @@ from prune_export.recipe import (
     templates,
     unreached,
 )
-from prune_export.run import artifacts, executor
-from prune_export.run.artifacts import Base, RunContext
+from prune_export.run import executor
+from prune_export.run.context import RunContext
+from prune_export.run.engines import export_engine
 from prune_export.run.executor import Job
+from prune_export.run.inputs import Base
 from prune_export.run.measure import dense_latency_ms, engine_speed
 from prune_export.store import Artifact, Key
 from prune_export.surgery import Drop, Edit, Keep, rewrite
@@ -231,13 +233,11 @@ def _artifact(context: RunContext, id_: str) -> Artifact:
 def _time(context: RunContext, search: Search, source: Base | Artifact, rows: list[_Row]) -> None:
     """Times the engines of the candidates that were ranked: one at a time, with nothing beside."""
     export = _export(search)
-    dense = artifacts.export_engine(
-        context, export, source.path, source.id, of=", dense to compare with"
-    )
+    dense = export_engine(context, export, source.path, source.id, of=", dense to compare with")
     for row in rows:
         if row.speedup is None and "not healed" not in row.note:
             last = _artifact(context, row.made[-1])
-            engine = artifacts.export_engine(
+            engine = export_engine(
                 context, export, last.path, last.id, of=f", {row.candidate.label}"
             )
             row.speedup = engine_speed(context, dense, engine, search.target.workload)
@@ -251,7 +251,7 @@ def _wanted_speedup(context: RunContext, search: Search, source: Base | Artifact
     """The target's speedup; for a latency, the dense engine is timed."""
     if search.target.latency_ms is None:
         return search.target.speedup or 1.0
-    dense = artifacts.export_engine(
+    dense = export_engine(
         context, _export(search), source.path, source.id, of=", dense to compare with"
     )
     found = dense_latency_ms(context, dense, search.target.workload)
@@ -282,9 +282,7 @@ def _to_speed(
     scored; the size is found by secants on seconds a step, which are nearly linear in it.
     """
     export = _export(search)
-    dense = artifacts.export_engine(
-        context, export, source.path, source.id, of=", dense to compare with"
-    )
+    dense = export_engine(context, export, source.path, source.id, of=", dense to compare with")
     total = arch.parameters()
     # (parameters, seconds a step relative to dense): the dense model is known.
     known = [(float(total), 1.0)]
@@ -298,9 +296,7 @@ def _to_speed(
             break
         tried.add(left)
         shaped = _shaped(context, source, arch, candidate.arch)
-        engine = artifacts.export_engine(
-            context, export, shaped.path, shaped.id, of=", of these shapes"
-        )
+        engine = export_engine(context, export, shaped.path, shaped.id, of=", of these shapes")
         speedup = engine_speed(context, dense, engine, search.target.workload)
         context.progress.say(
             f"search: {candidate.label}: {left / total:.1%} of the parameters: {speedup:.2f}x"

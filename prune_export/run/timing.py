@@ -18,8 +18,8 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Work
 from prune_export.errors import PlanError
 from prune_export.recipe import Export, Workload
-from prune_export.run import artifacts
-from prune_export.run.artifacts import RunContext
+from prune_export.run.context import RunContext
+from prune_export.run.engines import export_engine
 from prune_export.run.measure import engine_speed
 from prune_export.store import Artifact, Key
 from prune_export.surgery import Edit, Keep, Overwrite, rewrite
@@ -44,13 +44,11 @@ class TimedEngines:
         Where the sizes differ between blocks, what is cut is zeros that the exporter trims.
         """
         export = Export(engine, registry.find("exporters", engine)())
-        dense = artifacts.export_engine(
+        dense = export_engine(
             self.context, export, self.path, self.id, of=", dense to compare with"
         )
         shaped = self._shaped(sizes)
-        made = artifacts.export_engine(
-            self.context, export, shaped.path, shaped.id, of=", of these widths"
-        )
+        made = export_engine(self.context, export, shaped.path, shaped.id, of=", of these widths")
         batch, prompt, new = request
         workload = Workload(batch=batch, prompt=prompt, new=new)
         found = engine_speed(self.context, dense, made, workload)

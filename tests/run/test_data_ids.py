@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import LocalText
-from prune_export.run import artifacts
-from prune_export.run.artifacts import Base, RunContext
+from prune_export.run.context import RunContext
+from prune_export.run.inputs import Base, make_tokens
 from prune_export.store import Artifact, Key, Store
 
 
@@ -24,9 +24,7 @@ def context(tmp_path: Path) -> RunContext:
 
 def made(context: RunContext, model: Path, root: Path, **keys: object) -> Artifact:
     source = LocalText.model_validate({"files": ["a.txt"], "length": 16, **keys})
-    return artifacts.make_tokens(context, "evaluation", source, root, Base("m", None, model, "m"))[
-        0
-    ]
+    return make_tokens(context, "evaluation", source, root, Base("m", None, model, "m"))[0]
 
 
 def first_id(context: RunContext, model: Path, root: Path, packing: str) -> str:

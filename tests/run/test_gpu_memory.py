@@ -12,9 +12,9 @@ from prune_export.errors import StageError
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe
-from prune_export.run import artifacts
-from prune_export.run.artifacts import RunContext
+from prune_export.run.context import RunContext
 from prune_export.run.executor import Desk
+from prune_export.run.stages import run_prune
 from prune_export.store import Key, Store
 
 GPU = Machine("cuda", 8 << 30, 80 << 30, 4, 90)
@@ -45,7 +45,7 @@ def test_what_is_free_of_a_gpu_decides_no_artifact(tiny_llama: Path, tmp_path: P
     made = []
     for free in (1 << 30, 80 << 30):
         context = RunContext(Store(tmp_path / "store"), Machine("cpu", 8 << 30, free, 1), Silent())
-        made.append(artifacts.run_prune(context, stage, tiny_llama, "model-0", None))
+        made.append(run_prune(context, stage, tiny_llama, "model-0", None))
     assert made[0].id == made[1].id
     assert len(list((tmp_path / "store").glob("prune-*"))) == 1
 

@@ -24,8 +24,9 @@ from prune_export.report import style
 from prune_export.report.pareto import frontier, pareto
 from prune_export.report.reading import CandidateReading, SearchReading
 from prune_export.run import Options, executor, plan, run
-from prune_export.run.artifacts import Base, RunContext
+from prune_export.run.context import RunContext
 from prune_export.run.executor import Job
+from prune_export.run.inputs import Base
 from prune_export.run.search import _going_on, _Row, _rows, _shaped
 from prune_export.store import Store
 from tests.run.test_run import SEARCH, STABLE, hashes

@@ -13,7 +13,8 @@ from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe
 from prune_export.run import Options, run, timing
-from prune_export.run.artifacts import RunContext, open_base
+from prune_export.run.context import RunContext
+from prune_export.run.inputs import open_base
 from prune_export.run.timing import TimedEngines
 from prune_export.store import Artifact, Store
 

@@ -1,0 +1,81 @@
+"""What a run makes everything with: its store, its machine, its progress."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_export.contracts import Work
+from prune_export.errors import PruneExportError, StageError
+from prune_export.machine import Machine
+from prune_export.progress import Progress
+from prune_export.store import Artifact, Key, Store
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every artifact of a run is made with."""
+
+    store: Store
+    machine: Machine
+    progress: Progress
+    force: frozenset[str] = frozenset()
+    ignore_keys: tuple[str, ...] = ()
+    command: str = ""
+
+    def make(
+        self, key: Key, label: str, build: Callable[[Path, Work], Mapping[str, Any]]
+    ) -> Artifact:
+        """The artifact of `key`, told on the progress, with unexpected errors explained.
+
+        Raises:
+            StageError: `build` failed in a way that nobody foresaw; the log is kept.
+        """
+
+        def guarded(files: Path, scratch: Path) -> Mapping[str, Any]:
+            try:
+                return build(files, Work(self.machine, self.progress, scratch))
+            except PruneExportError:
+                raise
+            except MemoryError:
+                raise StageError(
+                    label,
+                    "ran out of memory",
+                    "use fewer or shorter samples, or `--ram` to plan with less",
+                ) from None
+            except Exception as error:
+                log = scratch.parent / "error.log"
+                log.write_text(traceback.format_exc(), encoding="utf-8")
+                raise StageError(
+                    label,
+                    f"failed: {type(error).__name__}: {error}",
+                    f"the log is {log}; what was finished is kept, go on with\n  {self.command}",
+                ) from error
+            finally:
+                if self.machine.device == "cuda":
+                    _hand_back()
+
+        forced = not self.force.isdisjoint({key.kind, key.name, f"{key.kind}.{key.name}"})
+        before = None if forced else self.store.get(key.id)
+        if before is not None:
+            self.progress.say(f"{label}: already there")
+            return before
+        self.progress.say(label)
+        return self.store.make(
+            key,
+            guarded,
+            force=forced,
+            waiting=lambda: self.progress.say(f"{label}: another process is at it; waiting"),
+        )
+
+
+def _hand_back() -> None:
+    """Frees GPU memory that torch only keeps: engines are verified in processes of their own."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()

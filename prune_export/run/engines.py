@@ -1,0 +1,53 @@
+"""Engines of a checkpoint, made through the store."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prune_export.calibrate import (
+    TokenSet,
+)
+from prune_export.contracts import Work
+from prune_export.recipe import Export
+from prune_export.run.context import RunContext
+from prune_export.store import Artifact, Key
+
+
+def export_engine(
+    context: RunContext,
+    export: Export,
+    source: Path,
+    source_id: str,
+    *,
+    of: str = "",
+    tokens: TokenSet | None = None,
+) -> Artifact:
+    """The engine of a checkpoint; the record is its BuildRecord.
+
+    `tokens` reach exporters that calibrate, and are part of what their engines depend on.
+    """
+    read = tokens if export.calibrates else None
+    key = Key(
+        "export",
+        export.name,
+        export.entry.VERSION,
+        export.parameters(),
+        (source_id,),
+        read.fingerprint if read else None,
+    )
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        work = replace(work, tokens=read)
+        record = dataclasses.asdict(export.entry.export(source, files, work))
+        return record | {
+            "parameters": dict(record["parameters"]),
+            "notes": list(record["notes"]),
+            "toolchain": dict(record["toolchain"]),
+            "sparsity": dict(record["sparsity"]),
+        }
+
+    return context.make(key, f"export: {export.name}{of}", build)

@@ -1,0 +1,154 @@
+"""What a run starts from, made through the store: the base model and token sets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from prune_export.calibrate import (
+    TokenSet,
+    changed_since_first,
+    inside,
+    token_set,
+)
+from prune_export.checkpoint import Checkpoint, card_license, import_gguf, read_gguf_header
+from prune_export.contracts import Work
+from prune_export.recipe import CONVERSATIONS, LocalText, Source, TokenFile
+from prune_export.run.context import RunContext
+from prune_export.store import Artifact, Key, sha256_of_json
+from prune_export.units import text_from_name
+
+_IMPORT_VERSION: Final = "1"
+
+
+_DATA_VERSION: Final = "1"
+
+
+_CHANGED_DATA_VERSION: Final = "2"
+
+
+"""Of data that come out otherwise than they first did; all others keep their ids."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a run starts from. `id` is made of its files' hashes, not of its place.
+
+    `license` is what its card or its GGUF header says, None where neither says one.
+    """
+
+    spec: str
+    revision: str | None
+    path: Path
+    id: str
+    license: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What may be published: a Hub id, or the last part of a local path."""
+        return self.spec if self.revision else text_from_name(Path(self.spec).name)
+
+
+def open_base(context: RunContext, spec: str, path: Path, revision: str | None) -> Base:
+    """The model at `path`: a directory as it lies, or a GGUF file imported once."""
+    if path.suffix == ".gguf":
+        return base_from_gguf(context, spec, path)
+    return base_from_directory(context, spec, path, revision)
+
+
+def base_from_gguf(context: RunContext, spec: str, file: Path) -> Base:
+    """The plain checkpoint of a GGUF file, dequantized once."""
+    key = Key("import", "gguf", _IMPORT_VERSION, {}, (context.store.file_hash(file),))
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        import_gguf(file, files, work.progress)
+        return {}
+
+    artifact = context.make(key, f"import {file.name}", build)
+    said = read_gguf_header(file).metadata.get("general.license")
+    return Base(spec, None, artifact.path, artifact.id, str(said) if said else None)
+
+
+def base_from_directory(context: RunContext, spec: str, path: Path, revision: str | None) -> Base:
+    """A checkpoint directory as it lies, known by the hashes of what decides its computation."""
+    checkpoint = Checkpoint.open(path)
+    decisive = [path / "config.json", *checkpoint.files, *checkpoint.side_files()]
+    with context.progress.task("hash the model's files", len(decisive)) as task:
+        hashes = {}
+        for file in decisive:
+            hashes[file.name] = context.store.file_hash(file)
+            task.advance()
+    return Base(spec, revision, path, f"model-{sha256_of_json(hashes)[:24]}", card_license(path))
+
+
+def make_tokens(
+    context: RunContext,
+    name: str,
+    source: Source,
+    root: Path,
+    base: Base,
+    exclude: Collection[str] = (),
+) -> tuple[Artifact, TokenSet]:
+    """The token windows of a data source below `root`, less the documents in `exclude` (hashes)."""
+    parameters = source.model_dump(mode="json")
+    checkpoint = Checkpoint.open(base.path)
+    talks = not isinstance(source, TokenFile) and source.column == CONVERSATIONS
+    tokenizer = [
+        file
+        for file in checkpoint.side_files()
+        if _tokenizes(file) or (talks and file.name.startswith("chat_template"))
+    ]
+    inputs = [f"{file.name}:{context.store.file_hash(file)}" for file in tokenizer]
+    patterns: tuple[str, ...] = ()
+    if isinstance(source, LocalText):
+        patterns = source.files
+    elif isinstance(source, TokenFile):
+        patterns = (source.tokens,)
+    for pattern in patterns:
+        inputs += [
+            f"{pattern}:{context.store.file_hash(file)}"
+            for file in inside(root, pattern, f"data.{name}")
+        ]
+    excluded = frozenset(exclude)
+    inputs.append(f"exclude:{sha256_of_json(sorted(excluded))}")
+    changed = changed_since_first(source, base.path, root)
+    version = _CHANGED_DATA_VERSION if changed else _DATA_VERSION
+    key = Key("data", name, version, parameters, tuple(inputs))
+    vocabulary = checkpoint.arch(context.ignore_keys).sizes["vocab"]
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        made = token_set(
+            source,
+            base.path,
+            root,
+            exclude=excluded,
+            vocabulary=vocabulary,
+            progress=work.progress,
+        )
+        made.save(files / "tokens.safetensors")
+        return {
+            "fingerprint": made.fingerprint,
+            "samples": made.ids.shape[0],
+            "length": made.ids.shape[1],
+            "provenance": dict(made.provenance),
+        }
+
+    artifact = context.make(key, f"tokenize {name}", build)
+    return artifact, TokenSet.load(artifact.path / "tokens.safetensors")
+
+
+def _tokenizes(file: Path) -> bool:
+    return file.name.startswith(
+        (
+            "tokenizer",
+            "vocab",
+            "merges",
+            "special_tokens",
+            "added_tokens",
+            "spiece",
+            "tekken",
+            "sentencepiece",
+        )
+    )

@@ -1,0 +1,103 @@
+"""The stages of a run, each made through the store.
+
+Here stands what a stage depends on (its key) and how it is carried out; nothing else decides
+whether work is done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prune_export.calibrate import (
+    CalibrationContext,
+    ExtraPass,
+    ModelView,
+    TokenSet,
+)
+from prune_export.checkpoint import Checkpoint
+from prune_export.contracts import Refitting, Work
+from prune_export.recipe import Stage
+from prune_export.run.context import RunContext
+from prune_export.run.timing import TimedEngines
+from prune_export.store import Artifact, Key
+from prune_export.surgery import rewrite
+
+
+def run_prune(
+    context: RunContext,
+    stage: Stage,
+    source: Path,
+    source_id: str,
+    data: tuple[Artifact, TokenSet] | None,
+) -> Artifact:
+    """The checkpoint after a prune stage; `record["log"]` says what was removed and why."""
+    key = Key(
+        "prune",
+        stage.name,
+        stage.entry.VERSION,
+        stage.parameters(),
+        (source_id,),
+        data[1].fingerprint if data else None,
+    )
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        checkpoint = Checkpoint.open(source)
+        arch = checkpoint.arch(context.ignore_keys)
+        asked = stage.entry.statistics(arch)
+        if isinstance(stage.entry, Refitting):
+            asked += stage.entry.passes_with_data(arch)
+        view = ModelView(arch, checkpoint, {})
+        if asked and data:
+            engines = TimedEngines(context, arch, source, source_id)
+            calibration = CalibrationContext(
+                data[1], work.machine, work.scratch, work.progress, engines
+            )
+            view = replace(view, context=calibration)
+            first = [statistic for statistic in asked if not isinstance(statistic, ExtraPass)]
+            view = replace(view, results=view.gather(first))
+        decision = stage.entry.decide(view)
+        after = rewrite(
+            checkpoint,
+            arch,
+            decision.edits,
+            files,
+            ram_bytes=work.machine.ram_bytes,
+            progress=work.progress,
+        )
+        return {
+            "log": dict(decision.log),
+            "parameters": after.arch(context.ignore_keys).parameters(),
+            "bytes": after.nbytes,
+        }
+
+    return context.make(key, f"prune: {stage.name}", build)
+
+
+def run_heal(
+    context: RunContext, stage: Stage, source: Path, source_id: str, data: tuple[Artifact, TokenSet]
+) -> Artifact:
+    """The checkpoint after a heal stage; `record["log"]` holds the loss curve."""
+    key = Key(
+        "heal",
+        stage.name,
+        stage.entry.VERSION,
+        stage.parameters(),
+        (source_id,),
+        data[1].fingerprint,
+    )
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        record = stage.entry.heal(source, data[1], files, work)
+        after = Checkpoint.open(files)
+        return {
+            "log": dict(record.log),
+            "steps": record.steps,
+            "trained_tokens": record.trained_tokens,
+            "bytes": after.nbytes,
+            "parameters": after.arch(context.ignore_keys).parameters(),
+        }
+
+    return context.make(key, f"heal: {stage.name}", build)
