@@ -40,9 +40,9 @@ from typing import Any, Final
 import torch
 
 from prune_export.errors import PruneExportError
+from prune_export.execution import Options, run
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
-from prune_export.run import Options, run
 
 TIMES: Final = frozenset({"seconds", "stamp", "machine", "toolchain", "train_seconds"})
 """Keys of JSON that say when, how long or on what: left out wherever they stand."""

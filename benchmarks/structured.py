@@ -32,15 +32,15 @@ from prune_export import registry
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PruneExportError
+from prune_export.execution.context import RunContext
+from prune_export.execution.engines import export_engine
+from prune_export.execution.inputs import Base, make_tokens, open_base
+from prune_export.execution.measure import engine_speed, perplexity_of
+from prune_export.execution.stages import run_heal, run_prune
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Export, LocalText, Stage, Template
 from prune_export.recipe.stages import Workload
-from prune_export.run.context import RunContext
-from prune_export.run.engines import export_engine
-from prune_export.run.inputs import Base, make_tokens, open_base
-from prune_export.run.measure import engine_speed, perplexity_of
-from prune_export.run.stages import run_heal, run_prune
 from prune_export.store import Artifact, Store
 
 METHODS = {

@@ -19,9 +19,9 @@ from typing import Any
 
 import _result
 
+from prune_export.execution import Options, run
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
-from prune_export.run import Options, run
 
 RECIPE = """
 recipe: 1

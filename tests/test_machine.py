@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from prune_export.execution import Options, plan
 from prune_export.machine import Machine
-from prune_export.plan.limits import what_does_not_fit
+from prune_export.planning.limits import what_does_not_fit
 from prune_export.recipe import Recipe
-from prune_export.run import Options, plan
 
 
 def gpu(patch: pytest.MonkeyPatch, *, free: int, reserved: int = 0, allocated: int = 0) -> None:

@@ -89,10 +89,10 @@ def run(
 
     Killed or interrupted, the same command goes on where it was.
     """
+    from prune_export.execution import Options
+    from prune_export.execution import plan as plan_of
+    from prune_export.execution import run as run_recipe
     from prune_export.recipe import Recipe
-    from prune_export.run import Options
-    from prune_export.run import plan as plan_of
-    from prune_export.run import run as run_recipe
 
     loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
     repo = _destination(loaded.publish.repo, push_to, publish=publish)
@@ -152,9 +152,9 @@ def plan(
 
     The model may be a directory that holds only a config.json.
     """
+    from prune_export.execution import Options
+    from prune_export.execution import plan as plan_of
     from prune_export.recipe import Recipe
-    from prune_export.run import Options
-    from prune_export.run import plan as plan_of
 
     loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
     chosen = Options(

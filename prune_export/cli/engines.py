@@ -15,18 +15,18 @@ from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.cli import console
 from prune_export.contracts import BuildRecord
 from prune_export.errors import CheckpointError, PlanError
+from prune_export.execution.context import RunContext
+from prune_export.execution.engines import export_engine
+from prune_export.execution.inputs import open_base
+from prune_export.execution.result import Result, alone, mend
 from prune_export.machine import Machine, describe
 from prune_export.places import judged
-from prune_export.plan.positions import refuse_long_request, refuse_long_text
+from prune_export.planning.positions import refuse_long_request, refuse_long_text
 from prune_export.progress import Progress
 from prune_export.recipe import Export, LocalText, Recipe
 from prune_export.report import Report
 from prune_export.report.reading import ExportReading
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
-from prune_export.run.context import RunContext
-from prune_export.run.engines import export_engine
-from prune_export.run.inputs import open_base
-from prune_export.run.result import Result, alone, mend
 from prune_export.store import Store
 from prune_export.verify import (
     Effort,

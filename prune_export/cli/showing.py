@@ -12,7 +12,7 @@ from prune_export.cli import console
 from prune_export.units import text_from_bytes, text_from_count, text_from_seconds
 
 if TYPE_CHECKING:
-    from prune_export.plan import Plan
+    from prune_export.planning import Plan
 
 
 def show_plan(planned: Plan, *, as_json: bool) -> None:

@@ -18,10 +18,10 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_config, load_ends, load_model, load_tokenizer
 from prune_export.cli.engines import verified
 from prune_export.errors import CheckpointError
+from prune_export.execution import Options, run
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe
-from prune_export.run import Options, run
 
 CODE = """\
 from pathlib import Path

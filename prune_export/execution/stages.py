@@ -19,9 +19,9 @@ from prune_export.calibrate import (
 )
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Refitting, Work
+from prune_export.execution.context import RunContext
+from prune_export.execution.timing import TimedEngines
 from prune_export.recipe import Stage
-from prune_export.run.context import RunContext
-from prune_export.run.timing import TimedEngines
 from prune_export.store import Artifact, Key
 from prune_export.surgery import rewrite
 

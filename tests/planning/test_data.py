@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from prune_export.calibrate import TokenSet, refuse_short, token_set
 from prune_export.errors import PlanError
+from prune_export.execution import Options, plan, run
 from prune_export.machine import Machine
-from prune_export.plan import sets_of
+from prune_export.planning import sets_of
 from prune_export.recipe import LocalText, Recipe
-from prune_export.run import Options, plan, run
 from prune_export.verify import Engine, measure_generation
 
 PRUNE = {"prune": {"method": "block_influence", "remove": 1}}

@@ -19,11 +19,11 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.machine import Machine
-from prune_export.plan.data import refuse_too_little
-from prune_export.plan.limits import what_does_not_fit, windows_of
-from prune_export.plan.planned import Plan, PlannedStage, Rates, Size
-from prune_export.plan.positions import refuse_long_requests, refuse_long_text
-from prune_export.plan.sparsity_rules import Planned, refuse_impossible, windows_note
+from prune_export.planning.data import refuse_too_little
+from prune_export.planning.limits import what_does_not_fit, windows_of
+from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
+from prune_export.planning.positions import refuse_long_requests, refuse_long_text
+from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
 from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates, unreached
 from prune_export.units import MIB
 from prune_export.verify.generation import refuse_unknown_prompts

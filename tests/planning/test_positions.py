@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from prune_export import registry
 from prune_export.cli.engines import compared, verified
 from prune_export.errors import PlanError
+from prune_export.execution import Options, plan
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe
-from prune_export.run import Options, plan
 
 MACHINE = Machine("cpu", 4 << 30, 0, 1)
 POSITIONS = 64

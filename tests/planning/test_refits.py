@@ -13,10 +13,10 @@ from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.arch.table import table_for
 from prune_export.errors import PlanError
+from prune_export.execution import Options, plan
 from prune_export.machine import Machine
-from prune_export.plan.planned import PlannedStage
+from prune_export.planning.planned import PlannedStage
 from prune_export.recipe import Recipe
-from prune_export.run import Options, plan
 
 
 def planned(

@@ -13,10 +13,10 @@ import yaml
 from prune_export.arch import Arch
 from prune_export.arch.table import table_for
 from prune_export.errors import PlanError
+from prune_export.execution import Options, plan
 from prune_export.machine import Machine
-from prune_export.plan.sparsity_rules import Planned, refuse_impossible, windows_note
+from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
 from prune_export.recipe import Recipe
-from prune_export.run import Options, plan
 
 CPU = Machine("cpu", 8 << 30, 0, 1)
 AMPERE = Machine("cuda", 8 << 30, 8 << 30, 1, 86)

@@ -9,13 +9,13 @@ import onnx
 import pytest
 
 from prune_export.checkpoint import Checkpoint
+from prune_export.execution import Options, run, timing
+from prune_export.execution.context import RunContext
+from prune_export.execution.inputs import open_base
+from prune_export.execution.timing import TimedEngines
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe
-from prune_export.run import Options, run, timing
-from prune_export.run.context import RunContext
-from prune_export.run.inputs import open_base
-from prune_export.run.timing import TimedEngines
 from prune_export.store import Artifact, Store
 
 RECIPE = """\

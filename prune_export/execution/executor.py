@@ -17,12 +17,12 @@ from pathlib import Path
 
 from prune_export.calibrate import TokenSet
 from prune_export.errors import MissingExtra, PlanError, StageError
+from prune_export.execution.context import RunContext
+from prune_export.execution.measure import perplexity_of
+from prune_export.execution.stages import run_heal, run_prune
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Search, Stage
-from prune_export.run.context import RunContext
-from prune_export.run.measure import perplexity_of
-from prune_export.run.stages import run_heal, run_prune
 from prune_export.store import Store
 
 

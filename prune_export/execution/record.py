@@ -7,10 +7,10 @@ from typing import Any
 
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
+from prune_export.execution.context import RunContext
+from prune_export.execution.inputs import Base
 from prune_export.machine import describe
 from prune_export.recipe import PUBLISHED_NAME, Recipe
-from prune_export.run.context import RunContext
-from prune_export.run.inputs import Base
 from prune_export.store import Artifact
 from prune_export.verify.results import Verification
 

@@ -15,8 +15,8 @@ from prune_export.calibrate import (
 )
 from prune_export.checkpoint import Checkpoint, card_license, import_gguf, read_gguf_header
 from prune_export.contracts import Work
+from prune_export.execution.context import RunContext
 from prune_export.recipe import CONVERSATIONS, LocalText, Source, TokenFile
-from prune_export.run.context import RunContext
 from prune_export.store import Artifact, Key, sha256_of_json
 from prune_export.units import text_from_name
 

@@ -17,10 +17,10 @@ from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Work
 from prune_export.errors import PlanError
+from prune_export.execution.context import RunContext
+from prune_export.execution.engines import export_engine
+from prune_export.execution.measure import engine_speed
 from prune_export.recipe import Export, Workload
-from prune_export.run.context import RunContext
-from prune_export.run.engines import export_engine
-from prune_export.run.measure import engine_speed
 from prune_export.store import Artifact, Key
 from prune_export.surgery import Edit, Keep, Overwrite, rewrite
 

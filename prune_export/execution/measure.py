@@ -16,10 +16,10 @@ import numpy as np
 from prune_export import recipe as recipes
 from prune_export.calibrate import TokenSet
 from prune_export.contracts import BuildRecord, Work
+from prune_export.execution.context import RunContext
+from prune_export.execution.inputs import Base
 from prune_export.machine import describe
 from prune_export.recipe import Quality, Recipe
-from prune_export.run.context import RunContext
-from prune_export.run.inputs import Base
 from prune_export.store import Artifact, Key
 from prune_export.verify import (
     Effort,

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from prune_export.ablated import Places
 from prune_export.errors import PlanError
+from prune_export.execution import Options, plan, run
 from prune_export.machine import Machine
-from prune_export.plan import Plan
+from prune_export.planning import Plan
 from prune_export.recipe import Recipe
-from prune_export.run import Options, plan, run
 
 LORA = {"heal": {"method": "lora", "rank": 2, "steps": 1, "batch": 1}}
 FILLS = {"heal": {**LORA["heal"], "keep_zeros": False}}

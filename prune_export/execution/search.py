@@ -13,6 +13,12 @@ from prune_export.arch import Arch
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError, StageError
+from prune_export.execution import executor
+from prune_export.execution.context import RunContext
+from prune_export.execution.engines import export_engine
+from prune_export.execution.executor import Job
+from prune_export.execution.inputs import Base
+from prune_export.execution.measure import dense_latency_ms, engine_speed
 from prune_export.recipe import (
     Candidate,
     Export,
@@ -24,12 +30,6 @@ from prune_export.recipe import (
     templates,
     unreached,
 )
-from prune_export.run import executor
-from prune_export.run.context import RunContext
-from prune_export.run.engines import export_engine
-from prune_export.run.executor import Job
-from prune_export.run.inputs import Base
-from prune_export.run.measure import dense_latency_ms, engine_speed
 from prune_export.store import Artifact, Key
 from prune_export.surgery import Drop, Edit, Keep, rewrite
 

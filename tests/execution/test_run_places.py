@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from prune_export.errors import PlanError
+from prune_export.execution import Options, plan, run
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
-from prune_export.run import Options, plan, run
 
 DEEPEST = """\
 recipe: 1

@@ -17,19 +17,19 @@ from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
 from prune_export.contracts import HasSparsity
 from prune_export.errors import PlanError, StageError
+from prune_export.execution.context import RunContext
+from prune_export.execution.engines import export_engine
+from prune_export.execution.inputs import Base, make_tokens, open_base
+from prune_export.execution.measure import measure_run
+from prune_export.execution.record import report_of
+from prune_export.execution.result import Result, alone, lock_of, mend, versions
+from prune_export.execution.search import run_search
+from prune_export.execution.stages import run_heal, run_prune
 from prune_export.machine import Machine
-from prune_export.plan import CALIBRATION, Plan, make_plan, sets_of
+from prune_export.planning import CALIBRATION, Plan, make_plan, sets_of
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage
 from prune_export.report import write_report
-from prune_export.run.context import RunContext
-from prune_export.run.engines import export_engine
-from prune_export.run.inputs import Base, make_tokens, open_base
-from prune_export.run.measure import measure_run
-from prune_export.run.record import report_of
-from prune_export.run.result import Result, alone, lock_of, mend, versions
-from prune_export.run.search import run_search
-from prune_export.run.stages import run_heal, run_prune
 from prune_export.store import Artifact, Store
 from prune_export.temporary import sweep
 from prune_export.verify import Engine, check_tasks

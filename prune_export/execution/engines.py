@@ -12,8 +12,8 @@ from prune_export.calibrate import (
     TokenSet,
 )
 from prune_export.contracts import Work
+from prune_export.execution.context import RunContext
 from prune_export.recipe import Export
-from prune_export.run.context import RunContext
 from prune_export.store import Artifact, Key
 
 

@@ -5,8 +5,8 @@ are looked at, so a plan takes seconds for a model of any size, and works for on
 config. Whatever can be known to fail, fails here as a `PlanError`, with nothing written.
 """
 
-from prune_export.plan.data import CALIBRATION, sets_of
-from prune_export.plan.making import make_plan
-from prune_export.plan.planned import Plan, PlannedStage, Rates, Size
+from prune_export.planning.data import CALIBRATION, sets_of
+from prune_export.planning.making import make_plan
+from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
 
 __all__ = ["CALIBRATION", "Plan", "PlannedStage", "Rates", "Size", "make_plan", "sets_of"]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from prune_export.errors import PlanError
+from prune_export.execution import Options, plan, run
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
-from prune_export.run import Options, plan, run
 
 RECIPE = """\
 recipe: 1
@@ -101,7 +101,7 @@ def test_one_run_at_a_time_puts_a_result_together(
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held.append(lock.name)
 
-    monkeypatch.setattr("prune_export.run.write_report", written)
+    monkeypatch.setattr("prune_export.execution.write_report", written)
     text = "recipe: 1\nstages: [{prune: {method: deepest, remove: 1}}]\n"
     run(Recipe.parse(text + "verify: {generation: false}\n"), str(tiny_llama), options)
     assert held

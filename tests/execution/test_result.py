@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from prune_export.errors import PlanError, StageError
+from prune_export.execution.result import Result, alone, mend
 from prune_export.places import judged
-from prune_export.run.result import Result, alone, mend
 from prune_export.written import HELD, LOCK, SUMS, WORK
 
 OLD = {"config.json": "old", "model.safetensors": "old", "gone.txt": "old", "onnx/a.onnx": "old"}

@@ -16,6 +16,11 @@ from tiny_models import random_model
 
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError, StageError
+from prune_export.execution import Options, executor, plan, run
+from prune_export.execution.context import RunContext
+from prune_export.execution.executor import Job
+from prune_export.execution.inputs import Base
+from prune_export.execution.search import _going_on, _Row, _rows, _shaped
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe, Search, Template
@@ -23,13 +28,8 @@ from prune_export.recipe.search import Candidate, Target, outside_of_blocks
 from prune_export.report import style
 from prune_export.report.pareto import frontier, pareto
 from prune_export.report.reading import CandidateReading, SearchReading
-from prune_export.run import Options, executor, plan, run
-from prune_export.run.context import RunContext
-from prune_export.run.executor import Job
-from prune_export.run.inputs import Base
-from prune_export.run.search import _going_on, _Row, _rows, _shaped
 from prune_export.store import Store
-from tests.run.test_run import SEARCH, STABLE, hashes
+from tests.execution.test_run import SEARCH, STABLE, hashes
 
 GRID = """\
       grid:

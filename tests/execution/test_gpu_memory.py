@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from prune_export.errors import StageError
+from prune_export.execution.context import RunContext
+from prune_export.execution.executor import Desk
+from prune_export.execution.stages import run_prune
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe
-from prune_export.run.context import RunContext
-from prune_export.run.executor import Desk
-from prune_export.run.stages import run_prune
 from prune_export.store import Key, Store
 
 GPU = Machine("cuda", 8 << 30, 80 << 30, 4, 90)

@@ -9,11 +9,11 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from prune_export.execution.context import RunContext
+from prune_export.execution.inputs import Base, make_tokens
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import LocalText
-from prune_export.run.context import RunContext
-from prune_export.run.inputs import Base, make_tokens
 from prune_export.store import Artifact, Key, Store
 
 

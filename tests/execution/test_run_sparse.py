@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from prune_export.execution import Options, measure, run
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
-from prune_export.run import Options, measure, run
 from prune_export.verify import Engine
 from prune_export.verify.results import Speed, Workload
 
