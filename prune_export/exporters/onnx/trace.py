@@ -17,6 +17,7 @@ from torch import nn
 
 from prune_export.errors import PlanError
 from prune_export.exporters._shared.quiet import quiet
+from prune_export.exporters._shared.repeatable import sets_in_order
 from prune_export.exporters._shared.trim import Trim
 from prune_export.exporters.onnx.fuse import optimize
 from prune_export.exporters.onnx.markers import DOMAIN, NAME, OTHER, registered
@@ -65,7 +66,7 @@ def trace(
     _reduce(model, blocks, firsts)
     wrapper = _Wrapper(model, last)
     _mark(model.get_submodule(blocks))
-    with registered():
+    with registered(), sets_in_order(model):
         graph = _graph_of(wrapper, config)
     routers = _routers(model)
     names = (
