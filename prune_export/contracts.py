@@ -209,10 +209,15 @@ class Runner(Protocol):
 class Exporter(Protocol):
     """Turns a checkpoint into an engine with a KV cache, and opens it again.
 
-    One whose engines hold machine code, so that opening a stranger's would run it, says so with
-    `RUNS_CODE: ClassVar[bool] = True`; one whose engines run on some devices only, with
-    `RUNS_ON: ClassVar[frozenset[str]] = frozenset({"cuda"})`; one that reads calibration data, with
-    a property `calibrates`.
+    What else is to be known of its engines are class attributes, each with a default
+    (`exporter_facts.ExporterFacts`):
+
+    RUNS_CODE: bool                   they hold machine code, so opening a stranger's would run it
+    RUNS_ON: frozenset[str] | None    the devices that they run on, `frozenset({"cuda"})`; None: any
+    PACKAGES: tuple[str, ...]         the distributions whose versions change what they do
+    SPARSE_NOTE: SparseNote           what a report says beside their sparse weights
+    EXAMPLE: str                      a template beside it: how to run one, for the model card
+    calibrates: bool                  it reads calibration data; may be a property of its keys
     """
 
     VERSION: ClassVar[str]

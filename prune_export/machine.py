@@ -10,9 +10,14 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import psutil
+
+from prune_export.exporter_facts import packages_of_exporters
+
+_COMPUTING: Final = ("torch", "transformers")
+_HEALING: Final = ("peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -94,19 +99,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "gpu": _gpu_name(),
     }
-    packages = (
-        "torch",
-        "transformers",
-        "onnx",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "onnxruntime-genai",
-        "tensorrt",
-        "tensorrt_rtx_cu13_bindings",
-        "peft",
-        "bitsandbytes",
-        "prune-export",
-    )
+    packages = (*_COMPUTING, *packages_of_exporters(), *_HEALING, "prune-export")
     found |= {package: version(package) for package in packages}
     return {key: value for key, value in found.items() if value}
 

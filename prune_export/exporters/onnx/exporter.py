@@ -30,6 +30,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_config
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
+from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.ort_providers import (
     Profile,
     Provider,
@@ -93,6 +94,16 @@ class Onnx:
 
     VERSION: ClassVar[str] = "3"
     DIRECTORY: ClassVar[str] = "onnx"
+    RUNS_CODE: ClassVar[bool] = False
+    RUNS_ON: ClassVar[frozenset[str] | None] = None
+    PACKAGES: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "onnxruntime-gpu")
+    SPARSE_NOTE: ClassVar[SparseNote] = SparseNote(
+        unasked="multiplied dense: no kernels for sparse weights here",
+        asked="the exporter `tensorrt` tells what is chosen",
+    )
+    EXAMPLE: ClassVar[str] = "example.md.j2"
+
+    calibrates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._provider()  # which refuses what cannot be

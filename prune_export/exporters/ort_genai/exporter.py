@@ -33,6 +33,7 @@ from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import CheckpointError, MissingExtra, PlanError, StageError
+from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.ort_providers import runtime_version
 from prune_export.exporters._shared.trim import Trim
 from prune_export.exporters.ort_genai.graph import decode_bytes
@@ -56,6 +57,15 @@ class OrtGenai:
 
     VERSION: ClassVar[str] = "2"
     DIRECTORY: ClassVar[str] = "genai"
+    RUNS_CODE: ClassVar[bool] = False
+    RUNS_ON: ClassVar[frozenset[str] | None] = None
+    PACKAGES: ClassVar[tuple[str, ...]] = ("onnxruntime-genai",)
+    SPARSE_NOTE: ClassVar[SparseNote] = SparseNote(
+        unasked="multiplied dense: no kernels for sparse weights here",
+    )
+    EXAMPLE: ClassVar[str] = "example.md.j2"
+
+    calibrates: ClassVar[bool] = False
 
     precision: Annotated[
         Literal["fp32", "fp16", "int8", "int4"],

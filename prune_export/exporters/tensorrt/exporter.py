@@ -27,6 +27,7 @@ from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
+from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.rope import refuse_rope
 from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.tensorrt import rules
@@ -98,7 +99,10 @@ class Tensorrt:
     VERSION: ClassVar[str] = "1"
     DIRECTORY: ClassVar[str] = "tensorrt"
     RUNS_CODE: ClassVar[bool] = True
-    RUNS_ON: ClassVar[frozenset[str]] = frozenset({"cuda"})
+    RUNS_ON: ClassVar[frozenset[str] | None] = frozenset({"cuda"})
+    PACKAGES: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt_rtx_cu13_bindings")
+    SPARSE_NOTE: ClassVar[SparseNote] = SparseNote()
+    EXAMPLE: ClassVar[str] = ""
 
     @property
     def calibrates(self) -> bool:
