@@ -8,7 +8,7 @@ shows a complete method.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Final, Protocol, Self, runtime_checkable
@@ -180,6 +180,33 @@ class BuildRecord:
     toolchain: Mapping[str, str]
     notes: tuple[str, ...] = ()
     sparsity: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the store keeps of an export and report.json says of an engine, as JSON types."""
+        return asdict(self) | {
+            "parameters": dict(self.parameters),
+            "toolchain": dict(self.toolchain),
+            "notes": list(self.notes),
+            "sparsity": dict(self.sparsity),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> BuildRecord:
+        """What `to_json` wrote; of a report's engine, which may say less, the rest is empty or 0.
+
+        Keys that stand beside it there, as the engine's directory, are left out.
+        """
+        return BuildRecord(
+            exporter=data["exporter"],
+            version=data.get("version", ""),
+            parameters=dict(data.get("parameters", {})),
+            graph=data.get("graph", ""),
+            weight_bytes=data.get("weight_bytes") or 0,
+            seconds=data.get("seconds") or 0.0,
+            toolchain=dict(data.get("toolchain", {})),
+            notes=tuple(data.get("notes", ())),
+            sparsity=dict(data.get("sparsity", {})),
+        )
 
 
 class Runner(Protocol):
