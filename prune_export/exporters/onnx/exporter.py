@@ -12,7 +12,6 @@ block without attention has none; their head counts are in the graph's inputs.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -39,6 +38,7 @@ from prune_export.exporters._shared.ort_providers import (
     runtime_version,
 )
 from prune_export.exporters._shared.rope import refuse_rope
+from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
@@ -178,7 +178,7 @@ class Onnx:
         source = weight_files.Source.of(opened, trace)
         narrow = replace(source, trim=trim)
         weight_files.write(stamped, narrow, dtype, out, work.progress)
-        _carry(opened, out)
+        copy_side_files(opened, out)
         slid = self._slid(out, work)
         with work.progress.task("compare with PyTorch", 1) as task:
             note = self._compared(out, config, narrow, stamped.weights, work.machine)
@@ -251,12 +251,6 @@ class Onnx:
             out / "model.onnx", config, source, dtype, machine, weights=weights, prepack=prepack
         )
         return f"logits within {error:.1e} of PyTorch's, relative to the largest"
-
-
-def _carry(opened: Checkpoint, out: Path) -> None:
-    """Config, tokenizer, chat template and generation config, as the checkpoint has them."""
-    for path in (opened.path / "config.json", *opened.side_files()):
-        shutil.copyfile(path, out / path.name)
 
 
 def _toolchain() -> Mapping[str, str]:
