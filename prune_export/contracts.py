@@ -135,6 +135,15 @@ class TracksAblations(Protocol):
         """
 
 
+@runtime_checkable
+class TimesMachine(Protocol):
+    """What a method has besides where how fast this machine is may decide what it cuts."""
+
+    @property
+    def times_machine(self) -> bool:
+        """Whether it does with these keys: then the id of what it makes says which machine."""
+
+
 @dataclass(frozen=True)
 class HealRecord:
     """What healing did; `log` is JSON with `loss` as [[step, loss, learning rate], …]."""

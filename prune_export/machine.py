@@ -1,7 +1,8 @@
 """What this machine has, and how much of it the work may use.
 
-Machine settings are recorded beside results and never hashed into an artifact's id: the same
-recipe on another machine is the same artifact.
+Machine settings are recorded beside results and not hashed into an artifact's id: the same recipe
+on another machine is the same artifact. What timed this machine is the exception
+(`Machine.timing_identity`): its id says which one.
 """
 
 from __future__ import annotations
@@ -34,6 +35,15 @@ class Machine:
     gpu_bytes: int
     threads: int
     capability: int = 0
+
+    def timing_identity(self) -> dict[str, str]:
+        """What a time that was measured here depends on: device, processor, GPU and threads."""
+        found = {
+            "device": self.device,
+            "processor": _processor(),
+            "threads": str(self.threads),
+        }
+        return found | ({"gpu": _gpu_name()} if self.device == "cuda" else {})
 
     @staticmethod
     def detect(

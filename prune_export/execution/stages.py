@@ -18,7 +18,7 @@ from prune_export.calibrate import (
     TokenSet,
 )
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Refitting, Work
+from prune_export.contracts import Refitting, TimesMachine, Work
 from prune_export.errors import PlanError
 from prune_export.execution.context import RunContext
 from prune_export.execution.timing import TimedEngines
@@ -54,11 +54,14 @@ def run_prune(
     data: tuple[Artifact, TokenSet] | None,
 ) -> Artifact:
     """The checkpoint after a prune stage; `record["log"]` says what was removed and why."""
+    parameters = stage.parameters()
+    if isinstance(stage.entry, TimesMachine) and stage.entry.times_machine:
+        parameters["timed on"] = context.machine.timing_identity()
     key = Key(
         "prune",
         stage.name,
         stage.entry.VERSION,
-        stage.parameters(),
+        parameters,
         (source_id,),
         data[1].fingerprint if data else None,
     )
