@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Final, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Final, Protocol, Self, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -55,13 +55,43 @@ class Work:
     tokens: TokenSet | None = None
 
 
+class RefitLog(TypedDict, total=False):
+    """What a depth method says of the projections that it refitted at the seams of its cut."""
+
+    taken: bool
+    why: str
+    seams: list[dict[str, Any]]
+    held_out_loss: list[float] | None
+
+
+class StageLog(TypedDict, total=False):
+    """The keys of a stage's log that a report reads; others may stand beside them.
+
+    `dropped` and `kept` are blocks, for depth methods; `distance_map` is (L+1) x (L+1), None where
+    undefined; `block_scores` one number a block, and `block_score_name` says of what. Who makes
+    zeros gives `mask_digest`, `zeros`, `weights` and `pattern`. `loss` is of healing: [step, loss,
+    learning rate] of each logged step. `notes` are sentences that the report repeats.
+    """
+
+    dropped: list[int] | None
+    kept: list[int] | None
+    distance_map: list[list[float | None]] | None
+    block_scores: list[float | None] | None
+    block_score_name: str | None
+    refit: RefitLog | None
+    mask_digest: str
+    zeros: int
+    weights: int
+    pattern: str
+    loss: list[list[Any]] | None
+    notes: list[str] | None
+
+
 @dataclass(frozen=True)
 class Decision:
     """What a method decided: the edits, and why, for the manifest and the report.
 
-    `log` is JSON: `dropped` and `kept` for depth methods; `distance_map` ((L+1) x (L+1), None
-    where undefined) and `block_scores` (one number a block, `block_score_name` says of what) where
-    the method has them.
+    `log` is JSON; what a report can show of it are the keys of `StageLog`.
     """
 
     edits: Iterable[Edit]
@@ -146,7 +176,7 @@ class TimesMachine(Protocol):
 
 @dataclass(frozen=True)
 class HealRecord:
-    """What healing did; `log` is JSON with `loss` as [[step, loss, learning rate], …]."""
+    """What healing did; `log` is JSON, with `loss` as `StageLog` has it."""
 
     steps: int
     trained_tokens: int
