@@ -8,10 +8,10 @@ shows a complete method.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Final, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Final, Protocol, Self, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -55,13 +55,43 @@ class Work:
     tokens: TokenSet | None = None
 
 
+class RefitLog(TypedDict, total=False):
+    """What a depth method says of the projections that it refitted at the seams of its cut."""
+
+    taken: bool
+    why: str
+    seams: list[dict[str, Any]]
+    held_out_loss: list[float] | None
+
+
+class StageLog(TypedDict, total=False):
+    """The keys of a stage's log that a report reads; others may stand beside them.
+
+    `dropped` and `kept` are blocks, for depth methods; `distance_map` is (L+1) x (L+1), None where
+    undefined; `block_scores` one number a block, and `block_score_name` says of what. Who makes
+    zeros gives `mask_digest`, `zeros`, `weights` and `pattern`. `loss` is of healing: [step, loss,
+    learning rate] of each logged step. `notes` are sentences that the report repeats.
+    """
+
+    dropped: list[int] | None
+    kept: list[int] | None
+    distance_map: list[list[float | None]] | None
+    block_scores: list[float | None] | None
+    block_score_name: str | None
+    refit: RefitLog | None
+    mask_digest: str
+    zeros: int
+    weights: int
+    pattern: str
+    loss: list[list[Any]] | None
+    notes: list[str] | None
+
+
 @dataclass(frozen=True)
 class Decision:
     """What a method decided: the edits, and why, for the manifest and the report.
 
-    `log` is JSON: `dropped` and `kept` for depth methods; `distance_map` ((L+1) x (L+1), None
-    where undefined) and `block_scores` (one number a block, `block_score_name` says of what) where
-    the method has them.
+    `log` is JSON; what a report can show of it are the keys of `StageLog`.
     """
 
     edits: Iterable[Edit]
@@ -135,9 +165,18 @@ class TracksAblations(Protocol):
         """
 
 
+@runtime_checkable
+class TimesMachine(Protocol):
+    """What a method has besides where how fast this machine is may decide what it cuts."""
+
+    @property
+    def times_machine(self) -> bool:
+        """Whether it does with these keys: then the id of what it makes says which machine."""
+
+
 @dataclass(frozen=True)
 class HealRecord:
-    """What healing did; `log` is JSON with `loss` as [[step, loss, learning rate], …]."""
+    """What healing did; `log` is JSON, with `loss` as `StageLog` has it."""
 
     steps: int
     trained_tokens: int
@@ -181,6 +220,33 @@ class BuildRecord:
     notes: tuple[str, ...] = ()
     sparsity: Mapping[str, Any] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """What the store keeps of an export and report.json says of an engine, as JSON types."""
+        return asdict(self) | {
+            "parameters": dict(self.parameters),
+            "toolchain": dict(self.toolchain),
+            "notes": list(self.notes),
+            "sparsity": dict(self.sparsity),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> BuildRecord:
+        """What `to_json` wrote; of a report's engine, which may say less, the rest is empty or 0.
+
+        Keys that stand beside it there, as the engine's directory, are left out.
+        """
+        return BuildRecord(
+            exporter=data["exporter"],
+            version=data.get("version", ""),
+            parameters=dict(data.get("parameters", {})),
+            graph=data.get("graph", ""),
+            weight_bytes=data.get("weight_bytes") or 0,
+            seconds=data.get("seconds") or 0.0,
+            toolchain=dict(data.get("toolchain", {})),
+            notes=tuple(data.get("notes", ())),
+            sparsity=dict(data.get("sparsity", {})),
+        )
+
 
 class Runner(Protocol):
     """An opened engine with its KV cache inside; a context manager that frees it on exit.
@@ -209,10 +275,15 @@ class Runner(Protocol):
 class Exporter(Protocol):
     """Turns a checkpoint into an engine with a KV cache, and opens it again.
 
-    One whose engines hold machine code, so that opening a stranger's would run it, says so with
-    `RUNS_CODE: ClassVar[bool] = True`; one whose engines run on some devices only, with
-    `RUNS_ON: ClassVar[frozenset[str]] = frozenset({"cuda"})`; one that reads calibration data, with
-    a property `calibrates`.
+    What else is to be known of its engines are class attributes, each with a default
+    (`exporter_facts.ExporterFacts`):
+
+    RUNS_CODE: bool                   they hold machine code, so opening a stranger's would run it
+    RUNS_ON: frozenset[str] | None    the devices that they run on, `frozenset({"cuda"})`; None: any
+    PACKAGES: tuple[str, ...]         the distributions whose versions change what they do
+    SPARSE_NOTE: SparseNote           what a report says beside their sparse weights
+    EXAMPLE: str                      a template beside it: how to run one, for the model card
+    calibrates: bool                  it reads calibration data; may be a property of its keys
     """
 
     VERSION: ClassVar[str]

@@ -1,7 +1,8 @@
 """What this machine has, and how much of it the work may use.
 
-Machine settings are recorded beside results and never hashed into an artifact's id: the same
-recipe on another machine is the same artifact.
+Machine settings are recorded beside results and not hashed into an artifact's id: the same recipe
+on another machine is the same artifact. What timed this machine is the exception
+(`Machine.timing_identity`): its id says which one.
 """
 
 from __future__ import annotations
@@ -10,9 +11,14 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import psutil
+
+from prune_export.exporter_facts import packages_of_exporters
+
+_COMPUTING: Final = ("torch", "transformers")
+_HEALING: Final = ("peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,15 @@ class Machine:
     gpu_bytes: int
     threads: int
     capability: int = 0
+
+    def timing_identity(self) -> dict[str, str]:
+        """What a time that was measured here depends on: device, processor, GPU and threads."""
+        found = {
+            "device": self.device,
+            "processor": _processor(),
+            "threads": str(self.threads),
+        }
+        return found | ({"gpu": _gpu_name()} if self.device == "cuda" else {})
 
     @staticmethod
     def detect(
@@ -94,19 +109,7 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "gpu": _gpu_name(),
     }
-    packages = (
-        "torch",
-        "transformers",
-        "onnx",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "onnxruntime-genai",
-        "tensorrt",
-        "tensorrt_rtx_cu13_bindings",
-        "peft",
-        "bitsandbytes",
-        "prune-export",
-    )
+    packages = (*_COMPUTING, *packages_of_exporters(), *_HEALING, "prune-export")
     found |= {package: version(package) for package in packages}
     return {key: value for key, value in found.items() if value}
 

@@ -22,7 +22,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,15 @@ def build(entry: Any, variant: Variant, out: Path, work: Work) -> Built:
     """The engine in `out`, built unless it is there."""
     kept = out / "record.json"
     if kept.is_file():
-        return Built(variant, BuildRecord(**json.loads(kept.read_text(encoding="utf-8"))), out)
+        return Built(
+            variant, BuildRecord.from_json(json.loads(kept.read_text(encoding="utf-8"))), out
+        )
     out.mkdir(parents=True, exist_ok=True)
     scratch = work.scratch / out.name
     scratch.mkdir(parents=True, exist_ok=True)
     entry.check(Checkpoint.open(variant.checkpoint).arch(), work.machine)
     record = entry.export(variant.checkpoint, out, replace(work, scratch=scratch))
-    kept.write_text(json.dumps(asdict(record)), encoding="utf-8")
+    kept.write_text(json.dumps(record.to_json()), encoding="utf-8")
     return Built(variant, record, out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -125,8 +125,9 @@ def verified(
     report = _report(directory)
     made = any("mask_digest" in stage.log for stage in report.stages) if report else False
     for export in report.exports if report else ():
-        sparse = measure_sparsity(_record(export), directory / export.directory)
-        found.sparsity.extend(not_from_rounding(sparse, _record(export), zeros_made=made))
+        record = BuildRecord.from_json(asdict(export))
+        sparse = measure_sparsity(record, directory / export.directory)
+        found.sparsity.extend(not_from_rounding(sparse, record, zeros_made=made))
     found.generation.append(
         measure_generation("result", reference, directory, machine, progress=progress)
     )
@@ -234,7 +235,7 @@ def _engines(directory: Path, trust: bool, store: Path) -> dict[str, Engine]:
         path = directory / export.directory
         if not path.is_dir():
             raise CheckpointError(str(path), "is missing, but report.json names it", "export again")
-        engine = Engine(export.exporter, path, export.parameters, export.weight_bytes or 0)
+        engine = Engine.of(BuildRecord.from_json(asdict(export)), path)
         if engine.runs_code and (trust or _made_here(store, path)):
             engine = replace(engine, trusted=True)
         found[export.exporter] = engine
@@ -263,14 +264,6 @@ def _exports(directory: Path) -> list[ExportReading]:
 def _report(directory: Path) -> Report | None:
     file = directory / "report.json"
     return Report.load(file) if file.is_file() else None
-
-
-def _record(export: ExportReading) -> BuildRecord:
-    return BuildRecord(
-        export.exporter, export.version, export.parameters, export.graph,
-        export.weight_bytes or 0, export.seconds or 0.0, export.toolchain, tuple(export.notes),
-        export.sparsity,
-    )  # fmt: skip
 
 
 def _text(

@@ -24,7 +24,7 @@ from prune_export.execution.measure import measure_run
 from prune_export.execution.record import report_of
 from prune_export.execution.result import Result, alone, lock_of, mend, versions
 from prune_export.execution.search import run_search
-from prune_export.execution.stages import run_heal, run_prune
+from prune_export.execution.stages import run_stage
 from prune_export.machine import Machine
 from prune_export.planning import CALIBRATION, Plan, make_plan, sets_of
 from prune_export.progress import Progress, Silent
@@ -212,12 +212,7 @@ def _stages(
             carried += found.stages
             searches.append(found.table)
             continue
-        if stage.kind == "heal":
-            if tokens is None:
-                raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
-            made.append(run_heal(context, stage, source.path, source.id, tokens))
-        else:
-            made.append(run_prune(context, stage, source.path, source.id, tokens))
+        made.append(run_stage(context, stage, source.path, source.id, tokens))
         carried.append(stage)
     return replace(recipe, stages=tuple(carried)), made, searches
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from prune_export.calibrate import (
     TokenSet,
 )
-from prune_export.contracts import Work
+from prune_export.contracts import BuildRecord, Work
 from prune_export.execution.context import RunContext
 from prune_export.recipe import Export
 from prune_export.store import Artifact, Key
@@ -42,12 +41,7 @@ def export_engine(
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
         work = replace(work, tokens=read)
-        record = dataclasses.asdict(export.entry.export(source, files, work))
-        return record | {
-            "parameters": dict(record["parameters"]),
-            "notes": list(record["notes"]),
-            "toolchain": dict(record["toolchain"]),
-            "sparsity": dict(record["sparsity"]),
-        }
+        record: BuildRecord = export.entry.export(source, files, work)
+        return record.to_json()
 
     return context.make(key, f"export: {export.name}{of}", build)

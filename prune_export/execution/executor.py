@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prune_export.calibrate import TokenSet
-from prune_export.errors import MissingExtra, PlanError, StageError
+from prune_export.errors import MissingExtra, StageError
 from prune_export.execution.context import RunContext
 from prune_export.execution.measure import perplexity_of
-from prune_export.execution.stages import run_heal, run_prune
+from prune_export.execution.stages import run_stage
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Search, Stage
@@ -103,12 +103,7 @@ def done(context: RunContext, job: Job) -> Done:
             artifact = context.store.get(job.data[stage.data])
             assert artifact is not None, "data is made before any candidate"
             tokens = artifact, TokenSet.load(artifact.path / "tokens.safetensors")
-        if stage.kind == "heal":
-            if tokens is None:
-                raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
-            result = run_heal(context, stage, path, id_, tokens)
-        else:
-            result = run_prune(context, stage, path, id_, tokens)
+        result = run_stage(context, stage, path, id_, tokens)
         path, id_ = result.path, result.id
         made.append(id_)
     validation = context.store.get(job.data[job.validation])

@@ -124,7 +124,8 @@ def measure_run(
     for artifact, twin in zip(exports, twins, strict=True):
         sparse = _sparsity(context, asked.speed, artifact, twin, ids)
         made = any("mask_digest" in stage.record["log"] for stage in stages)
-        found.sparsity.extend(not_from_rounding(sparse, _record(artifact), zeros_made=made))
+        record = BuildRecord.from_json(artifact.record)
+        found.sparsity.extend(not_from_rounding(sparse, record, zeros_made=made))
     if quality:
         found.gates.extend(perplexity_gates(found.perplexity, points[-1].name, quality.at_most))
     return found
@@ -144,14 +145,9 @@ def _points(recipe: Recipe, base: Base, stages: Sequence[Artifact]) -> list[Poin
     return points
 
 
-def _record(artifact: Artifact) -> BuildRecord:
-    record = dict(artifact.record)
-    record["notes"] = tuple(record["notes"])
-    return BuildRecord(**record)
-
-
 def _engine(artifact: Artifact) -> Engine:
-    return Engine.of(_record(artifact), artifact.path, trusted=True)  # this store made it
+    record = BuildRecord.from_json(artifact.record)
+    return Engine.of(record, artifact.path, trusted=True)  # this store made it
 
 
 def _any_ids(text: TokenSet | None, data: Mapping[str, TokenSet]) -> np.ndarray:
@@ -270,7 +266,7 @@ def _sparsity(
     ids: np.ndarray,
 ) -> list[Sparsity]:
     """What the engine shows of sparsity; its gain over the same engine without, if asked for."""
-    record = _record(artifact)
+    record = BuildRecord.from_json(artifact.record)
     name = record.exporter
     found = _kept(
         context, "sparsity", f"verify: sparse weights of {name}", list[Sparsity], (artifact.id,),

@@ -18,12 +18,32 @@ from prune_export.calibrate import (
     TokenSet,
 )
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Refitting, Work
+from prune_export.contracts import Refitting, TimesMachine, Work
+from prune_export.errors import PlanError
 from prune_export.execution.context import RunContext
 from prune_export.execution.timing import TimedEngines
 from prune_export.recipe import Stage
 from prune_export.store import Artifact, Key
 from prune_export.surgery import rewrite
+
+
+def run_stage(
+    context: RunContext,
+    stage: Stage,
+    source: Path,
+    source_id: str,
+    data: tuple[Artifact, TokenSet] | None,
+) -> Artifact:
+    """The checkpoint after a prune or heal stage; `data` is the token set that the stage names.
+
+    Raises:
+        PlanError: a heal stage has no data.
+    """
+    if stage.kind != "heal":
+        return run_prune(context, stage, source, source_id, data)
+    if data is None:
+        raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
+    return run_heal(context, stage, source, source_id, data)
 
 
 def run_prune(
@@ -34,11 +54,14 @@ def run_prune(
     data: tuple[Artifact, TokenSet] | None,
 ) -> Artifact:
     """The checkpoint after a prune stage; `record["log"]` says what was removed and why."""
+    parameters = stage.parameters()
+    if isinstance(stage.entry, TimesMachine) and stage.entry.times_machine:
+        parameters["timed on"] = context.machine.timing_identity()
     key = Key(
         "prune",
         stage.name,
         stage.entry.VERSION,
-        stage.parameters(),
+        parameters,
         (source_id,),
         data[1].fingerprint if data else None,
     )

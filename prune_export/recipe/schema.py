@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from prune_export import registry
 from prune_export.errors import PlanError, RecipeError, did_you_mean
+from prune_export.exporter_facts import calibrates
 from prune_export.recipe.document import Document, Path_
 from prune_export.recipe.grid import TO_TARGET
 from prune_export.recipe.refusals import translated
@@ -101,7 +102,7 @@ class Export:
     @property
     def calibrates(self) -> bool:
         """Whether it reads calibration data."""
-        return bool(getattr(self.entry, "calibrates", False))
+        return calibrates(self.entry)
 
 
 def sources(document: Document) -> dict[str, Source]:

@@ -6,6 +6,7 @@ cannot open a table cell, a fence or a tag of its own.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final
 
 import jinja2
@@ -22,6 +24,7 @@ from markupsafe import Markup
 
 from prune_export import registry
 from prune_export.escapes import escaped_page
+from prune_export.exporter_facts import ExporterFacts
 from prune_export.report import table
 from prune_export.report.caveats import caveats
 from prune_export.report.figures import figure_names
@@ -72,6 +75,7 @@ def model_card(report: Report | Mapping[str, Any], *, repo_id: str | None = None
         failures=[one.text for one in found if one.kind == "failure"],
         limits=[one.text for one in found if one.kind == "limit"],
         papers=_cited(report),
+        examples=_examples(report, repo_id),
     )  # fmt: skip
     front = card_data(report, repo_id=repo_id).to_yaml()
     return escaped_page(f"---\n{front}\n---\n\n{body}")
@@ -203,6 +207,19 @@ def _cited(report: Report) -> list[tuple[str, Paper]]:
         for name in names
         for arxiv in sources(name)
     ]
+
+
+def _examples(report: Report, repo_id: str | None) -> list[Markup]:
+    """How each engine is run, the shortest first; exporters bring their templates."""
+    found = []
+    for export in report.exports:
+        example = ExporterFacts.of_name(export.exporter).example
+        if not example:
+            continue
+        home = Path(inspect.getfile(registry.find("exporters", export.exporter)))
+        text = home.with_name(example).read_text(encoding="utf-8")
+        found.append(_environment().from_string(text).render(export=export, repo_id=repo_id))
+    return [Markup(text) for text in sorted(filter(str.strip, found), key=len)]
 
 
 def _flat(text: str) -> str:

@@ -7,11 +7,12 @@ that nobody computes with may hold anything, within bounds that keep drawing and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from prune_export.contracts import StageLog
 from prune_export.errors import CheckpointError
 from prune_export.files import DEEPEST, is_deeper
 
@@ -84,7 +85,10 @@ def _target(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-Log = Annotated[dict[str, Any], AfterValidator(_log)]
+if TYPE_CHECKING:  # readers may use the keys of the contract alone, and find them typed
+    Log = StageLog
+else:
+    Log = Annotated[dict[str, Any], AfterValidator(_log)]
 """A method's or the healer's account: the parts that figures are made of have their types."""
 Data = Annotated[dict[str, Any], AfterValidator(_data)]
 Target = Annotated[dict[str, Any], AfterValidator(_target)]

@@ -25,6 +25,7 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from prune_export.contracts import StageLog
 from prune_export.report import panels, style, sweeps
 from prune_export.report.pareto import pareto
 from prune_export.report.reading import Report, StageReading
@@ -135,12 +136,12 @@ def _plan(report: Report) -> list[_Planned]:
     return found
 
 
-def draw_inspection(log: Mapping[str, Any], model: str, path: Path) -> None:
+def draw_inspection(log: StageLog, model: str, path: Path) -> None:
     """Writes one PNG of what was found before any cut: the distance map beside the block scores.
 
     `log` has `distance_map`, `block_scores` and `block_score_name`, as a method's decision does.
     """
-    stage = StageReading(index=0, kind="prune", name="inspect", log=dict(log))
+    stage = StageReading(index=0, kind="prune", name="inspect", log=log)
     with style.styled():
         figure = style.new_figure(11.5, 4.6)
         figure.suptitle(style.label(model, 60), x=0.006, ha="left", fontsize=10.5, color=style.INK)
@@ -150,7 +151,7 @@ def draw_inspection(log: Mapping[str, Any], model: str, path: Path) -> None:
         style.save(figure, path)
 
 
-def has_map(log: Mapping[str, Any]) -> bool:
+def has_map(log: StageLog) -> bool:
     """Whether a stage's log holds a distance map with something in it."""
     table = log.get("distance_map") or ()
     return len(table) > 1 and any(value is not None for row in table for value in row)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from prune_export.contracts import StageLog
 from prune_export.errors import CheckpointError, RecipeError
 from prune_export.files import REPORT_BYTES, read_json_object
 from prune_export.recipe import document
@@ -79,7 +80,7 @@ class StageReading:
     seconds: Seconds | None = None
     parameters_after: Count | None = None
     bytes_after: Count | None = None
-    log: Log = field(default_factory=dict)
+    log: Log = field(default_factory=StageLog)
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -96,8 +97,8 @@ class StageReading:
         blocks = text_from_blocks(tuple(sorted(int(one["block"]) for one in done)))
         text = f"refitted {len(done)} projection{'' if len(done) == 1 else 's'} before what was "
         text += f"removed, in block{'' if len(done) == 1 else 's'} {blocks}"
-        if log.get("held_out_loss"):
-            before, after = (as_number(loss) for loss in log["held_out_loss"])
+        if losses := log.get("held_out_loss"):
+            before, after = (as_number(loss) for loss in losses)
             text += f": held-out loss {before:.3f} before, {after:.3f} after"
         return text
 

@@ -13,6 +13,7 @@ from prune_export import registry
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Bounded, BuildRecord, Runner
 from prune_export.errors import CheckpointError, UnsupportedArch, VerifyError
+from prune_export.exporter_facts import ExporterFacts, calibrates
 from prune_export.files import open_regular
 from prune_export.machine import Machine
 from prune_export.verify.pytorch import PyTorch
@@ -65,11 +66,11 @@ class Engine:
     @property
     def runs_code(self) -> bool:
         """Whether opening it runs machine code that its files hold."""
-        return bool(getattr(self._kind, "RUNS_CODE", False))
+        return ExporterFacts.of(self._kind).runs_code
 
     def runs_on(self, machine: Machine) -> bool:
         """Whether this machine has the device that it needs."""
-        devices = getattr(self._kind, "RUNS_ON", None)
+        devices = ExporterFacts.of(self._kind).runs_on
         return devices is None or machine.device in devices
 
     @property
@@ -79,7 +80,7 @@ class Engine:
         Raises:
             VerifyError: as `open`.
         """
-        return bool(getattr(self._entry, "calibrates", False))
+        return calibrates(self._entry)
 
     @property
     def _kind(self) -> Any:

@@ -17,20 +17,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.contracts import BuildRecord
+from prune_export.exporter_facts import ExporterFacts
 from prune_export.sparsity.patterns import patterns
 from prune_export.verify.results import Sparsity, WeightPattern
 
 _FEW: Final = 0.05
 """Weights with a smaller fraction of zeros were not pruned."""
-
-_NO_KERNELS: Final = {
-    "onnx": "multiplied dense: no kernels for sparse weights here",
-    "ort_genai": "multiplied dense: no kernels for sparse weights here",
-}
-
-_UNTOLD: Final = {
-    "onnx": "the exporter `tensorrt` tells what is chosen",
-}
 
 
 def measure_sparsity(record: BuildRecord, path: Path) -> list[Sparsity]:
@@ -75,9 +67,8 @@ def not_from_rounding(
 
 
 def _note(exporter: str, *, asked: bool) -> str:
-    if asked:
-        return _UNTOLD.get(exporter, "")
-    return _NO_KERNELS.get(exporter, "sparse kernels were not asked for")
+    note = ExporterFacts.of_name(exporter).sparse_note
+    return note.asked if asked else note.unasked
 
 
 def _weights(record: BuildRecord, path: Path) -> list[WeightPattern]:

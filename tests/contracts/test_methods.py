@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import transformers
+from pydantic import TypeAdapter
 
 from prune_export import registry
 from prune_export.arch.table import tables
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.recipe.reference import described
+from prune_export.report.reading import StageReading
 from prune_export.surgery import rewrite
 from tests.contracts.made import alike, an_instance, units_of, view_for
 
@@ -66,7 +68,10 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
     )
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    assert json.loads(json.dumps(decision.log)), "the log says what was decided, as JSON"
+    told = json.loads(json.dumps(decision.log))
+    assert told, "the log says what was decided, as JSON"
+    stage = {"index": 0, "kind": "prune", "name": name, "log": told}
+    TypeAdapter(StageReading).validate_python(stage)  # what a report reads of it has its types
     refit = decision.log.get("refit", {})
     assert refit.get("taken", True) or refit["why"]
     for seam in refit.get("seams", ()):

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from variants import FULL, made
 
+from prune_export.contracts import StageLog
 from prune_export.errors import CheckpointError
+from prune_export.report import door
 from prune_export.report.card import model_card
 from prune_export.report.reading import Change, Report, perplexity_change
 from prune_export.verify.results import Perplexity
@@ -182,3 +184,8 @@ def test_a_refit_is_told_in_words() -> None:
     stage["log"]["refit"] = {"taken": False, "why": "the stage has no calibration data"}
     text = Report.of(report).stages[0].refitted
     assert text == "no projection was refitted: the stage has no calibration data"
+
+
+def test_every_part_of_a_log_that_is_checked_is_in_the_contract() -> None:
+    """Readers see the contract's keys, typed; what guards against a stranger's knows no others."""
+    assert door._Log.__annotations__.keys() <= StageLog.__annotations__.keys()

@@ -23,7 +23,9 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_model
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import PlanError, StageError
+from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.rope import refuse_rope
+from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
@@ -57,6 +59,12 @@ class Aoti:
     VERSION: ClassVar[str] = "1"
     DIRECTORY: ClassVar[str] = "aoti"
     RUNS_CODE: ClassVar[bool] = True
+    RUNS_ON: ClassVar[frozenset[str] | None] = None
+    PACKAGES: ClassVar[tuple[str, ...]] = ("torch",)
+    SPARSE_NOTE: ClassVar[SparseNote] = SparseNote()
+    EXAMPLE: ClassVar[str] = ""
+
+    calibrates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.sparse and self.precision == "fp32":
@@ -129,8 +137,7 @@ class Aoti:
         about = {"device": work.machine.device, "dtype": _TORCH[self.precision], "cache": sizes,
                  "torch": torch.__version__}  # fmt: skip
         (out / step_runner.ABOUT).write_text(json.dumps(about), encoding="utf-8")
-        for path in (opened.path / "config.json", *opened.side_files()):
-            shutil.copyfile(path, out / path.name)
+        copy_side_files(opened, out)
         del model
         if work.machine.device == "cuda":
             torch.cuda.empty_cache()  # the package gets memory of its own, not torch's

@@ -12,7 +12,6 @@ block without attention has none; their head counts are in the graph's inputs.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -30,6 +29,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_config
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
+from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.ort_providers import (
     Profile,
     Provider,
@@ -38,6 +38,7 @@ from prune_export.exporters._shared.ort_providers import (
     runtime_version,
 )
 from prune_export.exporters._shared.rope import refuse_rope
+from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
@@ -93,6 +94,16 @@ class Onnx:
 
     VERSION: ClassVar[str] = "3"
     DIRECTORY: ClassVar[str] = "onnx"
+    RUNS_CODE: ClassVar[bool] = False
+    RUNS_ON: ClassVar[frozenset[str] | None] = None
+    PACKAGES: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "onnxruntime-gpu")
+    SPARSE_NOTE: ClassVar[SparseNote] = SparseNote(
+        unasked="multiplied dense: no kernels for sparse weights here",
+        asked="the exporter `tensorrt` tells what is chosen",
+    )
+    EXAMPLE: ClassVar[str] = "example.md.j2"
+
+    calibrates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._provider()  # which refuses what cannot be
@@ -167,7 +178,7 @@ class Onnx:
         source = weight_files.Source.of(opened, trace)
         narrow = replace(source, trim=trim)
         weight_files.write(stamped, narrow, dtype, out, work.progress)
-        _carry(opened, out)
+        copy_side_files(opened, out)
         slid = self._slid(out, work)
         with work.progress.task("compare with PyTorch", 1) as task:
             note = self._compared(out, config, narrow, stamped.weights, work.machine)
@@ -240,12 +251,6 @@ class Onnx:
             out / "model.onnx", config, source, dtype, machine, weights=weights, prepack=prepack
         )
         return f"logits within {error:.1e} of PyTorch's, relative to the largest"
-
-
-def _carry(opened: Checkpoint, out: Path) -> None:
-    """Config, tokenizer, chat template and generation config, as the checkpoint has them."""
-    for path in (opened.path / "config.json", *opened.side_files()):
-        shutil.copyfile(path, out / path.name)
 
 
 def _toolchain() -> Mapping[str, str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -33,7 +32,9 @@ from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import CheckpointError, MissingExtra, PlanError, StageError
+from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.ort_providers import runtime_version
+from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.exporters._shared.trim import Trim
 from prune_export.exporters.ort_genai.graph import decode_bytes
 from prune_export.exporters.ort_genai.runner import GRAPH, open_runner
@@ -56,6 +57,15 @@ class OrtGenai:
 
     VERSION: ClassVar[str] = "2"
     DIRECTORY: ClassVar[str] = "genai"
+    RUNS_CODE: ClassVar[bool] = False
+    RUNS_ON: ClassVar[frozenset[str] | None] = None
+    PACKAGES: ClassVar[tuple[str, ...]] = ("onnxruntime-genai",)
+    SPARSE_NOTE: ClassVar[SparseNote] = SparseNote(
+        unasked="multiplied dense: no kernels for sparse weights here",
+    )
+    EXAMPLE: ClassVar[str] = "example.md.j2"
+
+    calibrates: ClassVar[bool] = False
 
     precision: Annotated[
         Literal["fp32", "fp16", "int8", "int4"],
@@ -131,7 +141,7 @@ class OrtGenai:
                 "copy the tokenizer of the base model beside the weights",
             )
         self._build(source, out, work)
-        _carry(source, out)
+        copy_side_files(source, out, replacing=False)  # the builder wrote some itself
         notes = self._try(checkpoint, out, work)
         return BuildRecord(
             exporter="ort_genai",
@@ -233,15 +243,6 @@ class OrtGenai:
                 f"PyTorch's best, expected at most {allowed:.2g}"
             )
         return ""
-
-
-def _carry(source: Checkpoint, out: Path) -> None:
-    """Copies what the builder left behind: the model's and the generation config, licences."""
-    for file in (source.path / "config.json", *source.side_files()):
-        if not (out / file.name).exists():
-            half = out / f"{file.name}.partial"  # a killed run must not leave half a file behind
-            shutil.copyfile(file, half)
-            half.replace(out / file.name)
 
 
 def _run(

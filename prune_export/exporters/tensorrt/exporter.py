@@ -13,7 +13,7 @@ eligible and chosen layers, and the kernels' names.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,9 @@ from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
+from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.rope import refuse_rope
+from prune_export.exporters._shared.side_files import copy_files
 from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.tensorrt import rules
 from prune_export.exporters.tensorrt.binding import EXTRAS, Binding, Flavor, installed
@@ -98,7 +100,10 @@ class Tensorrt:
     VERSION: ClassVar[str] = "1"
     DIRECTORY: ClassVar[str] = "tensorrt"
     RUNS_CODE: ClassVar[bool] = True
-    RUNS_ON: ClassVar[frozenset[str]] = frozenset({"cuda"})
+    RUNS_ON: ClassVar[frozenset[str] | None] = frozenset({"cuda"})
+    PACKAGES: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt_rtx_cu13_bindings")
+    SPARSE_NOTE: ClassVar[SparseNote] = SparseNote()
+    EXAMPLE: ClassVar[str] = ""
 
     @property
     def calibrates(self) -> bool:
@@ -194,7 +199,7 @@ class Tensorrt:
                 told = log.text.replace(f"{graph}/", "")  # a published log names no folder of ours
                 (work.scratch / "build.log").write_text(told, encoding="utf-8")
             task.advance()
-        _carry(graph, work.scratch, out)
+        copy_files(_carried(graph, work.scratch), out)
         sparsity, notes = self._sparsity(binding, out, log, weights)
         shutil.rmtree(graph)
         return BuildRecord(
@@ -294,11 +299,11 @@ def _short(ids: np.ndarray) -> np.ndarray:
     return ids.reshape(-1)[: ids.size // length * length].reshape(-1, length)[:8]
 
 
-def _carry(graph: Path, scratch: Path, out: Path) -> None:
+def _carried(graph: Path, scratch: Path) -> Iterator[Path]:
     """Config and tokenizer, the build log and what was timed: all but the graph."""
     for file in (*graph.iterdir(), scratch / "build.log", scratch / "timing.cache"):
         if file.is_file() and not file.name.startswith("model.onnx"):
-            shutil.copyfile(file, out / file.name)
+            yield file
 
 
 def _package(flavor: Flavor) -> str:

@@ -77,6 +77,11 @@ class ZipLM:
                 did_you_mean(self.target.engine, registry.names("exporters")),
             )
 
+    @property
+    def times_machine(self) -> bool:
+        """Whether engines are timed, so that another machine would come to other widths."""
+        return self.target is not None and self.target.parameters is None
+
     def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         kv = self._limits(arch)[1]
         if self.target is None:
