@@ -116,7 +116,7 @@ def test_the_sparse_method(installed: Path, tiny_llama: Path, corpus: Path, tmp_
     stage = "{method: power_wanda, nm: {keep: 2, of: 4}, exclude: [q]}"
     report, _ = made(stage, QUIET, tiny_llama, corpus, tmp_path)
     log = report["stages"][0]["log"]
-    assert (log["pattern"], log["sparsity"]) == ("2:4", 0.5)
+    assert (log["pattern"], log["sparsity"]) == ("2 of 4", 0.5)
     assert not any("q_proj" in name for name in log["tensors"])
 
 
