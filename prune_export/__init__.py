@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from prune_export.modeling import register_if_imported
 
 if TYPE_CHECKING:
-    from prune_export import contracts, errors
+    from prune_export import contracts, errors, plugins
     from prune_export.execution import Options, RunResult, plan, run
     from prune_export.machine import Machine
     from prune_export.planning import Plan
@@ -36,6 +36,7 @@ __all__ = [
     "errors",
     "load",
     "plan",
+    "plugins",
     "run",
 ]
 
@@ -58,7 +59,7 @@ register_if_imported()
 
 def __getattr__(name: str) -> Any:
     """A public name, imported when it is first asked for."""
-    if name in ("contracts", "errors"):
+    if name in ("contracts", "errors", "plugins"):
         return import_module(f"prune_export.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'prune_export' has no attribute {name!r}")

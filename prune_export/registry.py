@@ -8,6 +8,7 @@ the class. In a module or package of ours, the one public class with a `VERSION`
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def find(kind: Kind, name: str) -> Any:
             )
         return own[0]
     if name in _plugins(kind):
-        return _plugins(kind)[name].load()
+        return _loaded(kind, _plugins(kind)[name])
     raise PlanError(
         f"{kind}: {name}", f"nothing is registered as `{name}`", did_you_mean(name, names(kind))
     )
@@ -88,6 +89,32 @@ def _entries(package: str, *, with_rooms: bool) -> Iterator[str]:
             yield from _entries(path, with_rooms=False)
         else:
             yield path
+
+
+def _loaded(kind: Kind, entry: EntryPoint) -> Any:
+    """The class that an entry point of a third party names.
+
+    Raises:
+        PlanError: it cannot be imported, or is no frozen dataclass with a `VERSION`.
+    """
+    source = f" of {entry.dist.name}" if entry.dist else ""
+    where = f"{kind}: {entry.name}"
+    try:
+        found = entry.load()
+    except Exception as error:  # whatever a module raises when it is imported
+        raise PlanError(
+            where,
+            f"{entry.value}{source} cannot be imported: {type(error).__name__}: {error}",
+            "mend or upgrade that package, or uninstall it",
+        ) from error
+    frozen = dataclasses.is_dataclass(found) and found.__dataclass_params__.frozen  # type: ignore[union-attr]
+    if not (isinstance(found, type) and frozen and hasattr(found, "VERSION")):
+        raise PlanError(
+            where,
+            f"{entry.value}{source} is no frozen dataclass with a `VERSION`",
+            "name the class itself in the entry point; docs/your-own.md shows one of each kind",
+        )
+    return found
 
 
 @cache

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,37 +74,3 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
     assert refit.get("taken", True) or refit["why"]
     for seam in refit.get("seams", ()):
         assert seam["state_error"][1] <= seam["state_error"][0], "held-out states are truer"
-
-
-def test_the_documented_method_works_as_a_plugin(
-    tiny: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """docs/your-own.md, run as written, in a package of its own with an entry point."""
-    text = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text(encoding="utf-8")
-    code = re.search(r"<!-- example:begin -->\n```python\n(.*?)```", text, re.S)
-    assert code is not None
-    package = tmp_path / "site" / "my_package"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "odd_influence.py").write_text(code[1], encoding="utf-8")
-    monkeypatch.syspath_prepend(package.parent)
-    entry = importlib.metadata.EntryPoint(
-        "odd_influence", "my_package.odd_influence:OddInfluence", "prune_export.methods"
-    )
-    monkeypatch.setattr(
-        registry, "entry_points", lambda group: [entry] if group == entry.group else []
-    )
-    for cached in (registry.names, registry.find, registry._plugins):
-        cached.cache_clear()
-    try:
-        assert "odd_influence" in registry.names("methods")
-        method = registry.find("methods", "odd_influence")(remove=1)
-        checkpoint = tiny("llama")
-        arch = checkpoint.arch()
-        decision = method.decide(view_for(method, checkpoint, tmp_path))
-        after = rewrite(checkpoint, arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
-        assert after.arch().layers == method.predict(arch).layers == arch.layers - 1
-        assert decision.log["dropped"][0] % 2 == 1
-    finally:
-        for cached in (registry.names, registry.find, registry._plugins):
-            cached.cache_clear()

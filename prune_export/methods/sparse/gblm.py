@@ -33,7 +33,7 @@ _WINDOWS: Final = 128
 
 
 @dataclass(frozen=True)
-class Gblm(sparse_method.Calibrated):
+class Gblm(sparse_method.CalibratedSparseMethod):
     """Zero the weights with the least |weight| x (norm of input + alpha x norm of gradient).
 
     The gradients are those of the dense model, streamed one block at a time.
@@ -94,7 +94,7 @@ class Gblm(sparse_method.Calibrated):
             gradient = found.matrix(tensor).to(weight.device).contiguous()
             return score(weight, seen, gradient, self.share(seen.tokens, windows))
 
-        return sparse_method.masked(self, model, own, corrects=True)
+        return sparse_method.zero_least(self, model, own, corrects=True)
 
     def share(self, tokens: int, windows: int) -> float:
         """What `Norms` are multiplied by beside a root mean square over `tokens` of the input.

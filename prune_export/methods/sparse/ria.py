@@ -19,7 +19,7 @@ from prune_export.pruning.sparse.masks import Compare
 
 
 @dataclass(frozen=True)
-class Ria(sparse_method.Calibrated):
+class Ria(sparse_method.CalibratedSparseMethod):
     """Zero the weights with the least relative importance times a power of their input's norm.
 
     Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large
@@ -42,7 +42,7 @@ class Ria(sparse_method.Calibrated):
             del tensor
             return relative_importance(weight).mul_((seen.sums / seen.tokens).pow(self.power / 2))
 
-        return sparse_method.masked(self, model, own, self.compare)
+        return sparse_method.zero_least(self, model, own, self.compare)
 
 
 def relative_importance(weight: torch.Tensor) -> torch.Tensor:

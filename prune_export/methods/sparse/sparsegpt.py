@@ -29,7 +29,7 @@ from prune_export.sparsity.nm import Nm
 
 
 @dataclass(frozen=True)
-class SparseGpt(sparse_method.Calibrated):
+class SparseGpt(sparse_method.CalibratedSparseMethod):
     """Zero weights in blocks of columns, by what each costs, and update the others for it.
 
     Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in

@@ -17,7 +17,7 @@ from prune_export.pruning.sparse import sparse_method
 
 
 @dataclass(frozen=True)
-class Wanda(sparse_method.Calibrated):
+class Wanda(sparse_method.CalibratedSparseMethod):
     """Zero the weights with the least |weight| x norm of input, in each row or group.
 
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
@@ -30,7 +30,7 @@ class Wanda(sparse_method.Calibrated):
     VERSION: ClassVar[str] = "2"
 
     def decide(self, model: ModelView) -> Decision:
-        return sparse_method.masked(self, model, score, corrects=True)
+        return sparse_method.zero_least(self, model, score, corrects=True)
 
 
 def score(weight: torch.Tensor, seen: InputNorms, tensor: Tensor | None = None) -> torch.Tensor:

@@ -206,7 +206,7 @@ class SparseMethod:
 
 
 @dataclass(frozen=True)
-class Calibrated(SparseMethod):
+class CalibratedSparseMethod(SparseMethod):
     """A sparse method that scores weights while calibration windows pass through the model."""
 
     order: Annotated[
@@ -226,7 +226,9 @@ class Calibrated(SparseMethod):
 
 
 Score = Callable[[torch.Tensor, InputNorms, Tensor], torch.Tensor]
-"""The score of each weight `[out, in]` from the matrix, its inputs, and which matrix it is."""
+"""The score of each weight `[out, in]`: of a matrix in float32, its inputs, and which one it is.
+
+The least scores go. `InputNorms` holds `sums`, `[in]`, the inputs' squares summed over `tokens`."""
 
 
 @dataclass(frozen=True)
@@ -267,8 +269,8 @@ class Masker:
         return Edited(made, {"tensors": log, "tokens": seen.tokens, "orders": orders})
 
 
-def masked(
-    method: Calibrated,
+def zero_least(
+    method: CalibratedSparseMethod,
     model: ModelView,
     score: Score,
     compare: Compare = "row",
@@ -292,7 +294,10 @@ def key_of(method: SparseMethod, amounts: Mapping[int, Amount]) -> str:
 
 
 def sequential_decision(
-    method: Calibrated, model: ModelView, swept: SequentialResult, why: Mapping[str, Any]
+    method: CalibratedSparseMethod,
+    model: ModelView,
+    swept: SequentialResult,
+    why: Mapping[str, Any],
 ) -> Decision:
     """The edits that store what a sweep made, and the log of it."""
     sites = [site for log in swept.logs for site in log.values()]

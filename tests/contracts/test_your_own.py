@@ -1,0 +1,178 @@
+"""docs/your-own.md, run as written: plug-ins in a package of their own, found by entry points."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prune_export
+from prune_export import Machine, Options, Recipe, plan, plugins, registry, run
+from prune_export.checkpoint import Checkpoint
+from prune_export.errors import PlanError
+from tests.contracts.made import plain_view
+
+TEXT = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"<!-- example:begin (\S+) -->\n```python\n(.*?)```", TEXT, re.S))
+DATA = "data:\n  calibration: {files: [calibration.txt], samples: 4, length: 32}\n"
+QUIET = "verify: {parity: false, generation: false}\n"
+
+
+def install(site: Path, package: str, files: dict[str, str], entries: dict[str, Any]) -> None:
+    """What an installer leaves in a site directory: the package, and what it says of itself."""
+    (site / package).mkdir(parents=True)
+    for name, code in {"__init__.py": "", **files}.items():
+        (site / package / name).write_text(code, encoding="utf-8")
+    about = site / f"{package}-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    lines = [
+        line
+        for group, own in entries.items()
+        for line in (f"[{group}]", *(f"{name} = {value}" for name, value in own.items()))
+    ]
+    (about / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+def forget() -> None:
+    for cached in (registry.names, registry.find, registry._plugins):
+        cached.cache_clear()
+
+
+def on_path(site: Path, package: str) -> Iterator[Path]:
+    """The site directory on the path of this process and of those that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        patch.setenv("PYTHONPATH", str(site))
+        forget()
+        yield site
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    forget()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    site = tmp_path_factory.mktemp("site")
+    toml = re.search(r"```toml\n(.*?)```", TEXT, re.S)
+    assert toml is not None
+    entries = tomllib.loads(toml[1])["project"]["entry-points"]
+    install(site, "my_package", EXAMPLES, entries)
+    yield from on_path(site, "my_package")
+
+
+def made(
+    stages: str, more: str, model: Path, corpus: Path, folder: Path
+) -> tuple[dict[str, Any], Any]:
+    """The report and the result of a recipe that is first planned; shapes are as predicted."""
+    recipe = Recipe.parse(f"recipe: 1\n{DATA}stages: [{{prune: {stages}}}]\n{more}", root=corpus)
+    machine = Machine.detect(device="cpu", threads=1)
+    options = Options(folder / "out", folder / "store", machine)
+    planned = plan(recipe, str(model), options)
+    result = run(recipe, str(model), options)
+    after = Checkpoint.open(result.out)
+    predicted = planned.archs[-1]
+    assert {tensor.name: predicted.shape(tensor) for tensor in predicted.stored()} == {
+        name: entry.shape for name, entry in after.entries.items()
+    }
+    return json.loads((result.out / "report.json").read_text()), result
+
+
+def test_examples_import_what_is_public_and_nothing_else() -> None:
+    assert len(EXAMPLES) == 4
+    for name, code in EXAMPLES.items():
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prune_export"):
+                assert node.module == "prune_export.plugins", name
+                assert {own.name for own in node.names} <= set(plugins.__all__), name
+
+
+def test_what_plugins_offers_is_there_and_explained() -> None:
+    assert list(plugins.__all__) == sorted(plugins.__all__)
+    for name in plugins.__all__:
+        own = getattr(plugins, name)
+        if isinstance(own, type) and own.__module__.startswith("prune_export"):
+            assert (own.__doc__ or "").strip(), name
+    assert prune_export.plugins is plugins
+
+
+def test_the_depth_method(installed: Path, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    stage = "{method: odd_influence, remove: 1}"
+    report, _ = made(stage, QUIET, tiny_llama, corpus, tmp_path)
+    assert report["result"]["layers"] == 5
+    assert report["stages"][0]["log"]["dropped"][0] % 2 == 1
+
+
+def test_the_sparse_method(installed: Path, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    stage = "{method: power_wanda, nm: {keep: 2, of: 4}, exclude: [q]}"
+    report, _ = made(stage, QUIET, tiny_llama, corpus, tmp_path)
+    log = report["stages"][0]["log"]
+    assert (log["pattern"], log["sparsity"]) == ("2 of 4", 0.5)
+    assert not any("q_proj" in name for name in log["tensors"])
+
+
+def test_the_sparse_method_at_power_1_is_wanda(
+    installed: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    digests = set()
+    for name, keys in (("power_wanda", {"power": 1.0}), ("wanda", {})):
+        method = registry.find("methods", name)(sparsity=0.5, **keys)
+        decision = method.decide(plain_view(Checkpoint.open(tiny_llama), tmp_path / name))
+        digests.add(decision.log["mask_digest"])
+    assert len(digests) == 1
+
+
+def test_the_width_method(installed: Path, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    stage = "{method: fluctuation, ffn: 0.5, kv_groups: 0.5, multiple_of: 8}"
+    report, result = made(stage, QUIET, tiny_llama, corpus, tmp_path)
+    config = json.loads((result.out / "config.json").read_text())
+    assert (config["intermediate_size"], config["num_key_value_heads"]) == (32, 1)
+    assert len(report["stages"][0]["log"]["removed"]["mlp.0"]) == 32
+
+
+@pytest.mark.slow
+def test_the_exporter_is_opened_and_equals_pytorch(
+    installed: Path, tiny_llama: Path, corpus: Path, tmp_path: Path
+) -> None:
+    evaluation = "  evaluation: {files: [evaluation.txt], samples: 2, length: 64}\n"
+    text = (
+        f"recipe: 1\n{DATA}{evaluation}"
+        "stages: [{prune: {method: odd_influence, remove: 3}}]\n"
+        "export: [program]\n"
+        "verify: {generation: false}\n"
+    )
+    machine = Machine.detect(device="cpu", threads=1)
+    options = Options(tmp_path / "out", tmp_path / "store", machine)
+    result = run(Recipe.parse(text, root=corpus), str(tiny_llama), options)
+    assert (result.out / "program" / "model.pt2").is_file()
+    (parity,) = result.verification.parity
+    assert parity.engine == "program"
+    assert parity.ok
+    assert parity.greedy_total > 0
+    assert not result.failed
+
+
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        ("raise RuntimeError('lacks a library')", "cannot be imported: RuntimeError: lacks"),
+        ("Own = 3", "of broken_package is no frozen dataclass"),
+        ("class Own:\n    VERSION = '1'", "of broken_package is no frozen dataclass"),
+    ],
+)
+def test_a_broken_plug_in_is_named(code: str, fault: str, tmp_path: Path) -> None:
+    entries = {"prune_export.methods": {"broken": "broken_package.own:Own"}}
+    install(tmp_path, "broken_package", {"own.py": code}, entries)
+    for _ in on_path(tmp_path, "broken_package"):
+        assert "broken" in registry.names("methods")
+        with pytest.raises(PlanError, match=fault):
+            registry.find("methods", "broken")
