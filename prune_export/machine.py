@@ -14,6 +14,8 @@ from typing import Literal
 
 import psutil
 
+from prune_export.platforms import usable_cores
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -41,7 +43,7 @@ class Machine:
             device=chosen,
             ram_bytes=ram_bytes or int(psutil.virtual_memory().available),
             gpu_bytes=gpu_bytes or 0,
-            threads=threads or len(os.sched_getaffinity(0)),
+            threads=threads or usable_cores(),
             capability=_capability() if chosen == "cuda" else 0,
         )
 
@@ -88,7 +90,7 @@ def describe() -> dict[str, str]:
 
     found = {
         "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(usable_cores()),
         "memory_bytes": str(psutil.virtual_memory().total),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
