@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo headline test quick lint docs clean
+.PHONY: help demo headline test quick lint docs site clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,14 +37,18 @@ test: $(BIN)/.demo  ## all tests
 quick: $(BIN)/.demo  ## the tests that take no more than seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-lint: $(BIN)/.demo  ## ruff, mypy and import-linter, as CI runs them
+lint: $(BIN)/.demo  ## ruff, mypy, import-linter and the docs site, as CI runs them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/properdocs build --strict
 
 docs: $(BIN)/.demo  ## docs/recipes.md from the schema
 	$(BIN)/python -m prune_export.recipe.reference > docs/recipes.md
+
+site: $(BIN)/.demo  ## the docs as a site, in build/site
+	$(BIN)/properdocs build --strict
 
 # pip and not another installer: the constraints pin a CPU build of torch that only pip finds everywhere.
 $(BIN)/.installed: pyproject.toml constraints.txt

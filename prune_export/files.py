@@ -15,6 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
+from prune_export import platforms
 from prune_export.errors import CheckpointError, PruneExportError
 
 JSON_BYTES: Final = 100_000_000
@@ -30,6 +31,7 @@ DEEPEST: Final = 64
 """How deep JSON from outside may be nested; configs of transformers reach 5."""
 
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
+_WITHOUT_WAITING: Final = platforms.open_flags("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY")
 _KINDS: Final = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a pipe (FIFO)"),
@@ -58,7 +60,7 @@ def open_regular(
     try:
         # Looked at before it is opened: opening some devices does something.
         _refuse_unfit(where, os.stat(path), limit_bytes, what, error)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        descriptor = os.open(path, os.O_RDONLY | _WITHOUT_WAITING)
     except (OSError, ValueError) as problem:
         raise _unreadable(where, problem, what, error) from None
     try:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
+
+from filelock import lock_descriptor
+
+from prune_export import platforms
+
+_QUIETLY: Final = platforms.open_flags("O_NOFOLLOW", "O_CLOEXEC")
 
 
 @contextlib.contextmanager
@@ -19,19 +24,17 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
     told = False
     while True:
         with _opened(path) as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if told else fcntl.LOCK_NB))
-            except BlockingIOError:
+            if not lock_descriptor(lock.fileno(), blocking=told):
                 waiting()
                 told = True
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                lock_descriptor(lock.fileno())
             # The holder before us may have removed the file: then nobody else would see ours.
             if not _still_there(path, lock):
                 continue
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                unlink_held(path)
             return
 
 
@@ -40,25 +43,24 @@ def held_if_free(path: Path) -> Iterator[bool]:
     """Whether the lock file at `path` was free; then it is held, and left where it is."""
     try:
         # No wait for a writer, should it be a pipe, and no link: ours are neither.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | _QUIETLY | platforms.open_flags("O_NONBLOCK"))
     except OSError:
         yield not path.is_symlink() and not path.exists()
         return
     with os.fdopen(descriptor) as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = lock_descriptor(lock.fileno(), blocking=False)
         except OSError:
-            yield False
-            return
-        yield _still_there(path, lock)
+            held = False
+        yield held and _still_there(path, lock)
 
 
 def sweep_lock(path: Path) -> bool:
     """Removes a lock file that no living process holds; whether it did."""
     with held_if_free(path) as free:
         if free and path.is_file():
-            path.unlink(missing_ok=True)
-            return True
+            unlink_held(path)
+            return not path.exists()
     return False
 
 
@@ -70,21 +72,31 @@ def write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     while True:
         with _opened(temporary) as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            lock_descriptor(stream.fileno())
             if not _still_there(temporary, stream):
                 continue
             stream.truncate(0)
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-            temporary.replace(file)
-            return
+            if platforms.UNLINKS_OPEN_FILES:
+                temporary.replace(file)
+                return
+        temporary.replace(file)
+        return
+
+
+def unlink_held(path: Path) -> None:
+    """Removes a lock file that this process holds; it stays, empty, where open files must stay."""
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError:
+        if platforms.UNLINKS_OPEN_FILES:
+            raise
 
 
 def _opened(path: Path) -> IO[str]:
-    descriptor = os.open(
-        path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-    )
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _QUIETLY, 0o666)
     return os.fdopen(descriptor, "a", encoding="utf-8")
 
 

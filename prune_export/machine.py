@@ -19,6 +19,7 @@ from prune_export.exporter_facts import packages_of_exporters
 
 _COMPUTING: Final = ("torch", "transformers")
 _HEALING: Final = ("peft", "bitsandbytes")
+from prune_export.platforms import usable_cores
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Machine:
             device=chosen,
             ram_bytes=ram_bytes or int(psutil.virtual_memory().available),
             gpu_bytes=gpu_bytes or 0,
-            threads=threads or len(os.sched_getaffinity(0)),
+            threads=threads or usable_cores(),
             capability=_capability() if chosen == "cuda" else 0,
         )
 
@@ -103,7 +104,7 @@ def describe() -> dict[str, str]:
 
     found = {
         "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(usable_cores()),
         "memory_bytes": str(psutil.virtual_memory().total),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

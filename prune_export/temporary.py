@@ -9,7 +9,6 @@ knows that the owner is dead, in whatever container it ran, and sweeps it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import stat
@@ -20,7 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from prune_export.locking import held_if_free
+from filelock import lock_descriptor
+
+from prune_export import platforms
+from prune_export.locking import held_if_free, unlink_held
 
 PREFIX: Final = "prune-export-"
 _LOCK: Final = ".lock"
@@ -52,7 +54,7 @@ class Temporary:
 def _new_lock() -> tuple[int, str]:
     while True:
         descriptor, lock = tempfile.mkstemp(prefix=PREFIX, suffix=_LOCK)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock_descriptor(descriptor)
         # A sweep that came between making and locking has removed it.
         if Path(lock).exists():
             return descriptor, lock
@@ -62,7 +64,7 @@ def _new_lock() -> tuple[int, str]:
 def _removed(owner: int, descriptor: int, lock: str) -> None:
     if os.getpid() == owner:  # a forked child has the object, and neither directory nor lock
         shutil.rmtree(lock.removesuffix(_LOCK), ignore_errors=True)
-        Path(lock).unlink(missing_ok=True)
+        unlink_held(Path(lock))
     os.close(descriptor)
 
 
@@ -80,7 +82,7 @@ def sweep() -> list[Path]:
                 if _ours(folder, stat.S_ISDIR):
                     shutil.rmtree(folder, ignore_errors=True)
                     swept.append(folder)
-                lock.unlink(missing_ok=True)
+                unlink_held(lock)
     return swept
 
 
@@ -90,4 +92,4 @@ def _ours(path: Path, kind: Callable[[int], bool]) -> bool:
         status = path.lstat()
     except OSError:
         return False
-    return status.st_uid == os.geteuid() and kind(status.st_mode)
+    return status.st_uid == platforms.user_id() and kind(status.st_mode)

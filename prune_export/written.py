@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from prune_export import registry
 from prune_export.errors import PruneExportError
+from prune_export.platforms import open_flags
 from prune_export.units import MIB
 
 LOCK: Final = "prune_recipe.lock.json"
@@ -38,6 +39,7 @@ _EARLIER: Final = (
 )  # fmt: skip
 """What every result of earlier versions had besides its artifacts' files."""
 
+_QUIETLY: Final = open_flags("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC")
 _LIST_BYTES: Final = 64 * MIB
 
 
@@ -165,7 +167,7 @@ def _json(file: Path) -> Any:
 def _text(file: Path) -> str:
     """What a list says; nothing where it is no regular file, too large, or not text."""
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(file, os.O_RDONLY | _QUIETLY)
         with os.fdopen(descriptor, "rb") as stream:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size > _LIST_BYTES:

@@ -26,6 +26,7 @@ from prune_export.checkpoint.header import BITS, TORCH, Entry, nbytes
 from prune_export.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from prune_export.errors import CheckpointError, PlanError
 from prune_export.files import open_regular
+from prune_export.platforms import open_flags, read_at
 from prune_export.progress import Progress, Silent, Task
 from prune_export.units import text_from_bytes
 
@@ -267,7 +268,7 @@ def _together(*, fsync: bool) -> Iterator[list[Path]]:
 @contextmanager
 def _file(file: Path, files: list[Path]) -> Iterator[int]:
     """A descriptor to append to a file that does not have its name yet."""
-    target = os.open(_partial(file), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    target = os.open(_partial(file), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | open_flags(), 0o666)
     files.append(file)
     try:
         yield target
@@ -340,13 +341,16 @@ def _copy_range(source: int, target: int, start: int, count: int) -> int:
 
 
 def _send(source: int, target: int, start: int, count: int) -> int:
+    if not hasattr(os, "sendfile"):
+        return 0
     return os.sendfile(target, source, start, count)
 
 
 def _read_and_write(source: int, target: int, start: int, count: int) -> int:
-    piece = os.pread(source, min(count, _BUFFER_BYTES), start)
-    _write(target, piece)
-    return len(piece)
+    piece = memoryview(bytearray(min(count, _BUFFER_BYTES)))
+    done = read_at(source, piece, start)
+    _write(target, piece[:done])
+    return done
 
 
 def _write(target: int, content: bytes | memoryview) -> None:

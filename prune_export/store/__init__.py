@@ -29,6 +29,7 @@ from typing import Any, Final
 
 from prune_export.errors import PlanError, StageError
 from prune_export.locking import held_if_free, locked, sweep_lock, write_atomically
+from prune_export.platforms import sync_directory
 from prune_export.store.mark import is_artifact, is_store, leave_mark, refuse_foreign_store
 from prune_export.store.notes import manifest_of, root_of, seen_in, summed
 from prune_export.store.placing import place
@@ -320,7 +321,7 @@ class Store:
         if final.exists():
             self._discard(final)
         partial.rename(final)
-        _sync_directory(self.root)
+        sync_directory(self.root)
         found = self.get(key.id)
         if found is None:
             raise StageError(
@@ -372,11 +373,3 @@ def _stamp_outside(file: Path) -> list[int]:
 
 def _id_of(name: str) -> str:
     return name.removesuffix(".partial").removesuffix(".old")
-
-
-def _sync_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

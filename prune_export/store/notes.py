@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from prune_export.platforms import open_flags
 from prune_export.units import MIB
 
 _MANIFEST_BYTES: Final = 512 * MIB
@@ -110,7 +111,7 @@ def seen_in(file: Path) -> dict[str, dict[str, Any]]:
 def _json(file: Path, most: int) -> Any:
     """What a JSON file says; None where it cannot be read as one."""
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(file, os.O_RDONLY | open_flags("O_NONBLOCK", "O_CLOEXEC"))
         with os.fdopen(descriptor, "rb") as stream:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size > most:

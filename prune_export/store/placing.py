@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from pathlib import Path
-from typing import Final
+
+from prune_export.platforms import share_blocks
 
 
 def place(source: Path, target: Path) -> None:
@@ -16,9 +16,6 @@ def place(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with source.open("rb") as reader, target.open("wb") as writer:
-            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+            share_blocks(reader.fileno(), writer.fileno())
     except OSError:
         shutil.copyfile(source, target)
-
-
-_FICLONE: Final = 0x40049409

@@ -19,6 +19,7 @@ from prune_export.errors import VerifyError
 from prune_export.files import CARD_BYTES, read_regular
 from prune_export.machine import Machine
 from prune_export.modeling import FOLDER
+from prune_export.platforms import inherited
 from prune_export.progress import Progress, Silent
 from prune_export.temporary import Temporary
 from prune_export.verify import reload_child
@@ -107,7 +108,7 @@ def _run(checkpoint: Path, machine: Machine) -> dict[str, Any]:
                 text=True,
                 timeout=_TIMEOUT_SECONDS,
                 check=False,
-                pass_fds=[temporary.descriptor],  # a child that outlives us still holds it
+                pass_fds=inherited(temporary.descriptor),  # a child that outlives us still holds it
             )
     except subprocess.TimeoutExpired:
         raise VerifyError(

@@ -22,6 +22,7 @@ import prune_export
 from prune_export import errors
 from prune_export.errors import PruneExportError, StageError, VerifyError
 from prune_export.machine import Machine
+from prune_export.platforms import resume, suspend
 from prune_export.progress import Task
 from prune_export.temporary import Temporary
 from prune_export.verify.engine import Engine
@@ -203,10 +204,10 @@ class Session:
         return "".join(f"\n    {line}" for line in lines[-_TAIL_LINES:])
 
     def _pause(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)
+        suspend(self._process)
 
     def _resume(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
+        resume(self._process)
 
     def _end(self) -> None:
         self.release()

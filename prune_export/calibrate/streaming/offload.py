@@ -9,6 +9,8 @@ from typing import Self
 
 import torch
 
+from prune_export.platforms import open_flags, read_at, write_at
+
 
 class Buffer:
     """A fixed-size array `[rows, *shape]`, read and written by rows.
@@ -35,7 +37,7 @@ class Buffer:
         self._memory = None if path else torch.zeros(rows, *shape, dtype=dtype, device=device)
         self._file = -1
         if path:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | open_flags(), 0o644)
             os.ftruncate(self._file, rows * self._row_bytes)
 
     @property
@@ -65,7 +67,7 @@ class Buffer:
         """Reads into a tensor what the file has from a row on."""
         view, offset = _bytes(tensor), row * self._row_bytes
         while view:
-            count = os.preadv(self._file, [view], offset)
+            count = read_at(self._file, view, offset)
             view, offset = view[count:], offset + count
 
     def write(self, start: int, rows: torch.Tensor) -> None:
@@ -75,7 +77,7 @@ class Buffer:
             return
         view, offset = _bytes(rows.to("cpu", self.dtype).contiguous()), start * self._row_bytes
         while view:
-            count = os.pwrite(self._file, view, offset)
+            count = write_at(self._file, view, offset)
             view, offset = view[count:], offset + count
 
     def save(self, path: Path) -> None:
