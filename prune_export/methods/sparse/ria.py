@@ -1,4 +1,4 @@
-"""Puts zeros where a weight is small beside others of its row and column, and its input is small.
+"""Zeroes weights by importance relative to their row and column, and by input norm (RIA).
 
 Taking weights relative to their row and column keeps whole channels from being lost.
 """
@@ -20,7 +20,7 @@ from prune_export.pruning.sparse.masks import Compare
 
 @dataclass(frozen=True)
 class Ria(sparse_method.Calibrated):
-    """Zero the weights with the least relative importance times a power of their input's norm.
+    """Zero the weights with the least relative importance x (norm of input)^a.
 
     Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large
     Language Models", ICLR 2024, section 3.1.
@@ -46,7 +46,7 @@ class Ria(sparse_method.Calibrated):
 
 
 def relative_importance(weight: torch.Tensor) -> torch.Tensor:
-    """`[out, in]`: |weight| over the sum of its column, plus |weight| over that of its row."""
+    """Scores weights `[out, in]`: |weight| over its column's sum, plus |weight| over its row's."""
     size = weight.abs()
     tiny = torch.finfo(size.dtype).tiny
     rows, columns = size.sum(1, keepdim=True), size.sum(0, keepdim=True)
