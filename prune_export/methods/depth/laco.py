@@ -60,23 +60,23 @@ class Laco(block_choice.Amount):
         Literal["segments", "budget", "bisection"],
         Field(
             description="How an exact number is met: `segments` measures all runs and combines the "
-            "best; `budget` sweeps down with `threshold`, lowered while too few layers went; "
+            "best; `budget` runs algorithm 1, lowering `threshold` while too few layers went; "
             "`bisection` searches the highest threshold that suffices."
         ),
     ] = "segments"
     merge_layers: Annotated[
-        int, Field(ge=2, description="Layers of a run at most, the one they fold into included.")
+        int, Field(ge=2, description="Layers of a run at most, the one they merge into included.")
     ] = 4
     interval: Annotated[
-        int, Field(ge=1, description="Layers that a sweep goes down after it has folded.")
+        int, Field(ge=1, description="Layers that algorithm 1 goes down after a merge.")
     ] = 2
     threshold: Annotated[
-        float, Field(gt=-1, lt=1, description="The cosine above which a sweep folds.")
+        float, Field(gt=-1, lt=1, description="The cosine above which algorithm 1 merges.")
     ] = 0.65
     lowest: Annotated[int, Field(ge=0, description="The first layer that may change.")] = 1
     highest: Annotated[
         int | None,
-        Field(ge=1, description="The layer before which folding ends; null: the number of layers."),
+        Field(ge=1, description="The layer before which merging ends; null: the number of layers."),
     ] = None
     samples: Annotated[int, Field(ge=1, description="Calibration windows to compare on.")] = 10
     length: Annotated[int, Field(ge=2, description="Tokens of each window.")] = 64

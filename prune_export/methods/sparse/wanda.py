@@ -23,7 +23,7 @@ class Wanda(sparse_method.Calibrated):
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
     arXiv:2306.11695, section 3.
     Differs: by default each matrix sees what the pruned earlier ones of its block give, its norms
-    corrected from some tokens (`norm_correction`), which saves the second forward pass; counts
+    corrected from some tokens (ADR 0019), which saves the second forward pass; counts
     are exact where scores are equal.
     """
 
