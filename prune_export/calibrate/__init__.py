@@ -1,4 +1,4 @@
-"""Token sets, statistics and the stream that gathers them with one block in memory."""
+"""Calibration: token sets, and passes over them with one transformer block in memory at a time."""
 
 from prune_export.calibrate.data.files import inside, local_files
 from prune_export.calibrate.data.sources import (

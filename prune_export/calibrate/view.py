@@ -1,4 +1,4 @@
-"""What a method sees of a model when it decides."""
+"""The model as a pruning method sees it: shapes, weights, statistics, and further passes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from prune_export.temporary import Temporary
 
 
 class Engines(Protocol):
-    """Times engines of the model that are narrower, whatever their weights."""
+    """Measures the speed of engines of narrower models, whose weights do not matter."""
 
     def speedup(
         self, sizes: Mapping[str, int], engine: str, request: tuple[int, int, int]
     ) -> float:
-        """How many times as fast as the dense one an engine decodes, as measured.
+        """Measures the decode speedup of an engine over the dense one.
 
         `sizes` are the axes that are cut, such as `{"mlp.0": 512}`, `engine` is an exporter's name,
         `request` is the batch, the prompt's tokens and the new ones.
@@ -42,10 +42,10 @@ class Engines(Protocol):
 
 @dataclass(frozen=True)
 class CalibrationContext:
-    """What further passes are run with: the calibration windows and the machine.
+    """What calibration passes need: the windows, the machine, and a scratch folder.
 
     `scratch` outlives a killed run; a pass that is asked for again goes on from there. `engines`
-    times what a method thinks of making.
+    measures the speed of model shapes that a method considers.
     """
 
     tokens: TokenSet
@@ -70,7 +70,7 @@ class ModelView:
     context: CalibrationContext | None = None
 
     def stat(self, statistic: Statistic) -> Any:
-        """The result of a statistic.
+        """The result of a statistic that the method asked for.
 
         Raises:
             KeyError: the method did not ask for it in `statistics`.
@@ -78,7 +78,7 @@ class ModelView:
         return self.results[statistic]
 
     def gather(self, statistics: Sequence[Statistic]) -> Mapping[Statistic, Any]:
-        """The results of one more pass; announce it to the plan as `ExtraPass` in `statistics`.
+        """Gathers statistics in one more pass; announce it in `statistics` as `ExtraPass`.
 
         Raises:
             ValueError: the view was made without calibration data.
@@ -102,7 +102,7 @@ class ModelView:
         loss: bool = False,
         dense: bool = False,
     ) -> SequentialResult:
-        """What `editor` makes of the blocks while the windows pass through the edited ones.
+        """Edits the model block by block, each on the outputs of the edited blocks before it.
 
         With `loss`, the edited model's loss as well; with `dense`, beside the dense model's states.
 
@@ -124,7 +124,7 @@ class ModelView:
         )
 
     def repair(self, seams: Collection[Seam], cut: CutModel) -> Repaired:
-        """What the projections before the seams of a cut become, refitted on the windows.
+        """Refits, on the calibration windows, the projection before each seam of a cut.
 
         Raises:
             ValueError: the view was made without calibration data.
@@ -142,7 +142,7 @@ class ModelView:
         )
 
     def gradients(self, reader: GradientReader) -> Gradients:
-        """What `reader` keeps of the loss's gradients over the calibration windows.
+        """Computes gradients of the loss over the calibration windows; `reader` says what is kept.
 
         Raises:
             ValueError: the view was made without calibration data.
@@ -164,7 +164,7 @@ class ModelView:
         length: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> Ablations:
-        """Losses without this or that, on the first `samples` windows cut to `length` tokens.
+        """Measures losses without units, on the first `samples` windows cut to `length` tokens.
 
         In `dtype`, by default that of a calibration pass.
 
@@ -184,7 +184,7 @@ class ModelView:
         )
 
     def without(self, layers: Collection[int]) -> ModelView:
-        """The view of the model without some blocks; no weight is read or copied.
+        """A view of the model without some blocks; no weight is read or copied.
 
         Statistics are to be gathered anew; blocks are numbered as they are left.
         """
@@ -198,7 +198,7 @@ class ModelView:
         return replace(self, arch=arch, checkpoint=cut, results={})
 
     def ablated(self, units: Collection[Unit]) -> ModelView:
-        """The view of the model without the attention, or the MLP, of some blocks.
+        """A view of the model without the attention, or the MLP, of some blocks.
 
         What writes their outputs is read as zeros; no weight is read or copied.
 
@@ -227,7 +227,7 @@ class ModelView:
         return replace(self, checkpoint=checkpoint, results={})
 
     def calibration(self) -> CalibrationContext:
-        """The means of further passes.
+        """The context of further passes.
 
         Raises:
             ValueError: the view was made without calibration data.
@@ -240,7 +240,7 @@ class ModelView:
 
 
 def _holes(folder: Path, size: int) -> Path:
-    """A file of zeros that takes no room on the disk; the same one whenever it is asked for."""
+    """A sparse file of zeros, which takes no room on the disk; one for each size."""
     path = folder / f"zeros-{size}"
     # It is one of the files by which a killed pass knows its model again: left as it is.
     if not path.exists() or path.stat().st_size != size:

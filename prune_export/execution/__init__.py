@@ -1,4 +1,4 @@
-"""Carries a recipe out: plan, artifacts, measurement, result. `run` is the whole of it.
+"""Runs a recipe: plans it, makes every artifact, measures, and writes the result directory.
 
 Every step is an artifact of the store, so a run that was killed goes on where it was, and a step
 that an earlier run has done is taken from there.
@@ -40,7 +40,7 @@ __all__ = ["Plan", "RunResult", "make_plan", "plan", "run"]
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where the result lies, its report, and the gates that failed."""
+    """The result of a run: its directory, its report, and its gates."""
 
     out: Path
     report: Mapping[str, Any]
@@ -54,7 +54,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Options:
-    """Where and with what to work; none of it changes the bytes of an artifact."""
+    """Settings of a run besides the recipe: places, machine. They change no artifact's bytes."""
 
     out: Path
     store: Path
@@ -66,7 +66,7 @@ class Options:
 
 
 def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
-    """The plan of a recipe for a model; nothing is written and no weight is read.
+    """Plans a recipe for a model; writes nothing and reads no weight.
 
     `model` is a Hub id, a directory (a config.json alone will do) or a .gguf file; it replaces the
     recipe's own.
@@ -100,7 +100,7 @@ def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
 def run(
     recipe: Recipe, model: str | None, options: Options, progress: Progress | None = None
 ) -> RunResult:
-    """Carries the recipe out and puts the result into `options.out`.
+    """Runs a recipe and writes the result to `options.out`.
 
     A failed gate is not an exception: the result is written, and `RunResult.failed` names it.
 
@@ -160,7 +160,7 @@ def run(
 def _without_sparsity(
     context: RunContext, recipe: Recipe, export: Export, last: Artifact | Base
 ) -> Artifact | None:
-    """The same engine with sparsity off, to tell its gain; None where there's nothing to tell."""
+    """Builds the same engine without sparse kernels, to measure their gain; None where unneeded."""
     entry = export.entry.without_sparsity() if isinstance(export.entry, HasSparsity) else None
     runs = Engine(export.name, last.path).runs_on(context.machine)
     if entry is None or recipe.verify.speed is None or not runs:
@@ -170,7 +170,9 @@ def _without_sparsity(
 
 
 def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
-    """(as it was named, its place, its commit on the Hub). What the caller names may lie anywhere.
+    """Resolves the model: its name, its path, its commit on the Hub.
+
+    What the caller names may lie anywhere.
 
     What the recipe names is below its data root or on the Hub.
     """
@@ -182,7 +184,7 @@ def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
 
 
 def _data(context: RunContext, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
-    """The token sets that the recipe uses; none shares a document with what it is judged by."""
+    """Makes the recipe's token sets; those it is judged by share no document with the others."""
     data = {}
     seen: tuple[str, ...] = ()
     for name, judges in sets_of(recipe):
@@ -199,7 +201,7 @@ def _stages(
     data: Mapping[str, tuple[Artifact, TokenSet]],
     ignore_keys: tuple[str, ...],
 ) -> tuple[Recipe, list[Artifact], list[dict[str, Any]]]:
-    """The recipe with what its searches chose in their places, its artifacts, the searches."""
+    """Makes all stages: the recipe with searches replaced by their choice, artifacts, searches."""
     made: list[Artifact] = []
     carried: list[Stage] = []
     searches: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What a run makes everything with: its store, its machine, its progress."""
+"""The context of a run: its store, machine and progress, handed on as one value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prune_export.store import Artifact, Key, Store
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every artifact of a run is made with."""
+    """The context with which every artifact of a run is made."""
 
     store: Store
     machine: Machine
@@ -30,7 +30,7 @@ class RunContext:
     def make(
         self, key: Key, label: str, build: Callable[[Path, Work], Mapping[str, Any]]
     ) -> Artifact:
-        """The artifact of `key`, told on the progress, with unexpected errors explained.
+        """Makes the artifact of `key`, or takes it from the store; explains unexpected errors.
 
         Raises:
             StageError: `build` failed in a way that nobody foresaw; the log is kept.
@@ -74,7 +74,7 @@ class RunContext:
 
 
 def _hand_back() -> None:
-    """Frees GPU memory that torch only keeps: engines are verified in processes of their own."""
+    """Frees GPU memory that torch caches: engines are verified in processes of their own."""
     import torch
 
     gc.collect()

@@ -1,4 +1,4 @@
-"""Engines of a checkpoint, made through the store."""
+"""Exports engines, through the store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def export_engine(
     of: str = "",
     tokens: TokenSet | None = None,
 ) -> Artifact:
-    """The engine of a checkpoint; the record is its BuildRecord.
+    """Exports a checkpoint to an engine; the artifact's record is its `BuildRecord`.
 
     `tokens` reach exporters that calibrate, and are part of what their engines depend on.
     """

@@ -1,7 +1,7 @@
-"""Makes a search's candidates, here one after the other, in processes, or on a Ray cluster.
+"""Runs a search's candidates: in this process, in several, or on a Ray cluster.
 
-What is made lies in the store, which all of them share: a job says what is to be made of what, and
-what comes back are ids and a number. Who makes it changes nothing of it.
+All of them share one store: a job names the stages and the checkpoint to apply them to, and gives
+back artifact ids and a perplexity. The artifacts are the same whoever makes them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """The ids of what a job made, one a stage, and the validation perplexity at its end."""
+    """The result of a job: the artifact id of each stage, and the final validation perplexity."""
 
     made: tuple[str, ...]
     perplexity: float
@@ -51,7 +51,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Desk:
-    """What another process needs for a bench of its own."""
+    """What another process needs to make a `RunContext` of its own."""
 
     store: Path
     machine: Machine
@@ -61,7 +61,7 @@ class Desk:
 
     @staticmethod
     def of(context: RunContext, workers: int) -> Desk:
-        """A share of a bench: memory and threads are divided."""
+        """Gives each of `workers` an equal share of the memory and threads of a context."""
         machine = replace(
             context.machine,
             threads=max(1, context.machine.threads // workers),
@@ -73,7 +73,7 @@ class Desk:
         )
 
     def work(self, job: Job) -> Done:
-        """Does a job; this runs in the other process.
+        """Runs a job; called in the other process.
 
         Raises:
             StageError: the store is not there, as on another machine without it.
@@ -94,7 +94,7 @@ class Desk:
 
 
 def done(context: RunContext, job: Job) -> Done:
-    """Does a job on a bench."""
+    """Runs a job in this process."""
     made: list[str] = []
     path, id_ = job.path, job.id
     for stage in job.stages:
@@ -120,7 +120,7 @@ Each = Callable[[Sequence[Job], str], Iterator[tuple[int, Done]]]
 
 @contextmanager
 def open_executor(search: Search, context: RunContext) -> Iterator[Each]:
-    """Whoever makes the candidates of a search, as long as it is entered.
+    """Opens the executor of a search; a context manager of a function that runs jobs.
 
     Raises:
         MissingExtra: Ray is wanted and not installed.
@@ -183,7 +183,7 @@ def _in_processes(search: Search, context: RunContext) -> Iterator[_Work]:
 
 @contextmanager
 def _on_ray(search: Search, context: RunContext) -> Iterator[_Work]:
-    """Joins the cluster that `RAY_ADDRESS` names, or starts one here."""
+    """Runs jobs on the Ray cluster that `RAY_ADDRESS` names, or on one started here."""
     try:
         import ray
     except ImportError as error:

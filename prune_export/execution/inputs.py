@@ -1,4 +1,4 @@
-"""What a run starts from, made through the store: the base model and token sets."""
+"""Prepares the inputs of a run, through the store: the base model and the token sets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CHANGED_DATA_VERSION: Final = "2"
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a run starts from. `id` is made of its files' hashes, not of its place.
+    """The base model. `id` is made of its files' hashes, not of its path.
 
     `license` is what its card or its GGUF header says, None where neither says one.
     """
@@ -47,19 +47,19 @@ class Base:
 
     @property
     def name(self) -> str:
-        """What may be published: a Hub id, or the last part of a local path."""
+        """The name that may be published: a Hub id, or the last part of a local path."""
         return self.spec if self.revision else text_from_name(Path(self.spec).name)
 
 
 def open_base(context: RunContext, spec: str, path: Path, revision: str | None) -> Base:
-    """The model at `path`: a directory as it lies, or a GGUF file imported once."""
+    """Opens the model at `path`: a directory as it is, or a GGUF file, which is converted once."""
     if path.suffix == ".gguf":
         return base_from_gguf(context, spec, path)
     return base_from_directory(context, spec, path, revision)
 
 
 def base_from_gguf(context: RunContext, spec: str, file: Path) -> Base:
-    """The plain checkpoint of a GGUF file, dequantized once."""
+    """Converts a GGUF file to a dequantized safetensors checkpoint."""
     key = Key("import", "gguf", _IMPORT_VERSION, {}, (context.store.file_hash(file),))
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
@@ -72,7 +72,7 @@ def base_from_gguf(context: RunContext, spec: str, file: Path) -> Base:
 
 
 def base_from_directory(context: RunContext, spec: str, path: Path, revision: str | None) -> Base:
-    """A checkpoint directory as it lies, known by the hashes of what decides its computation."""
+    """Opens a checkpoint directory, identified by hashes of all files that matter."""
     checkpoint = Checkpoint.open(path)
     decisive = [path / "config.json", *checkpoint.files, *checkpoint.side_files()]
     with context.progress.task("hash the model's files", len(decisive)) as task:
@@ -91,7 +91,7 @@ def make_tokens(
     base: Base,
     exclude: Collection[str] = (),
 ) -> tuple[Artifact, TokenSet]:
-    """The token windows of a data source below `root`, less the documents in `exclude` (hashes)."""
+    """Makes the token windows of a data source, without the documents in `exclude` (hashes)."""
     parameters = source.model_dump(mode="json")
     checkpoint = Checkpoint.open(base.path)
     talks = not isinstance(source, TokenFile) and source.column == CONVERSATIONS

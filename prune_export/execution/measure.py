@@ -1,4 +1,4 @@
-"""The measurements of a run, each kept in the store by what it depends on.
+"""Makes the measurements that a recipe's `verify` asks for, each through the store.
 
 Quality depends on the files alone. Speed is about a machine, so that is part of its key.
 """
@@ -59,7 +59,7 @@ _VERSION: Final = "2"
 
 @dataclass(frozen=True)
 class Point:
-    """A model of the chain, by the name that the report gives it."""
+    """A model to measure, by the name that the report gives it."""
 
     name: str
     path: Path
@@ -76,7 +76,7 @@ def measure_run(
     data: Mapping[str, TokenSet],
     off: Sequence[Artifact | None] = (),
 ) -> Verification:
-    """Everything that the recipe's `verify` asks for.
+    """Measures everything that the recipe's `verify` asks for.
 
     `off` has for each export the same engine with sparsity off, where that makes a difference.
     Parity and speed feed evaluation tokens, or those of another source where there are none.
@@ -132,7 +132,7 @@ def measure_run(
 
 
 def _points(recipe: Recipe, base: Base, stages: Sequence[Artifact]) -> list[Point]:
-    """The dense model, the last one before healing, and the result."""
+    """The models to measure: the dense one, the last one before healing, and the result."""
     points = [Point("dense", base.path, base.id)]
     kinds = [stage.kind for stage in recipe.stages]
     if "heal" in kinds:
@@ -166,7 +166,7 @@ def _kept(
     parameters: Mapping[str, Any],
     measure: Callable[[], T],
 ) -> T:
-    """The result of `measure`, or that of an earlier run that depends on the same things."""
+    """Takes a measurement from the store, or makes it by `measure`."""
     key = Key("verify", name, _VERSION, parameters, inputs)
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
@@ -195,21 +195,21 @@ def _perplexity(
 
 
 def perplexity_of(context: RunContext, name: str, artifact: Artifact, text: TokenSet) -> float:
-    """The perplexity of a checkpoint on its way through a search."""
+    """Measures the perplexity of a search's candidate."""
     return _perplexity(context, name, Engine.pytorch(artifact.path), artifact.id, text).value
 
 
 def engine_speed(
     context: RunContext, dense: Artifact, engine: Artifact, workload: recipes.Workload
 ) -> float:
-    """How many times as fast `engine` decodes: the middle of what was measured."""
+    """Measures the median decode speedup of `engine` over `dense`."""
     asked = recipes.Speed(workloads=(workload,), minutes=0.75)
     found = _speed(context, asked, dense, engine, tokens_without_text())
     return next(one.ratio for one in found if one.phase == "decode")
 
 
 def dense_latency_ms(context: RunContext, dense: Artifact, workload: recipes.Workload) -> float:
-    """Milliseconds of a decoding step of an engine: the middle of what was measured."""
+    """Measures the median time of an engine's decode step in milliseconds."""
     asked = recipes.Speed(workloads=(workload,), minutes=0.75)
     found = _speed(context, asked, dense, dense, tokens_without_text())
     steps = next(one.dense_seconds for one in found if one.phase == "decode")
@@ -265,7 +265,7 @@ def _sparsity(
     off: Artifact | None,
     ids: np.ndarray,
 ) -> list[Sparsity]:
-    """What the engine shows of sparsity; its gain over the same engine without, if asked for."""
+    """Checks an engine's sparse kernels; measures the gain over the engine without, if asked."""
     record = BuildRecord.from_json(artifact.record)
     name = record.exporter
     found = _kept(
@@ -301,7 +301,7 @@ def _sweep(
     *,
     than: str = "dense",
 ) -> list[Speed]:
-    """Speed over the grid, where one is asked for, with less effort for each cell."""
+    """Measures speed over a grid of workloads, where one is asked for, with fewer samples each."""
     if asked.sweep is None:
         return []
     effort = Effort(launches=3, rounds=2, most_launches=3, seconds=asked.sweep.minutes * 60)

@@ -1,4 +1,4 @@
-"""report.json: what a run did, as one value that table, page and card are made from."""
+"""Makes report.json, from which the table, the HTML report and the model card are made."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def report_of(
     exports: Sequence[Artifact],
     found: Verification,
 ) -> dict[str, Any]:
-    """The report of a run; every number in it was measured or counted."""
+    """Makes the report of a run; every number in it was measured or counted."""
     source = Checkpoint.open(base.path)
     last = Checkpoint.open(stages[-1].path) if stages else source
     return {

@@ -1,4 +1,4 @@
-"""The result directory: put together aside, then swapped in, and nothing lost if it is killed.
+"""Writes the result directory so that a killed run loses nothing.
 
 Where `out` is not there yet, the result is put together beside it and renamed. Where it is, it may
 be a mount point, somebody's current directory or what a link leads to, so it stays, and is filled
@@ -52,7 +52,7 @@ run with the same --out goes on with it, or clears it away. By hand: move back w
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Waits until no other run puts the same result directory together, and keeps others waiting.
+    """Locks a result directory against other runs, and waits for the lock.
 
     The same command given twice builds every artifact once, and both runs then come here.
     """
@@ -67,7 +67,7 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def mend(out: Path) -> None:
-    """Finishes the swap of a run that was killed, and removes what it was putting together."""
+    """Recovers from a killed run: finishes its swap, and removes its incomplete result."""
     left = (out / WORK, out / HELD, partial_of(out), lock_beside(out), _earlier(out))
     if not any(os.path.lexists(path) for path in left):
         return
@@ -76,7 +76,7 @@ def mend(out: Path) -> None:
 
 
 class Result:
-    """A result directory under construction; `finish` puts it in place. Held by `alone`.
+    """A result directory under construction; `finish` puts it in place. Call inside `alone`.
 
     With `again`, it takes the place of an earlier result.
     """
@@ -93,7 +93,7 @@ class Result:
         self.partial.mkdir()
 
     def add(self, artifact: Artifact, below: str = "") -> None:
-        """Copies an artifact's files in."""
+        """Copies an artifact's files into the result."""
         for name, digest in artifact.files.items():
             place(artifact.path / name, self.partial / below / name)
             self._hashes[(Path(below) / name).as_posix()] = digest
@@ -108,7 +108,7 @@ class Result:
         (self.partial / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def write_lists(self, lock: Mapping[str, Any]) -> None:
-        """Writes the lock with the name of every file, and beside it their hashes.
+        """Writes the lock, which names every file, and SHA256SUMS.
 
         The hashes of what was measured are not in the lock, which is the same for the same work.
         """
@@ -151,7 +151,7 @@ def lock_of(
     recipe_hash: str,
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What exactly was done: ids and hashes, no times, no paths, no machine."""
+    """Makes the lock: what exactly was done, as ids and hashes; no times, paths or machine."""
     return {
         "lock": 1,
         "recipe_sha256": recipe_hash,
@@ -179,12 +179,12 @@ def _mended(out: Path) -> None:
 
 
 def _earlier(out: Path) -> Path:
-    """Where earlier versions kept the old result while they renamed the new one."""
+    """The place where earlier versions kept the old result while they renamed the new one."""
     return out.with_name(f".{out.name}.old")
 
 
 def _swap(out: Path) -> None:
-    """Does what is left of what the journal says. May be called again after any interruption.
+    """Finishes the swap that the journal describes; may be called again after any interruption.
 
     Raises:
         StageError: something stands in the way; nothing is written over.
@@ -226,18 +226,18 @@ def _in_the_way(out: Path, work: Path, problem: str) -> StageError:
 
 
 def _entries(names: Iterable[str], *, last: bool) -> list[str]:
-    """The entries of `out` that the files are in; what makes it a model is first or last."""
+    """The top entries of `out` that hold the files; config.json comes first or last."""
     found = sorted({name.split("/")[0] for name in names})
     return sorted(found, key=lambda name: (name == "config.json") == last)
 
 
 def _standing(out: Path) -> Iterator[str]:
-    """What a new result takes the place of: what the lists of the old one name, and is there."""
+    """The files that a new result replaces: those that the old one's lists name."""
     yield from (name for name in listed(out) if os.path.lexists(out / name))
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:
-    """Removes these files and the directories that are then empty; whatever else is there stays."""
+    """Removes these files and directories that are then empty; anything else stays."""
     real = os.path.realpath(folder)
     for name in names:
         file = folder / name
@@ -258,7 +258,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _clear(work: Path) -> None:
-    """Removes what a run was putting together; what it had moved away, if any is left, stays."""
+    """Removes an incomplete result; what had been moved away, if any is left, stays."""
     shutil.rmtree(work / "new", ignore_errors=True)
     for file in work.glob(f".{JOURNAL}.*"):
         file.unlink(missing_ok=True)
@@ -270,5 +270,5 @@ def _clear(work: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What wrote the lock: this tool's version."""
+    """The versions to write into the lock: this tool's."""
     return {"prune_export": prune_export.__version__}

@@ -1,4 +1,7 @@
-"""Carries out a search: every candidate is made through the store, so a killed search goes on."""
+"""Runs a search stage: makes, heals and measures candidates, and picks the best.
+
+Every candidate is made through the store, so a killed search goes on.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ _TRIALS: Final = 5
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to: the winner's stages with their artifacts, and its table."""
+    """The result of a search: the winner's stages with their artifacts, and the table of all."""
 
     stages: tuple[Stage, ...]
     made: tuple[Artifact, ...]
@@ -51,7 +54,7 @@ class Found:
 
 @dataclass
 class _Row:
-    """A candidate on its way through the search; `rungs` are perplexities as it was healed."""
+    """A candidate; `rungs` are its perplexities after each rung of healing."""
 
     candidate: Candidate
     made: list[str] = field(default_factory=list)
@@ -63,12 +66,12 @@ class _Row:
 
     @property
     def rank(self) -> tuple[int, float]:
-        """Those that were healed longer are better, as the others were given up."""
+        """The sort key: candidates that were healed longer are better; the others were dropped."""
         return -len(self.rungs), self.loss
 
     @property
     def loss(self) -> float:
-        """The validation loss of where it stands, in nats."""
+        """Its current validation loss in nats."""
         found = self.rungs[-1] if self.rungs else self.pruned
         return log(found) if found else inf
 
@@ -95,7 +98,7 @@ def run_search(
     data: Data,
     ignore_keys: tuple[str, ...],
 ) -> Found:
-    """The best candidate of a search on `source`, and the table of all.
+    """Runs a search on the checkpoint `source`; gives the best candidate and the table of all.
 
     Raises:
         StageError: no candidate reaches the target.
@@ -136,7 +139,7 @@ def run_search(
 def _rows(
     context: RunContext, search: Search, source: Base | Artifact, arch: Arch, nbytes: int
 ) -> tuple[list[_Row], list[dict[str, Any]], int]:
-    """The candidates that come to the target, those that do not, and how many of the grid do not.
+    """Makes the candidates that reach the target; lists those refused, and counts those that miss.
 
     Raises:
         StageError: none does.
@@ -186,7 +189,7 @@ def _heal(
     rows: list[_Row],
     ids: Mapping[str, str],
 ) -> None:
-    """Heals in rungs; those that are clearly behind drop out before each."""
+    """Heals by successive halving: candidates that are clearly behind drop out before each rung."""
     best = min(row.loss for row in rows)
     going = [row for row in rows if row.loss - best <= search.give_up]
     for row in rows:
@@ -208,7 +211,7 @@ def _heal(
 
 
 def _going_on(search: Search, rows: list[_Row]) -> list[_Row]:
-    """The better half, and those that are too close to tell."""
+    """Keeps the better half, and those that are too close to tell."""
     ranked = sorted(rows, key=lambda row: row.loss)
     best = ranked[0].loss
     kept = ranked[: -(-len(ranked) // 2)]
@@ -231,7 +234,7 @@ def _artifact(context: RunContext, id_: str) -> Artifact:
 
 
 def _time(context: RunContext, search: Search, source: Base | Artifact, rows: list[_Row]) -> None:
-    """Times the engines of the candidates that were ranked: one at a time, with nothing beside."""
+    """Measures the engines of ranked candidates, one at a time, with nothing running beside."""
     export = _export(search)
     dense = export_engine(context, export, source.path, source.id, of=", dense to compare with")
     for row in rows:
@@ -248,7 +251,7 @@ def _export(search: Search) -> Export:
 
 
 def _wanted_speedup(context: RunContext, search: Search, source: Base | Artifact) -> float:
-    """The target's speedup; for a latency, the dense engine is timed."""
+    """The speedup that the target asks for; for a latency, the dense engine is timed."""
     if search.target.latency_ms is None:
         return search.target.speedup or 1.0
     dense = export_engine(
@@ -276,7 +279,7 @@ def _to_speed(
     arch: Arch,
     source: Base | Artifact,
 ) -> tuple[Candidate, float]:
-    """A candidate whose engine decodes `speedup` times as fast as the dense one.
+    """Finds the candidate whose engine decodes `wanted` times as fast as the dense one.
 
     Speed depends on shapes alone, so engines of the right shapes are timed before anything is
     scored; the size is found by secants on seconds a step, which are nearly linear in it.
@@ -319,7 +322,7 @@ def _to_speed(
 
 
 def _shaped(context: RunContext, source: Base | Artifact, arch: Arch, after: Arch) -> Artifact:
-    """`source` cut to the shapes of `after`, whatever is lost: only its speed matters."""
+    """Cuts `source` to the shapes of `after` without scoring: only its speed matters."""
     kept = _alike(arch, after)
     drop = tuple(layer for layer in range(arch.layers) if layer not in kept)
     sizes = {}
@@ -350,7 +353,7 @@ def _shaped(context: RunContext, source: Base | Artifact, arch: Arch, after: Arc
 
 
 def _alike(arch: Arch, after: Arch) -> tuple[int, ...]:
-    """The first blocks of `arch` that are, in order, of the kinds of those of `after`.
+    """Chooses blocks of `arch` whose kinds are, in order, those of `after`.
 
     Mixtures of experts may have blocks without experts, and a cut leaves its own sequence of both.
     """

@@ -1,7 +1,6 @@
-"""The stages of a run, each made through the store.
+"""Runs prune and heal stages, through the store.
 
-Here stands what a stage depends on (its key) and how it is carried out; nothing else decides
-whether work is done again.
+What a stage depends on (its key) is decided here, and with it whether work is done again.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def run_prune(
     source_id: str,
     data: tuple[Artifact, TokenSet] | None,
 ) -> Artifact:
-    """The checkpoint after a prune stage; `record["log"]` says what was removed and why."""
+    """Prunes a checkpoint; `record["log"]` of the artifact says what was removed and why."""
     parameters = stage.parameters()
     if isinstance(stage.entry, TimesMachine) and stage.entry.times_machine:
         parameters["timed on"] = context.machine.timing_identity()
@@ -102,7 +101,7 @@ def run_prune(
 def run_heal(
     context: RunContext, stage: Stage, source: Path, source_id: str, data: tuple[Artifact, TokenSet]
 ) -> Artifact:
-    """The checkpoint after a heal stage; `record["log"]` holds the loss curve."""
+    """Heals a checkpoint; `record["log"]` of the artifact holds the loss curve."""
     key = Key(
         "heal",
         stage.name,

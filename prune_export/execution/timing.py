@@ -1,4 +1,4 @@
-"""Times engines of a model that is narrower, before anything is decided about its weights.
+"""Measures the speed of narrower models before any weight is scored, for ZipLM.
 
 Speed depends on shapes alone, so positions are cut without looking at them. Engines and times are
 artifacts of the store: what a killed run, or another recipe, has measured is not measured again.
@@ -29,7 +29,7 @@ _VERSION: Final = "1"
 
 @dataclass(frozen=True)
 class TimedEngines:
-    """Engines of the model at `path`, each cut in its own way, against the dense one."""
+    """Measures engines of the model at `path`, cut to given sizes, against the dense one."""
 
     context: RunContext
     arch: Arch
@@ -39,7 +39,7 @@ class TimedEngines:
     def speedup(
         self, sizes: Mapping[str, int], engine: str, request: tuple[int, int, int]
     ) -> float:
-        """How many times as fast as the dense one an engine decodes, as measured.
+        """Measures the decode speedup of an engine over the dense one.
 
         Where the sizes differ between blocks, what is cut is zeros that the exporter trims.
         """
@@ -82,7 +82,7 @@ class TimedEngines:
         return [Keep(axis, tuple(range(size))) for axis, size in sizes.items()]
 
     def _zeros(self, sizes: Mapping[str, int]) -> Iterator[Edit]:
-        """Zeros in the inputs of output projections: nothing reads what leads there."""
+        """Zeroes inputs of output projections, so that exporters trim what leads there."""
         for axis, size in sizes.items():
             gone = range(size, self.arch.sizes[axis])
             for tensor in self.arch.using(axis):
@@ -98,7 +98,7 @@ class TimedEngines:
 
 
 def _told(sizes: Mapping[str, int]) -> str:
-    """The sizes of each axis: one, or the least and the most."""
+    """Words the sizes of each axis: one, or the least and the most."""
     kinds: dict[str, set[int]] = {}
     for axis, size in sizes.items():
         kinds.setdefault(axis.split(".")[0], set()).add(size)

@@ -1,1 +1,1 @@
-"""Exporters turn a checkpoint into an engine and open it again; one file each."""
+"""The exporters: each turns a checkpoint into an engine and opens it again; one package each."""

@@ -1,1 +1,1 @@
-"""Methods decide what to cut; one file each, found by its name."""
+"""The pruning methods, one file each; a file's name is the method's name in a recipe."""

@@ -1,4 +1,4 @@
-"""What a recipe will do to a model, and what that will take, before any weight is read.
+"""Plans a recipe: the shapes after each stage, and its memory, disk and time.
 
 Only the config, the safetensors headers, the recipe and as much text as shows that there is enough
 are looked at, so a plan takes seconds for a model of any size, and works for one that is only a

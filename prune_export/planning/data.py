@@ -1,4 +1,4 @@
-"""Which data a recipe reads, and whether there is enough of it."""
+"""Lists the data that a recipe reads, and refuses data that are too short."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CALIBRATION: Final = "calibration"
 
 
 def sets_of(recipe: Recipe) -> tuple[tuple[str, bool], ...]:
-    """The data that a recipe uses, in the order in which they are made, and which of them judge.
+    """Lists a recipe's data sets in the order in which they are made, and which of them evaluate.
 
     What judges comes first: no set may share a document with those that judge before it.
     """
@@ -31,7 +31,7 @@ def sets_of(recipe: Recipe) -> tuple[tuple[str, bool], ...]:
 
 
 def refuse_too_little(recipe: Recipe, model: Path, vocabulary: int) -> None:
-    """Refuses data that hold fewer windows than a recipe asks for, or tokens that are none.
+    """Refuses data with fewer windows than a recipe asks for, or with unknown tokens.
 
     Known of saved tokens, and of local text where the tokenizer lies in the directory `model`,
     whose embedding has `vocabulary` rows. Of other local text the beginning is looked at. The Hub's
@@ -75,7 +75,7 @@ def refuse_too_little(recipe: Recipe, model: Path, vocabulary: int) -> None:
 
 
 def _healing(recipe: Recipe) -> frozenset[str]:
-    """The data that healing trains on, of searches as well."""
+    """The data sets that healing trains on, those of searches included."""
     stages = [heal_of(one.entry) if one.kind == "search" else one for one in recipe.stages]
     found = {one.data for one in stages if one is not None and one.kind == "heal"}
     return frozenset(found & recipe.data.keys())

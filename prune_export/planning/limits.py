@@ -1,4 +1,4 @@
-"""What a plan needs of the world: text that is there, and a machine that is large enough."""
+"""Checks a plan against this machine: text, places to write to, memory and disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNKNOWN_WINDOWS: Final = 1000
 
 
 def windows_of(source: Source, root: Path) -> int:
-    """How many windows a source gives: what it asks for, or an estimate from its files' size.
+    """Counts a source's windows: what it asks for, or an estimate from the size of its files.
 
     Raises:
         PlanError: one of its files is not there, or lies outside of the data root.
@@ -44,7 +44,7 @@ def windows_of(source: Source, root: Path) -> int:
 def what_does_not_fit(
     plan: Plan, ram_limit: int, store: Path, out: Path, reads: Mapping[str, Path]
 ) -> Iterator[PlanError]:
-    """What this machine lacks for a plan: places to write to, memory, GPU memory, disk.
+    """Lists what this machine lacks for a plan: places to write to, memory, GPU memory, disk.
 
     `reads` are the places that the work reads or keeps, by name.
     """
@@ -80,7 +80,7 @@ def what_does_not_fit(
 
 
 def _refusals(store: Path, out: Path, reads: Mapping[str, Path]) -> Iterator[PlanError]:
-    """Why a store cannot be where it shall, nor a result."""
+    """Lists why the store or the result cannot be written where they shall."""
     try:
         refuse_foreign_store(store)
     except PlanError as error:

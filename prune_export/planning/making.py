@@ -1,4 +1,4 @@
-"""Makes a plan: each stage is resolved against the shapes before it, and costed."""
+"""Makes a plan: resolves each stage against the shapes before it, and estimates its cost."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_plan(
     ignore_keys: tuple[str, ...] = (),
     imported: bool = False,
 ) -> Plan:
-    """Resolves, costs and checks a recipe for a model.
+    """Plans a recipe for a model: resolves, costs and checks every stage.
 
     `checkpoint` may be only a config. `imported` says that it is to be made from a GGUF file first.
     `ram_limit` in bytes replaces the available memory as what must not be exceeded. What this
@@ -149,7 +149,7 @@ class _Planner:
             )
 
     def ablated(self, index: int, stage: Stage, arch: Arch, known: Ablated) -> Ablated:
-        """Which parts of blocks are zero after a stage; nothing is known after one that may fill.
+        """The parts of blocks that are zeroed after a stage, as far as is known.
 
         Raises:
             PlanError: the stage is to zero more than can be left.
@@ -163,7 +163,7 @@ class _Planner:
 
     @contextmanager
     def _named(self, index: int, stage: Stage) -> Iterator[None]:
-        """Inside, an error says which stage it is of."""
+        """Adds the stage to the errors raised inside a `with`."""
         try:
             yield
         except PlanError as error:
@@ -214,7 +214,7 @@ class _Planner:
         return self.planned("heal", stage.name, stage.parameters(), arch, arch, cost, note), arch
 
     def _search(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
-        """A search, costed as all of its candidates; the shapes after it are those of the first."""
+        """Plans a search: the cost of all candidates, and the shapes of the first."""
         search: Search = stage.entry
         # Until an engine is timed, a speed is taken to be in proportion to the parameters.
         left = search.target.fraction(self.size(arch).bytes) or 1 / (search.target.speedup or 1.5)
@@ -333,7 +333,7 @@ class _Planner:
 
 
 def _together(one: Cost, other: Cost) -> Cost:
-    """What two pieces of work take one after the other."""
+    """The cost of two pieces of work, one after the other."""
     return Cost(
         ram_bytes=max(one.ram_bytes, other.ram_bytes),
         gpu_bytes=max(one.gpu_bytes, other.gpu_bytes),

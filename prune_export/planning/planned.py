@@ -1,4 +1,4 @@
-"""A plan as data: steps, sizes, peaks, and what a machine does in a second."""
+"""A plan as data: steps, sizes and costs; and this machine's rates, for time estimates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prune_export.machine import Machine
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model is: blocks, stored parameters and bytes."""
+    """The size of a model: blocks, stored parameters and bytes."""
 
     layers: int
     parameters: int
@@ -25,7 +25,7 @@ class Size:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One step: what it is, the model before and after it, and what it takes."""
+    """One step: its name, the model's size before and after it, and its cost."""
 
     kind: str
     name: str
@@ -39,7 +39,7 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every step in order, and their peaks and sums."""
+    """A plan: every step in order, with peaks and sums of their costs."""
 
     recipe: str
     model: str
@@ -50,7 +50,7 @@ class Plan:
     lacking: tuple[PlanError, ...] = ()
 
     def check(self) -> None:
-        """Refuses a plan that this machine lacks the memory or disk for.
+        """Refuses a plan for which this machine lacks memory or disk.
 
         Raises:
             PlanError: the first thing that is lacking; `lacking` has all of them.
@@ -60,17 +60,17 @@ class Plan:
 
     @property
     def peak_ram_bytes(self) -> int:
-        """The most memory that any step's processes hold."""
+        """The peak of memory over all steps."""
         return max((stage.cost.ram_bytes for stage in self.stages), default=0)
 
     @property
     def peak_gpu_bytes(self) -> int:
-        """The most GPU memory that any step holds."""
+        """The peak of GPU memory over all steps."""
         return max((stage.cost.gpu_bytes for stage in self.stages), default=0)
 
     @property
     def disk_bytes(self) -> int:
-        """What all steps write together: store and result."""
+        """The bytes that all steps write: store and result."""
         return sum(stage.cost.disk_bytes for stage in self.stages)
 
     @property
@@ -99,14 +99,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does: multiply-adds a second (counted as 2) and bytes written a second."""
+    """This machine's rates: FLOPs a second (a multiply-add is 2) and bytes written a second."""
 
     flops: float
     disk_bytes: float
 
     @staticmethod
     def measure(machine: Machine) -> Rates:
-        """Times small matrix products for about 0.2 s; the disk is taken at 400 MB/s.
+        """Measures small matrix products for about 0.2 s; the disk is taken at 400 MB/s.
 
         One thread is timed and the fastest product counts, as what else the machine does disturbs
         the others.
@@ -130,5 +130,5 @@ class Rates:
         return Rates(together * 2 * size**3 / fastest / 2, 400e6)
 
     def seconds(self, cost: Cost) -> float:
-        """The time that a cost takes here."""
+        """Estimates the time of a cost on this machine."""
         return cost.seconds + cost.flops / self.flops + cost.moved_bytes / self.disk_bytes

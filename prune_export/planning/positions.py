@@ -1,4 +1,4 @@
-"""How long a sequence a model or its engine takes, and which phase of a plan would feed more.
+"""Refuses sequences that are longer than a model or its engine allows.
 
 Models with learned positions (GPT-2, OPT) have a row for each, and there is no further. With rotary
 ones `max_position_embeddings` is advice: text is refused beyond it, as losses mean little there,
@@ -17,7 +17,7 @@ from prune_export.recipe import Recipe
 
 
 def refuse_long_text(where: str, length: int, config: Mapping[str, Any]) -> None:
-    """Refuses windows of text that are longer than what the model was made for.
+    """Refuses windows of text that are longer than the model's context.
 
     Raises:
         PlanError: naming the longest that is possible.
@@ -33,7 +33,7 @@ def refuse_long_text(where: str, length: int, config: Mapping[str, Any]) -> None
 
 
 def refuse_long_requests(recipe: Recipe, archs: tuple[Arch, ...]) -> None:
-    """Refuses what a recipe times beyond the positions of its models and engines.
+    """Refuses timed requests that are longer than the recipe's models and engines allow.
 
     Raises:
         PlanError: naming the phase, and the longest that is possible.
@@ -48,7 +48,7 @@ def refuse_long_requests(recipe: Recipe, archs: tuple[Arch, ...]) -> None:
 def refuse_long_request(
     where: str, prompt: int, new: int, positions: int | None, engine: int | None = None
 ) -> None:
-    """Refuses a prompt with its new tokens that does not fit into a model, or into its engine.
+    """Refuses a request whose prompt and new tokens do not fit into a model or its engine.
 
     `positions` are those that the model has learned, `engine` is the longest that its engine takes.
     Warm-up and the cache hold no more than the request itself.
@@ -66,7 +66,7 @@ def refuse_long_request(
 
 
 def _requests(recipe: Recipe) -> Iterator[tuple[str, int, int, tuple[Any, ...]]]:
-    """What is timed: the place in the recipe, prompt, new tokens, and the engines that run it."""
+    """Lists timed requests: the place in the recipe, prompt, new tokens, and their engines."""
     exports = tuple(export.entry for export in recipe.export)
     speed = recipe.verify.speed
     if speed:

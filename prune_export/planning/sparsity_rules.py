@@ -1,4 +1,4 @@
-"""What hardware can make of sparse weights: the rules by which a plan refuses the impossible.
+"""Rules by which the plan refuses sparsity that no kernel of the hardware can use.
 
 A rule is a function from what is planned to what is wrong with it; `RULES` is all of them. Each
 error says what would work instead.
@@ -36,7 +36,7 @@ _BETTER: Final = Nm(6, 8)
 
 @dataclass(frozen=True)
 class Zeros:
-    """A stage whose zeros reach the engines: its number, and how errors name it and its weights."""
+    """A stage whose zeros reach the engines: its number, and its words for errors."""
 
     at: int
     stage: Stage
@@ -45,14 +45,14 @@ class Zeros:
 
     @property
     def nm(self) -> Nm | None:
-        """The pattern that it leaves; None where it leaves none."""
+        """The N:M pattern that it leaves; None where it leaves none."""
         pattern: Nm | None = self.stage.entry.nm
         return pattern
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a recipe would do: the model before and after each stage, and the machine."""
+    """A recipe's course: the model before and after each stage, and the machine."""
 
     recipe: Recipe
     archs: tuple[Arch, ...]
@@ -60,12 +60,12 @@ class Planned:
 
     @property
     def after(self) -> Arch:
-        """What is exported."""
+        """The shapes of the model that is exported."""
         return self.archs[-1]
 
     @cached_property
     def zeros(self) -> tuple[Zeros, ...]:
-        """The stages that put zeros into weights, less those whose weights later ones prune again.
+        """The stages whose zeros remain: without those whose weights later ones prune again.
 
         Zeros that stand for a part of a block, or for widths, are not meant: engines leave them
         out.
@@ -81,7 +81,7 @@ class Planned:
         )
 
     def _pruned_again(self, at: int, sparse: Sequence[int]) -> bool:
-        """Whether later stages prune all that this one does, so that theirs are the zeros.
+        """Whether later stages prune all that this one does.
 
         Blocks removed in between have no known numbers: then only roles of all blocks count.
         """
@@ -97,13 +97,13 @@ class Planned:
         return not left
 
     def _targets(self, at: int) -> set[tuple[str, int | None]]:
-        """Role and block of what a sparse stage prunes."""
+        """Role and block of the matrices that a sparse stage prunes."""
         found = self.recipe.stages[at].entry.targets(self.archs[at])
         return {(tensor.role, tensor.layer) for tensor in found}
 
     @property
     def cuts_structure(self) -> bool:
-        """Whether engines have fewer parameters than the model had."""
+        """Whether the engines have fewer parameters than the model."""
         fewer = self.after.parameters() < self.archs[0].parameters()
         return fewer or any(
             stage.kind == "prune" and not _puts_zeros(stage) for stage in self.recipe.stages
@@ -114,7 +114,7 @@ Rule = Callable[[Planned], Iterator[PlanError]]
 
 
 def refuse_impossible(planned: Planned) -> None:
-    """Refuses what no hardware, or not this one, can do.
+    """Refuses what no hardware, or not this machine's, can do.
 
     Raises:
         PlanError: the first rule that is broken, with what to write instead.
@@ -125,7 +125,7 @@ def refuse_impossible(planned: Planned) -> None:
 
 
 def windows_note(planned: Planned, export: Export) -> str:
-    """What sliding windows rewrite for an export, and gain at most; empty for one without them."""
+    """Says what SlideSparse rewrites for an export, and gains at most; empty where unused."""
     if not export.parameters().get("sliding"):
         return ""
     if not planned.zeros:
@@ -143,7 +143,7 @@ def _gain(nm: Nm | None) -> str:
 
 
 def _pattern_for_tensor_cores(planned: Planned) -> Iterator[PlanError]:
-    """Sparse kernels know 2 of 4 only; other patterns need windows, and some have none."""
+    """Sparse tensor cores know 2:4 only; other patterns need SlideSparse, and some have none."""
     for export, keys in _sparse_exports(planned.recipe):
         where = f"export.{export.name}.sparse"
         for zeros in planned.zeros:
@@ -170,7 +170,7 @@ def _pattern_for_tensor_cores(planned: Planned) -> Iterator[PlanError]:
 
 
 def _needs_windows(zeros: Zeros, nm: Nm, *, own: bool) -> tuple[str, str]:
-    """What is wrong and what to do; `own` says that this exporter has windows."""
+    """Words the refusal of a pattern that needs SlideSparse; `own`: this exporter has it."""
     windows = windows_for(nm)
     assert windows is not None
     problem = f"{zeros.weights} keep {nm}, and sparse tensor cores know 2 of 4 only"
@@ -182,7 +182,7 @@ def _needs_windows(zeros: Zeros, nm: Nm, *, own: bool) -> tuple[str, str]:
 
 
 def _windows_find_zeros(planned: Planned) -> Iterator[PlanError]:
-    """Windows rewrite 2N-2 of 2N; stages that all leave something else give them nothing to do.
+    """SlideSparse rewrites (2N-2):2N; stages that all leave other patterns give it nothing to do.
 
     Without such a stage the model itself may have the zeros, which no plan knows.
     """
@@ -195,7 +195,7 @@ def _windows_find_zeros(planned: Planned) -> Iterator[PlanError]:
 
 
 def _not_rewritten(zeros: Zeros) -> tuple[str, str]:
-    """Why windows do not rewrite what a stage leaves, and what to do."""
+    """Says why SlideSparse does not rewrite what a stage leaves, and what to do."""
     nm, better = zeros.nm, f"prune with {_keys(_BETTER)}"
     if nm is None:
         return (
@@ -227,7 +227,7 @@ def _zeros_survive(planned: Planned) -> Iterator[PlanError]:
 
 
 def _zeros_come_last(planned: Planned) -> Iterator[PlanError]:
-    """A cut of widths takes channels out of groups, and refits what is left."""
+    """Width pruning after N:M sparsity breaks the pattern: it removes channels and refits."""
     for zeros, at, stage in _after_zeros(planned):
         before, after = (
             {(tensor.role, arch.shape(tensor)) for tensor in linears(arch)}
@@ -243,7 +243,7 @@ def _zeros_come_last(planned: Planned) -> Iterator[PlanError]:
 
 
 def _after_zeros(planned: Planned) -> Iterator[tuple[Zeros, int, Stage]]:
-    """Each stage after one that leaves zeros, where an export needs them as they are."""
+    """Yields each stage after one that leaves zeros, where an export needs them as they are."""
     if not _needs_zeros(planned.recipe):
         return
     for zeros in planned.zeros:
@@ -252,7 +252,7 @@ def _after_zeros(planned: Planned) -> Iterator[tuple[Zeros, int, Stage]]:
 
 
 def _inputs_divide(planned: Planned) -> Iterator[PlanError]:
-    """Without windows, which pad, a weight's inputs must be whole groups."""
+    """Without SlideSparse, which pads, a weight's inputs must be whole groups."""
     for export, keys in _sparse_exports(planned.recipe):
         if keys.get("sliding"):
             continue
@@ -270,7 +270,7 @@ def _inputs_divide(planned: Planned) -> Iterator[PlanError]:
 
 
 def _gpu_skips_zeros(planned: Planned) -> Iterator[PlanError]:
-    """Sparse tensor cores came with Ampere."""
+    """Sparse tensor cores need a GPU of Ampere or later."""
     capability = planned.machine.capability
     for export, keys in _sparse_exports(planned.recipe):
         if 0 < capability < AMPERE and keys.get("compute_capability", "current") == "current":
@@ -283,7 +283,7 @@ def _gpu_skips_zeros(planned: Planned) -> Iterator[PlanError]:
 
 
 def _rtx_knows_the_gpu(planned: Planned) -> Iterator[PlanError]:
-    """TensorRT-RTX is for GeForce and RTX GPUs."""
+    """TensorRT-RTX needs a GeForce or RTX GPU."""
     capability = planned.machine.capability
     for export in planned.recipe.export:
         keys = export.parameters()
@@ -299,7 +299,7 @@ def _rtx_knows_the_gpu(planned: Planned) -> Iterator[PlanError]:
 
 
 def _gate_within_reach(planned: Planned) -> Iterator[PlanError]:
-    """A gate above what zeros can gain, on this machine or on any."""
+    """A speed gate must not exceed what zeros can gain, on this machine or on any."""
     speed = planned.recipe.verify.speed
     if speed is None or speed.at_least is None or speed.at_least <= 1:
         return
@@ -349,7 +349,7 @@ RULES: Final[Sequence[Rule]] = (
 
 
 def _sparse_exports(recipe: Recipe) -> Iterator[tuple[Export, Mapping[str, Any]]]:
-    """The exports that ask for sparse kernels, with their keys."""
+    """Lists the exports that ask for sparse kernels, with their keys."""
     for export in recipe.export:
         keys = export.parameters()
         if keys.get("sparse"):
@@ -357,23 +357,23 @@ def _sparse_exports(recipe: Recipe) -> Iterator[tuple[Export, Mapping[str, Any]]
 
 
 def _needs_zeros(recipe: Recipe) -> bool:
-    """Whether an export is of use only if the zeros are where the pattern has them."""
+    """Whether an export needs the zeros exactly where the pattern has them."""
     asked = ("sparse", "sliding")
     return any(export.parameters().get(key) for export in recipe.export for key in asked)
 
 
 def _inside_native(nm: Nm) -> bool:
-    """Whether every weight that holds `nm` holds 2 of 4 as well."""
+    """Whether every `nm` weight is 2:4 as well."""
     return nm.keep == 1 or (nm.keep == NATIVE.keep and nm.of % NATIVE.of == 0)
 
 
 def _is_rewritten(nm: Nm) -> bool:
-    """Whether windows rewrite weights of a pattern: tensor cores do not take it as it is."""
+    """Whether SlideSparse rewrites a pattern, which tensor cores do not take as it is."""
     return windows_for(nm) is not None and not _inside_native(nm)
 
 
 def _most(nm: Nm | None, keys: Mapping[str, Any]) -> float:
-    """The most that sparse kernels gain over dense ones for this pattern; 0 for none."""
+    """The largest possible gain of sparse kernels for this pattern; 0 for none."""
     if nm is None:
         return 0.0
     windows = windows_for(nm)
@@ -383,12 +383,12 @@ def _most(nm: Nm | None, keys: Mapping[str, Any]) -> float:
 
 
 def _puts_zeros(stage: Stage) -> bool:
-    """Whether a stage is by a sparse method, which is one that takes `nm`."""
+    """Whether a stage uses a sparse method: one that has the key `nm`."""
     return stage.kind == "prune" and hasattr(stage.entry, "nm")
 
 
 def _inputs(planned: Planned, zeros: Zeros) -> Iterator[tuple[str, int]]:
-    """The matrices of the blocks that a stage prunes, with their inputs at the end."""
+    """The matrices that a stage prunes, with their numbers of inputs at the end of the recipe."""
     targets = zeros.stage.entry.targets(planned.archs[zeros.at])
     roles = {tensor.role for tensor in targets}
     for tensor in linears(planned.after):

@@ -1,1 +1,1 @@
-"""What several methods share, by family; no recipe names anything in here."""
+"""Algorithms that several pruning methods share, by family; no recipe names anything in here."""

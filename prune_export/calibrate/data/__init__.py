@@ -1,1 +1,1 @@
-"""Token sets, from texts that a recipe names."""
+"""Calibration and evaluation data: windows of tokens made from the texts that a recipe names."""

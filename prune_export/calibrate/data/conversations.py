@@ -1,4 +1,4 @@
-"""Conversations as documents: messages through the tokenizer's chat template, and who said what.
+"""Chat data: tokenises conversations by the tokenizer's chat template, and marks assistant tokens.
 
 The template is the one in the tokenizer's own files. transformers renders it in jinja's sandbox;
 no code of a model is run.
@@ -30,7 +30,7 @@ Spans = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of one document; `where` is its file and line, for errors."""
+    """One conversation, a list of messages; `where` is its file and line, for errors."""
 
     messages: tuple[Mapping[str, Any], ...]
     where: str
@@ -46,7 +46,7 @@ class Conversation:
 
 
 def conversation_of(value: Sequence[Any], column: str, where: str) -> Conversation:
-    """The conversation that a row holds.
+    """Reads the conversation that a row of a data set holds.
 
     Raises:
         PlanError: one of the messages has no role or no content that is text.
@@ -78,7 +78,7 @@ def conversation_of(value: Sequence[Any], column: str, where: str) -> Conversati
 
 
 def refuse_half_pairs(text: str, where: str) -> None:
-    """Refuses text that cannot be written as UTF-8.
+    """Refuses text with half of a surrogate pair, which cannot be written as UTF-8.
 
     Raises:
         PlanError: it holds half of a surrogate pair, as JSON can say it.
@@ -97,7 +97,7 @@ def _as_json(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a value of JSON or Parquet is, in words."""
+    """Names the type of a JSON or Parquet value in plain words, for error messages."""
     if value is None:
         return "null"
     for types, name in (
@@ -116,7 +116,7 @@ def kind_of(value: Any) -> str:
 def encoded(
     backend: Any, conversation: Conversation, *, assistant_only: bool
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_] | None]:
-    """Ids of a conversation, the template's special tokens in it, and which the assistant says.
+    """Tokenises a conversation: its ids with the template's special tokens, and which are counted.
 
     Raises:
         PlanError: there is no template, it refuses the messages, or it cannot tell who says what.
@@ -136,7 +136,7 @@ def encoded(
 
 
 def refuse_untellable(backend: Any, where: str) -> None:
-    """Refuses a tokenizer that does not say which characters a token stands for.
+    """Refuses a tokenizer that cannot map tokens back to characters.
 
     Raises:
         PlanError: it is not one of the package `tokenizers`.
@@ -207,7 +207,7 @@ def _with_marks(backend: Any, template: str, messages: list[Any], where: str) ->
 
 
 def _by_prefixes(backend: Any, messages: list[Any], where: str) -> tuple[str, Spans]:
-    """What the assistant says lies between the text up to it and the text up to its end."""
+    """Finds the assistant's characters by rendering the conversation up to each of its messages."""
     text = _render(backend, messages, where)
     spans = []
     for number, message in enumerate(messages):

@@ -1,4 +1,4 @@
-"""The text of a local file: decompressed, seen to be text, and decoded; errors name the place.
+"""Reads text files: decompresses and decodes them, and names the place of what cannot be read.
 
 A file in another encoding than its source says is never read as best it may: replacement
 characters would be calibrated, healed and judged on without a word.
@@ -36,7 +36,7 @@ _MARKS: Final = (
 
 
 def whole(path: Path, encoding: str | None) -> str:
-    """The whole text of a file, which is one document.
+    """Reads a whole file as one document.
 
     Raises:
         PlanError: it cannot be read, is not text in `encoding` (None: UTF-8), or is too long.
@@ -51,7 +51,7 @@ def whole(path: Path, encoding: str | None) -> str:
 
 
 def lines(path: Path, encoding: str | None) -> Iterator[tuple[int, str]]:
-    """The lines of a file, with their numbers from 1.
+    """Yields the lines of a file with their numbers, from 1.
 
     Raises:
         PlanError: as `whole` does.
@@ -71,7 +71,7 @@ def lines(path: Path, encoding: str | None) -> Iterator[tuple[int, str]]:
 
 
 def refuse_no_text(path: Path, encoding: str | None) -> None:
-    """Refuses a file that does not begin as text in `encoding` does.
+    """Refuses a file whose beginning is not text in `encoding`.
 
     Raises:
         PlanError: as `whole` does, of the first pieces.
@@ -80,7 +80,7 @@ def refuse_no_text(path: Path, encoding: str | None) -> None:
 
 
 def marked(path: Path) -> bool:
-    """Whether a text file begins with the mark (BOM) of UTF-8, which is not part of its text.
+    """Whether a text file begins with the byte order mark of UTF-8, which is not part of its text.
 
     Raises:
         PlanError: it cannot be read.

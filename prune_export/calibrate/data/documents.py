@@ -27,14 +27,14 @@ Text = str | Conversation
 
 
 def hash_of(text: Text) -> str:
-    """A document's hash: the first 16 hex digits of its text's sha256."""
+    """Hashes a document: the first 16 hex digits of the sha256 of its text."""
     if isinstance(text, Conversation):
         return text.hash
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def local_texts(files: Iterable[Path], source: LocalText) -> Iterator[Text]:
-    """The documents of local files: a text file is one, a line or row of the others is one.
+    """Yields the documents of local files: a text file is one, and each line or row of others.
 
     Raises:
         PlanError: a file cannot be read or is not text, or a line or row holds something else.
@@ -51,7 +51,7 @@ def local_texts(files: Iterable[Path], source: LocalText) -> Iterator[Text]:
 
 
 def hub_texts(source: HubDataset, revision: str, *, shuffle: bool) -> Iterator[Text]:
-    """The documents of a Hub dataset at a commit, streamed.
+    """Streams the documents of a Hub dataset at a commit.
 
     Raises:
         MissingExtra: `datasets` is not installed.
@@ -75,7 +75,7 @@ def hub_texts(source: HubDataset, revision: str, *, shuffle: bool) -> Iterator[T
 
 
 def hub_revision(source: HubDataset) -> str:
-    """The commit that a source's revision means now.
+    """Resolves the revision of a Hub dataset to a commit.
 
     Raises:
         PlanError: the id is not a Hub id, or the Hub cannot be reached.
@@ -171,7 +171,7 @@ def _json_texts(path: Path, column: str, encoding: str | None) -> Iterator[Text]
 
 
 def text_of(row: Any, column: str, where: str) -> Text:
-    """The text or the conversation that a row holds.
+    """Reads the text or the conversation that a row of a data set holds.
 
     Raises:
         PlanError: it is no mapping, has no such column, or holds something else there.
@@ -210,5 +210,5 @@ def text_of(row: Any, column: str, where: str) -> Text:
 
 
 def _names(row: Mapping[Any, Any]) -> list[str]:
-    """The keys of a row, as they can be printed."""
+    """The column names of a row, printable."""
     return [str(key).encode("utf-8", "backslashreplace").decode() for key in row]

@@ -1,4 +1,4 @@
-"""Which local files a source of data names: below its root, there, regular and readable."""
+"""Finds the local files of a data source; refuses what is outside its root or unreadable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGEST_NAME_BYTES: Final = 255
 
 
 def inside(root: Path, pattern: str, where: str) -> list[Path]:
-    """The files below `root` that a relative path or glob names, sorted.
+    """Finds the files below `root` that a relative path or glob names, sorted.
 
     A path that is there is that file, whatever its name holds (`t [v1].txt`). What else a glob
     matches must be files; directories among them are passed over.
@@ -45,7 +45,7 @@ def inside(root: Path, pattern: str, where: str) -> list[Path]:
 
 
 def local_files(source: LocalText, root: Path) -> list[Path]:
-    """The files of a source, each once, in the order of its patterns.
+    """Finds the files of a data source, each once, in the order of its patterns.
 
     Raises:
         PlanError: as `inside` does, or a file has another format.
@@ -91,7 +91,7 @@ def _refuse_impossible(pattern: str, named: str, where: str) -> None:
 
 
 def _is_file(path: Path, root: Path, named: str, where: str) -> bool:
-    """Whether a file stands there, and not a directory.
+    """Whether a path is a readable regular file (True) or a directory (False).
 
     Raises:
         PlanError: it is neither, cannot be read, or lies outside of `root`.

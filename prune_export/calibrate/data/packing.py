@@ -1,4 +1,4 @@
-"""Windows from tokenised documents, by the three conventions of the field.
+"""Cuts tokenised documents into windows of one length, by the three conventions of the field.
 
     packed    documents joined by the end-of-text token, cut into windows, shuffled
     windows   one random window from each document that is longer than a window
@@ -59,7 +59,7 @@ def packed(
     prefix: Sequence[int] = (),
     separator: Sequence[int] = (),
 ) -> Windows:
-    """Windows of concatenated documents, chosen at random.
+    """Joins documents, cuts them into windows, and takes some of these at random.
 
     Reading stops when `pool` windows are full (None reads everything); `samples` of them are taken
     in an order that `seed` decides (None keeps theirs), all of them where `samples` is None.
@@ -88,7 +88,7 @@ def packed(
 
 @dataclass
 class _Joined:
-    """Documents one after the other, cut into windows of `body` tokens.
+    """Concatenates documents and cuts them into windows of `body` tokens.
 
     `begun` says that something stands before each window, so that its first token is predicted.
     """
@@ -111,7 +111,7 @@ class _Joined:
         self.ends.append((self.ends[-1] if self.ends else 0) + len(self.parts[-1]))
 
     def reaches(self, pool: int) -> bool:
-        """Whether there are `pool` windows, not counting those in which nothing counts."""
+        """Whether there are `pool` windows that have a token whose loss counts."""
         full = self.ends[-1] // self.body
         if full < max(pool, self.goal):
             return False
@@ -148,7 +148,7 @@ def windows(
     seed: int,
     prefix: Sequence[int] = (),
 ) -> Windows:
-    """One random contiguous window from each document that is longer than a window.
+    """Takes one random contiguous window from each document that is longer than a window.
 
     Reading stops at `pool` such documents; `samples` of them are taken at random. Source: the
     released code of Wanda (arXiv:2306.11695) and SparseGPT (arXiv:2301.00774).
@@ -193,7 +193,7 @@ def stream(
     prefix: Sequence[int] = (),
     prefix_each: bool = True,
 ) -> Windows:
-    """Non-overlapping windows, in order, of all documents joined by blank lines.
+    """Joins all documents by blank lines and cuts them, in order, into non-overlapping windows.
 
     `texts` gives (hash, text); `tokenise` adds nothing to it. `prefix` begins each window, which
     keeps its length, or the whole text only. With `samples` no more text is read than they need,

@@ -1,4 +1,4 @@
-"""Documents on their way to the tokenizer: counted, left out, or cut after so many characters."""
+"""Filters documents before they are tokenised: counts them, excludes some, cuts after a length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prune_export.progress import Task
 
 @dataclass
 class Reader:
-    """Counts documents while it hands them on."""
+    """Passes documents on, without the excluded ones, and counts them."""
 
     texts: Iterable[Text]
     exclude: frozenset[str]
@@ -23,7 +23,7 @@ class Reader:
     conversations: bool = field(default=False, init=False)
 
     def kept(self, *, empty: bool) -> Iterator[tuple[str, Text]]:
-        """(hash, text) of each document that is not excluded; `empty` keeps empty ones.
+        """Yields (hash, text) of each document that is not excluded; `empty` keeps empty ones.
 
         Raises:
             PlanError: some are text and others conversations.
@@ -53,7 +53,7 @@ class Reader:
 
 @dataclass
 class First:
-    """The first `left` characters of texts, the last text cut; `whole` says that it was them all.
+    """Passes on the first `left` characters of all texts; `whole` says that there were no more.
 
     A text that is cut keeps its hash; a conversation is not cut.
     """

@@ -1,4 +1,4 @@
-"""Token sets from what a recipe's `data` section says."""
+"""Makes the token sets that a recipe's `data` section describes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def token_set(
     vocabulary: int | None = None,
     progress: Progress | None = None,
 ) -> TokenSet:
-    """The windows that a source describes; the same files and seed give the same set.
+    """Makes the windows of tokens that a data source describes; same files and seed, same windows.
 
     `tokenizer` is a directory that holds one, `root` what relative paths start from. Documents
     whose hash is in `exclude` are left out: so text for healing never overlaps the evaluation's.
@@ -80,7 +80,7 @@ def refuse_short(
     least: int = 1,
     vocabulary: int | None = None,
 ) -> frozenset[str]:
-    """Refuses text or tokens that hold too few windows, reading no more than it takes to see.
+    """Refuses a source with too few tokens for its windows, and reads no more than that takes.
 
     Where the source leaves their number open, `least` must be there. What `READ` characters do not
     show passes. Returns hashes of documents that the set is sure to use, where `documents` asks for
@@ -117,7 +117,7 @@ def refuse_short(
 
 
 def refuse_unreadable(source: LocalText, root: Path) -> None:
-    """Refuses local files that are not there or are no text, where there is no tokenizer yet.
+    """Refuses local files that are missing or no text, before there is a tokenizer.
 
     Raises:
         PlanError: as `token_set` does, of the beginning of each file and the first document.
@@ -126,7 +126,7 @@ def refuse_unreadable(source: LocalText, root: Path) -> None:
 
 
 def changed_since_first(source: Source, tokenizer: Path, root: Path) -> bool:
-    """Whether this source gives other tokens than the first version of this package gave.
+    """Whether the first version of this package made other tokens from this source.
 
     That had a byte order mark in the text, and no prefix but in the first window of a stream.
     """
@@ -142,7 +142,7 @@ def changed_since_first(source: Source, tokenizer: Path, root: Path) -> bool:
 
 
 def _seen(source: LocalText, root: Path) -> list[Path]:
-    """The files of a source, each of which begins as text in the source's encoding does."""
+    """Finds the files of a source, and refuses those that are not text in its encoding."""
     files = local_files(source, root)
     for file in files:
         if not file.name.endswith(".parquet"):
@@ -201,7 +201,7 @@ def _tokenised(
 def _protocol(
     source: HubDataset | LocalText, tokenizer: Tokenizer, *, conversations: bool
 ) -> dict[str, Any]:
-    """What is to be known of the windows beyond the keys that every set has."""
+    """What a token set's provenance says beyond the keys that every set has."""
     found: dict[str, Any] = {}
     if isinstance(source, LocalText) and source.encoding:
         found["encoding"] = source.encoding

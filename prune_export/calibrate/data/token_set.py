@@ -1,4 +1,4 @@
-"""A set of token windows, what it was made from, and its file."""
+"""A set of token windows with its fingerprint and provenance, and the file it is saved in."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TokenSet:
         provenance: Mapping[str, Any] | None = None,
         counted: torch.Tensor | None = None,
     ) -> Self:
-        """The set of these windows, fingerprinted."""
+        """Makes a set of these windows, with its fingerprint."""
         ids = ids.to(torch.int64).contiguous()
         counted = None if counted is None else counted.to(torch.bool).contiguous()
         known = dict(provenance or {})
@@ -120,7 +120,7 @@ class TokenSet:
 
 
 def _unfit(counted: torch.Tensor, ids: torch.Tensor) -> bool:
-    """Whether the flags are not those of these windows, or leave one with nothing to predict."""
+    """Whether the loss flags have another shape than the windows, or leave one without a loss."""
     if counted.dtype != torch.bool or counted.shape != ids.shape:
         return True
     return not bool(counted[:, 1:].any(dim=1).all())

@@ -1,4 +1,4 @@
-"""A model's tokenizer, as making token sets needs it."""
+"""A model's tokenizer, with what making token sets needs of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
-        """The tokenizer of a model directory; no code from it is run.
+        """Loads the tokenizer of a model directory; no code from it is run.
 
         Raises:
             PlanError: there is none, or transformers cannot read it.
@@ -60,13 +60,13 @@ class Tokenizer:
         )
 
     def text(self, text: str) -> Ids:
-        """One text's ids, nothing added."""
+        """Tokenises one text, without special tokens."""
         return np.asarray(
             self.backend(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32
         )
 
     def documents(self, texts: Iterable[tuple[str, str]]) -> Iterator[Document]:
-        """Each text's ids, nothing added, tokenised in batches."""
+        """Tokenises texts in batches, without special tokens."""
         for batch in _batches(texts):
             found = self.backend(
                 [text for _, text in batch], add_special_tokens=False, verbose=False
@@ -77,7 +77,7 @@ class Tokenizer:
     def conversations(
         self, given: Iterable[tuple[str, Conversation]], *, assistant_only: bool
     ) -> Iterator[Document]:
-        """Each conversation's ids by the chat template, less what begins any window anyway.
+        """Tokenises conversations by the chat template, without the prefix that begins any window.
 
         Raises:
             PlanError: there is no template, or it refuses one of them.
@@ -95,7 +95,7 @@ class Tokenizer:
 def refuse_unknown_tokens(
     backend: Any, ids: np.ndarray, vocabulary: int | None, where: str
 ) -> None:
-    """Refuses ids that the embedding of a model with `vocabulary` rows does not have.
+    """Refuses token ids beyond the `vocabulary` rows of a model's embedding.
 
     Raises:
         PlanError: there is one; a token was added, and the embedding was not resized.

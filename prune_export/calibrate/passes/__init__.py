@@ -1,1 +1,1 @@
-"""Walks of calibration windows through a model, one block in memory."""
+"""Passes of the calibration windows through a model, with one block in memory at a time."""

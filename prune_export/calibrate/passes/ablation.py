@@ -1,4 +1,4 @@
-"""The loss of a model without some of its blocks, or without their attention or MLP, measured.
+"""Measures the loss of a model without some of its blocks, or without their attention or MLP.
 
 Searches ask for many such models, most of which are alike up to some block: the states that enter a
 block depend only on what is removed before it. Each such state is computed once for all models that
@@ -48,7 +48,9 @@ _RESIDENT: Final = 0.5
 
 
 class Ablations:
-    """The losses of one model without this or that; a context manager.
+    """Measures losses of one model with units removed (a unit is a block, attention or MLP).
+
+    A context manager.
 
     The windows are scored in chunks, so that a few of them may be asked first. With `scratch` every
     measured loss is kept there: a search that was killed asks again, is answered at once, and goes
@@ -88,7 +90,7 @@ class Ablations:
 
     @property
     def chunks(self) -> int:
-        """The number of chunks that the windows make."""
+        """The number of chunks into which the windows are cut."""
         return len(self._ids)
 
     def __enter__(self) -> Self:
@@ -111,10 +113,10 @@ class Ablations:
         chunks: int | None = None,
         keep: Iterable[Collection[Unit]] = (),
     ) -> list[float]:
-        """The mean next-token loss (nats) of the model without these units, for each of `models`.
+        """The mean next-token loss in nats for each of `models`, which are sets of removed units.
 
         Measured on the first `chunks` chunks, or on all. `keep` are the models from which later
-        ones will be made: the states on their ways are kept.
+        ones will be made: their hidden states are kept.
         """
         asked = [in_order(model) for model in models]
         count = min(chunks or self.chunks, self.chunks)
@@ -136,7 +138,7 @@ class Ablations:
         ]
 
     def _forget(self, ways: Collection[Removed], used: Collection[_Place]) -> None:
-        """Lets go of all states but those on `ways`, those `used`, and those that enter."""
+        """Frees all states but those on `ways`, those `used`, and the input of the first block."""
         for place in list(self._kept):
             _, layer, gone = place
             on_way = any(before(way, layer) == gone for way in ways)
@@ -187,7 +189,7 @@ class Ablations:
         self._losses.save()
 
     def _plan(self, ends: Iterable[_Place]) -> tuple[dict[int, list[_Place]], Counter[_Place]]:
-        """The states to compute for `ends`, by the block that gives them, and each state's uses."""
+        """Plans which states must be computed for `ends`, by block, and how often each is used."""
         uses = Counter(_canonical(end) for end in ends)
         runs: dict[int, list[_Place]] = {}
         for after in range(self.arch.layers, 0, -1):
@@ -199,7 +201,7 @@ class Ablations:
 
 
 def native_dtype(machine: Machine) -> torch.dtype:
-    """Bfloat16 where the hardware multiplies it natively (CUDA, a CPU with AMX), else float32."""
+    """Chooses bfloat16 where the hardware multiplies it (CUDA, a CPU with AMX), else float32."""
     if machine.device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
@@ -208,12 +210,12 @@ def native_dtype(machine: Machine) -> torch.dtype:
 
 
 def in_order(units: Collection[Unit]) -> Removed:
-    """The units in the order of the model, each once."""
+    """Sorts units by their place in the model, each once."""
     return tuple(sorted(set(units)))
 
 
 def before(gone: Removed, layer: int) -> Removed:
-    """What is removed before a block: all that the states that enter it depend on."""
+    """The removed units that the input of a block depends on: those before it."""
     return tuple(unit for unit in gone if unit.layer < layer)
 
 
@@ -237,7 +239,7 @@ def _parts(gone: Removed, layer: int) -> list[Part]:
 
 
 class _Losses:
-    """The summed losses that were measured, by chunk and model, and their file."""
+    """Keeps the measured losses (summed, by chunk and model), in a file where there is one."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -260,7 +262,7 @@ class _Losses:
 
 
 class _Model:
-    """A skeleton with its head, and room for states; blocks stay loaded where all of them fit."""
+    """The model, loaded block by block, or whole where it fits in memory; and its hidden states."""
 
     def __init__(
         self,
@@ -293,7 +295,7 @@ class _Model:
         return next(iter(self._room.values())) > self._ample
 
     def loaded(self, layers: Sequence[int]) -> Iterator[int]:
-        """Each of these blocks, loaded."""
+        """Loads each of these blocks in turn."""
         if not self._resident:
             yield from loaded(self.layerwise, layers)
             return
@@ -304,16 +306,16 @@ class _Model:
             yield layer
 
     def enter(self, ids: torch.Tensor) -> Buffer:
-        """What enters the first block."""
+        """The input of the first block."""
         return self._stored(self.layerwise.enter(ids))
 
     def run(self, layer: int, states: torch.Tensor, without: Sequence[Part]) -> Buffer:
-        """What a loaded block, without some of its parts, makes of a chunk's states."""
+        """Runs a loaded block, without some of its parts, on a chunk's hidden states."""
         with skipped(self.layerwise, layer, without):
             return self._stored(self.layerwise.run(layer, states, self._calls[layer]))
 
     def loss(self, states: torch.Tensor, ids: torch.Tensor) -> float:
-        """The summed loss of a chunk, from what its last block gave."""
+        """The summed loss of a chunk, from the output of the last block."""
         return self.layerwise.loss(states, ids)
 
     def read(self, states: Buffer) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a calibration pass takes, from shapes alone."""
+"""Estimates the memory, disk and FLOPs of a calibration pass from shapes alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BATCH_TOKENS: Final[Mapping[str, int]] = {"cpu": 2048, "cuda": 16384}
 """Tokens that go through a block at once: enough for full speed, little to hold."""
 
 _REPEATED: Final = 2.5
-"""Forward passes of a sweep that parks nothing: up to each of four sites, and to the end."""
+"""Forward passes where nothing is suspended: up to each of four linear groups, and to the end."""
 
 
 @dataclass(frozen=True)
 class PassCost:
-    """What a pass takes at its peak; `ram_bytes` comes over Python and torch themselves."""
+    """The peak cost of a pass; `ram_bytes` comes on top of what Python and torch need."""
 
     ram_bytes: int
     gpu_bytes: int
@@ -40,9 +40,9 @@ def pass_cost(
     length: int,
     machine: Machine,
 ) -> PassCost:
-    """What passes over `samples` windows of `length` tokens take, from shapes alone.
+    """Estimates the cost of passes over `samples` windows of `length` tokens.
 
-    States count as spooled where they exceed half of the memory. All experts count as active.
+    States count as kept on disk where they exceed half of the memory. All experts count as active.
     """
     item, residual, vocab = 4, arch.sizes["residual"], arch.sizes["vocab"]
     block, average = block_bytes(arch, torch.float32), arch.block_parameters() / arch.layers
@@ -71,7 +71,7 @@ def pass_cost(
             if statistic.suspends and ram + suspended <= machine.ram_bytes:
                 ram += suspended
             elif statistic.suspends:
-                # Each block is computed again up to each of its sites instead.
+                # Each block is computed again up to each of its linear groups instead.
                 forwards *= _REPEATED
             handy += statistic.handy_bytes
             moved += int(forwards) * arch.parameters() * item
@@ -87,7 +87,7 @@ def pass_cost(
 
 
 def block_bytes(arch: Arch, dtype: torch.dtype) -> int:
-    """Bytes of the largest block."""
+    """The size of the largest block in bytes."""
     return max(
         sum(prod(arch.shape(tensor)) for tensor in arch.block(layer)) * dtype.itemsize
         for layer in range(arch.layers)
@@ -95,9 +95,10 @@ def block_bytes(arch: Arch, dtype: torch.dtype) -> int:
 
 
 def suspended_bytes(arch: Arch, tokens: int, dtype: torch.dtype, dense: bool = False) -> int:
-    """What a sweep holds while all windows wait inside a block, at its widest site.
+    """The bytes that a sequential pass holds while all windows are suspended inside a block.
 
-    With `dense` (beside the dense model's states) also what the MLP's output will be added to.
+    Counted at its widest linear input. With `dense` (beside the dense model's states) also the
+    residual stream that the MLP's output will be added to.
     """
     residual, inner = arch.sizes["residual"], arch.sizes["residual"]
     for name, size in arch.sizes.items():

@@ -1,7 +1,7 @@
-"""The dense model's states beside those of a model that a sweep edits.
+"""Hidden states of the dense model, as targets for the edited model's output projections.
 
-From them comes what a projection back to the residual states would have to give, so that these are
-again what they are in the dense model: its own output there, and what they have lost until then.
+The target of a projection that writes to the residual stream is the output with which the stream is
+again that of the dense model: the dense output, plus what the stream has lost until then.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from prune_export.calibrate.streaming.linear_groups import Accumulator, LinearGr
 from prune_export.calibrate.streaming.offload import Buffer
 
 TARGETED: Final = ("attention.out", "mlp.out")
-"""Sites that have a target. Experts have none: other tokens are routed to them in the dense model,
-and only the sum of what they give is compared."""
+"""Linear groups that have a target. Experts have none: in the dense model other tokens are routed
+to them, and only the sum of their outputs is compared."""
 
 DENSE_STATES: Final = 1 + len(TARGETED)
-"""Arrays of states that are held more: the dense model's, and one for each site's target."""
+"""Arrays of states that are held more: the dense model's, and one for each group's target."""
 
 _LEAST: Final = 1e-20
 
@@ -34,12 +34,12 @@ _NOT_ADDED: Final = {"norm.attn.out", "norm.mlp.out", "shortcut.attn", "shortcut
 
 @runtime_checkable
 class TargetAccumulator(Accumulator, Protocol):
-    """Gathers something of a site's inputs and of what is to be made of them."""
+    """Accumulates a statistic of a linear group's inputs and of its target outputs."""
 
     def see_with_target(
         self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor
     ) -> None:
-        """Sees inputs `[samples, length, in]` and what the matrix is to make of them `[…, out]`.
+        """Adds inputs `[samples, length, in]` and their target outputs `[…, out]`.
 
         `weights` `[samples, length]` are one over the mean square of the residual states that
         result: the norms after them divide by it.
@@ -47,9 +47,10 @@ class TargetAccumulator(Accumulator, Protocol):
 
 
 def added_times(arch: Arch) -> float | None:
-    """What is added to the residual states is the output of a projection back, times this.
+    """The factor of a block's outputs when they are added to the residual stream.
 
-    None where it is not: where it is normalized before, or the states are after, or are multiplied.
+    None where more than a factor lies between: where an output is normalized before it is added,
+    or the sum is normalized or multiplied after.
     """
     roles = {row.role for row in arch.table.rows()}
     if roles & _NOT_ADDED:
@@ -61,9 +62,9 @@ def added_times(arch: Arch) -> float | None:
 
 
 class DenseReference:
-    """The states of the dense model, and the targets of the block that is being edited.
+    """The dense model's hidden states, and the targets of the block that is being edited.
 
-    `spare` takes the next states where they are in files, which a killed sweep reads again.
+    `spare` takes the next states where they are in files, which a killed pass reads again.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class DenseReference:
         self._goals = goals
 
     def swap(self) -> None:
-        """Makes the next states those that are read."""
+        """Makes the states that were written the ones that are read next."""
         self.states, self.spare = self.spare, self.states
 
     def advance(
@@ -89,7 +90,7 @@ class DenseReference:
         kinds: Collection[str],
         batches: Iterable[tuple[int, int]],
     ) -> None:
-        """Carries the states through a block that is not yet edited, and keeps the targets.
+        """Runs a block, before it is edited, on the dense states, and keeps its targets.
 
         A target is the residual states as they are when the output has been added.
         """
@@ -122,7 +123,7 @@ class DenseReference:
     def wanted(
         self, kind: str, start: int, before: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a projection is to give, less its bias, and the weights of its tokens.
+        """The target output of a projection, without its bias, and the weight of each token.
 
         `before` `[samples, length, residual]` are the edited model's states that it is added to.
         """
@@ -134,7 +135,7 @@ class DenseReference:
 
 
 class ResidualTracker:
-    """The residual states to which each projection's output is added, by a batch's first window.
+    """Tracks the residual stream to which each projection's output is added, batch by batch.
 
     For attention those that enter the block. For the MLP what attention gives has been added to
     them: so it is in blocks where one follows the other, and in those where both read the same
@@ -172,7 +173,7 @@ class ResidualTracker:
 
 
 def projections(layerwise: LayerwiseModel, layer: int) -> dict[str, nn.Module]:
-    """The modules back to the residual states that have a target, by the kind of their site."""
+    """The output projections of a block that have a target, by the kind of their linear group."""
     return {
         site.kind: layerwise.module(site.tensors[0])
         for site in linear_groups(layerwise.arch, layer)
@@ -181,5 +182,5 @@ def projections(layerwise: LayerwiseModel, layer: int) -> dict[str, nn.Module]:
 
 
 def has_target(site: LinearGroup) -> bool:
-    """Whether the dense stream says what a site's matrix is to give."""
+    """Whether the dense model gives a target for a linear group."""
     return site.kind in TARGETED and site.expert is None

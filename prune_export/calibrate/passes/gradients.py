@@ -1,4 +1,4 @@
-"""Gradients of the loss by every weight, one block in memory: no second model, no whole model.
+"""Computes the gradient of the loss by every weight, with one block in memory at a time.
 
 Forward, the inputs of each block are written to files. Backward, from the last block to the first,
 each block is computed again from them and the gradient passes through it. What is made of a block's
@@ -39,11 +39,11 @@ Sums = Mapping[str, Mapping[Kind, torch.Tensor]]
 
 
 class GradientReader(Protocol):
-    """Says which gradients are wanted, and what is kept of a block's."""
+    """Reduces gradients: says which are wanted, and what is kept of those of a block."""
 
     @property
     def key(self) -> str:
-        """Everything that decides what it keeps: a killed pass goes on only with an equal one."""
+        """JSON that identifies the reader: a killed pass goes on only with an equal one."""
 
     @property
     def kinds(self) -> tuple[Kind, ...]: ...
@@ -54,7 +54,7 @@ class GradientReader(Protocol):
     def keep(
         self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
-        """What is kept of a block: tensors by names of the reader's choice.
+        """Turns a block's summed gradients into what is kept: tensors by names of its choice.
 
         Asked only of blocks of which a gradient is wanted.
         """
@@ -75,13 +75,13 @@ class Gradients:
     first: int = 0
 
     def block(self, layer: int) -> dict[str, torch.Tensor]:
-        """What was kept of one block."""
+        """Loads what was kept of one block."""
         from safetensors.torch import load_file
 
         return dict(load_file(self.folder / f"{layer}.safetensors"))
 
     def matrix(self, tensor: Tensor) -> torch.Tensor:
-        """What was kept under the name and of the shape of a matrix's parameter, as `[out, in]`."""
+        """Loads what was kept by the name and in the shape of a weight matrix, as `[out, in]`."""
         from safetensors import safe_open
 
         with safe_open(self.folder / f"{tensor.layer}.safetensors", framework="pt") as file:
@@ -103,7 +103,7 @@ def gradients(
     *,
     arch: Arch | None = None,
 ) -> Gradients:
-    """What `reader` keeps of the gradients of the next-token loss over `tokens`.
+    """Computes gradients of the next-token loss over `tokens`; `reader` says what is kept of them.
 
     In float32 on a CPU, where each weight's gradient equals that of plain autograd on the whole
     model; in bfloat16 states and float32 sums on a GPU. With `scratch`, a pass that is killed goes
@@ -160,7 +160,7 @@ class _Pass:
         return {name: one for name, one in parameters.items() if self.reader.wants(layer, name)}
 
     def run(self, progress: Progress) -> None:
-        """Goes from where the last save left off to the end; steps are blocks there and back."""
+        """Runs from the last save to the end; a step is a block, forward or backward."""
         layers, all_tokens, first = self.arch.layers, self.ids.numel(), self.first
         steps = layers + _BACKWARD * (layers - first)
         with progress.task("Gradients", all_tokens * steps) as task:
@@ -272,5 +272,5 @@ def _add(sums: Mapping[Kind, torch.Tensor], gradient: torch.Tensor) -> None:
 
 
 def offloaded_bytes(arch: Arch, tokens: int, dtype: torch.dtype) -> int:
-    """The files of a pass over `tokens`: the inputs of every block, and two gradients."""
+    """The disk bytes of a pass over `tokens`: the inputs of every block, and two gradients."""
     return (arch.layers + 3) * tokens * arch.sizes["residual"] * dtype.itemsize

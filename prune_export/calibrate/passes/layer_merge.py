@@ -1,6 +1,6 @@
-"""How like the dense model's a model's last states are when layers are folded into others.
+"""Measures how similar a model's final hidden states stay when layers are merged (LaCo).
 
-A folded model is a chain of layers, each with the norms of one of the dense model's blocks and a
+A merged model is a chain of layers, each with the norms of one of the dense model's blocks and a
 weighted sum of several blocks' matrices. Chains that are tried one after the other differ in few
 layers: what comes before the first difference is computed once, and a layer that is a plain block
 is that block; nothing is copied.
@@ -31,23 +31,23 @@ from prune_export.progress import Progress, Silent
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with the norms of block `of`, and the sum of blocks' matrices times their weights."""
+    """A merged layer: the norms of block `of`, and a weighted sum of several blocks' matrices."""
 
     of: int
     weights: tuple[tuple[int, float], ...]
 
     @staticmethod
     def plain(block: int) -> Layer:
-        """A block as it is."""
+        """An unmerged block of the dense model."""
         return Layer(block, ((block, 1.0),))
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a block as it is."""
+        """Whether it is an unmerged block of the dense model."""
         return self == Layer.plain(self.of)
 
     def tensor(self, checkpoint: Checkpoint, arch: Arch, name: str) -> torch.Tensor:
-        """A stored tensor of block `of`, folded unless it belongs to a norm, in its own dtype."""
+        """Reads a tensor of block `of`, merged unless it belongs to a norm, in its own dtype."""
         if arch.by_name[name].role.startswith("norm"):
             return checkpoint.read_finite(name)
         prefix = f"{arch.table.blocks}.{self.of}."
@@ -66,7 +66,7 @@ Chain = tuple[Layer, ...]
 
 
 class MergeSimilarity:
-    """Similarities of folded models to the dense one; a context manager.
+    """Measures the similarity of merged models to the dense one; a context manager.
 
     `block_forwards` counts layers that windows went through. With `scratch` similarities are kept
     there, so that a search that was killed goes on.
@@ -111,9 +111,10 @@ class MergeSimilarity:
         self._stack.close()
 
     def similarity(self, chain: Chain, *, keep: Iterable[Chain] = ()) -> float:
-        """The mean over the windows of the cosine between a window's last states, as one vector.
+        """The mean over windows of the cosine of final hidden states, dense against merged.
 
-        `keep` are chains that the next ones will start like: their states are kept.
+        A window's states count as one vector. `keep` are chains that the next ones will start
+        like: their states are kept.
         """
         if chain not in self._known:
             keep = [self.dense, *keep]
@@ -127,7 +128,7 @@ class MergeSimilarity:
         return self._known[chain]
 
     def _last(self, chain: Chain, keep: Collection[Chain]) -> torch.Tensor:
-        """What the final norm makes of a chain's last states."""
+        """The final hidden states of a chain, after the last norm."""
         layerwise = self._started()
         at = next(i for i in range(len(chain), -1, -1) if chain[:i] in self._states)
         states = self._states[chain[:at]]

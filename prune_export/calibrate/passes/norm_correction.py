@@ -1,8 +1,8 @@
-"""What the sites of a block would be given if nothing in it were edited, from the windows' heads.
+"""Corrects activation norms for the noise that earlier edits in the same block put into them.
 
-In the true order a matrix sees what the edited ones before it give. Part of that is noise that the
-edits put in, which makes inputs look more important than they are for what the block should give.
-Their norms are corrected by how the first tokens of all windows differ without edits and with them.
+In sequential order a linear layer sees inputs that come from already pruned layers of its block.
+Part of them is pruning noise, which makes inputs look more important than they are. The norms are
+corrected by the ratio, on the first tokens of all windows, of the inputs before and after pruning.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ rarely active is in the heads only by chance."""
 
 @runtime_checkable
 class SeesUnedited(Accumulator, Protocol):
-    """Gathers something of a site's inputs, and of what they were without edits in the block."""
+    """Accumulates a statistic of a linear group's inputs, and of these inputs before any edit."""
 
     def see_unedited(self, states: torch.Tensor) -> None:
-        """Sees inputs `[samples, HEAD or fewer, in]` without edits; then `see` sees all windows."""
+        """Adds inputs `[samples, PREFIX_TOKENS or fewer, in]` from before any edit of the block.
+
+        Called before `see`, which then adds those of all windows.
+        """
 
 
 class CorrectedNorms(InputNorms):
-    """Sums of squares by input, as they would be if no matrix of the block were edited."""
+    """Squared input norms (Wanda), corrected to what they would be in the unedited block."""
 
     def __init__(self, width: int, device: str) -> None:
         super().__init__(width, device)
@@ -43,7 +46,7 @@ class CorrectedNorms(InputNorms):
 
     @property
     def sums(self) -> torch.Tensor:
-        """`[in]`."""
+        """The corrected sums of squares `[in]`."""
         found = super().sums
         if not self._without.tokens:
             return found
@@ -61,7 +64,7 @@ class CorrectedNorms(InputNorms):
 
 
 class _AllSeen(Exception):
-    """Nothing more is wanted of these windows."""
+    """Ends a forward pass early: all inputs that were asked for have been seen."""
 
 
 def show_unedited(
@@ -71,9 +74,10 @@ def show_unedited(
     sites: Mapping[nn.Module, SeesUnedited],
     prefixes: Iterable[torch.Tensor],
 ) -> None:
-    """Shows what arrives at modules of a block as it is now.
+    """Records the inputs of linear groups of a block before any of them is edited.
 
-    `heads` are states `[samples, HEAD, residual]`, and `call` is how the block takes that length.
+    `prefixes` are hidden states `[samples, PREFIX_TOKENS, residual]`; `call` holds the block's
+    other arguments (masks, positions) for that length.
     """
     left: set[nn.Module] = set()
 

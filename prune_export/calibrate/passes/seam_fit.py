@@ -1,4 +1,4 @@
-"""Least squares for one projection: what it is to give more, from what arrives at it.
+"""Refits one output projection by weighted least squares on what its outputs lack.
 
 The change D of a matrix (and of its bias) minimizes Σ w |D x - e|² + ridge |D|², where e is what
 the outputs lack. So the ridge pulls towards the old weights. Weights that are zero stay zero.
@@ -29,7 +29,7 @@ _ENOUGH: Final = 1e-4
 
 
 class Moments:
-    """Sums of products of weighted inputs and of what the outputs lack, and some held-out rows.
+    """Accumulates the normal equations of a refit: XᵀX and XᵀE, weighted, and some held-out rows.
 
     With `bias`, a last input is one. `held_tokens` are those that will come to be held out.
     """
@@ -45,7 +45,7 @@ class Moments:
         self._lacks: list[torch.Tensor] = []
 
     def see(self, inputs: torch.Tensor, lacks: torch.Tensor, weights: torch.Tensor) -> None:
-        """Sees inputs `[tokens, in]`, what outputs lack `[tokens, out]`, and weights `[tokens]`."""
+        """Adds inputs `[tokens, in]`, what outputs lack `[tokens, out]`, and weights `[tokens]`."""
         rows, wanted = self._weighted(inputs, lacks, weights)
         self.tokens += len(rows)
         self.gram.addmm_(rows.T, rows)
@@ -68,7 +68,7 @@ class Moments:
         return rows * scales, lacks.float() * scales
 
     def error(self, change: torch.Tensor | None) -> float | None:
-        """The mean of what held-out outputs lack after a change `[out, in]`; None without any."""
+        """The mean squared error on held-out rows after a change `[out, in]`; None without any."""
         if not self._rows:
             return None
         total = count = 0.0
@@ -81,7 +81,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Mended:
-    """The change of a matrix `[out, in]` and of its bias `[out]`, and the ridge that gave it.
+    """A refitted matrix: its change `[out, in]`, that of its bias `[out]`, and the ridge used.
 
     `before` and `after` are the mean weighted squares of what held-out outputs lack, None where
     none are held out. `change` is None where no ridge made that less.
@@ -95,7 +95,7 @@ class Mended:
 
 
 def mended(weight: torch.Tensor, moments: Moments) -> Mended:
-    """The change of a matrix `[out, in]` with the ridge that is best on held-out rows."""
+    """Refits a matrix `[out, in]` with the ridge that is best on held-out rows."""
     before = moments.error(None)
     keep = _pattern(weight)
     if keep is not None and moments.bias:
@@ -117,7 +117,7 @@ def mended(weight: torch.Tensor, moments: Moments) -> Mended:
 
 
 def _pattern(weight: torch.Tensor) -> torch.Tensor | None:
-    """Where a pruned matrix is not zero; None where it is not pruned."""
+    """The mask of a pruned matrix, True where it is not zero; None where it is dense."""
     keep = weight != 0
     zeros = keep.numel() - int(torch.count_nonzero(keep))
     return keep if zeros >= PRUNED_SHARE * keep.numel() else None
@@ -130,7 +130,7 @@ def _solved(
     keep: torch.Tensor | None,
     start: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """`[out, in]`: the D for which D (gram + damping) = wanted, where `keep` lets it be nonzero."""
+    """Solves D (H + damping) = wanted for D `[out, in]`, nonzero only where `keep` is True."""
     if damping <= 0:
         return None
     if keep is None:

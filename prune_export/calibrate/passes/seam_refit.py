@@ -1,4 +1,4 @@
-"""Mends the seams of a cut in one pass, one block in memory: before each, a projection is refitted.
+"""Refits a projection before each place where layers were removed, in one calibration pass.
 
 The dense model's states and those of the cut one pass through the blocks. Where a block stands
 before a seam, the dense states go on to the goal first; then one projection of the block is changed
@@ -54,7 +54,7 @@ _LOSS: Final = "loss.json"
 
 @dataclass(frozen=True)
 class CutModel:
-    """What a cut makes of a model: blocks that go, and tensors that have other values.
+    """A pruned model: the blocks that are removed, and tensors that have other values.
 
     `values` are by stored name; `key` says what they are, for a killed pass to know them again.
     """
@@ -66,7 +66,7 @@ class CutModel:
 
 @dataclass(frozen=True, eq=False)
 class Repaired:
-    """The refitted tensors, in files; what was done at each seam; held-out losses in nats.
+    """The result: refitted tensors in files, a log of each seam, and held-out losses in nats.
 
     `loss` are those of the cut model before and after, None where no window is held out.
     """
@@ -98,7 +98,7 @@ def repair(
     *,
     arch: Arch | None = None,
 ) -> Repaired:
-    """Refits what stands before `seams`, all of which have a site, from the first to the last.
+    """Refits the projection before each of `seams`, from the first to the last.
 
     With `scratch`, a pass that is killed goes on from there, and ends in the same bytes.
 
@@ -135,13 +135,13 @@ def repair(
 
 
 def held_out(samples: int) -> list[int]:
-    """The windows that are not fitted to."""
+    """Chooses the windows on which nothing is fitted."""
     found = list(range(_HELD_OUT - 1, samples, _HELD_OUT))
     return found or ([samples - 1] if samples > 1 else [])
 
 
 class _Lane:
-    """States on their way; where they are in files, the next ones go into others."""
+    """The hidden states of one model between two blocks, in memory or in files."""
 
     def __init__(self, make: Callable[[str], Buffer], name: str, *, spooled: bool) -> None:
         self.name = name
@@ -211,7 +211,7 @@ class _Pass:
         self.saves.layout = tuple(sorted(self._in_memory()))
 
     def run(self, progress: Progress) -> None:
-        """Goes from where the last save left off to the end."""
+        """Runs from the last save to the end."""
         with progress.task("Refitting at the seams", len(self.steps)) as task:
             done = self.saves.done()
             task.advance(done)
@@ -252,7 +252,7 @@ class _Pass:
         task.advance()
 
     def _fork(self) -> None:
-        """From here on the cut model has states of its own."""
+        """Gives the pruned model hidden states of its own from here on."""
         for start, stop in self._batches(0, len(self.ids)):
             states = self.dense.states.read(start, stop)
             self.edited.states.write(start, states)
@@ -260,7 +260,7 @@ class _Pass:
                 self.plain.states.write(start - self.fitted, states)
 
     def _advance_dense(self, layer: int, call: Call) -> None:
-        """Carries the dense model's states through a block; keeps a goal that lies in it."""
+        """Runs a block on the dense model's states; keeps those that are a seam's target."""
         with ExitStack() as hooks:
             entered = None
             if layer in self.inside:
@@ -283,7 +283,7 @@ class _Pass:
         lane.swap()
 
     def _put_values(self, layer: int) -> None:
-        """Puts what the cut says of a block into it."""
+        """Writes the pruned model's values into a loaded block."""
         block = self.arch.block(layer)
         if not any(tensor.name in self.cut.values for tensor in block):
             return
@@ -332,7 +332,7 @@ class _Pass:
         (folder / f"{number}.json").write_text(json.dumps(log), encoding="utf-8")
 
     def _moments(self, seam: Seam, module: nn.Module, call: Call) -> Moments:
-        """What arrives at a projection, and what the states that leave its block lack."""
+        """Accumulates the inputs of a projection and what its block's outputs lack."""
         assert seam.site is not None
         width = inputs_of(self.arch, seam.site.tensors[0])
         caught: list[torch.Tensor] = []
@@ -359,7 +359,7 @@ class _Pass:
         return moments
 
     def _hear(self) -> None:
-        """The cut model's next-token loss on the held-out windows, before and after."""
+        """Computes the pruned model's next-token loss on the held-out windows, before and after."""
         self.layerwise.load_head()
         ids = self.ids[self.fitted :]
         losses = []

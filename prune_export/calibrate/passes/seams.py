@@ -1,4 +1,4 @@
-"""Where a cut leaves a seam, and the order in which a pass comes to mend them.
+"""Finds the seams (places where layers were removed) and the order in which a pass refits them.
 
 A seam is where something was removed: what stands before it gives states that what stands after it
 does not know. The last projection before it that is left can give what left the last removed part
@@ -22,7 +22,7 @@ _KINDS: Final[Mapping[Part, str]] = {"attention": "attention.out", "mlp": "mlp.o
 
 @dataclass(frozen=True)
 class Seam:
-    """What was removed in a row, the projection before it, and where its goal is.
+    """Adjacent removed parts, the projection before them to refit, and the place of its target.
 
     The goal are the dense model's residual states where `goal` ends: a block, or its attention.
     `site` is None where nothing before it can be refitted; `why` then says so.
@@ -36,7 +36,7 @@ class Seam:
 
 @dataclass(frozen=True)
 class Step:
-    """One block in memory, and which states pass through it.
+    """One step of the pass: a block in memory, and the hidden states that go through it.
 
     `forks`: before it, the edited model's states become their own; until then both are the same.
     `mends` is the seam before which the edited model's block stands.
@@ -52,7 +52,7 @@ class Step:
 def seams_of(
     arch: Arch, removed: Collection[Unit], is_zero: Callable[[int, Part], bool]
 ) -> tuple[Seam, ...]:
-    """The seams that are left when units are removed, from the first to the last.
+    """Finds the seams that removing these units leaves, from the first to the last.
 
     `is_zero` says that a part of a block that stays adds nothing: earlier stages may have silenced
     it. Of blocks whose parts are added to the same states, a part that stays stands before one that
@@ -81,7 +81,7 @@ def seams_of(
 
 
 def steps(layers: int, dropped: Collection[int], seams: Collection[Seam], first: int) -> list[Step]:
-    """The blocks in the order in which they are loaded; both models are the same before `first`.
+    """Plans the order in which blocks are loaded; both models are the same before `first`.
 
     The dense model's states go no further than the last goal.
     """
@@ -108,7 +108,7 @@ def steps(layers: int, dropped: Collection[int], seams: Collection[Seam], first:
 
 
 def _order(arch: Arch, gone: Collection[tuple[int, Part]]) -> Iterator[Unit]:
-    """The parts of all blocks, as their outputs are added."""
+    """The parts (attention, MLP) of all blocks, in the order in which their outputs are added."""
     parts: tuple[Part, Part] = ("attention", "mlp")
     for layer in range(arch.layers):
         own = parts
@@ -143,7 +143,7 @@ def _seam(
 
 
 def _whole(run: list[Unit]) -> tuple[Unit, ...]:
-    """Both parts of a block are the block."""
+    """Joins both parts of one block into that block."""
     halves = {(unit.layer, unit.part) for unit in run}
     found = []
     for layer in sorted({unit.layer for unit in run}):

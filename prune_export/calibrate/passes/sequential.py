@@ -1,10 +1,11 @@
-"""Carries windows through a model while its blocks are edited on the way, one block in memory.
+"""Edits a model block by block on the calibration windows, as SparseGPT and Wanda do.
 
-Later blocks see what the edited earlier ones give. Inside a block, the order is the true one: the
-matrices that take the block's input are edited first, what they then give reaches the next, and so
-on. Every window is computed once for that: its computation is parked where a site's inputs arrive,
-all windows' inputs are seen there, the site's matrices are edited, and all go on. What is parked is
-held in memory; where that would be too much, the block is computed again up to each site instead.
+Each block gets the outputs of the edited blocks before it. Inside a block, linear layers are edited
+in the order of the forward pass, so that each sees inputs from the edited ones before it. Every
+window is computed once: its forward pass is suspended at a group of linear layers that share an
+input, until the inputs of all windows have been seen and the group is edited; then all go on. What
+is suspended is held in memory; where that would be too much, the block is computed again up to each
+group instead.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _LOSS: Final = "loss.txt"
 
 @dataclass(frozen=True, eq=False)
 class SequentialResult:
-    """The edited matrices of a whole model, in files, and each block's logs by site.
+    """The edited matrices of a whole model, in files, and each block's logs by linear group.
 
     `loss` is the edited model's mean next-token loss in nats over the windows, where it was asked
     for.
@@ -62,7 +63,7 @@ class SequentialResult:
     loss: float | None = None
 
     def read(self, name: str) -> torch.Tensor:
-        """An edited tensor, as it is to be stored."""
+        """Reads an edited tensor, in the dtype and layout of the checkpoint."""
         from safetensors import safe_open
 
         with safe_open(self.names[name], framework="pt") as file:
@@ -70,7 +71,7 @@ class SequentialResult:
         return found
 
     def values(self) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-        """Every edited tensor's name, and a function that reads it."""
+        """Maps the name of every edited tensor to a function that reads it."""
         for name in self.names:
             yield name, partial(self.read, name)
 
@@ -88,12 +89,12 @@ def run_sequential(
     loss: bool = False,
     dense: bool = False,
 ) -> SequentialResult:
-    """The matrices that `editor` makes while `tokens` pass through the blocks that it has edited.
+    """Applies `editor` to every block in turn, each on the outputs of the edited blocks before it.
 
-    `order` is `sequential` (each site's inputs come from edited earlier sites of the block too) or
-    `block` (all sites of a block see the dense block; it is then computed a second time), as the
-    reference codes of Wanda and SparseGPT have it. With `dense`, the dense model's states go along,
-    and what gathers (`TargetAccumulator`) is told what a matrix has to give to be true to them.
+    `order` is `sequential` (inputs come from the edited earlier layers of the block too) or
+    `block` (all layers of a block see the dense block; it is then computed a second time), as the
+    reference codes of Wanda and SparseGPT have it. With `dense`, the dense model's hidden states
+    are computed beside, and a `TargetAccumulator` gets the target outputs that follow from them.
     With `scratch`, a pass that is killed goes on from there, and ends in the same matrices bit for
     bit.
 
@@ -128,7 +129,7 @@ def run_sequential(
 
 
 class SequentialPass:
-    """One sweep: its states, where they are, and where it saves."""
+    """One sequential pass: its hidden states, where they are kept, and its saves."""
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class SequentialPass:
         self.saves.layout = tuple(self._held())
 
     def run(self, progress: Progress) -> None:
-        """Goes from where the last save left off to the end."""
+        """Runs from the last save to the end."""
         total = self.ids.numel() * self.arch.layers
         with progress.task("Pruning block by block", total) as task:
             done = self.saves.done()
@@ -215,7 +216,7 @@ class SequentialPass:
                     self.saves.save(layer + 1, {} if last else self._held(), {})
 
     def _loss(self) -> float:
-        """The mean next-token loss of the windows, whose states have left the last block."""
+        """Computes the mean next-token loss from the outputs of the last block."""
         self.layerwise.load_head()
         total = sum(
             self.layerwise.loss(self.states.read(start, stop), self.ids[start:stop])
@@ -234,7 +235,7 @@ class SequentialPass:
             self.dense.swap()
 
     def prefixes(self) -> Iterator[torch.Tensor]:
-        """The first tokens of all windows `[samples, HEAD, residual]`, some windows at once."""
+        """Yields the states of each window's first tokens, `[samples, PREFIX_TOKENS, residual]`."""
         device, rows = (
             self.layerwise.device,
             max(1, self.batch * self.ids.shape[1] // PREFIX_TOKENS),
@@ -247,6 +248,6 @@ class SequentialPass:
                 held = []
 
     def batches(self) -> Iterator[tuple[int, int]]:
-        """First and last window, exclusive, of what goes through a block at once."""
+        """Yields the first and last window (exclusive) of each batch that a block is run on."""
         for start in range(0, len(self.ids), self.batch):
             yield start, min(start + self.batch, len(self.ids))

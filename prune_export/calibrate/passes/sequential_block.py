@@ -1,4 +1,4 @@
-"""One block of a sweep: its sites in the true order, what is seen at them, and what they become."""
+"""Edits one block: its linear layers in order, each on inputs that the edited earlier ones give."""
 
 from __future__ import annotations
 
@@ -33,48 +33,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edited:
-    """What an editor made of a site: new matrices `[out, in]` by stored name, and JSON about it."""
+    """The edit of a linear group: new matrices `[out, in]` by stored name, and its log (JSON)."""
 
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     log: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Editor(Protocol):
-    """Edits the matrices of one site after another; it keeps nothing from one block to the next."""
+    """Edits linear groups one after another; keeps nothing from one block to the next."""
 
     @property
     def key(self) -> str:
-        """Everything that decides what it does: a killed sweep goes on only with an equal one."""
+        """JSON that identifies the editor: a killed pass goes on only with an equal one."""
 
     def watch(self, site: LinearGroup, width: int, device: str) -> Accumulator | None:
-        """What gathers the inputs `[…, width]` of a site; None where the site stays as it is."""
+        """Makes the accumulator of a group's inputs `[…, width]`; None leaves it unedited."""
 
     def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Any) -> Edited:
-        """New matrices for float32 copies `[out, in]` by stored name; `seen` is `watch`'s own."""
+        """Edits float32 copies `[out, in]` by stored name; `seen` is the accumulator of `watch`."""
 
 
 class Arrived(Exception):
-    """The inputs of a site that is not yet edited have arrived, and are not to be parked."""
+    """Ends a forward pass at a group that is not yet edited, where it is not suspended."""
 
 
 class Block:
-    """One block: its sites, what is seen at them, and the windows' way through it."""
+    """One loaded block: its linear groups, their accumulators, and its forward passes."""
 
     def __init__(self, sequential: SequentialPass, layer: int, call: Call, task: Task) -> None:
         self.sequential, self.layer, self.call, self.task = sequential, layer, call, task
         self.layerwise, self.editor = sequential.layerwise, sequential.editor
         self.seen: dict[str, Accumulator] = {}
         self.sites: dict[str, list[LinearGroup]] = {}
-        """By kind: one site, or those of all experts, at which tokens arrive together."""
+        """By kind: one group, or those of all experts, which get their tokens together."""
         self.logs: dict[str, Any] = {}
         self.made: dict[str, torch.Tensor] = {}
         self.edited: set[str] = set()
         self.here: set[str] = set()
-        """The sites at which the windows that are now computed have been seen."""
+        """The kinds whose inputs of the current windows have been added."""
         self.tracker: ResidualTracker | None = None
 
     def run(self) -> None:
-        """Edits the block and carries the states through it."""
+        """Edits the block, and replaces the hidden states by the edited block's outputs."""
         with ExitStack() as hooks:
             for site in linear_groups(self.sequential.arch, self.layer):
                 width = inputs_of(self.sequential.arch, site.tensors[0])
@@ -113,7 +113,7 @@ class Block:
         self._store()
 
     def _show_unedited(self) -> None:
-        """Shows what wants it what arrives while the block is as it was."""
+        """Records inputs before any edit, for the accumulators that correct their norms by them."""
         wanted = {}
         for kind in list(self.sites)[1:]:  # before the first nothing is edited
             for site in self.sites[kind]:
@@ -133,7 +133,7 @@ class Block:
     def _experts(
         self, module: Any, states: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor
     ) -> torch.Tensor:
-        """What transformers' experts compute, one after the other, with their inputs seen.
+        """Computes transformers' experts one after the other, and records their inputs.
 
         `states` `[tokens, residual]`; `chosen` and `shares` `[tokens, experts of each]`.
         """
@@ -153,7 +153,7 @@ class Block:
         return out
 
     def _see(self, kind: str, inputs: Mapping[int | None, torch.Tensor]) -> None:
-        """Inputs have arrived at the sites of a kind: see them, and wait for those of others."""
+        """Adds the inputs of a kind of group to its accumulators, and suspends the forward pass."""
         if kind in self.edited or kind in self.here or kind not in self.sites:
             return
         self.here.add(kind)
@@ -172,7 +172,7 @@ class Block:
         getcurrent().parent.switch(kind)
 
     def _target(self, site: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the matrix of a site is to give for the windows that are now computed."""
+        """The target outputs of a group's matrix for the current windows, and their weights."""
         assert self.tracker is not None
         assert self.sequential.dense is not None
         start = self.tracker.at

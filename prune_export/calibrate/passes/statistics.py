@@ -1,4 +1,4 @@
-"""Carries windows of tokens through a model, one block in memory, and gathers statistics.
+"""Gathers activation statistics in one pass of the calibration windows, with one block in memory.
 
 Every statistic of a method is gathered in one pass. The states of all windows wait between two
 blocks, in memory or, where they exceed the budget, in a file. The pass computes in float32 on a
@@ -45,10 +45,10 @@ def gather(
     *,
     arch: Arch | None = None,
 ) -> dict[Statistic, Any]:
-    """The results of `statistics` over `tokens`, in one pass through the model.
+    """Gathers `statistics` over `tokens` in one forward pass; gives the result of each.
 
     With `scratch`, a pass that is killed goes on from there, and ends in the same result bit for
-    bit. Without, large states are spooled to a temporary directory.
+    bit. Without, large states are kept in a temporary directory.
 
     Raises:
         PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
@@ -75,7 +75,7 @@ def gather(
 
 
 def check(arch: Arch, tokens: TokenSet) -> None:
-    """Refuses windows that the model cannot take.
+    """Refuses windows that do not fit the model.
 
     Raises:
         PlanError: they are longer than its positions, or hold ids that it does not know.
@@ -91,7 +91,7 @@ def check(arch: Arch, tokens: TokenSet) -> None:
 
 
 def refuse_unknown(arch: Arch, tokens: TokenSet) -> None:
-    """Refuses tokens that the model has no embedding of.
+    """Refuses tokens for which the model has no embedding.
 
     Raises:
         PlanError: there is one.
@@ -107,14 +107,14 @@ def refuse_unknown(arch: Arch, tokens: TokenSet) -> None:
 
 
 def compute_dtype(checkpoint: Checkpoint, machine: Machine) -> torch.dtype:
-    """What a pass computes in."""
+    """Chooses the dtype that a pass computes in."""
     bfloat16 = machine.device == "cuda" and checkpoint.dtype == "bfloat16"
     return torch.bfloat16 if bfloat16 else torch.float32
 
 
 @dataclass
 class _Stream:
-    """Windows on their way: the states of the whole model, and of variants without one unit.
+    """The hidden states between two blocks: of the whole model, and of variants without one unit.
 
     `lanes` are the variants: None is the whole model, a unit the model without that.
     """
@@ -128,12 +128,12 @@ class _Stream:
     calls: list[Call] = field(default_factory=list)
 
     def enter(self, layerwise: LayerwiseModel) -> None:
-        """Puts what enters the first block into the states."""
+        """Fills the states with the input of the first block."""
         for start in range(0, len(self.ids), self.batch):
             self.states.write(start, layerwise.enter(self.ids[start : start + self.batch]))
 
     def advance(self, layerwise: LayerwiseModel, layer: int, task: Task) -> None:
-        """Carries the states through a block."""
+        """Replaces the states by a block's outputs."""
         target = self.spare or self.states
         count = len(self.ids)
         call = self.calls[layer]
@@ -166,7 +166,7 @@ class _Stream:
     def _seen(
         self, layerwise: LayerwiseModel, layer: int, start: int, inputs: torch.Tensor
     ) -> torch.Tensor:
-        """What a block of the whole model makes of its inputs, before the collectors' eyes."""
+        """Runs a block of the whole model, and gives its inputs and outputs to the collectors."""
         call = self.calls[layer]
         steppers = [one for one in self.collectors.values() if isinstance(one, Stepper)]
         steps = Steps(layerwise, layer, call) if steppers else None
@@ -181,7 +181,7 @@ class _Stream:
         return outputs
 
     def _listen(self, layerwise: LayerwiseModel, layer: int, hooks: ExitStack) -> None:
-        """Lets the listeners among the collectors see what arrives at their modules."""
+        """Hooks the modules whose inputs a collector asked for."""
         for collector in self.collectors.values():
             if not isinstance(collector, Listener):
                 continue
@@ -192,7 +192,7 @@ class _Stream:
                     hooks.callback(handle.remove)
 
     def finish(self, layerwise: LayerwiseModel) -> None:
-        """Tells the collectors the losses of all lanes."""
+        """Gives the collectors the losses of all lanes."""
         count = len(self.ids)
         losses: dict[Unit | None, float] = {}
         for lane, without in enumerate(self.lanes):
@@ -210,13 +210,13 @@ class _Stream:
                 collector.hear(losses[None], own)
 
     def forget(self) -> None:
-        """Removes the states' files, if they are in files."""
+        """Removes the files of the states, if there are any."""
         for buffer in (self.states, self.spare):
             if buffer is not None and buffer.path is not None:
                 buffer.path.unlink()
 
     def work(self, layers: int) -> int:
-        """Tokens that go through blocks from beginning to end."""
+        """The number of tokens times blocks to compute, for progress."""
         blocks = sum(layers if lane is None else after(lane, layers) for lane in self.lanes)
         return blocks * self.ids.numel()
 
@@ -233,7 +233,7 @@ def _arrived(
 
 
 class _Pass:
-    """One pass: its streams, their buffers, and where it saves."""
+    """One pass: its streams of hidden states, their buffers, and its saves."""
 
     def __init__(
         self,
@@ -313,7 +313,7 @@ class _Pass:
         return self._stack.enter_context(made)
 
     def run(self, progress: Progress) -> None:
-        """Goes from where the last save left off to the end."""
+        """Runs from the last save to the end."""
         total = sum(stream.work(self.arch.layers) for stream in self.streams)
         with progress.task("Calibrating", total) as task:
             done = self._resume(task)
@@ -328,7 +328,7 @@ class _Pass:
             for layer in loaded(self.layerwise, range(done, self.arch.layers)):
                 for stream in self.streams:
                     stream.advance(self.layerwise, layer, task)
-                # A spooled state is overwritten by the block after next: it is marked each time.
+                # A state in a file is overwritten by the block after next: it is marked each time.
                 spooled = any(stream.spare is not None for stream in self.streams)
                 if layer + 1 < self.arch.layers and (spooled or self.saves.due()):
                     self.saves.save(layer + 1, self._states | self._kept, self._collected())

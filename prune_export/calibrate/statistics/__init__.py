@@ -1,1 +1,1 @@
-"""What a method may ask of a calibration pass, and what gathers it."""
+"""Activation statistics of a calibration pass; one file each."""

@@ -1,7 +1,8 @@
-"""What a method may ask of a calibration pass, and what gathers it.
+"""The interface of activation statistics: `Statistic` says what is wanted, `Collector` gathers it.
 
-A statistic is a frozen, hashable specification; its collector sees the states as they pass. To add
-one, write both in a file beside `block_influence.py`; the pass needs no edit.
+A statistic is a frozen, hashable specification. It makes a collector, which is given every block's
+inputs and outputs in one forward pass over the calibration windows. To add one, write both in a
+file beside `block_influence.py`; the pass needs no edit.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ MakeBuffer = Callable[[str, int, tuple[int, ...], torch.dtype], Buffer]
 
 @dataclass(frozen=True)
 class Scope:
-    """What a collector is made for: `samples` windows of `length` tokens through `layers` blocks.
+    """The shape of a pass: `samples` windows of `length` tokens through `layers` blocks.
 
-    `buffer(name, rows, shape, dtype)` gives room for what is too large to hold by right; it is
-    kept when the pass is killed and goes on.
+    `buffer(name, rows, shape, dtype)` makes a large array, in memory or in a file; it is kept when
+    the pass is killed and goes on.
     """
 
     layers: int
@@ -34,52 +35,52 @@ class Scope:
 
 
 class Collector(Protocol):
-    """Gathers one statistic."""
+    """Accumulates one statistic while the calibration windows pass through the model."""
 
     def see(self, layer: int, start: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Sees a block's inputs and outputs `[batch, length, residual]` of samples from `start`.
+        """Adds a block's inputs and outputs `[batch, length, residual]` of samples from `start` on.
 
         Outputs are residual states: those of the last block come before the final norm.
         """
 
     def hear(self, dense: float, skipped: Mapping[Unit, float]) -> None:
-        """Hears mean losses in nats a token; called once, and only where blocks are bypassed."""
+        """Takes the mean losses in nats a token; called once, and only where blocks are skipped."""
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        """Everything it has gathered outside of buffers; the pass saves it."""
+        """Everything gathered outside of buffers; the pass saves it."""
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes back what `state` gave."""
+        """Restores what `state` gave."""
 
     def result(self) -> Any: ...
 
 
 @runtime_checkable
 class Listener(Collector, Protocol):
-    """A collector that also sees what arrives inside of blocks."""
+    """A collector that also gets the inputs of modules inside blocks."""
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Roles of tensors (`norm.mlp`) whose modules' inputs it wants."""
+        """The modules it wants, by the roles of their tensors (such as `norm.mlp`)."""
 
     def arrive(self, layer: int, role: str, states: torch.Tensor) -> None:
-        """Sees the inputs `[…, width]` of the module that holds a block's tensor of a role."""
+        """Adds the inputs `[…, width]` of the module of a block that holds the tensor of a role."""
 
 
 @runtime_checkable
 class Stepper(Collector, Protocol):
-    """A collector that sees the residual step of one part of each block."""
+    """A collector of what one part (attention or MLP) of each block adds to the residual stream."""
 
     @property
     def part(self) -> Part:
-        """The part."""
+        """The part: `attention` or `mlp`."""
 
     def step(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Sees residual states `[batch, length, residual]` without and with what the part adds."""
+        """Adds residual states `[batch, length, residual]` before and after the part's output."""
 
 
 class Statistic(Protocol):
-    """A specification of something to gather; equal specifications are gathered once.
+    """What a method wants of a calibration pass; equal specifications are gathered once.
 
     It wants the first `samples` windows, cut to their first `length` tokens; None wants all.
     `bypassed` are the blocks, or parts of blocks, for each of which it wants the loss of the model
@@ -98,12 +99,13 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True)
 class ExtraPass:
-    """Passes that a method's `decide` asks for itself (`ModelView`), announced for the plan.
+    """Further passes that a method makes while it decides, announced so that `plan` counts them.
 
     `forwards` are passes of `samples` windows, cut to `length` tokens (None: all of them), through
     the whole model; a backward pass counts as two. `ram_bytes` and `disk_bytes` are what they hold
     beyond the states and blocks of a pass, `handy_bytes` what more where there is room; `parks`
-    says that windows wait inside a block (`sweep`); `states` are the arrays of states that it has.
+    says that windows are suspended inside a block (`sequential`); `states` is the number of arrays
+    of hidden states that it holds.
     """
 
     forwards: float = 1.0

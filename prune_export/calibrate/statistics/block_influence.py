@@ -1,4 +1,4 @@
-"""Block influence: how much each block, or a part of it, turns the residual states."""
+"""Block influence (ShortGPT): how much each block, or a part of it, turns the residual stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prune_export.scores import turned
 
 @dataclass(frozen=True)
 class BlockInfluence:
-    """`[layers]` float64: 1 - the mean cosine between what enters a block and what leaves it.
+    """`[layers]` float64: 1 - the mean cosine between the input of a block and its output.
 
     Of a `part`, between the residual states before and after its output is added to them.
 

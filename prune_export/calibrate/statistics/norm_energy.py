@@ -1,4 +1,4 @@
-"""How much of what a norm divides by lies in each residual channel."""
+"""The share of each residual channel in the mean square that an RMSNorm divides by."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EnergyShares = Mapping[tuple[int | None, str], torch.Tensor]
 
 @dataclass(frozen=True)
 class NormEnergy:
-    """`EnergyShares`: the mean over tokens of x_j² / sum x², where x is the input of each norm."""
+    """Gathers `EnergyShares`: the mean over tokens of x_j² / Σ x², x the input of each norm."""
 
     samples: int | None = None
     length: int | None = None

@@ -1,4 +1,4 @@
-"""Grams of the residual states where they are read: before each norm, and before the last one."""
+"""Covariances of the inputs of each norm, the final one included, for SliceGPT's PCA."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NORMS: Final = ("norm.attn", "norm.mlp")
 
 @dataclass(frozen=True)
 class NormInputCovariance:
-    """`Covariances`: mean outer products of the states at each junction, each state of length 1.
+    """Gathers `Covariances`: mean outer products of each norm's inputs, scaled to length 1.
 
-    Junctions 2i and 2i + 1 are block i's two norms, the last one is the norm after all blocks: it
-    is for models whose blocks have both. A norm makes all states equally long, so each token counts
+    Norms 2i and 2i + 1 are those of block i, the last one is the norm after all blocks: it is for
+    models whose blocks have both. A norm makes all states equally long, so each token counts
     the same, however large its state.
     """
 
@@ -36,12 +36,12 @@ class NormInputCovariance:
 
     @staticmethod
     def ram_bytes(arch: Arch) -> int:
-        """What it holds; where memory is short, all but two are spooled."""
+        """Bytes that it holds; where memory is short, all but two are kept on disk."""
         return (len(NORMS) * arch.layers + 3) * arch.sizes["residual"] ** 2 * 4
 
 
 class Covariances:
-    """The Gram of each junction by its number, float64 `[residual, residual]`, of trace 1.
+    """The covariance of each norm's inputs by its number, float64 `[residual, residual]`, trace 1.
 
     They are in memory, or in a file that stays readable when the pass has ended.
     """
@@ -68,7 +68,7 @@ class Covariances:
 
 
 class _Collector:
-    """Sums of one block at a time in memory, the rest in a buffer."""
+    """Holds the sums of one block in memory, and the rest in a buffer."""
 
     roles: ClassVar[tuple[str, ...]] = NORMS
 

@@ -1,4 +1,4 @@
-"""The model's loss with each block, or a part of each, bypassed, one at a time."""
+"""The model's loss with each block (or its attention, or its MLP) skipped, one at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prune_export.calibrate.streaming.skip import Part, Unit
 
 @dataclass(frozen=True)
 class SkipLosses:
-    """Mean next-token losses in nats: of the whole model, and without this or that.
+    """Mean next-token losses in nats: of the whole model, and with each block or part skipped.
 
     `bypassed` has the losses by block, also where only a part of the block was left out.
     """
@@ -24,10 +24,10 @@ class SkipLosses:
 
 @dataclass(frozen=True)
 class SkipLoss:
-    """`SkipLosses` for the blocks `layers`, or for a `part` of each.
+    """Gathers `SkipLosses` for the blocks `layers`, or for a `part` (attention, MLP) of each.
 
     All variants go through the blocks together, so that each block is loaded once; blocks before
-    the bypassed one are computed once for all. That is about layers / 2 forward passes over the
+    the skipped one are computed once for all. That is about layers / 2 forward passes over the
     windows, which should therefore be few.
 
     Source: Shortened LLaMA, arXiv:2402.02834, section 3.

@@ -1,1 +1,1 @@
-"""A model run one block at a time: what every pass is made of."""
+"""Runs a model one block at a time: what every calibration pass is made of."""

@@ -1,4 +1,4 @@
-"""Blocks of a skeleton, one after the other, while the next is read from the disk."""
+"""Loads a model's blocks one after the other, reading the next one from disk meanwhile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KEPT: Final = 256 << 20
 
 
 def loaded(layerwise: LayerwiseModel, layers: Iterable[int]) -> Iterator[int]:
-    """Each of `layers`, loaded into the skeleton; freed again when the next one is asked for."""
+    """Loads each of `layers` in turn, and frees it when the next one is asked for."""
     order = list(layers)
     with ThreadPoolExecutor(1) as reader, _Heap() as heap:
         ahead: Future[dict[str, torch.Tensor]] | None = None
@@ -37,7 +37,7 @@ def loaded(layerwise: LayerwiseModel, layers: Iterable[int]) -> Iterator[int]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Torch computes with `count` threads inside."""
+    """Sets the number of torch's threads inside a `with`."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -54,9 +54,9 @@ def _read(layerwise: LayerwiseModel, layer: int) -> dict[str, torch.Tensor]:
 
 
 class _Heap:
-    """What glibc does with freed memory: it keeps some for the next block, and all goes at the end.
+    """Lets glibc keep some freed memory for the next block, and returns it at the end.
 
-    By default it hands the end of the heap back at once, and a tenth of a sweep of a small model
+    By default it hands the end of the heap back at once, and a tenth of a pass over a small model
     goes into getting it again, page by page; but of what two threads allocate and free in turns it
     keeps ever more, 30 MB a block of a model of two billion parameters.
     """
@@ -72,7 +72,7 @@ class _Heap:
         _hand_back()
 
     def trim(self) -> None:
-        """Hands back what is kept, where this process has grown by more than it may be."""
+        """Returns freed memory to the system where this process has grown by more than it may."""
         now = _resident()
         self._least = min(self._least, now)
         if now - self._least > _KEPT:

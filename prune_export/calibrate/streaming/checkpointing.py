@@ -1,4 +1,4 @@
-"""Lets a killed calibration pass go on where it was.
+"""Saves the state of a calibration pass, so that a killed one goes on where it was.
 
 What is in memory is saved under a new generation number; the small file that names the generation
 is replaced last, atomically. So there is always exactly one complete state, or none.
@@ -72,7 +72,7 @@ class Saves:
         self._due = time.monotonic() + max(INTERVAL_SECONDS, _SHARE * spent)
 
     def done(self) -> int:
-        """The number of blocks that the last save is after; 0 where there is none to go on from."""
+        """The number of blocks done at the last save; 0 where there is none to go on from."""
         if not self._mark.exists():
             return 0
         mark = json.loads(self._mark.read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ class Saves:
         return int(mark["done"])
 
     def restore(self, buffers: Mapping[str, Buffer]) -> dict[str, torch.Tensor]:
-        """Fills `buffers` from the save that `done` found; the collectors' state."""
+        """Fills `buffers` from the save that `done` found, and gives the collectors' state."""
         from safetensors.torch import load_file
 
         for name, buffer in buffers.items():
@@ -99,7 +99,7 @@ class Saves:
 def pass_key(
     checkpoint: Checkpoint, arch: Arch, tokens: TokenSet, machine: Machine, *own: Any
 ) -> str:
-    """What must be equal for a saved pass to go on; `own` is JSON that tells it from others."""
+    """Hashes all that must be equal for a saved pass to go on; `own` is JSON of the pass itself."""
     files = [file.stat() for file in checkpoint.files]
     parts = [
         json.dumps(dict(checkpoint.config), sort_keys=True, default=str),

@@ -1,4 +1,4 @@
-"""A transformers model without weights, through which one block at a time is run.
+"""A transformers model of which one block at a time has weights, for models larger than memory.
 
 The model is built on torch's `meta` device. What stands before the first block (embedding scale,
 learned positions, rotary embeddings, masks) and after the last (final norm, head, soft caps) is
@@ -27,14 +27,14 @@ _LOGITS: Final = 2**24
 
 @dataclass(frozen=True)
 class Call:
-    """What a block is called with, besides the states."""
+    """The arguments of a block besides its hidden states: masks, positions, rotary embeddings."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
 
 class _Place(nn.Module):
-    """Stands where a block stood: keeps its call, and hands on what it got, or `carried`."""
+    """Stands in a block's place: records its arguments, and returns its input, or `carried`."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -56,7 +56,10 @@ class _Place(nn.Module):
 
 
 class LayerwiseModel:
-    """A checkpoint's model on `meta`, with everything small in place; computes in `dtype`."""
+    """A checkpoint's model on torch's `meta` device; blocks are loaded and freed one at a time.
+
+    It computes in `dtype`.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, arch: Arch, *, dtype: torch.dtype, device: str
@@ -84,7 +87,7 @@ class LayerwiseModel:
         self._rows = torch.empty(0)
 
     def read(self, tensors: Iterable[Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors by their names in memory, as stored; where tied, what they are tied to."""
+        """Reads stored tensors by their names in transformers' model; resolves tied ones."""
         return self._names.converted(
             {
                 tensor.name: self.checkpoint.read_finite(tensor.tied_to or tensor.name)
@@ -93,11 +96,11 @@ class LayerwiseModel:
         )
 
     def converted(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Stored tensors as they are in memory, for `load`."""
+        """Converts stored tensors to transformers' names and layouts, for `load`."""
         return self._names.converted(tensors)
 
     def look_up(self, ids: torch.Tensor) -> None:
-        """Reads the embedding's rows for these ids, and no others."""
+        """Reads the rows of the embedding for these ids, and no others."""
         wanted = torch.unique(ids)
         name = next(
             tensor.name for tensor in self.arch.stored() if self._module(tensor) is self._embedding
@@ -119,7 +122,7 @@ class LayerwiseModel:
         )
 
     def enter(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[samples, length, residual]`: what enters the first block for ids looked up before."""
+        """Embeds ids that were looked up: the first block's input `[samples, length, residual]`."""
         own, places = torch.unique(ids, return_inverse=True)
         rows = self._rows[torch.searchsorted(self._known, own)]
         # The embedding module itself: some families scale in it.
@@ -132,7 +135,7 @@ class LayerwiseModel:
         return states
 
     def calls(self, ids: torch.Tensor) -> list[Call]:
-        """How each block is called for windows of this length.
+        """The arguments of each block for windows of this length.
 
         Recorded with a single window: as nothing is padded, masks and positions do not depend on
         the sample, and broadcast.
@@ -144,7 +147,7 @@ class LayerwiseModel:
         return found
 
     def load(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Puts a block's tensors, as `read` gave them, into it, and empties `tensors`."""
+        """Loads a block from tensors that `read` gave, and empties `tensors`."""
         prefix = f"{self.arch.table.blocks}.{layer}."
         own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors)}
         self._place(self._blocks[layer], own)
@@ -158,18 +161,18 @@ class LayerwiseModel:
         self._blocks[layer].to("meta")
 
     def module(self, tensor: Tensor) -> nn.Module:
-        """The module of a loaded block that holds a tensor which is stored as it is in memory."""
+        """The module of a loaded block that holds a tensor, one that is not fused with others."""
         path = self.name_in_block(tensor).rpartition(".")[0]
         assert tensor.layer is not None
         found: nn.Module = self._blocks[tensor.layer].get_submodule(path)
         return found
 
     def name_in_block(self, tensor: Tensor) -> str:
-        """The name in its block of the parameter that a tensor is in memory, or is a part of."""
+        """The name, inside its block, of the parameter that a stored tensor is, or is a part of."""
         return self.name_in_memory(tensor).removeprefix(f"{self.arch.table.blocks}.{tensor.layer}.")
 
     def name_in_memory(self, tensor: Tensor) -> str:
-        """The name in transformers' model of the parameter that a tensor is, or is a part of."""
+        """The name, in transformers' model, of the parameter that a tensor is, or is a part of."""
         return self._names.renamed(tensor.name)
 
     def block(self, layer: int) -> nn.Module:
@@ -182,24 +185,24 @@ class LayerwiseModel:
         return dict(self._blocks[layer].named_parameters())
 
     def run(self, layer: int, states: torch.Tensor, call: Call) -> torch.Tensor:
-        """`[samples, length, residual]`: what the block makes of `states`."""
+        """Runs a block on hidden states `[samples, length, residual]`; gives that shape again."""
         out = self._blocks[layer](states, *call.args, **call.kwargs)
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
     def load_head(self) -> None:
-        """Reads the head."""
+        """Loads the final norm and the LM head."""
         head = [tensor for tensor in self.arch.tensors if self._module(tensor) is self._head]
         self._place(self.model, self.read(head))
 
     def free_head(self) -> None:
-        """Frees the head."""
+        """Frees the final norm and the LM head."""
         self._head.to("meta")
 
     def loss(
         self, states: torch.Tensor, ids: torch.Tensor, counted: torch.Tensor | None = None
     ) -> float:
-        """The summed next-token cross entropy of windows whose last block gave `states`.
+        """The summed next-token cross entropy, in nats, from the outputs of the last block.
 
         The model's own norm, head, scale and soft cap give the logits, some positions at a time.
         Of all windows alike, tokens that `counted` bool `[length]` does not mark are left out.
@@ -218,7 +221,7 @@ class LayerwiseModel:
         return total
 
     def loss_gradient(self, states: torch.Tensor, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """The summed mean-token losses of windows, and their gradient by `states`, of its shape."""
+        """The sum over windows of the mean loss a token, and its gradient by `states`."""
         total, gradient = 0.0, torch.zeros_like(states, device=self.device)
         for at, (window, own) in enumerate(zip(states, ids.to(self.device), strict=True)):
             for start, stop in self._parts(len(own)):
@@ -230,7 +233,7 @@ class LayerwiseModel:
         return total, gradient
 
     def _parts(self, length: int) -> Iterator[tuple[int, int]]:
-        """Positions that have a next token, in groups whose logits are small enough."""
+        """Splits the positions that have a next token into groups whose logits fit in memory."""
         step = max(1, _LOGITS // int(self._head.weight.shape[0]))
         for start in range(0, length - 1, step):
             yield start, min(start + step, length - 1)
@@ -283,7 +286,7 @@ def _rebuild_buffers(model: Any, module: nn.Module, device: str) -> None:
 
 
 class _Names:
-    """Stored names and layouts into those in memory, by transformers' own conversions.
+    """Maps stored names and layouts to those of transformers' model, by its own conversions.
 
     Transformers keeps the experts of a block fused, checkpoints keep them apart.
     """
@@ -299,7 +302,7 @@ class _Names:
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 
     def renamed(self, name: str) -> str:
-        """The name in memory; of a tensor that is merged with others, that of the whole."""
+        """The name in transformers' model; for a tensor fused with others, that of the whole."""
         return self._rule(name)[0]
 
     def _rule(self, name: str) -> tuple[str, str | None]:
@@ -311,7 +314,7 @@ class _Names:
         return str(new), pattern
 
     def converted(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same tensors under their names and in their layouts in memory."""
+        """Converts tensors to the names and layouts of transformers' model."""
         return dict(self._converted(tensors))
 
     def _converted(self, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

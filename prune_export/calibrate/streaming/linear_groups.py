@@ -1,4 +1,4 @@
-"""The sites of a block: matrices that multiply the same states share one."""
+"""Linear groups: the linear layers of a block that share one input, such as q, k and v."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LINEAR_GROUPS: Final[Mapping[str, str]] = {
     "expert.up": "experts.in",
     "expert.down": "experts.out",
 }
-"""The site of each role that a linear layer of a block plays."""
+"""The kind of linear group that each role of a linear layer belongs to."""
 
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Matrices of one block that multiply the same input, in the table's order.
+    """The linear layers of one block that share one input, in the order of the family's table.
 
-    Each expert has sites of its own, at which the tokens arrive that are routed to it.
+    Each expert has groups of its own, whose inputs are the tokens that are routed to it.
     """
 
     layer: int
@@ -43,12 +43,12 @@ class LinearGroup:
 
     @property
     def name(self) -> str:
-        """`attention.in`, or `experts.in.3`."""
+        """Its name in logs: `attention.in`, or `experts.in.3`."""
         return self.kind if self.expert is None else f"{self.kind}.{self.expert}"
 
 
 def linear_groups(arch: Arch, layer: int) -> tuple[LinearGroup, ...]:
-    """The sites of a block."""
+    """Lists the linear groups of a block."""
     found: dict[tuple[str, int | None], list[Tensor]] = {}
     for tensor in arch.block(layer):
         if tensor.role in LINEAR_GROUPS:
@@ -60,14 +60,14 @@ def linear_groups(arch: Arch, layer: int) -> tuple[LinearGroup, ...]:
 
 
 class Accumulator(Protocol):
-    """Gathers something of a site's inputs."""
+    """Accumulates a statistic of a linear group's inputs."""
 
     def see(self, states: torch.Tensor) -> None:
-        """Sees inputs `[samples, length, in]` of whole windows."""
+        """Adds inputs `[samples, length, in]` of whole windows."""
 
 
 class InputNorms:
-    """Sums of squares by input, float32: Wanda's norms."""
+    """Accumulates the squared norm of each input channel, float32, as Wanda's score needs it."""
 
     def __init__(self, width: int, device: str) -> None:
         self._sums = torch.zeros(width, device=device)
@@ -76,7 +76,7 @@ class InputNorms:
 
     @property
     def sums(self) -> torch.Tensor:
-        """`[in]`; what is seen later is added to it."""
+        """The sums `[in]`; later inputs are added to the same tensor."""
         return self._sums
 
     def see(self, states: torch.Tensor) -> None:
@@ -91,7 +91,7 @@ class InputNorms:
 
 
 class Hessian:
-    """Sums of products of inputs `[in, in]`, float32: the Hessian of a layer's squared error."""
+    """Accumulates XᵀX `[in, in]`, float32: half the Hessian of a linear layer's squared error."""
 
     def __init__(self, width: int, device: str) -> None:
         self._sums = torch.zeros(width, width, device=device)
@@ -101,7 +101,7 @@ class Hessian:
 
     @property
     def sums(self) -> torch.Tensor:
-        """`[in, in]`; what is seen later is added to it."""
+        """The sums `[in, in]`; later inputs are added to the same tensor."""
         for start, stop in self._strips():
             self._sums[stop:, start:stop] = self._sums[start:stop, stop:].T
         return self._sums
@@ -121,23 +121,23 @@ class Hessian:
 
 
 def inputs_last(tensor: Tensor) -> bool:
-    """Whether a matrix at a site is stored `[out, in]`; Conv1D stores `[in, out]`."""
+    """Whether a linear layer's matrix is stored `[out, in]`; GPT-2's Conv1D stores `[in, out]`."""
     last = tensor.dims.of[-1] == (("residual",),)
     return last == LINEAR_GROUPS[tensor.role].endswith(".in")
 
 
 def inputs_of(arch: Arch, tensor: Tensor) -> int:
-    """How many inputs a matrix at a site has, in whatever layout it is stored."""
+    """The number of inputs of a linear layer, in whatever layout it is stored."""
     return arch.shape(tensor)[1 if inputs_last(tensor) else 0]
 
 
 def as_matrix(tensor: Tensor, stored: torch.Tensor) -> torch.Tensor:
-    """A stored matrix, or one of its shape, as `[out, in]`; its own inverse."""
+    """Turns a stored matrix, or one of its shape, to `[out, in]`; its own inverse."""
     return stored if inputs_last(tensor) else stored.T
 
 
 def part_of(tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """What of a parameter in memory is one stored matrix.
+    """The slice of a parameter in transformers' model that is one stored matrix.
 
     Transformers keeps all experts of a block in one, gates above ups.
     """
@@ -175,7 +175,7 @@ class Weights:
 
 
 def linears(arch: Arch) -> Iterator[Tensor]:
-    """Every matrix of the blocks that is at a site."""
+    """Lists every matrix of the blocks that belongs to a linear group."""
     for tensor in arch.tensors:
         if tensor.layer is not None and tensor.role in LINEAR_GROUPS:
             yield tensor

@@ -1,4 +1,4 @@
-"""Large arrays that live in memory where they fit, and in a plain file where they don't."""
+"""Offloads large arrays to plain files where they do not fit in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prune_export.platforms import open_flags, read_at, write_at
 
 
 class Buffer:
-    """A fixed-size array `[rows, *shape]`, read and written by rows.
+    """An array `[rows, *shape]`, read and written by rows.
 
     In memory, or, with `path`, in a file that is read and written with plain system calls: mapped
     pages would count as this process's memory.
@@ -54,7 +54,7 @@ class Buffer:
         return found
 
     def prefixes(self, start: int, stop: int, length: int) -> torch.Tensor:
-        """As `read`, of each row the first `length` entries, or all if they are fewer."""
+        """Reads the first `length` entries of rows `[start, stop)`, or all if they are fewer."""
         if self._memory is not None:
             return self._memory[start:stop, :length]
         length = min(length, self.shape[0])
@@ -64,7 +64,7 @@ class Buffer:
         return found
 
     def _fill(self, tensor: torch.Tensor, row: int) -> None:
-        """Reads into a tensor what the file has from a row on."""
+        """Fills a tensor from the file, from a row on."""
         view, offset = _bytes(tensor), row * self._row_bytes
         while view:
             count = read_at(self._file, view, offset)
@@ -98,7 +98,7 @@ class Buffer:
                 self._memory[row : row + 1].copy_(stored.read(row, row + 1))
 
     def close(self) -> None:
-        """Frees memory or closes the file; the file stays."""
+        """Frees the memory, or closes the file and leaves it."""
         self._memory = None
         if self._file >= 0:
             os.close(self._file)

@@ -1,4 +1,4 @@
-"""Runs a loaded block without its attention or its MLP, and says what each of them adds to."""
+"""Runs a block with its attention or MLP skipped, and measures what each adds to the residual."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Unit:
 
 
 def after(unit: Unit, layers: int) -> int:
-    """The blocks that must run for a model without a unit, once what enters its block is known."""
+    """The blocks to run for the model without a unit, from that unit's block on."""
     return layers - unit.layer - (unit.part == "block")
 
 
@@ -43,7 +43,7 @@ _LANDMARKS: Final[Mapping[Part, tuple[str, ...]]] = {
 
 @contextmanager
 def skipped(layerwise: LayerwiseModel, layer: int, parts: Collection[Part]) -> Iterator[None]:
-    """Inside, these parts of a loaded block give zeros; where they are modules, at no cost."""
+    """Makes these parts of a loaded block give zeros inside a `with`; modules are not computed."""
     with ExitStack() as undo:
         for part in parts:
             module, whole = _module(layerwise, layer, part)
@@ -61,7 +61,7 @@ Step = tuple[torch.Tensor, torch.Tensor]
 
 
 class Steps:
-    """The residual steps of a block's parts, found while it runs, at the cost of its norms.
+    """Measures what attention and MLP each add to the residual stream, at the cost of the norms.
 
     A part's output is kept when the block runs; then the block runs again with what was kept in
     place of the parts, or zeros. So whatever a family does with an output (scales it, norms it, or
@@ -76,7 +76,7 @@ class Steps:
         self._kept: dict[str, Any] = {}
 
     def run(self, states: torch.Tensor) -> torch.Tensor:
-        """What the whole block makes of states; the outputs of its parts are kept."""
+        """Runs the whole block, and keeps the outputs of its parts."""
         with ExitStack() as undo:
             for part, module in self._modules.items():
                 handle = module.register_forward_hook(partial(_keep, self._kept, part))
@@ -84,7 +84,7 @@ class Steps:
             return self._layerwise.run(self._layer, states, self._call)
 
     def of(self, part: Part, states: torch.Tensor, outputs: torch.Tensor) -> Step:
-        """The step of one part; `states` were the last that ran, and gave `outputs`."""
+        """The residual stream before and after one part; `states` were the last input of `run`."""
         if part == "attention":
             return self._with((), states), self._with(("attention",), states)
         if self._layerwise.arch.parallel:
@@ -92,7 +92,7 @@ class Steps:
         return self._with(("attention",), states), outputs
 
     def _with(self, parts: Collection[str], states: torch.Tensor) -> torch.Tensor:
-        """What the block makes of states with only these parts, as they were."""
+        """The block's output with the kept outputs of only these parts."""
         with ExitStack() as undo:
             for part, module in self._modules.items():
                 kept = self._kept[part]
@@ -101,7 +101,7 @@ class Steps:
 
 
 def _module(layerwise: LayerwiseModel, layer: int, part: Part) -> tuple[Any, bool]:
-    """The module of a part and True; where the block has none (OPT's MLP), that of its output."""
+    """The module of a part, and True; where there is none (OPT's MLP), its last one, and False."""
     landmark = next(
         tensor for tensor in layerwise.arch.block(layer) if tensor.role in _LANDMARKS[part]
     )
@@ -113,7 +113,7 @@ def _module(layerwise: LayerwiseModel, layer: int, part: Part) -> tuple[Any, boo
 
 
 def _instead(module: Any, forward: Callable[..., Any], undo: ExitStack) -> None:
-    """Lets a module compute with another `forward` until `undo`."""
+    """Replaces a module's `forward` until `undo` is closed."""
     # An instance's own `forward` hides that of its class.
     module.forward = forward
     undo.callback(delattr, module, "forward")

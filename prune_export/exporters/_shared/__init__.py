@@ -1,1 +1,1 @@
-"""What several exporters share."""
+"""Code that several exporters share."""

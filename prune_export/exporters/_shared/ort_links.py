@@ -1,4 +1,4 @@
-"""Graphs in the Hub's cache, whose external data ONNX Runtime does not find by itself.
+"""Opens ONNX graphs in the Hub's cache, whose external data ONNX Runtime does not find by itself.
 
 There each file is a link. The runtime follows them, and takes external data only from the directory
 where the graph itself ends up; since huggingface_hub 2 that is another one for each file.
@@ -19,7 +19,7 @@ _FOLDER: Final = "session.model_external_initializers_file_folder_path"
 
 
 def openable(graph: Path, options: Any) -> str | bytes:
-    """What to open a session of: the path, or where links lead apart the graph with new places.
+    """What to open a session of: the path, or a graph whose external data have resolved paths.
 
     Raises:
         CheckpointError: the graph names data that are not of the same model.
@@ -50,7 +50,7 @@ def openable(graph: Path, options: Any) -> str | bytes:
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
-    """Every constant of a graph and of those inside of its nodes."""
+    """Yields every constant of a graph and of its subgraphs."""
     yield from graph.initializer
     for node in graph.node:
         for given in node.attribute:

@@ -1,4 +1,4 @@
-"""ONNX Runtime's execution providers: what they are called, take, and have run.
+"""ONNX Runtime's execution providers: their names, options and limits, and which nodes they ran.
 
     cpu           everywhere
     cuda          NVIDIA GPUs, onnxruntime-gpu
@@ -63,7 +63,7 @@ RECORD: Final = "session.record_ep_graph_assignment_info"
 
 @dataclass(frozen=True)
 class Profile:
-    """The shapes that TensorRT builds for: up to these, fastest at a whole prompt.
+    """The largest shapes that TensorRT builds for; it is tuned for a whole prompt.
 
     Raises:
         PlanError: the prompt is longer than all.
@@ -91,7 +91,7 @@ _REACHES_OUT: Final = re.compile(
 
 @dataclass(frozen=True)
 class Provider:
-    """A provider as an export asks for it; `auto` takes the GPU where the runtime knows it.
+    """The execution provider that an export asks for; `auto` is the GPU where the runtime has one.
 
     Raises:
         PlanError: sparse kernels of a provider that has none.
@@ -126,7 +126,7 @@ class Provider:
             )
 
     def resolved(self, machine: Machine) -> str:
-        """The key of `NAMES` that is meant on this machine."""
+        """Resolves `auto` for this machine, to a key of `NAMES`."""
         if self.name != "auto":
             return self.name
         # pip brings the onnxruntime for CPUs, and no machine should need another to begin with.
@@ -135,7 +135,7 @@ class Provider:
         return "cuda" if gpu else "cpu"
 
     def note(self, machine: Machine) -> str:
-        """Says so where a GPU is left alone that nobody chose to leave alone; else empty."""
+        """A note where `auto` leaves a GPU unused, else empty."""
         if self.name != "auto" or machine.device != "cuda" or self.resolved(machine) == "cuda":
             return ""
         return f"on the CPU: the GPU needs {_WHEELS['cuda']} in the place of onnxruntime"
@@ -144,7 +144,7 @@ class Provider:
         """Refuses in the plan a provider that this onnxruntime doesn't have.
 
         Raises:
-            PlanError: it has not, or does not compute in this precision.
+            PlanError: it does not have it, or the provider does not compute in this precision.
         """
         key = self.resolved(machine)
         if key == "cpu" and self.precision == "bf16":
@@ -170,7 +170,7 @@ class Provider:
             )
 
     def chain(self, graph: Path, machine: Machine) -> list[tuple[str, dict[str, str]]]:
-        """Providers in the order in which they may take nodes, each with its options."""
+        """Lists providers in the order in which they may take nodes, each with its options."""
         first = self.resolved(machine)
         own = {"tensorrt": self._tensorrt, "tensorrt_rtx": self._rtx}.get(first)
         options = own(graph) if own else {}
@@ -191,14 +191,14 @@ class Provider:
         }
 
     def _rtx(self, graph: Path) -> dict[str, str]:
-        """It takes types from the graph and has no switch for sparsity."""
+        """Options of TensorRT-RTX, which takes types from the graph and has none for sparsity."""
         return {
             "nv_runtime_cache_path": str(_cache(graph, self)),
             **{f"nv_profile_{end}_shapes": text for end, text in self._shapes(graph).items()},
         }
 
     def _shapes(self, graph: Path) -> dict[str, str]:
-        """`name:1x2x3,…` of all inputs, for the smallest, best and largest of a profile."""
+        """Writes a profile for TensorRT: `name:1x2x3,…` of all inputs, least, best and largest."""
         from prune_export.sparsity.onnx_weights import load
 
         most = self.profile
@@ -223,7 +223,7 @@ class Provider:
 
 
 def open_session(graph: Path, provider: Provider, machine: Machine, options: Any) -> Any:
-    """An `InferenceSession` that the provider runs, or an error; never another one in its place.
+    """Opens an `InferenceSession` on the provider asked for; never falls back to another one.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
@@ -274,12 +274,15 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
 
 
 def cache_device(key: str) -> str:
-    """Where tensors between steps stay: on the GPU, if the runtime itself can put them there."""
+    """The device for the KV cache: the GPU, if the runtime can allocate there."""
     return "cuda" if key != "cpu" and NAMES["cuda"] in _offered() else "cpu"
 
 
 def placement(session: Any, asked: str) -> Placement:
-    """Who was given the nodes of a session's graph; `asked` is the provider that was wanted."""
+    """Counts the nodes of a session's graph by the provider that runs them.
+
+    `asked` is the provider that was asked for.
+    """
     counts: Counter[str] = Counter()
     strayed: list[str] = []
     for part in session.get_provider_graph_assignment_info():
@@ -291,7 +294,7 @@ def placement(session: Any, asked: str) -> Placement:
 
 
 def runtime_version() -> str:
-    """Of the installed onnxruntime, whatever its wheel is called: onnxruntime-gpu is another."""
+    """The version of the installed onnxruntime, whichever wheel it is from (as onnxruntime-gpu)."""
     import onnxruntime
 
     return str(onnxruntime.__version__)
@@ -314,7 +317,7 @@ def _offered() -> Sequence[str]:
 
 
 def _add_plugin(options: Any, first: tuple[str, dict[str, str]]) -> None:
-    """Gives the session to the GPUs that the plug-in finds.
+    """Adds the GPUs that the plug-in finds to the session.
 
     Raises:
         StageError: it finds none.
@@ -343,7 +346,7 @@ def _add_plugin(options: Any, first: tuple[str, dict[str, str]]) -> None:
 
 
 def _cache(graph: Path, provider: Provider) -> Path:
-    """A directory for the engines built from this graph with these settings."""
+    """The cache directory for engines built from this graph with these settings."""
     about = hashlib.sha256(graph.read_bytes())
     asked = [provider.precision, provider.sparse, provider.profile.__dict__, provider.options]
     about.update(json.dumps(asked, sort_keys=True).encode())
@@ -369,5 +372,5 @@ def _digest(file: Path) -> bytes:
 
 
 def _text(value: str | int | float | bool) -> str:
-    """As options are written: TensorRT's provider takes `True` and `False`, and refuses `1`."""
+    """Words an option's value: TensorRT's provider takes `True` and `False`, and refuses `1`."""
     return str(value)

@@ -45,7 +45,7 @@ def session_for(
     prepack: bool = True,
     fuse: bool = True,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` with this machine's threads, none of them spinning.
+    """Opens an `onnxruntime.InferenceSession` with this machine's threads, none of them spinning.
 
     Without `prepack`, weights stay memory-mapped: slower steps, but the session needs hardly more
     memory than its activations. Without `fuse`, the graph is run as it is written: int8 weights are
@@ -72,7 +72,7 @@ def session_for(
 
 
 class OrtRunner:
-    """An opened graph: feeds ids, keeps the KV cache as `OrtValue`s, times the session alone.
+    """Runs a graph step by step with the KV cache in `OrtValue`s; times the session alone.
 
     `head_size` is the size of a head in the cache, for graphs that give this dimension a name.
     """
@@ -110,19 +110,19 @@ class OrtRunner:
         self._cache, self._session = {}, None
 
     def placement(self) -> Placement:
-        """Who runs the graph's nodes."""
+        """The provider of each of the graph's nodes, counted."""
         return placement(self._session, self._provider)
 
     def reset(self) -> None:
-        """Forgets the cache."""
+        """Empties the KV cache."""
         self._cache, self._seen = {}, 0
 
     def step(self, ids: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, float]:
-        """Feeds `ids` int64 `[batch, new]` after what the cache holds.
+        """Runs `ids` int64 `[batch, new]` after the tokens in the cache.
 
         `mask` int64 `[batch, seen + new]` is 0 where a left-padded prompt has no token. Returns
         logits float32 `[batch, new or 1, vocab]` and the seconds that the session took, without the
-        logits' way back from a GPU.
+        copy of the logits from a GPU.
         """
         batch, new = ids.shape
         total = self._seen + new

@@ -1,4 +1,4 @@
-"""Keeps torch's own words off the terminal while a model is traced; an error says what matters."""
+"""Silences torch's warnings and prints while a model is traced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from io import StringIO
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings, and without the whole graph that torch.export prints when it fails."""
+    """Suppresses warnings inside a `with`, and the graph that torch.export prints when it fails."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

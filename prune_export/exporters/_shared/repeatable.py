@@ -1,4 +1,4 @@
-"""Makes transformers' code trace alike in every process.
+"""Makes tracing deterministic: the same graph in every process.
 
 Python orders sets of text by a seed that each process draws anew. Code that walks such a set while
 it computes, as Gemma 3 does with its kinds of attention, gives graphs of other bytes each time.
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class _Sorted(set[Any]):
-    """A set that is walked in one order, whatever the process."""
+    """A set that iterates in sorted order."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(sorted(super().__iter__(), key=repr))
@@ -23,7 +23,7 @@ class _Sorted(set[Any]):
 
 @contextmanager
 def sets_in_order(model: nn.Module) -> Iterator[None]:
-    """Within, `set(…)` in the modules that define the model's classes is walked in one order."""
+    """Makes `set(…)` in the modules of the model's classes iterate in sorted order, in a `with`."""
     homes = {type(module).__module__ for module in model.modules()}
     changed = [sys.modules[home] for home in sorted(homes) if not hasattr(sys.modules[home], "set")]
     for home in changed:

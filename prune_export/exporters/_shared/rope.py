@@ -1,4 +1,4 @@
-"""Which rotary embeddings a model has, and the one that no exporter takes.
+"""Finds a model's kinds of rotary embedding, and refuses the one that no exporter takes.
 
             default  linear  yarn  llama3  longrope  dynamic
 onnx          yes      yes    yes    yes     yes        no
@@ -25,7 +25,7 @@ def rope_kinds(config: Mapping[str, Any]) -> set[str]:
 
 
 def refuse_rope(where: str, config: Mapping[str, Any]) -> None:
-    """Refuses frequencies that Python computes anew from the longest length seen so far.
+    """Refuses dynamic rotary scaling, whose frequencies depend on the longest length seen so far.
 
     Raises:
         PlanError: with what is the same up to the model's own length.

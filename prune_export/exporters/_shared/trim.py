@@ -1,4 +1,4 @@
-"""What of a wide checkpoint is zero and can be left out of an engine without changing a logit.
+"""Finds zeroed channels, heads and sub-blocks, which an engine can leave out with equal logits.
 
 Stock classes give every block the same shape, so what a method removed from single blocks is stored
 as zeros. The zeros that matter are those in what writes to the residual state: an MLP channel whose
@@ -39,7 +39,7 @@ _CHANNELS: Final = 32  # what weight quantization takes together
 
 @dataclass(frozen=True)
 class Trim:
-    """What is left of a model without its zeros.
+    """The sizes and positions that are left of a model without its zeroed units.
 
     `keep` are the positions left of axes that shrink (`mlp.3`, `kv.3`, `moe.3.1`), ascending;
     `heads` the query heads left in each group of `keep["kv.3"]`, by layer, equally many in each;
@@ -80,7 +80,7 @@ class Trim:
         return bool(self.keep or self.heads or self.dead)
 
     def all_alive(self) -> Trim:
-        """The same with a head, or a few channels, kept of each sub-block that is dead."""
+        """A trim that keeps a head, or a few channels, of each sub-block that is all zero."""
         keep, heads = dict(self.keep), dict(self.heads)
         for name in self.dead:
             tensor = self.arch.by_name[name]
@@ -94,12 +94,12 @@ class Trim:
         return Trim(self.arch, keep, heads)
 
     def with_all_heads(self) -> Trim:
-        """The same with all heads kept of the attentions that are not dead."""
+        """A trim that keeps all heads of the attentions that are not all zero."""
         keep = {axis: index for axis, index in self.keep.items() if not axis.startswith("kv.")}
         return Trim(self.arch, keep, {}, self.dead)
 
     def size(self, axis: str) -> int:
-        """What is left of an axis."""
+        """The size that is left of an axis."""
         name, _, layer = axis.partition(".")
         if name == "group" and int(layer) in self.heads:
             return len(self.heads[int(layer)][0])
@@ -126,7 +126,7 @@ class Trim:
         return tuple(found)
 
     def cut(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """What is left of a stored tensor's values."""
+        """Cuts a stored tensor's values to what is left."""
         import torch
 
         for dim, positions in self.kept(name):
@@ -134,7 +134,7 @@ class Trim:
         return values
 
     def note(self) -> str:
-        """What was left out, for the build record; empty when nothing was."""
+        """Says for the build record what was left out; empty when nothing was."""
         by_name = self.arch.by_name
         ends = [_WRITES[by_name[name].role] for name in self.dead if by_name[name].role in _WRITES]
         lost = {
@@ -171,7 +171,7 @@ class Trim:
         return int(axis) if axis.isdecimal() else self.arch.sizes[axis]
 
     def _part(self, part: tuple[str, ...]) -> np.ndarray:
-        """Positions left of one product of axes."""
+        """The positions left of one product of axes."""
         left = np.arange(self._length(part)).reshape([self._whole(axis) for axis in part])
         for at, axis in enumerate(part):
             if axis in self.keep:
@@ -190,7 +190,7 @@ class Trim:
 def _alive(
     checkpoint: Checkpoint, arch: Arch, tensor: Tensor
 ) -> tuple[np.ndarray, list[str], bool]:
-    """Which positions of its inputs a projection reads at all, `[axis, …]`, and these axes.
+    """Finds the inputs of a projection with a non-zero column, `[axis, …]`, and their axes.
 
     The last says whether what it reads is sparse itself.
     """
@@ -215,12 +215,12 @@ def _zero_bias(checkpoint: Checkpoint, arch: Arch, projection: Tensor) -> list[s
 
 
 def _normed(arch: Arch, axis: str) -> bool:
-    """Whether a norm runs over the axis, so that no position of it is independent of the others."""
+    """Whether a norm runs over the axis, so that no position can be removed alone."""
     return any(tensor.role.startswith("norm") for tensor in arch.using(axis))
 
 
 def _equal_numbers(alive: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    """For `[groups, heads]`, the heads to keep in each group, equally many; empty if all are."""
+    """Chooses the heads to keep of `[groups, heads]`, equally many in each group; empty if all."""
     most = int(alive.sum(axis=1).max())
     if most == alive.shape[1]:
         return ()

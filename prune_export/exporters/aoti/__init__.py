@@ -1,4 +1,4 @@
-"""The exporter `aoti`."""
+"""The exporter `aoti`: PyTorch's ahead-of-time compiler (AOTInductor)."""
 
 from prune_export.exporters.aoti.exporter import Aoti
 

@@ -75,7 +75,7 @@ class Aoti:
             )
 
     def check(self, arch: Arch, machine: Machine) -> None:
-        """Refuses in the plan what cannot work.
+        """Refuses, in the plan, a model or machine for which the export cannot work.
 
         Raises:
             PlanError: there is no C++ compiler, no GPU for sparse kernels, or no CUDA toolkit; or
@@ -97,7 +97,7 @@ class Aoti:
             _refuse_without_headers()
 
     def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
-        """What the export takes: the model whole, its copy in the package, and the compiler."""
+        """Estimates memory and disk: the whole model, its copy in the package, and the compiler."""
         weights = arch.parameters() * _BYTES[self.precision]
         return Cost(
             ram_bytes=int(1.5 * GIB) + 4 * weights,
@@ -158,7 +158,7 @@ class Aoti:
         )  # fmt: skip
 
     def open(self, path: Path, machine: Machine) -> Runner:
-        """A runner for what `export` wrote at `path`.
+        """Opens the engine at `path`, as `export` wrote it.
 
         Raises:
             StageError: it was compiled for another device, or does not load.
@@ -168,7 +168,7 @@ class Aoti:
         return AotiRunner(path, machine)
 
     def without_sparsity(self) -> Aoti | None:
-        """The same without sparse kernels; None where there are none."""
+        """The same exporter without sparse kernels; None where it uses none."""
         return replace(self, sparse=False) if self.sparse else None
 
     def _loaded(self, checkpoint: Path, machine: Machine) -> Any:
@@ -182,7 +182,7 @@ class Aoti:
     def _made_sparse(
         self, model: Any, work: Work
     ) -> tuple[Mapping[str, Any], tuple[str, ...], int]:
-        """Replaces layers by faster sparse ones: record, notes, bytes that a step need not read."""
+        """Replaces layers by faster sparse ones; gives record, notes, and bytes saved a step."""
         if not self.sparse:
             return {}, (), 0
         from prune_export.exporters.aoti import sparse as kernels

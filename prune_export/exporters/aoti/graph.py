@@ -1,4 +1,4 @@
-"""A causal language model as one compiled step: ids and cache in, logits and cache out."""
+"""Compiles a causal language model as one step: ids and KV cache in, logits and cache out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ would be taken to be.
 
 
 class Step(nn.Module):
-    """`model` with its cache as plain tensors; with `last`, the last position's logits only."""
+    """A module that runs `model` with its KV cache as plain tensors.
+
+    With `last`, it gives the last position's logits only.
+    """
 
     def __init__(self, model: Any, *, last: bool) -> None:
         super().__init__()
@@ -46,7 +49,7 @@ class Step(nn.Module):
 
 
 def cache_sizes(model: Any) -> list[tuple[int, int]]:
-    """(heads, size of a head) of each layer's cache, seen in a step of one token."""
+    """Finds (heads, head size) of each layer's KV cache, by a step of one token."""
     device = next(model.parameters()).device
     with torch.no_grad():
         found = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=True)
@@ -54,7 +57,7 @@ def cache_sizes(model: Any) -> list[tuple[int, int]]:
 
 
 def empty_cache(sizes: list[tuple[int, int]], batch: int, length: int, like: torch.Tensor) -> Cache:
-    """A cache of zeros of the type and device of `like`."""
+    """Makes a KV cache of zeros, with the dtype and device of `like`."""
     return [
         (like.new_zeros(batch, heads, length, size), like.new_zeros(batch, heads, length, size))
         for heads, size in sizes
@@ -62,7 +65,7 @@ def empty_cache(sizes: list[tuple[int, int]], batch: int, length: int, like: tor
 
 
 def compiled(model: Any, sizes: list[tuple[int, int]], out: Path, *, last: bool) -> None:
-    """Exports `model` for any batch, prompt and past, and compiles it into the package `out`.
+    """Exports `model` for any batch, prompt and past length, and compiles it into `out`.
 
     Raises:
         PlanError: torch.export cannot follow this model's code.

@@ -1,4 +1,4 @@
-"""Times one kernel at some shapes: `python -m prune_export.exporters.aoti.probe`.
+"""Times a sparse kernel in a process of its own: `python -m prune_export.exporters.aoti.probe`.
 
 The request is JSON on standard input; each shape is answered at once with a JSON line, so that what
 was timed before a fault is not lost.
@@ -24,7 +24,7 @@ _TOLERANCE: Final = 2e-2
 def timed(
     kernel: Kernel, outputs: int, inputs: int, dtype: torch.dtype, tokens: int, device: str
 ) -> Timing:
-    """The median time of a product with a random 2 of 4 weight, checked against a dense one."""
+    """Measures the median time of a product with a random 2:4 weight, and checks its result."""
     torch.manual_seed(0)
     weight = torch.randn(outputs, inputs, dtype=dtype, device=device)
     weight.view(outputs, -1, 4)[..., 2:] = 0
@@ -59,7 +59,7 @@ def _wait(x: torch.Tensor) -> None:
 
 
 def main() -> None:
-    """Answers the request on standard input."""
+    """Answers the request on standard input, a JSON line a shape."""
     asked = json.load(sys.stdin)
     dtype = getattr(torch, asked["dtype"])
     with torch.no_grad():

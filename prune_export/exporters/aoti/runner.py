@@ -1,4 +1,4 @@
-"""Runs a compiled step, its cache on the device that it was compiled for."""
+"""Runs a compiled step, with the KV cache on the device that it was compiled for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ABOUT: Final = TypeAdapter(_About)
 
 
 def _read_about(file: Path) -> dict[str, Any]:
-    """What `export` wrote beside the package.
+    """Reads `aoti.json`, which `export` wrote beside the package.
 
     Raises:
         CheckpointError: a key is missing, or of another type.
@@ -50,7 +50,7 @@ def _read_about(file: Path) -> dict[str, Any]:
 
 
 class AotiRunner:
-    """See `contracts.Runner`."""
+    """Runs the compiled package step by step: a `contracts.Runner`."""
 
     def __init__(self, path: Path, machine: Machine) -> None:
         about = _read_about(path / ABOUT)
@@ -85,11 +85,11 @@ class AotiRunner:
         self._run = self._cache = None
 
     def reset(self) -> None:
-        """Forgets the cache."""
+        """Empties the KV cache."""
         self._cache = None
 
     def step(self, ids: np.ndarray) -> tuple[np.ndarray, float]:
-        """Feeds `ids` int64 `[batch, new]` after what the cache holds."""
+        """Runs `ids` int64 `[batch, new]` after the tokens in the cache."""
         batch, new = ids.shape
         past = self._cache or empty_cache(self._sizes, batch, 0, self._like)
         seen = past[0][0].shape[2]

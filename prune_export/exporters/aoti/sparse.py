@@ -1,4 +1,4 @@
-"""Linear layers whose 2 of 4 weights are stored compressed and multiplied by sparse tensor cores.
+"""Linear layers with 2:4 weights, stored compressed and multiplied on sparse tensor cores.
 
 PyTorch has two kernels, CUTLASS's and cuSPARSELt's. Which is faster than dense, if any, depends on
 the GPU, type and shape, and on some GPUs one faults. So each is timed in a process of its own
@@ -34,7 +34,7 @@ _PROBE_SECONDS: Final = 300
 
 @dataclass(frozen=True)
 class Timing:
-    """A kernel at one shape: seconds, or None and the reason where it does not run."""
+    """The time of a kernel at one shape in seconds, or None and the reason why it does not run."""
 
     kernel: Kernel
     outputs: int
@@ -44,7 +44,7 @@ class Timing:
 
 
 class SparseLinear(nn.Module):
-    """`x @ weight.T + bias` for a 2 of 4 `weight` `[outputs, inputs]`."""
+    """A linear layer with a 2:4 `weight` `[outputs, inputs]`: `x @ weight.T + bias`."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kernel: Kernel) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class SparseLinear(nn.Module):
 
 
 def pack(weight: torch.Tensor, kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The kept half of a weight and where it stood, as the kernel wants them."""
+    """Packs a 2:4 weight as a kernel wants it: the kept half, and its places."""
     if kernel == "cusparselt":
         return torch._cslt_compress(weight.contiguous()), None
     from torch.sparse import _semi_structured_conversions as conversions
@@ -79,7 +79,7 @@ def pack(weight: torch.Tensor, kernel: Kernel) -> tuple[torch.Tensor, torch.Tens
 
 
 def holds_two_of_four(weight: torch.Tensor) -> bool:
-    """Whether each group of four inputs of `[outputs, inputs]` has at most two non-zeros."""
+    """Whether a weight `[outputs, inputs]` is 2:4: at most two non-zeros in each four inputs."""
     if weight.dim() != 2 or weight.shape[1] % 4:
         return False
     groups = (weight != 0).view(len(weight), -1, 4)
@@ -87,7 +87,7 @@ def holds_two_of_four(weight: torch.Tensor) -> bool:
 
 
 def candidates(model: nn.Module, head: nn.Module | None) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers that hold 2 of 4, by name; never the head."""
+    """Finds the linear layers with a 2:4 weight, by name; never the LM head."""
     for name, module in model.named_modules():
         inner = isinstance(module, nn.Linear) and module is not head
         if inner and holds_two_of_four(module.weight):
@@ -95,13 +95,13 @@ def candidates(model: nn.Module, head: nn.Module | None) -> Iterator[tuple[str, 
 
 
 def fits(kernel: Kernel, outputs: int, inputs: int) -> bool:
-    """Whether a kernel takes a weight of this size."""
+    """Whether a kernel supports a weight of this size."""
     rows, columns = _MULTIPLES[kernel]
     return outputs % rows == 0 and inputs % columns == 0
 
 
 def probed(shapes: Iterable[tuple[int, int]], dtype: str, tokens: int, device: str) -> list[Timing]:
-    """Each kernel's time at each shape `(outputs, inputs)`; a fault ends only its own process."""
+    """Times each kernel at each shape `(outputs, inputs)`, in processes that may crash."""
     shapes = sorted(set(shapes))
     found: list[Timing] = []
     for kernel in ("dense", *KERNELS):
@@ -111,7 +111,7 @@ def probed(shapes: Iterable[tuple[int, int]], dtype: str, tokens: int, device: s
 
 
 def chosen(timings: Iterable[Timing]) -> dict[tuple[int, int], tuple[Kernel, float]]:
-    """For each shape the kernel that beats dense by the margin, and by how much; others absent."""
+    """Chooses for each shape the kernel that beats dense by the margin, and gives the speedup."""
     table = {(one.outputs, one.inputs, one.kernel): one.seconds for one in timings}
     best: dict[tuple[int, int], tuple[Kernel, float]] = {}
     for outputs, inputs, _ in table:
@@ -129,7 +129,7 @@ def chosen(timings: Iterable[Timing]) -> dict[tuple[int, int], tuple[Kernel, flo
 def replaced(
     model: nn.Module, layers: Mapping[str, nn.Linear], best: Mapping[tuple[int, int], Any]
 ) -> dict[str, Kernel]:
-    """Puts sparse layers in the places of those whose shape has a winner; name and kernel."""
+    """Replaces the layers whose shape has a faster kernel by sparse ones; gives name and kernel."""
     done: dict[str, Kernel] = {}
     for name, module in layers.items():
         winner = best.get((module.out_features, module.in_features))
@@ -142,7 +142,7 @@ def replaced(
 
 
 def call_by_dispatcher() -> None:
-    """Lets the compiler call CUTLASS's operator as it calls cuSPARSELt's, by its name.
+    """Makes the compiler call CUTLASS's operator through the dispatcher, as it does cuSPARSELt's.
 
     Else it calls a C function that PyTorch does not have (2.13), and g++ fails. Other releases of
     PyTorch may know the operator by another name: then they decide.
@@ -154,7 +154,7 @@ def call_by_dispatcher() -> None:
 
 
 def product(weight: torch.Tensor, kernel: Kernel) -> Any:
-    """A function from `x` `[tokens, inputs]` to `x @ weight.T`, by a kernel."""
+    """Makes a function from `x` `[tokens, inputs]` to `x @ weight.T` that runs a kernel."""
     return SparseLinear(weight, None, kernel) if kernel != "dense" else _Dense(weight)
 
 

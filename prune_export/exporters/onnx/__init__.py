@@ -1,4 +1,4 @@
-"""The exporter `onnx`."""
+"""The exporter `onnx`: a portable ONNX graph with a KV cache."""
 
 from prune_export.exporters.onnx.exporter import Onnx
 

@@ -1,4 +1,4 @@
-"""Runs a fresh graph once and compares it with PyTorch, so that a broken one never leaves."""
+"""Compares the logits of a new graph with PyTorch's, before the export counts as done."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROMPT: Final = 5
 def reference_logits(
     config: Any, source: Source, ids: np.ndarray, dtype: torch.dtype, weights: Iterable[Weight] = ()
 ) -> np.ndarray:
-    """PyTorch's logits float32 `[batch, length, vocab]`, one module's weights in memory at a time.
+    """Computes PyTorch's logits, float32 `[batch, length, vocab]`, loading one module at a time.
 
     The model is the whole one, also where the graph has only what `source` leaves of it. The
     weights are rounded to `dtype`, and those of `weights` that are stored as int8 as they are
@@ -99,7 +99,7 @@ def compare(
     weights: Iterable[Weight] = (),
     prepack: bool = True,
 ) -> float:
-    """The largest logit error of a prompt and of one cached step, as a fraction of the largest.
+    """Gives the largest logit error of a prompt and a cached step, relative to the largest logit.
 
     Raises:
         StageError: the graph does not load, or computes something else than PyTorch.

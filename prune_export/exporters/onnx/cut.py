@@ -1,4 +1,4 @@
-"""Sorts a traced graph's nodes by the markers around its blocks.
+"""Divides a traced graph into what is before, inside and after the transformer blocks.
 
 Every node gets a stage: before the blocks, inside traced block j, or after the blocks. A node that
 mixes stages (a residual past a block, a computation between two blocks) is refused.
@@ -17,7 +17,7 @@ from prune_export.exporters.onnx.trace import Trace
 
 @dataclass
 class Cut:
-    """The traced nodes by stage.
+    """The traced nodes by stage: before, in each block, and after.
 
     `sized` nodes read nothing of a block but its sizes, and are different in each. `hidden` names
     the residual state: `enter` and `leave` of all blocks, `in 0` and `out 0` of each.
@@ -31,7 +31,7 @@ class Cut:
 
 
 def cut(trace: Trace, block_of: Callable[[str], int], is_size: Callable[[str], bool]) -> Cut:
-    """The cut graph; `block_of` gives a weight's block or -1, `is_size` what differs by layer.
+    """Cuts the graph; `block_of` gives a weight's block or -1, `is_size` what differs by layer.
 
     Raises:
         PlanError: the model computes something that does not belong to one block.

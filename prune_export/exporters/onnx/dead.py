@@ -1,4 +1,4 @@
-"""Leaves out of a block what only adds zero.
+"""Removes the dead code of a block: what only adds zero.
 
 A projection whose weights are zero makes zeros of whatever it reads. The zeros are followed to
 where they are added to something, and what was computed only to be projected goes with them: a dead
@@ -23,14 +23,14 @@ _KEEPS_ROW: Final = frozenset({"Identity", "Reshape"})
 
 @dataclass(frozen=True)
 class Live:
-    """The nodes of a block that matter, in their order, and values that are another value."""
+    """The nodes of a block that are not dead, in order, and aliases of values."""
 
     nodes: tuple[Any, ...]
     alias: dict[str, str]
 
 
 def live(nodes: Sequence[Any], out: str, is_zero: Callable[[Any], bool]) -> Live:
-    """What of `nodes` the value `out` needs; `is_zero` says which weights are zeros."""
+    """Finds the `nodes` that the value `out` needs; `is_zero` says which weights are zeros."""
     zeros: set[str] = set()
     rows: set[str] = set()  # values that are a row repeated, and are given as the row alone
     alias: dict[str, str] = {}
@@ -61,7 +61,7 @@ def live(nodes: Sequence[Any], out: str, is_zero: Callable[[Any], bool]) -> Live
 
 
 def _needed(nodes: Sequence[Any], out: str, alias: dict[str, str]) -> Iterator[Any]:
-    """From the last to the first."""
+    """Keeps the nodes that `out` needs, going from the last to the first."""
     wanted = {out}
     for node in reversed(nodes):
         made = {value.name for value in node.outputs}

@@ -3,7 +3,7 @@
 Inputs `input_ids`, `attention_mask`, `position_ids` and `past_key_values.{i}.key`/`.value`, outputs
 `logits` and `present.{i}.key`/`.value`: the names that the Hub's ONNX models have. Batch, sequence
 and past are dynamic. Tracing costs seconds for every block, and blocks are alike, so one of each
-kind is traced and stamped for the others; weights are copied from the checkpoint one at a time.
+kind is traced and replicated for the others; weights are copied from the checkpoint one at a time.
 
 What a wide checkpoint holds as zeros (`trim`) is not in the graph: each block has the channels and
 heads that are left of it, and none of a sub-block that only adds zero. `i` counts the caches, and a
@@ -115,7 +115,7 @@ class Onnx:
             )
 
     def check(self, arch: Arch, machine: Machine) -> None:
-        """Refuses in the plan what cannot work.
+        """Refuses, in the plan, a model or machine for which the export cannot work.
 
         Raises:
             MissingExtra: onnx, onnxscript or onnxruntime is not installed.
@@ -128,12 +128,12 @@ class Onnx:
         self._provider().check(machine)
 
     def longest(self, config: Mapping[str, Any]) -> int | None:
-        """What TensorRT's providers build for; others take any length."""
+        """The length that TensorRT's providers build for; None, as others take any length."""
         del config
         return self.profile.length if self.provider.startswith("tensorrt") else None
 
     def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
-        """What the export takes: the largest tensor twice, and the check of the whole graph."""
+        """Estimates memory and disk: the largest tensor twice, and the check of the whole graph."""
         size = _BYTES[self.precision]
         written = arch.parameters() * size
         largest = max(prod(arch.shape(tensor)) for tensor in arch.stored())
@@ -203,7 +203,7 @@ class Onnx:
         )
 
     def open(self, path: Path, machine: Machine) -> Runner:
-        """A runner for what `export` wrote at `path`.
+        """Opens the engine at `path`, as `export` wrote it.
 
         Raises:
             StageError: the graph does not load, or the wanted provider does not run it.
@@ -213,7 +213,7 @@ class Onnx:
         return OrtRunner(path / "model.onnx", machine, provider=self._provider())
 
     def without_sparsity(self) -> Onnx | None:
-        """The same without windows and sparse kernels; None where there are none."""
+        """The same exporter without SlideSparse and sparse kernels; None where it uses none."""
         off = replace(self, sliding=False, sparse=False)
         return off if off != self else None
 

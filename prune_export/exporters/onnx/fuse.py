@@ -1,4 +1,4 @@
-"""Folds constants and fuses what opset 23 has operators for: norms and rotary embeddings."""
+"""Folds constants, and fuses norms and rotary embeddings into operators of opset 23."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def optimize(model: Any, domain: str, names: Collection[str], alone: Collection[
 
 
 def _widen_norms(graph: Any) -> None:
-    """Lets a norm whose scale is wider than its input compute in the scale's type.
+    """Makes a norm whose scale is wider than its input compute in the scale's type.
 
     So does PyTorch in half precision, where the scale is `1 + weight` in float32. The operator
     allows two types, and ONNX Runtime then builds a product of both, which it refuses.
@@ -57,7 +57,7 @@ def _widen_norms(graph: Any) -> None:
 
 
 class _ScaledRotary(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """A rotary embedding whose cosines were scaled (long contexts) or rounded (half precision).
+    """Fuses a rotary embedding whose cosines were scaled (long contexts) or rounded (fp16).
 
     onnxscript's own rule knows only cosines that are used as computed.
     """
@@ -90,7 +90,7 @@ class _ScaledRotary(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
 
 class _GemmAsMatMul(pattern.RewriteRuleClassBase):  # type: ignore[misc]
-    """A Gemm as a MatMul and an Add: one form for every weight; runtimes fuse it as they like."""
+    """Rewrites a Gemm as a MatMul and an Add: one form for every weight."""
 
     def pattern(self, op: Any, x: Any, weight: Any) -> Any:
         return op.Gemm(
@@ -116,7 +116,7 @@ class _GemmAsMatMul(pattern.RewriteRuleClassBase):  # type: ignore[misc]
 
 
 def _repeats(value: Any) -> bool:
-    """Whether the second half of the last dimension is the first one again."""
+    """Whether the second half of the last dimension repeats the first."""
     while (node := value.producer()) is not None:
         if node.op_type == "Concat":
             return len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]

@@ -1,4 +1,4 @@
-"""Gives attention its queries, keys and values as the projections make them: `[batch, new, width]`.
+"""Removes transposes of heads around attention: inputs and output are `[batch, new, width]`.
 
 PyTorch moves the heads forward and back again; the operators of opset 23 read and write either way.
 Without the moves a decoding step of a small model is a few percent faster. Where something else
@@ -16,7 +16,7 @@ _HEADS_FORWARD: Final = (0, 2, 1, 3)
 
 
 def flatten_heads(model: Any, domain: str) -> None:
-    """Rewrites the `Attention` markers of `domain` whose inputs are plain moves of heads."""
+    """Rewrites `Attention` markers of `domain` whose inputs are only transposed heads."""
     for node in list(model.graph):
         if node.domain == domain and node.op_type == "Attention":
             found = _flat_output(node)
@@ -31,7 +31,7 @@ def flatten_heads(model: Any, domain: str) -> None:
 
 
 def _flat_output(node: Any) -> Any:
-    """What the attention's output becomes once its heads are back and joined, or None."""
+    """The value that has the attention's heads transposed back and joined, or None."""
     value = node.outputs[0]
     for kind in ("Transpose", "Reshape"):
         users = list(value.consumers())
@@ -44,7 +44,7 @@ def _flat_output(node: Any) -> Any:
 
 
 def _is_moved(value: Any) -> bool:
-    """Whether `[batch, heads, new, size]` is a projection with its heads moved, perhaps rotated."""
+    """Whether `[batch, heads, new, size]` is a projection with heads transposed (and rotated)."""
     node = value.producer()
     if node is None or value.shape is None or len(value.shape) != 4:
         return False
@@ -54,7 +54,7 @@ def _is_moved(value: Any) -> bool:
 
 
 def _flat(graph: Any, value: Any) -> Any:
-    """The same numbers as `[batch, new, heads * size]`."""
+    """Makes the same values with layout `[batch, new, heads * size]`."""
     node = value.producer()
     batch, heads, new, size = value.shape
     shape = ir.Shape([batch, new, int(heads) * int(size)])

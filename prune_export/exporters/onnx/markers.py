@@ -1,4 +1,4 @@
-"""Stands in for transformers' attention and experts while a model is traced.
+"""Replaces transformers' attention and experts by marker operators while a model is traced.
 
 Both become markers in the graph, in whose place `replicate` writes what reads and writes the
 cache, and one expert after the other.
@@ -32,7 +32,7 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over past and new tokens as one marker; with a soft cap, its parts.
+    """Emits attention over past and new tokens as one marker; with a soft cap, in parts.
 
     Opset 23 leaves it to the runtime whether the cap comes before or after the mask, and these
     models were trained with it before, so a cap is spelled out.
@@ -68,7 +68,7 @@ def _attention(
 def _experts(
     module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """One expert, traced between markers; the stamp repeats it for the others."""
+    """Traces one expert between markers; `replicate` repeats it for the others."""
     if (
         module.has_bias
         or not module.has_gate
@@ -89,7 +89,7 @@ def _experts(
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """Within, transformers uses the stand-ins."""
+    """Makes transformers use the markers inside a `with`."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -1,4 +1,4 @@
-"""Multiplies with several weights at once where they share an input: q, k, v; gate and up.
+"""Merges matrix products that share an input into one: q, k, v; gate and up.
 
 A decoding step of a small model spends a good part of its time on starting operators; one product
 and a split start fewer threads than three products. The parts of a merged weight are in its name:
@@ -17,7 +17,7 @@ _TOGETHER: Final = "+"
 
 
 def parts(parameter: str) -> list[str]:
-    """The torch parameters that a weight's name stands for, in the order of their outputs."""
+    """The torch parameters that a merged weight's name lists, in the order of their outputs."""
     if _TOGETHER not in parameter:
         return [parameter]
     stem, joined, leaf = parameter.rsplit(".", 2)
@@ -31,7 +31,7 @@ def merge_matrices(model: Any, alone: Collection[str]) -> None:
 
 
 def _siblings(graph: Any, alone: Collection[str]) -> Iterator[list[Any]]:
-    """Products of one input with weights of one module, in the order of the graph."""
+    """Groups products of one input with weights of one module, in the order of the graph."""
     groups: dict[tuple[int, str, str], list[Any]] = {}
     for node in graph:
         weight = _weight(node) if node.op_type == "MatMul" else None
@@ -42,7 +42,7 @@ def _siblings(graph: Any, alone: Collection[str]) -> Iterator[list[Any]]:
 
 
 def _weight(product: Any) -> Any:
-    """The parameter `[outputs, inputs]` that only this product reads, transposed; else None."""
+    """The parameter `[outputs, inputs]` that this product alone reads, transposed; else None."""
     turn = product.inputs[1].producer()
     if turn is None or turn.op_type != "Transpose" or len(product.inputs[1].consumers()) != 1:
         return None

@@ -1,4 +1,4 @@
-"""Cuts a traced graph at its markers and stamps its blocks, one a layer.
+"""Builds the whole graph from the traced one: repeats its blocks, one a layer.
 
 1. The graph is cut: `cut`.
 2. A weight that is only ever transposed is stored transposed, as MatMul wants it.
@@ -52,7 +52,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Stamped:
-    """A whole graph, its weights still missing."""
+    """A whole graph without its weights."""
 
     model: Any
     weights: tuple[Weight, ...]
@@ -61,7 +61,7 @@ class Stamped:
 def replicate_blocks(
     trace: Trace, *, last: bool, int8: bool = False, fit: Fit | None = None
 ) -> Stamped:
-    """The graph of all layers.
+    """Builds the graph of all layers.
 
     `last` says that it was traced for the last position's logits, `int8` that the matrices are to
     be stored as int8 and dequantized in the graph (which runtimes fuse into the multiplication).
@@ -110,7 +110,7 @@ class _Stamper:
         return Stamped(self._model(), tuple(self.weights.values()))
 
     def _transposed(self) -> dict[str, str]:
-        """Values that are a weight's transpose and can be stored so.
+        """Finds values that are a weight's transpose and can be stored transposed.
 
         In int8 a matrix is stored apart from the embedding that it is tied to; otherwise the two
         share their bytes, and the graph transposes.
@@ -123,7 +123,7 @@ class _Stamper:
         return found
 
     def _matrices(self) -> frozenset[str]:
-        """Weights, and transposes of weights, that are only ever multiplied with; no routers."""
+        """Finds the weights (or transposes) that are used in matrix products only; no routers."""
         multiplied: set[str] = set()
         otherwise: set[str] = set()
         for node in self.trace.model.graph:
@@ -175,7 +175,7 @@ class _Stamper:
         )
 
     def _is_dead(self, value: str, layer: int, expert: int | None = None) -> bool:
-        """Whether a weight is zero in a layer: in one expert of it, or else in all of it."""
+        """Whether a weight is all zero in a layer, or in one expert of it."""
         match = self.in_block.fullmatch(self.transposed.get(value, value))
         if match is None or self.fit is None:
             return False
@@ -211,7 +211,7 @@ class _Stamper:
     def _experts(
         self, start: Any, inside: Iterator[Any], layer: int, names: dict[str, str]
     ) -> None:
-        """Repeats the one traced expert: each takes its tokens, and adds what it makes of them."""
+        """Repeats the one traced expert: each takes its tokens and adds its output for them."""
         template, end = [], start
         for node in inside:
             if node.domain == DOMAIN and node.op_type == "ExpertOutput":
@@ -305,7 +305,7 @@ class _Stamper:
         self.nodes.append(proto)
 
     def _name(self, value: str, names: Mapping[str, str], layer: int = -1, expert: int = -1) -> str:
-        """A value's name in the stamped graph; what is read of the model is noted."""
+        """A value's name in the whole graph; weights that are read are noted."""
         if self.transposed.get(value, value) in self.parameters:
             return self._weight(value, layer, expert)
         initializer = self.trace.model.graph.initializers.get(value)
@@ -333,7 +333,7 @@ class _Stamper:
         )
 
     def _read(self, number: Any, layer: int, expert: int = -1) -> Any:
-        """What an integer of the traced graph is in a layer."""
+        """The value in a layer of an integer of the traced graph."""
         if self.fit is None or layer < 0 or not isinstance(number, int):
             return number
         return self.fit.read(number, layer, expert)

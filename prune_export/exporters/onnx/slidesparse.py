@@ -1,4 +1,4 @@
-"""Rewrites a graph's sparse weights for hardware that knows 2 of 4: sliding windows.
+"""SlideSparse: rewrites (2N-2):2N weights of a graph as 2:4, for sparse tensor cores.
 
 1. A weight that holds 2 of 4 stays as it is, and so does one without a pattern.
 2. One that holds 2N-2 of every 2N is expanded along its inputs (`sparsity.slidesparse`).
@@ -33,7 +33,7 @@ _HARDWARE: Final = Nm(2, 4)
 
 @dataclass(frozen=True)
 class Slid:
-    """What was rewritten: a pattern for each weight, Gathers, bytes that the weights grew by.
+    """What was rewritten: the pattern of each weight, number of Gathers, bytes added.
 
     `ready` are the weights that held 2 of 4 before; `half` those that held 4 of 8 and were
     rewritten as 6 of 8.
@@ -46,7 +46,7 @@ class Slid:
     added_bytes: int
 
     def notes(self) -> tuple[str, ...]:
-        """For the build record and whoever reads it."""
+        """Notes for the build record."""
         if not self.rewritten:
             why = (
                 f"{len(self.ready)} weights hold 2 of 4 already"
@@ -71,7 +71,7 @@ class Slid:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What becomes of one weight: `inputs` and `outputs` are those that it has before."""
+    """The rewriting of one weight; `inputs` and `outputs` are its sizes before."""
 
     pattern: Nm
     inputs: int
@@ -107,7 +107,7 @@ def slide(graph: Path) -> Slid:
 
 
 def _products(model: Any, folder: Path) -> Iterator[Matrix]:
-    """Matrices that products of one kind read directly, and nothing else does."""
+    """Finds matrices that are read by products of one kind only."""
     found = list(matrices(model, folder))
     readers = Counter(name for node in model.graph.node for name in node.input)
     counts = Counter(matrix.name for matrix in found)
@@ -121,7 +121,7 @@ def _products(model: Any, folder: Path) -> Iterator[Matrix]:
 
 
 def _reconnect(graph: Any, found: list[Matrix], plans: Mapping[str, _Plan]) -> int:
-    """Puts a Gather before each product, shared where the activation is; returns their number."""
+    """Inserts a Gather before each product, shared by products of one activation; counts them."""
     products = {matrix.node.output[0]: matrix.name for matrix in found}
     constants: dict[str, np.ndarray] = {}
     gathered: dict[tuple[str, int], str] = {}
@@ -160,7 +160,7 @@ def _node(kind: str, read: list[str], wrote: list[str], where: str, **given: Any
 
 
 def _padding(plan: _Plan, kind: str) -> int:
-    """Zero outputs to add; none to a Gemm, whose bias has the outputs that it has."""
+    """The number of zero outputs to add; none to a Gemm, as its bias has a fixed size."""
     return -plan.outputs % slidesparse.OUTPUTS_MULTIPLE if kind == "MatMul" else 0
 
 
@@ -204,7 +204,7 @@ def _is_external(tensor: Any) -> bool:
 
 
 def _expanded(matrix: Matrix, plan: _Plan) -> np.ndarray:
-    """The weight in the layout that it is stored in, its inputs expanded, its outputs padded."""
+    """Expands a weight's inputs and pads its outputs, in the layout that it is stored in."""
     stored = matrix.stored()
     weight = stored.T if matrix.turned else stored
     wide = slidesparse.expanded(weight, plan.pattern, nonzero(weight))

@@ -2,7 +2,7 @@
 
 The model is built with parameters that take no memory and with one block of each kind; markers
 around each block survive into the graph, where `replicate` cuts. The cache never enters the
-trace: attention is one marker that says what the stamped graph reads from the past.
+trace: attention is one marker that says what the whole graph reads from the past.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def trace(
 
 
 def _renaming(model: Any) -> Callable[[str], str]:
-    """Transformers' own renaming of stored names, such as GPT-NeoX's `embed_out` to `lm_head`."""
+    """Gets transformers' own renaming of stored names, such as `embed_out` to `lm_head`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -114,7 +114,7 @@ def _computed(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each parameter that shares its storage, the names of the others that do."""
+    """Finds, for each parameter that shares its storage, the names of the others that do."""
     sharing: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         sharing.setdefault(id(parameter), []).append(name)
@@ -127,7 +127,7 @@ def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def weightless(config: Any, dtype: torch.dtype) -> Any:
-    """The model with parameters of stride 0, which no shape makes large, and true buffers."""
+    """Builds the model with parameters of stride 0, which take no memory, and real buffers."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -154,7 +154,7 @@ def weightless(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _kinds(layers: nn.ModuleList, config: Any) -> tuple[tuple[int, ...], list[int]]:
-    """For each layer the number of its kind, and the first layer of each kind."""
+    """Sorts layers by kind: the number of each layer's kind, and the first layer of each kind."""
     found: dict[Any, int] = {}
     firsts: list[int] = []
     kinds = []
@@ -179,7 +179,7 @@ def _per_layer(config: Any, layers: int) -> dict[str, list[Any]]:
 
 
 def _signature(layer: nn.Module) -> Iterator[Any]:
-    """Everything of a block that its computation can depend on, but for weights and its number."""
+    """Identifies what a block computes: all that matters but its weights and its number."""
     for path, module in layer.named_modules():
         yield path, type(module).__qualname__
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -199,7 +199,7 @@ def _plain(value: Any) -> bool:
 
 
 def _reduce(model: Any, blocks: str, firsts: list[int]) -> None:
-    """Leaves one block of each kind, and says so in the config."""
+    """Removes all blocks but one of each kind, in the model and the config."""
     layers = model.get_submodule(blocks)
     lists = _per_layer(model.config, len(layers))
     parent, _, child = blocks.rpartition(".")
@@ -248,7 +248,7 @@ def _marker(kind: str, hidden: torch.Tensor, number: int) -> torch.Tensor:
 
 
 class _Past:
-    """The cache as the traced model sees it: lengths come from the mask, contents from markers."""
+    """Stands for the KV cache in the trace: lengths come from the mask, contents from markers."""
 
     is_compileable = False
 

@@ -1,4 +1,4 @@
-"""Streams a checkpoint's tensors into a graph's external data, one tensor in memory at a time."""
+"""Writes a checkpoint's tensors as a graph's external data, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _EXPERTS: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """Finds a torch parameter's values in a checkpoint, whatever the files call and cut it.
+    """Reads torch parameters from a checkpoint, by its own names and fused layouts.
 
     `stored` gives the name in the files for a torch name, and `tied` for each parameter that shares
     its storage the others that do. With `trim`, what is read is what is left.
@@ -52,12 +52,12 @@ class Source:
 
     @staticmethod
     def of(checkpoint: Checkpoint, trace: Trace) -> Source:
-        """The source for the model that was traced."""
+        """Makes the source for the model that was traced."""
         stored = {trace.parameter_of(name): name for name in checkpoint.entries}
         return Source(checkpoint, stored, trace.tied)
 
     def read(self, parameter: str, expert: int | None = None) -> torch.Tensor:
-        """The parameter, or one expert of a stacked one, in the dtype of the file.
+        """Reads a parameter, or one expert of a stacked one, in the dtype of the file.
 
         Raises:
             CheckpointError: the checkpoint does not hold it.
@@ -78,7 +78,7 @@ class Source:
         )
 
     def left(self, parameter: str, expert: int | None, shape: Sequence[int]) -> list[list[int]]:
-        """What is left of each dimension of a torch parameter `shape`, or of one expert of it."""
+        """The positions left of each dimension of a torch parameter `shape`, or of one expert."""
         found = [list(range(size)) for size in shape]
         names = [n for n in (parameter, *self.tied.get(parameter, ())) if n in self.stored][:1]
         if expert is not None:
@@ -154,7 +154,7 @@ def write(
 
 
 def decode_bytes(stamped: Stamped, dtype: torch.dtype, experts_visited: float) -> int:
-    """The weight bytes that one decode step of one sequence reads.
+    """Counts the weight bytes that one decode step of one sequence reads.
 
     Embedding rows are left out; of the experts, the fraction that a token visits is counted.
     """
@@ -168,7 +168,7 @@ def decode_bytes(stamped: Stamped, dtype: torch.dtype, experts_visited: float) -
 
 
 def quantize(matrix: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[rows, columns]` as int8 and float32 scales `[ceil(rows / block), columns]`.
+    """Quantizes `[rows, columns]` to int8 with float32 scales `[ceil(rows / block), columns]`.
 
     Symmetric, by the largest magnitude: `matrix ≈ int8 * scale` of the element's block of rows.
     """
@@ -181,7 +181,7 @@ def quantize(matrix: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def dequantize(values: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
-    """What the graph computes with: float32 `[rows, columns]`."""
+    """Dequantizes to the float32 `[rows, columns]` that the graph computes with."""
     return values.float() * scale.repeat_interleave(block, dim=0)[: len(values)]
 
 

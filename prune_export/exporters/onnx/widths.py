@@ -1,4 +1,4 @@
-"""Sizes that stand in a traced graph for those that differ from block to block.
+"""Placeholder sizes in a traced graph, for blocks of different widths.
 
 A block is traced once, whatever widths its copies have: its parameters take no memory, so it is
 traced with sizes that occur nowhere else, and what in the graph depends on them (split points, head
@@ -31,7 +31,7 @@ _STANDS_FOR: Final = {"mlp": _MLP, "moe": _MLP, "kv": _KV, "group": _GROUP}
 
 @dataclass(frozen=True)
 class Fit:
-    """How the blocks of a trimmed model differ.
+    """The sizes of each block of a trimmed model, and how to fill them into a traced graph.
 
     `dead` are (torch parameter, expert or None) of projections, and biases, that are zero.
     """
@@ -41,12 +41,12 @@ class Fit:
 
     @cached_property
     def shrunk(self) -> frozenset[str]:
-        """Names of the axes that the trace has other sizes for."""
+        """Names of the axes that have placeholder sizes in the trace."""
         return self.trim.shrunk()
 
     @staticmethod
     def of(trim: Trim, parameter_of: Callable[[str], str]) -> Fit:
-        """The fit for a traced model whose names `parameter_of` gives."""
+        """Makes the fit for a traced model; `parameter_of` gives torch names."""
         found: set[tuple[str, int | None]] = set()
         for name in trim.dead:
             parameter, expert = parameter_of(name), trim.arch.by_name[name].expert
@@ -56,19 +56,19 @@ class Fit:
         return Fit(trim, frozenset(found))
 
     def is_dead(self, parameter: str, layer: int, expert: int | None) -> bool:
-        """Whether a parameter is zero: one expert of it, or else all of it."""
+        """Whether a parameter, or one expert of it, is all zero."""
         if expert is not None or (parameter, None) in self.dead:
             return (parameter, expert) in self.dead
         experts = self.trim.arch.sizes.get(f"expert.{layer}", 0)
         return experts > 0 and all((parameter, one) in self.dead for one in range(experts))
 
     def is_size(self, number: int) -> bool:
-        """Whether a number of the traced graph stands for one that differs by layer."""
+        """Whether a number of the traced graph is a placeholder for one that differs by layer."""
         heads = bool(self.shrunk & {"kv", "group"})
         return self._is_width(number) or (heads and self._is_heads(number))
 
     def read(self, number: int, layer: int, expert: int = -1) -> int:
-        """What a number of the traced graph is in a layer, or in one expert of it."""
+        """The value, in a layer or an expert, of a number of the traced graph."""
         if not self.is_size(number):
             return number
         if self._is_width(number):
@@ -90,7 +90,7 @@ class Fit:
 
 
 def resize(model: Any, blocks: str, trim: Trim, parameter_of: Callable[[str], str]) -> None:
-    """Gives the blocks of a weightless model sizes that stand for others, in place."""
+    """Gives the blocks of a weightless model placeholder sizes, in place."""
     names = trim.shrunk()
     if names & {"kv", "group"}:
         names |= {"kv", "group"}
@@ -115,7 +115,7 @@ def resize(model: Any, blocks: str, trim: Trim, parameter_of: Callable[[str], st
 
 
 def _stacked(name: str, parameter: torch.Tensor, names: frozenset[str]) -> tuple[int, ...]:
-    """The shape of a parameter that the files do not have: experts `[experts, …]`."""
+    """The shape of a stacked parameter, which the files hold apart: experts `[experts, …]`."""
     count, rows, columns = parameter.shape
     if "moe" not in names:
         return count, rows, columns
@@ -123,7 +123,7 @@ def _stacked(name: str, parameter: torch.Tensor, names: frozenset[str]) -> tuple
 
 
 def _tell(module: nn.Module, heads: bool) -> None:
-    """Sets what a module computes with besides the shapes of its parameters."""
+    """Sets a module's attributes (numbers of heads …) to its new shapes."""
     known = vars(module)
     if "nf" in known:  # Conv1D
         known["nf"] = module._parameters["weight"].shape[1]  # type: ignore[union-attr]

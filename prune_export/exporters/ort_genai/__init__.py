@@ -1,4 +1,4 @@
-"""The exporter `ort_genai`."""
+"""The exporter `ort_genai`: onnxruntime-genai's model builder."""
 
 from prune_export.exporters.ort_genai.exporter import OrtGenai
 

@@ -1,4 +1,4 @@
-"""Runs onnxruntime-genai's model builder; a program, because the builder prints and never frees.
+"""Runs onnxruntime-genai's model builder as a program, because it prints and never frees memory.
 
     python -m prune_export.exporters.ort_genai.build REQUEST.json
 
@@ -42,7 +42,7 @@ def main(request: dict[str, Any]) -> None:
 
 
 def _prepare(builder: Any, trim: Trim) -> list[int]:
-    """Makes the builder read weights in float32, and narrow ones; gets the number of caches."""
+    """Makes the builder read weights in float32, and trims them; gives the number of KV caches."""
     from transformers import AutoModelForCausalLM
 
     load = AutoModelForCausalLM.from_pretrained
@@ -74,14 +74,14 @@ def _prepare(builder: Any, trim: Trim) -> list[int]:
 
 
 def _tell_caches(config: Path, count: int) -> None:
-    """The runtime asks for as many caches as the config has layers."""
+    """Sets the config's number of layers to that of KV caches, which the runtime asks for."""
     said = json.loads(config.read_text(encoding="utf-8"))
     said["model"]["decoder"]["num_hidden_layers"] = count
     config.write_text(json.dumps(said, indent=4), encoding="utf-8")
 
 
 def _forget_shapes(graph: Path) -> None:
-    """Drops the shapes of inner values, for which ONNX Runtime would stop.
+    """Removes the shapes of inner values, with which ONNX Runtime would refuse the graph.
 
     The builder's are wrong in fp16, and it gives widths that differ by block the same name.
     """

@@ -85,7 +85,7 @@ class OrtGenai:
     ] = 4
 
     def check(self, arch: Arch, machine: Machine) -> None:
-        """Refuses what the builder does not know, gets wrong, or cannot run here.
+        """Refuses, in the plan, what the builder does not know or gets wrong, or cannot run here.
 
         Raises:
             MissingExtra: onnx, onnxruntime or onnxruntime-genai is not installed.
@@ -109,11 +109,11 @@ class OrtGenai:
         refuse(arch)
 
     def longest(self, config: Mapping[str, Any]) -> int:
-        """The rows of the graph's tables of rotations."""
+        """The longest context: the rows of the graph's rotary tables."""
         return int(config["max_position_embeddings"])
 
     def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
-        """RAM for the builder, which holds the whole model in fp32; disk for the engine."""
+        """Estimates memory for the builder, which holds the whole model in fp32, and disk."""
         weights = 4 * arch.parameters()
         copies = 3 if self.precision.startswith("int") else 2  # measured: 2.8 and 1.3
         disk = int(arch.parameters() * _BITS[self.precision] / 8)
@@ -156,7 +156,7 @@ class OrtGenai:
         )
 
     def open(self, path: Path, machine: Machine) -> Runner:
-        """A runner for what `export` wrote at `path`; it runs on the CPU."""
+        """Opens the engine at `path`, as `export` wrote it, on the CPU."""
         return open_runner(path, machine)
 
     def _build(self, source: Checkpoint, out: Path, work: Work) -> None:
@@ -222,7 +222,7 @@ class OrtGenai:
         return tried, str(found["tokenizer"])
 
     def _problem(self, found: Mapping[str, Any]) -> str:
-        """What is wrong with a trial's findings; empty when nothing is."""
+        """Says what is wrong with a trial's findings; empty when nothing is."""
         if not found["finite"]:
             return "the engine's logits are not finite"
         limit = _MAX_RELATIVE_ERROR.get(self.precision)

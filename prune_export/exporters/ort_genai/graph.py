@@ -1,4 +1,4 @@
-"""What one decode step of a builder's graph reads of weights, from the graph alone."""
+"""Counts the weight bytes that one decode step reads, from the graph alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROTARY: Final = {"GroupQueryAttention": (7, 8), "RotaryEmbedding": (2, 3)}
 
 
 def decode_bytes(graph: Path) -> int:
-    """Bytes of the initializers that every step reads whole.
+    """Sums the bytes of the initializers that every step reads whole.
 
     A table that is only looked up (the embedding, unless it is the head too) does not count.
     """

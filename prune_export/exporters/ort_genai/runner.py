@@ -29,7 +29,7 @@ _ROOM: Final = 256  # positions by which a full cache grows
 
 
 def open_runner(path: Path, machine: Machine) -> Runner:
-    """A runner for what the builder wrote into `path`, on the CPU.
+    """Opens the builder's graph in `path` on the CPU.
 
     fp16 graphs have no attention that appends in place; their cache is handed on instead.
     """
@@ -40,7 +40,7 @@ def open_runner(path: Path, machine: Machine) -> Runner:
 
 
 def _read_config(path: Path) -> tuple[bool, int]:
-    """Whether the cache is appended to in place, and the size of a head.
+    """Reads genai_config.json: whether the cache is appended to in place, and the head size.
 
     Raises:
         CheckpointError: the directory's genai_config.json does not say so, or not with such values.
@@ -63,7 +63,7 @@ def _read_config(path: Path) -> tuple[bool, int]:
 
 
 class GenaiRunner:
-    """An opened graph: feeds ids, keeps the KV cache in buffers that the graph writes into."""
+    """Runs the graph step by step, with the KV cache in buffers that the graph writes into."""
 
     def __init__(self, path: Path, machine: Machine) -> None:
         self._session = session_for(path / GRAPH, machine, provider=PROVIDER)
@@ -91,7 +91,7 @@ class GenaiRunner:
         self._session = None
 
     def placement(self) -> Placement:
-        """Who runs the graph's nodes."""
+        """The provider of each of the graph's nodes, counted."""
         return placement(self._session, NAMES["cpu"])
 
     def reset(self) -> None:
@@ -154,7 +154,7 @@ class GenaiRunner:
 
 
 class OgRunner:
-    """The same files through onnxruntime-genai's own runtime, to try it and to compare with it.
+    """Runs the same files through onnxruntime-genai's own runtime, to compare with it.
 
     A runner as well: `step` feeds given tokens, `generate` takes the runtime's own greedy choices.
     Batch 1; `capacity` is the cache's length in positions.
@@ -203,7 +203,7 @@ class OgRunner:
         return np.asarray(logits, np.float32), seconds
 
     def generate(self, prompt: np.ndarray, new: int) -> list[int]:
-        """The runtime's next `new` tokens after `prompt` `[1, length]`, fewer where it ends."""
+        """Generates `new` tokens after `prompt` `[1, length]`; fewer where the text ends."""
         self.reset()
         self._generator.append_tokens(np.ascontiguousarray(prompt, np.int32))
         tokens: list[int] = []

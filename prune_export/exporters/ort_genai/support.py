@@ -1,4 +1,4 @@
-"""Which models onnxruntime-genai's model builder turns into the right graph.
+"""Knows which models onnxruntime-genai's model builder supports, and corrects or refuses others.
 
 The list of architectures is read from the installed builder. What the builder gets wrong, though
 it builds, was measured with version 0.18.0 on tiny random models of every family against PyTorch
@@ -33,7 +33,7 @@ _LANES: Final = 16  # GroupQueryAttention with fused rotary embedding: heads in 
 
 @cache
 def architectures() -> frozenset[str]:
-    """The class names, such as `LlamaForCausalLM`, that the installed builder has a branch for.
+    """Lists the class names, such as `LlamaForCausalLM`, that the installed builder knows.
 
     Raises:
         MissingExtra: onnxruntime-genai is not installed.
@@ -119,7 +119,7 @@ def _family_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def corrections(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes to set on the config that the builder reads, so that its graph is right.
+    """Corrects the config that the builder reads: attributes with which its graph is right.
 
     Only the builder's own reading of the config sees them; the weights' config and what is written
     beside the graph do not.
@@ -166,7 +166,7 @@ def _whole(config: Mapping[str, Any], key: str) -> int:
 
 
 def _fraction(config: Mapping[str, Any]) -> float:
-    """The part of a head that is rotated; all of it unless the config says otherwise."""
+    """The fraction of a head that is rotated; 1 unless the config says otherwise."""
     found = config.get("partial_rotary_factor") or _rope(config, "partial") or 1
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= 1:
         raise PlanError(

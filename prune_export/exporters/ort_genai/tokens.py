@@ -1,4 +1,4 @@
-"""Whether onnxruntime-genai's own tokenizer gives the ids that the model's gives.
+"""Compares onnxruntime-genai's own tokenizer with the model's.
 
 It reads the same files with code of its own, and may take spaces around special tokens, or a start
 of a text, in another way. Engines are fed with ids and don't care; who types text into the runtime
@@ -39,7 +39,7 @@ Encode = Callable[[str], Sequence[int]]
 
 
 def compared(source: Path, out: Path) -> str:
-    """A note on the tokenizer of the engine in `out` beside that of the model in `source`."""
+    """Compares the tokenizer of the engine in `out` with that of the model in `source`: a note."""
     try:
         import onnxruntime_genai as og
 
@@ -71,7 +71,7 @@ def samples(tokenizer: Any) -> Iterator[str]:
 
 
 def note(texts: Sequence[str], wanted: Encode, got: Encode) -> str:
-    """How many of the texts have other ids, and the first of them."""
+    """Says how many of the texts have other ids, and the first of them."""
     other = [text for text in texts if list(wanted(text)) != [int(token) for token in got(text)]]
     if not other:
         return f"onnxruntime-genai's own tokenizer gives the same ids for {len(texts)} texts"

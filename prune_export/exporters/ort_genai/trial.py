@@ -1,4 +1,4 @@
-"""Tries a built engine against PyTorch; a program, so that neither's memory outlives the trial.
+"""Compares a built engine with PyTorch, as a program, so that its memory is freed at the end.
 
     python -m prune_export.exporters.ort_genai.trial REQUEST.json
 
@@ -31,7 +31,7 @@ _STEPS: Final = 8
 
 
 def main(request: dict[str, Any]) -> None:
-    """Writes how far the engine's logits and tokens are from PyTorch's."""
+    """Measures how far the engine's logits and tokens are from PyTorch's, and writes it as JSON."""
     import torch
 
     machine = Machine(device="cpu", ram_bytes=0, gpu_bytes=0, threads=int(request["threads"]))
@@ -80,7 +80,7 @@ def _pytorch(source: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _compare(wanted: np.ndarray, got: np.ndarray) -> dict[str, Any]:
-    """Distances of `[positions, vocab]` logits; KL is of the engine's from PyTorch's, in nats."""
+    """Compares logits `[positions, vocab]`: errors, and KL of the engine from PyTorch in nats."""
     p, q = _log_softmax(wanted), _log_softmax(got)
     return {
         "finite": bool(np.isfinite(got).all()),
@@ -95,7 +95,7 @@ def _compare(wanted: np.ndarray, got: np.ndarray) -> dict[str, Any]:
 def _judged(
     logits: Callable[[np.ndarray], np.ndarray], prompt: list[int], tokens: list[int]
 ) -> dict[str, Any]:
-    """How far below PyTorch's best choice the generated tokens are, at worst, in logits."""
+    """The largest gap, in PyTorch's logits, between a generated token and the best choice."""
     wanted = logits(np.asarray([prompt + tokens], np.int64))[len(prompt) - 1 : -1]
     chosen = wanted[np.arange(len(tokens)), tokens]
     return {"generated": len(tokens), "worst_choice": float((wanted.max(-1) - chosen).max())}

@@ -1,4 +1,4 @@
-"""Makes onnxruntime-genai's builder write narrow blocks for a checkpoint that is wide with zeros.
+"""Makes onnxruntime-genai's builder leave zeroed channels, heads and sub-blocks out.
 
 The builder gives every block the model's sizes. Here a model's own weights are cut before it reads
 them, and its sizes are set anew for each attention and MLP. Sub-blocks that only add zero are left
@@ -35,7 +35,7 @@ def cut(model: Any, trim: Trim) -> None:
 
 
 def narrow(builder: Any, trim: Trim) -> int:
-    """Sets up a builder (an instance of its `Model`), before it makes anything.
+    """Sets a builder (an instance of its `Model`) to the trimmed sizes, before it makes anything.
 
     Returns how many blocks have a cache.
     """
@@ -81,14 +81,14 @@ def narrow(builder: Any, trim: Trim) -> int:
 
 
 def leaves_out(builder: Any, usual: type[Any]) -> bool:
-    """Whether a builder chains its blocks as the `usual` one, which allows leaving parts out."""
+    """Whether a builder makes blocks as the `usual` one does, which can leave sub-blocks out."""
     kind = type(builder)
     same: bool = kind.make_layer is usual.make_layer
     return same and kind.make_layernorm is usual.make_layernorm
 
 
 class _Skipped:
-    """After a sub-block that was left out, the next norm has nothing to add to the residual."""
+    """Stands for a sub-block that was left out: the next norm adds nothing to the residual."""
 
     def __init__(self, builder: Any) -> None:
         self.builder = builder

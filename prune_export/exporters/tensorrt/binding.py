@@ -1,4 +1,4 @@
-"""One face for TensorRT 10, TensorRT 11 and TensorRT-RTX: what differs between them is one table.
+"""One interface to TensorRT 10, TensorRT 11 and TensorRT-RTX, with a table of differences.
 
 The three share nearly all of their Python names. `USED` lists the ones that we rely on, so that a
 library that has lost one is refused by name, and tests compare it with the published bindings.
@@ -19,7 +19,7 @@ Flavor = Literal["tensorrt", "rtx"]
 
 @dataclass(frozen=True)
 class Features:
-    """What a library does differently from its siblings.
+    """The features in which the libraries differ.
 
     `says_strongly_typed`: networks must be told to keep the graph's types; 11 knows nothing else.
     `builds_ahead`: builds without a GPU, for `targets`; the kernels are then chosen on the device,
@@ -133,7 +133,7 @@ USED_OF_RTX: Final[Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Binding:
-    """A loaded library: its Python module, which of the three it is, and what it can do."""
+    """A loaded library: its Python module, which of the three it is, and its features."""
 
     module: Any
     flavor: Flavor
@@ -142,7 +142,7 @@ class Binding:
 
     @staticmethod
     def load(flavor: Flavor) -> Binding:
-        """The installed library of a flavor.
+        """Loads the installed library of a flavor.
 
         Raises:
             MissingExtra: it is not installed, or its own libraries cannot be loaded.
@@ -160,7 +160,7 @@ class Binding:
 
     @staticmethod
     def of(module: Any, flavor: Flavor) -> Binding:
-        """The binding around an imported module.
+        """Makes the binding of an imported module.
 
         Raises:
             PlanError: its version is not one that is known here, or lacks what we use.
@@ -185,12 +185,12 @@ class Binding:
 
 
 def installed(flavor: Flavor) -> bool:
-    """Whether a library of this flavor is there, without loading it."""
+    """Whether a library of this flavor is installed; does not load it."""
     return any(find_spec(name) is not None for name in _MODULES[flavor])
 
 
 def lacking(module: Any, flavor: Flavor) -> list[str]:
-    """What we use and the module has not, such as `BuilderFlag.SPARSE_WEIGHTS`."""
+    """Lists names that we use and the module lacks, such as `BuilderFlag.SPARSE_WEIGHTS`."""
     used = [USED, USED_OF_RTX] if flavor == "rtx" else [USED]
     return [
         f"{kind}.{name}"

@@ -1,4 +1,4 @@
-"""Builds an engine from a graph with whichever TensorRT is installed."""
+"""Builds an engine from a graph with the installed TensorRT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prune_export.exporters.tensorrt.profiles import Sizes
 
 @dataclass(frozen=True)
 class Settings:
-    """How to build; `target` is a GPU to build ahead for, such as `sm89`, None for this one."""
+    """Build settings; `target` is a GPU to build ahead for, such as `sm89`, None for this one."""
 
     sizes: Sizes
     sparse: bool
@@ -27,7 +27,7 @@ class Settings:
 def build(
     binding: Binding, graph: Path, settings: Settings, engine: Path, cache: Path, log: Log
 ) -> None:
-    """Writes the engine of `graph` to `engine`; what was timed is read from and kept in `cache`.
+    """Builds the engine of `graph` into the file `engine`; `cache` is its timing cache.
 
     Raises:
         StageError: the library does not take the graph, or found no way to run it.
@@ -58,7 +58,7 @@ def build(
 
 
 def inspected(binding: Binding, engine: Path, *, host_code: bool) -> tuple[str, tuple[Layer, ...]]:
-    """What the library tells of an engine's layers, as JSON and read; it needs the GPU.
+    """Inspects an engine's layers: the library's JSON, and its parsed form; needs the GPU.
 
     `host_code` lets an engine for several versions bring its own runtime: only for our own ones.
 
@@ -73,7 +73,7 @@ def inspected(binding: Binding, engine: Path, *, host_code: bool) -> tuple[str, 
 
 
 def opened_engine(binding: Binding, engine: Path, log: Log, logger: Any, host_code: bool) -> Any:
-    """The engine in the file, on this machine's GPU.
+    """Opens an engine file on this machine's GPU.
 
     Raises:
         StageError: it does not load.

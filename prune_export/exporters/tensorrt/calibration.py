@@ -1,4 +1,4 @@
-"""The text over which activations are measured: calibration data, or a few sentences."""
+"""Chooses the text for activation ranges: calibration data, or a few built-in sentences."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _TEXT: Final = (
 def calibration(
     checkpoint: Path, tokens: TokenSet | None, vocabulary: int
 ) -> tuple[np.ndarray, str]:
-    """Windows int64 `[windows, length]`, and a note that says what they are."""
+    """The windows int64 `[windows, length]` to quantize with, and a note on what they are."""
     if tokens is not None:
         ids = tokens.ids[:WINDOWS, :LENGTH].numpy()
         return ids, f"{len(ids)} windows of {ids.shape[1]} tokens of the recipe's calibration data"

@@ -126,7 +126,7 @@ class Tensorrt:
             )
 
     def check(self, arch: Arch, machine: Machine) -> None:
-        """Refuses in the plan what cannot work.
+        """Refuses, in the plan, a model or machine for which the export cannot work.
 
         Raises:
             MissingExtra: onnx, onnxscript, onnxruntime or the flavor's library is not installed.
@@ -151,12 +151,12 @@ class Tensorrt:
         )
 
     def longest(self, config: Mapping[str, Any]) -> int:
-        """What the engine is built for."""
+        """The longest context that the engine is built for."""
         del config
         return self.context.most
 
     def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
-        """What the export takes: the graph, and a builder that holds all weights three times."""
+        """Estimates memory and disk: the graph, and a builder that holds weights three times."""
         weights = arch.parameters() * _BYTES[self.precision]
         weights += weights // 2 if self.sliding else 0  # 6 of 8 becomes 12 for every 8
         graph = self._graph().cost(arch, checkpoint_bytes)
@@ -215,7 +215,7 @@ class Tensorrt:
         )
 
     def open(self, path: Path, machine: Machine) -> Runner:
-        """A runner for what `export` wrote at `path`.
+        """Opens the engine at `path`, as `export` wrote it.
 
         Raises:
             StageError: there is no GPU, or the engine does not load on it.
@@ -232,7 +232,7 @@ class Tensorrt:
         )
 
     def without_sparsity(self) -> Tensorrt | None:
-        """The same without windows and sparse kernels; None where there are none."""
+        """The same exporter without SlideSparse and sparse kernels; None where it uses none."""
         off = replace(self, sliding=False, sparse=False)
         return off if off != self else None
 
@@ -240,7 +240,7 @@ class Tensorrt:
         return Onnx(precision=_GRAPH[self.precision], logits=self.logits, sliding=self.sliding)
 
     def _quantized(self, checkpoint: Path, folder: Path, work: Work) -> tuple[int, tuple[str, ...]]:
-        """Quantizes the graph where the precision asks for it: bytes saved, and what was done."""
+        """Quantizes the graph where the precision asks for it; gives bytes saved and a record."""
         if self.precision not in ("fp8", "int8"):
             return 0, ()
         from prune_export.exporters.tensorrt.calibration import calibration
@@ -280,7 +280,7 @@ class Tensorrt:
     def _sparsity(
         self, binding: Binding, out: Path, log: Any, weights: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-        """What is known of sparse kernels, and the sentence that says it."""
+        """Records what is known of sparse kernels, and words it in a sentence."""
         from prune_export.exporters.tensorrt import build as tensorrt_build
         from prune_export.exporters.tensorrt import proof as tensorrt_proof
 

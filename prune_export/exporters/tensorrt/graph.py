@@ -1,4 +1,4 @@
-"""Brings our ONNX graph into the form that TensorRT's parser takes.
+"""Rewrites our ONNX graph for TensorRT's parser.
 
 1. TensorRT's `Attention` has one output and no cache: past and new keys and values are joined by a
    Concat each, whose result is both the cache and what attention reads, heads first. This is
@@ -24,7 +24,7 @@ _HEADS_FORWARD: Final = (0, 2, 1, 3)
 
 
 def adapt(graph: Path) -> None:
-    """Both rewrites, of the graph at `graph` in place; its external data stay as they are."""
+    """Does both rewrites of the graph at `graph`, in place; its external data stay as they are."""
     model = load(graph)
     split_caches(model)
     allow_decomposition(model)
@@ -32,7 +32,7 @@ def adapt(graph: Path) -> None:
 
 
 def split_caches(model: Any) -> int:
-    """Rewrites every `Attention` that reads a past, in place; how many there were."""
+    """Rewrites every `Attention` that reads a past, in place; gives their number."""
     nodes = list(model.graph.node)
     rewriter = _Rewriter(model.graph)
     del model.graph.node[:]
@@ -47,7 +47,7 @@ def split_caches(model: Any) -> int:
 
 
 def allow_decomposition(model: Any) -> None:
-    """Lets TensorRT run attention as products and a softmax; no other runtime takes the graph."""
+    """Allows TensorRT to run attention as products and a softmax; other runtimes refuse it then."""
     for node in model.graph.node:
         if node.op_type == "Attention":
             node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
@@ -59,7 +59,7 @@ class _Rewriter:
         self._known = {value.name for value in graph.initializer}
 
     def attention(self, node: Any) -> Iterator[Any]:
-        """The nodes that take the place of one with `[batch, new, width]` or 4-D inputs."""
+        """Replaces an attention with `[batch, new, width]` or 4-D inputs by new nodes."""
         given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         heads = [given.pop(name, 0) for name in ("q_num_heads", "kv_num_heads")]
         mask, pasts, output = node.input[3], node.input[4:6], node.output[0]

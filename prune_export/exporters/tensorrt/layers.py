@@ -1,4 +1,4 @@
-"""What an engine's inspector says of its layers: their names and the kernels that run them.
+"""Parses an engine inspector's JSON: layer names and the kernels that run them.
 
 The JSON has `Layers` in every version; beside it 8.x and 10.x have `Bindings`, 11.x `I/O Tensors`.
 `HasSparseWeights` says that a layer's weights have the pattern, which is no proof of anything: the
@@ -34,7 +34,7 @@ class Layer:
 
 
 def layers_of(information: str) -> tuple[Layer, ...]:
-    """The layers in an inspector's JSON.
+    """Parses the layers in an inspector's JSON.
 
     Raises:
         StageError: it is not the JSON of an inspector.
@@ -52,7 +52,7 @@ def layers_of(information: str) -> tuple[Layer, ...]:
 
 
 def sparse_tactics(layers: Iterable[Layer]) -> Mapping[str, str]:
-    """The kernels for sparse weights, by layer."""
+    """Finds the kernels for sparse weights, by layer."""
     return {layer.name: layer.tactic for layer in layers if layer.sparse}
 
 

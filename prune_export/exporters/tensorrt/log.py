@@ -1,4 +1,4 @@
-"""What the builder says while it builds: kept, and read for the lines about sparse kernels.
+"""Keeps the builder's log, and parses its lines about sparse kernels.
 
 Wordings, by the library's own strings and public logs:
     8.x        (Sparsity) Layers eligible for sparse math: A, B
@@ -26,7 +26,7 @@ _CHOSEN: Final = ("picked sparse implementation", "using sparse tactics")
 
 @dataclass(frozen=True)
 class Layers:
-    """How many layers a line is about, and their names as far as it gives them."""
+    """The layers in a log line: their number, and the names that it gives."""
 
     count: int
     names: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Said:
-    """What a log says of sparse kernels; None where it says nothing."""
+    """What a log says of sparse kernels, eligible and chosen; None where it says nothing."""
 
     eligible: Layers | None = None
     chosen: Layers | None = None
@@ -52,7 +52,7 @@ class Log:
 
     @property
     def faults(self) -> list[str]:
-        """What went wrong, first things first."""
+        """The errors of the build, in order."""
         return [text for severity, text in self.lines if severity in _FAULTS]
 
     @property
@@ -61,7 +61,7 @@ class Log:
 
 
 def logger_for(module: Any, log: Log) -> Any:
-    """An `ILogger` of the bindings `module` that writes to `log`; it must outlive the builder."""
+    """Makes an `ILogger` of `module` that writes to `log`; it must outlive the builder."""
 
     class Recorder(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -74,7 +74,7 @@ def logger_for(module: Any, log: Log) -> Any:
 
 
 def sparsity_said(lines: Iterable[str]) -> Said:
-    """What the last lines about sparse kernels say."""
+    """Parses the last lines about sparse kernels."""
     eligible: Layers | None = None
     chosen: Layers | None = None
     for line in lines:

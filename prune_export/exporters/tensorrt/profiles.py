@@ -1,4 +1,4 @@
-"""The shapes that an engine is tuned for: one profile for prompts, one for decoding."""
+"""Optimization profiles of an engine: one for prompts, one for decoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Span:
-    """Sizes from 1 to `most`; kernels are chosen for `best`."""
+    """A range of sizes, from 1 to `most`; kernels are tuned for `best`."""
 
     best: Annotated[int, Field(ge=1, description="Size that kernels are chosen for.")]
     most: Annotated[int, Field(ge=1, description="Largest size that is accepted.")]
@@ -36,14 +36,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many sequences, prompt tokens at once, and tokens in all an engine takes."""
+    """The most sequences, prompt tokens at once, and tokens in all that an engine takes."""
 
     batch: Span
     prompt: Span
     context: Span
 
     def profiles(self, inputs: Mapping[str, Sequence[int]]) -> list[dict[str, tuple[Shape, ...]]]:
-        """For each profile, each input's least, best and largest shape.
+        """Makes the profiles: each input's least, best and largest shape.
 
         `inputs` has the graph's shapes, with -1 where they are dynamic. A prompt may follow a
         past, as when a text is fed in pieces; the first decoding step follows at least one token.

@@ -1,4 +1,4 @@
-"""What a build shows of sparse kernels: asked for, eligible, chosen, and by which name they run."""
+"""Records the evidence of sparse kernels in a build: requested, eligible, chosen, kernel names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HARDWARE: Final = frozenset({"1 of 4", "2 of 4"})
 
 
 def counted(graph: Path) -> Mapping[str, Any]:
-    """How many matrices of a graph hold 2 of 4, the names of the others, and what each holds."""
+    """Counts the 2:4 matrices of a graph; gives the names of the others, and each one's pattern."""
     found = patterns(graph)
     dense = [one.name for one in found if one.pattern not in HARDWARE]
     return {
@@ -30,7 +30,7 @@ def counted(graph: Path) -> Mapping[str, Any]:
 def record(
     asked: bool, log: Log, layers: Sequence[Layer] | None, weights: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The build record's `sparsity`, and a sentence for whoever reads it.
+    """Makes the build record's `sparsity`, and a sentence that says it.
 
     `proven` is True where a kernel for sparse weights is named or the builder says that it chose
     one, False where it says that it chose none or no weight holds 2 of 4, None where nothing can be

@@ -1,4 +1,4 @@
-"""Puts Q/DQ around the linears of a graph's blocks: int8 or fp8, both inputs, scales explicit.
+"""Quantizes the linear layers of a graph's blocks to int8 or fp8, by explicit Q/DQ nodes.
 
 1. A weight is stored in 8 bits with a scale for each output, and dequantized where it is read. Zero
    is exact in both types, so a pattern of zeros stays what it was.
@@ -48,19 +48,19 @@ OUTLIERS: Final[Mapping[Kind, float]] = {"int8": 30.0, "fp8": float("inf")}
 
 @dataclass(frozen=True)
 class Range:
-    """What an activation reached on the calibration text: largest magnitude, root mean square."""
+    """The range of an activation on the calibration text: largest magnitude, root mean square."""
 
     top: float
     rms: float
 
     def fits(self, kind: Kind) -> bool:
-        """Whether one scale for all of it leaves enough steps to most of it."""
+        """Whether one scale suits the activation: its outliers are not too large."""
         return self.top <= OUTLIERS[kind] * self.rms
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """How much was quantized: products, distinct activations, and bytes saved.
+    """The result: quantized products, distinct activations, and bytes saved.
 
     `left` products were not, because of outliers in their input.
     """
@@ -72,7 +72,7 @@ class Quantized:
 
 
 def observed(graph: Path, out: Path) -> tuple[str, ...]:
-    """Writes to `out`, in the same directory, the graph with what each activation reaches.
+    """Adds range outputs for each activation to a graph; writes it to `out`, in its directory.
 
     That is further outputs, `largest/<activation>` and `square/<activation>`, its mean square;
     returns the activations.
@@ -101,7 +101,7 @@ def observed(graph: Path, out: Path) -> tuple[str, ...]:
 
 
 def ranges(graph: Path, ids: np.ndarray, threads: int) -> dict[str, Range]:
-    """What each activation reaches over `ids` int64 `[windows, length]`.
+    """Measures the range of each activation over `ids` int64 `[windows, length]`.
 
     `graph` is what `observed` wrote.
 
@@ -130,20 +130,20 @@ def ranges(graph: Path, ids: np.ndarray, threads: int) -> dict[str, Range]:
 
 
 def last_logits(graph: Path, ids: np.ndarray, threads: int) -> np.ndarray:
-    """float64 `[windows, vocabulary]` after each of the windows `ids`, as the graph is written."""
+    """Computes the last logits of each window of `ids`, float64 `[windows, vocabulary]`."""
     session = _session(graph, threads)
     rows = [session.run(["logits"], dict(_fed(session, window)))[0][0, -1] for window in ids]
     return np.stack(rows).astype(np.float64)
 
 
 def kl(teacher: np.ndarray, student: np.ndarray) -> float:
-    """Mean KL(teacher ‖ student) in nats, of logits `[windows, vocabulary]`."""
+    """Computes the mean KL(teacher ‖ student) in nats, from logits `[windows, vocabulary]`."""
     log_p, log_q = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (teacher, student))
     return float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean())
 
 
 def quantize(graph: Path, kind: Kind, reached: Mapping[str, Range]) -> Quantized:
-    """Rewrites the graph and its external data in place; `reached` is of every activation."""
+    """Quantizes the graph and its data in place; `reached` has every activation's range."""
     model = load(graph)
     every = list(_linears(model, graph.parent))
     found = [matrix for matrix in every if reached[matrix.node.input[0]].fits(kind)]
@@ -175,7 +175,7 @@ def quantize(graph: Path, kind: Kind, reached: Mapping[str, Range]) -> Quantized
 
 
 def _linears(model: Any, folder: Path) -> Iterator[Matrix]:
-    """The products with weights inside of blocks, stored `[in, out]`."""
+    """Finds the products with weights inside blocks, stored `[in, out]`."""
     for matrix in matrices(model, folder):
         plain = matrix.node.op_type == "MatMul" and not matrix.turned and not matrix.through
         if plain and _IN_BLOCK.search(matrix.name):
@@ -183,7 +183,7 @@ def _linears(model: Any, folder: Path) -> Iterator[Matrix]:
 
 
 def _session(graph: Path, threads: int) -> Any:
-    """On the CPU and unfused: the runtime's own 8-bit products round in other places."""
+    """Opens the graph on the CPU, unfused: the runtime's own 8-bit products round elsewhere."""
     from prune_export.exporters._shared.ort_runner import session_for
     from prune_export.machine import Machine
 
@@ -191,7 +191,7 @@ def _session(graph: Path, threads: int) -> Any:
 
 
 def _fed(session: Any, window: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """A window of ids as the graph's inputs, after nothing."""
+    """The graph's inputs for a window of ids, with an empty cache."""
     kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     length = len(window)
     plain = {
@@ -232,7 +232,7 @@ def _float_of(matrix: Matrix) -> Any:
 
 
 def _small(values: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
-    """`[in, out]` in 8 bits, and the scales `[out]` in the type of the values."""
+    """Rounds `[in, out]` to 8 bits, with scales `[out]` in the type of the values."""
     _, small, top = _TYPES[kind]
     wide = values.astype(np.float32)
     scale = np.maximum(np.abs(wide).max(axis=0), 1e-6) / top

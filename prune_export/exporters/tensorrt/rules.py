@@ -1,4 +1,4 @@
-"""What GPUs and libraries can do, so that a plan refuses the impossible before work begins."""
+"""Refuses, in the plan, settings and machines that TensorRT cannot build for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LEAST: Final = {"bf16": (80, "Ampere"), "fp8": (89, "Ada")}
 def refuse_settings(
     flavor: Flavor, target: str, *, sparse: bool, precision: str, version_compatible: bool
 ) -> None:
-    """Refuses keys that contradict each other.
+    """Refuses recipe keys that contradict each other.
 
     Raises:
         PlanError: they do.

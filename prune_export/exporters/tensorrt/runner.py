@@ -1,4 +1,4 @@
-"""Runs an engine on the GPU, its KV cache in two buffers that take turns and never leave it."""
+"""Runs an engine on the GPU, with the KV cache in two buffers there that take turns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DTYPES: Final = {
 
 
 class Gpu:
-    """The device that an engine runs on, and the queue of its work."""
+    """The GPU that an engine runs on, and its CUDA stream."""
 
     device: Final = "cuda"
 
@@ -41,17 +41,17 @@ class Gpu:
         return int(self._stream.cuda_stream)
 
     def copy(self, value: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        """The array on the device, copied in the order of the queue."""
+        """Copies an array to the GPU, in the order of the stream."""
         with torch.cuda.stream(self._stream):
             return torch.from_numpy(value).to(self.device, dtype=dtype)
 
     def wait(self) -> None:
-        """Returns when everything in the queue is done."""
+        """Waits until all work in the stream is done."""
         self._stream.synchronize()
 
 
 class TrtRunner:
-    """An opened engine: feeds ids, keeps the cache on the GPU, times the engine alone.
+    """Runs an engine step by step, with the KV cache on the GPU; times the engine alone.
 
     `context` and `sequences` are the numbers of tokens and of sequences that it was built for. A
     step's seconds hold the way of its ids to the GPU and the engine's work, not the way of the
@@ -110,7 +110,7 @@ class TrtRunner:
         self._engine = None
 
     def reset(self) -> None:
-        """Forgets the cache; its buffers stay."""
+        """Empties the KV cache; its buffers stay."""
         self._seen = 0
 
     def step(self, ids: np.ndarray) -> tuple[np.ndarray, float]:
@@ -163,7 +163,7 @@ class TrtRunner:
         return inputs, outputs
 
     def _context(self, profile: int) -> Any:
-        """The execution context of a profile; each keeps its own, so that nothing is switched."""
+        """The execution context of a profile; each has its own, so that none is switched."""
         if profile not in self._contexts:
             context = self._engine.create_execution_context(*self._settings(profile))
             if context is None:
@@ -175,7 +175,7 @@ class TrtRunner:
         return self._contexts[profile]
 
     def _settings(self, profile: int) -> Iterator[Any]:
-        """TensorRT-RTX is not to compile kernels beside what is being timed.
+        """Configures TensorRT-RTX not to compile kernels beside what is being timed.
 
         A prompt's shape comes again and gets kernels of its own, at once. A decode step's cache has
         a new shape each time, for which there are kernels that fit any.
@@ -188,7 +188,7 @@ class TrtRunner:
             yield settings
 
     def _make_room(self, batch: int) -> None:
-        """Two buffers for each part of the cache, as long as the context."""
+        """Allocates two buffers for each part of the cache, as long as the context."""
         if self._seen and batch != self._batch:
             raise StageError(
                 str(self._path),

@@ -1,1 +1,1 @@
-"""Methods that remove whole blocks, or their attention or MLP."""
+"""Depth pruning: methods that remove whole blocks, or their attention or MLP."""

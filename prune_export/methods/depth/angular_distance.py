@@ -1,6 +1,6 @@
-"""Removes the run of neighbouring blocks across which the residual state turns least.
+"""Removes the run of adjacent blocks across which the residual stream turns least.
 
-If a run hardly turns the state, the block after it can do without it; what is lost is healed.
+If a run hardly turns the stream, the block after it can do without it; what is lost is healed.
 The map of all distances is kept, so that the report can draw it.
 """
 
@@ -33,7 +33,7 @@ class AngularDistanceDrop(block_choice.Amount):
         return () if self.layers is not None else (AngularDistance(),)
 
     def seams_at_most(self, arch: Arch) -> str:
-        """One run is removed."""
+        """An upper bound on the number of seams, in words: one run is removed."""
         del arch
         return seam_refit.at_most(1)
 

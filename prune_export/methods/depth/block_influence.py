@@ -1,4 +1,4 @@
-"""Removes the blocks that turn the residual states least, over all tokens (ShortGPT).
+"""Removes the blocks that turn the residual stream least, over all tokens (ShortGPT).
 
 With `unit: attention` it is the Attention Drop of He et al., with `unit: mlp` their MLP Drop.
 """
@@ -16,7 +16,7 @@ from prune_export.pruning.depth import block_choice, part_choice, selection
 
 @dataclass(frozen=True)
 class BlockInfluenceDrop(part_choice.Amount):
-    """Drop the blocks with the least influence, wherever they are, or their attention or MLP alone.
+    """Drop the blocks with the least block influence, or their attention or MLP alone.
 
     Source: Men et al., "ShortGPT", arXiv:2403.03853, eq. 1; for a part of a block: He et al.,
     "What Matters in Transformers? Not All Attention is Needed", arXiv:2406.15786.

@@ -1,4 +1,4 @@
-"""Removes blocks at even distances, whatever they do: what a model trained with LayerDrop allows.
+"""Removes evenly spaced blocks, without scoring them: for models trained with LayerDrop.
 
 A model that was trained with blocks missing at random can do without any evenly spread part of
 them. One that was not can't: use a method that measures. `heal` offers `layerdrop`, which trains an
@@ -20,7 +20,7 @@ _WARNING: Final = "meant for models trained with LayerDrop; others lose much"
 
 @dataclass(frozen=True)
 class EveryOther(block_choice.Amount):
-    """Drop blocks at even distances: for half of them, every other one; needs no data.
+    """Drop evenly spaced blocks: for half of them, every other one; needs no data.
 
     Only models trained with LayerDrop bear it. The first block is kept unless more than half go.
 
@@ -41,7 +41,7 @@ class EveryOther(block_choice.Amount):
         return arch.without(self._chosen(arch))
 
     def note(self, arch: Arch) -> str:
-        """That most models do not bear it."""
+        """Warns in the plan that most models do not bear it."""
         del arch
         return _WARNING
 
@@ -49,7 +49,7 @@ class EveryOther(block_choice.Amount):
         return self.dropping(model, self._chosen(model.arch), warning=_WARNING)
 
     def seams_known(self, arch: Arch) -> tuple[Seam, ...]:
-        """The seams at even distances."""
+        """The seams of evenly spaced blocks."""
         return seam_refit.seams_listed(arch, self._chosen(arch), "block")
 
     def _chosen(self, arch: Arch) -> tuple[int, ...]:

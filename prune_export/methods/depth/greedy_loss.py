@@ -1,8 +1,8 @@
-"""Removes one block after another, each time the one without which the loss is measured lowest.
+"""Removes blocks one by one, each time the one without which the measured loss is lowest (SLEB).
 
-What is measured beats what is guessed from the states, most of all where many blocks go: blocks
-that each seem idle may do the same work twice, and only one of them can then be missed. The cost is
-forward passes through the blocks after a candidate; `greedy` says how they are saved.
+Measuring beats scores of hidden states, most of all where many blocks go: of two blocks that each
+seem redundant, both may do the same work, and only one of them can go. The cost is forward passes
+through the blocks after a candidate; `pruning/depth/greedy.py` says how they are saved.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class GreedyLoss(part_choice.Amount):
         return candidates
 
     def _passes(self, arch: Arch) -> tuple[float, float]:
-        """Forward passes of all windows through the blocks, and through the head in such passes."""
+        """Estimates the forward passes of all windows through the blocks and through the head."""
         layers, remove = arch.layers, self.of(arch)
         racers = len(self._candidates(arch)) + (remove - 1) * (self.shortlist or layers) * self.beam
         # A racer sees half of the chunks on average, and half of the blocks come after it.

@@ -1,6 +1,6 @@
-"""Folds runs of layers into their first one, where the last states hardly change (LaCo).
+"""Merges runs of layers into their first one where the final hidden states hardly change (LaCo).
 
-The paper adds the differences of the folded layers to the first one. Its released code, in place,
+The paper adds the differences of the merged layers to the first one. Its released code, in place,
 ends up with the last layer's matrices under the first one's norms; here both can be had, and plain
 dropping to compare with. What the paper lacks, an exact number of layers, is found in three ways.
 `docs/laco.md` says how all of these do.
@@ -33,10 +33,10 @@ from prune_export.surgery import Drop, Edit, Overwrite
 
 @dataclass(frozen=True)
 class Laco(block_choice.Amount):
-    """Fold runs of neighbouring layers into one layer each, measured on the last hidden states.
+    """Merge runs of adjacent layers into one layer each, measured on the last hidden states.
 
     With `sparsity` or `remove`, exactly so many layers go, found as `target` says. With neither, it
-    is the paper's algorithm 1: from the top down, a run is folded where the states stay more
+    is the paper's algorithm 1: from the top down, a run is merged where the states stay more
     similar to the dense model's than `threshold`, and how many go is left to it. Norms are never
     merged; biases go with their matrices.
 
@@ -60,29 +60,29 @@ class Laco(block_choice.Amount):
         Literal["segments", "budget", "bisection"],
         Field(
             description="How an exact number is met: `segments` measures all runs and combines the "
-            "best; `budget` sweeps down with `threshold`, lowered while too few layers went; "
+            "best; `budget` runs algorithm 1, lowering `threshold` while too few layers went; "
             "`bisection` searches the highest threshold that suffices."
         ),
     ] = "segments"
     merge_layers: Annotated[
-        int, Field(ge=2, description="Layers of a run at most, the one they fold into included.")
+        int, Field(ge=2, description="Layers of a run at most, the one they merge into included.")
     ] = 4
     interval: Annotated[
-        int, Field(ge=1, description="Layers that a sweep goes down after it has folded.")
+        int, Field(ge=1, description="Layers that algorithm 1 goes down after a merge.")
     ] = 2
     threshold: Annotated[
-        float, Field(gt=-1, lt=1, description="The cosine above which a sweep folds.")
+        float, Field(gt=-1, lt=1, description="The cosine above which algorithm 1 merges.")
     ] = 0.65
     lowest: Annotated[int, Field(ge=0, description="The first layer that may change.")] = 1
     highest: Annotated[
         int | None,
-        Field(ge=1, description="The layer before which folding ends; null: the number of layers."),
+        Field(ge=1, description="The layer before which merging ends; null: the number of layers."),
     ] = None
     samples: Annotated[int, Field(ge=1, description="Calibration windows to compare on.")] = 10
     length: Annotated[int, Field(ge=2, description="Tokens of each window.")] = 64
 
     def ablated(self, arch: Arch, known: Ablated) -> Ablated:
-        """Nothing is known: a folded layer has matrices of several."""
+        """No part is known to be zero: a merged layer has matrices of several."""
         del arch, known
         return Ablated()
 
@@ -112,10 +112,10 @@ class Laco(block_choice.Amount):
         )
 
     def predict(self, arch: Arch) -> Arch:
-        """The shapes after the cut; where the threshold decides, as if a quarter were folded.
+        """The shapes after the cut; where the threshold decides, as if a quarter were merged.
 
         Raises:
-            PlanError: blocks differ in shape, or so many cannot be folded in this range.
+            PlanError: blocks differ in shape, or so many cannot be merged in this range.
         """
         highest = self._highest(arch)
         shapes = [
@@ -181,7 +181,7 @@ class Laco(block_choice.Amount):
         return self.refitted(model, Decision(tuple(edits), log), [Unit(one) for one in dropped])
 
     def seams_at_most(self, arch: Arch) -> str:
-        """How many layers may stand alone before those that fold into them."""
+        """An upper bound on the number of seams, in words."""
         return seam_refit.at_most(self.of(arch)) if self._exact else "each seam"
 
     @property

@@ -1,4 +1,4 @@
-"""Removes the blocks without which, one at a time, perplexity stays lowest (Shortened LLaMA)."""
+"""Removes the blocks whose removal, one at a time, raises perplexity least (Shortened LLaMA)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from prune_export.pruning.depth import block_choice, part_choice, selection
 
 @dataclass(frozen=True)
 class Perplexity(part_choice.Amount):
-    """Drop the blocks whose bypass harms perplexity least, the ends being protected.
+    """Drop the blocks that perplexity needs least, each skipped alone; the ends are protected.
 
-    With `unit` it is the attention or the MLP of blocks that is bypassed, and goes.
+    With `unit` it is the attention or the MLP of blocks that is skipped, and goes.
 
     Source: Kim et al., "Shortened LLaMA", arXiv:2402.02834, section 3.
-    Differs: all bypasses are computed in one streamed pass; `contiguous` takes the run with the
+    Differs: all variants are computed in one streamed pass; `contiguous` takes the run with the
     least sum of losses. The defaults are the paper's: 10 samples of 128 tokens (taken from the
     calibration data), the first four and the last two blocks protected.
     """
@@ -73,7 +73,7 @@ class Perplexity(part_choice.Amount):
         return (*first, *selection.passes(self.select, arch, self.of(arch), half))
 
     def _losses(self, model: ModelView) -> list[float]:
-        """The loss without each unit of a model, from which some may be gone already."""
+        """Measures the loss with each unit skipped; some may be gone from the model already."""
         every = tuple(range(model.arch.layers))
         statistic = SkipLoss(every, self.samples, self.length, self.unit)
         return list(model.gather([statistic])[statistic].skipped.values())

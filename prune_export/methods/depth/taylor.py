@@ -1,8 +1,8 @@
-"""Removes the blocks whose weights the loss depends on least, by its first-order change.
+"""Removes the blocks whose weights the loss depends on least, by first-order Taylor expansion.
 
 The gradients are streamed backward, one block in memory, so the score costs one forward and one
 backward pass, in which each block is computed again, and no second model. Blocks that are protected
-have no score: the way back ends above the first ones.
+have no score: the backward pass ends above the first ones.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Taylor(part_choice.Amount):
         )
 
     def _changes(self, model: ModelView) -> list[float]:
-        """Every block's score in a model, from which some may be gone; infinite at the ends."""
+        """Scores every block of a model, from which some may be gone; infinite at the ends."""
         layers = model.arch.layers
         allowed = range(self.protect_first, layers - self.protect_last)
         found = model.gradients(_Changes(self.unit, model.arch, allowed))
@@ -120,7 +120,7 @@ _AROUND: Final = ("norm.", "shortcut.")
 
 
 def _part(role: str | None) -> Part | None:
-    """Of which part a parameter is a weight; None of neither."""
+    """The part (attention, MLP) whose weight a parameter is; None of neither."""
     if role is None:
         return "mlp"  # experts and their router, whose names in memory are not those on the disk
     own = role.removesuffix(".bias")
@@ -131,7 +131,7 @@ def _part(role: str | None) -> Part | None:
 
 @dataclass(frozen=True)
 class _Changes:
-    """Keeps one number of a block: the sum of |weight x gradient| over its weights, or a part's."""
+    """Reduces a block's gradients to a sum of |weight x gradient|, over all or a part's weights."""
 
     part: Part
     arch: Arch

@@ -1,1 +1,1 @@
-"""Methods that narrow towards a measured speed."""
+"""Latency-aware pruning: methods that narrow a model to a measured speed."""

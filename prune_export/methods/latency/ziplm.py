@@ -1,4 +1,4 @@
-"""Narrows MLPs and attentions until the engine is as fast as asked, and loses the least by it.
+"""Narrows MLPs and attentions to a measured speedup of the engine, at the least loss (ZipLM).
 
 Engines of narrower models are built and timed first; so it is known what each width is worth on the
 runtime that will be used. Inputs of `down` and `o` are then removed by optimal brain surgery, what
@@ -92,7 +92,7 @@ class ZipLM:
             forwards = 2 + self.tries
         outputs = [narrowing.output(arch, f"{axis}.0") for axis in narrowing.SITE_OF]
         inputs = max(arch.shape(one)[narrowing.input_dim(one)] for one in outputs)
-        # The Gram matrix, and in float64 itself, its inverse and what updates that.
+        # The Hessian, and in float64 itself, its inverse and what updates that.
         ram = inputs**2 * (4 + 4 * 8)
         seconds = 0.0
         if self.target is not None and self.target.speedup is not None:
@@ -113,7 +113,7 @@ class ZipLM:
         return narrowing.uniform(arch, sizes[0]) if self.uniform else arch
 
     def _share(self, kinds: tuple[Limits, Limits]) -> dict[str, int]:
-        """The widths nearest to the fraction asked for, of those that the model can have."""
+        """Chooses the allowed widths nearest to the fraction asked for."""
         left = 1 - (self.sparsity or 0.0)
         sizes = {kind.axis: _nearest(kind.sizes, left * kind.whole) for kind in kinds}
         if all(sizes[kind.axis] == kind.whole for kind in kinds):

@@ -1,1 +1,1 @@
-"""Methods that rotate the residual states before they narrow them."""
+"""Rotation: methods that rotate the residual stream before they narrow it."""

@@ -1,4 +1,4 @@
-"""Rotates the residual states to their principal directions and cuts the least of them off.
+"""Rotates the residual stream to its principal directions and cuts off the least (SliceGPT).
 
 A norm that divides by the root mean square does not see a rotation, so the whole model can be
 rotated without changing what it computes; then most of the squares lie in the first directions, and
@@ -27,7 +27,7 @@ from prune_export.surgery import Become, Edit, Keep, Overwrite, Untie
 
 @dataclass(frozen=True)
 class SliceGPT:
-    """Rotate the residual states by their principal directions and keep the first of them.
+    """Rotate the residual stream to its principal directions (PCA) and keep the first of them.
 
     Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and
     Columns", arXiv:2401.15024, section 3.
@@ -73,10 +73,10 @@ class SliceGPT:
         return arch.resized("residual", size)
 
     def size(self, arch: Arch) -> int:
-        """The hidden size that is left: the nearest that the model's config can say.
+        """The hidden size that is left: the nearest that the model's config can express.
 
         Raises:
-            PlanError: it can say none.
+            PlanError: it can express none.
         """
         hidden = arch.sizes["residual"]
         if not self.sparsity:
@@ -127,15 +127,15 @@ class SliceGPT:
 
 
 def _tied(arch: Arch) -> list[Tensor]:
-    """The tied tensors that read the states: not what the embedding is any more."""
+    """The tied tensors that read the residual stream, which now differ from the embedding."""
     return [tensor for tensor in arch.using("residual") if tensor.tied_to is not None]
 
 
 class _Slicing:
-    """The edits: every tensor that touches the residual states in the bases of its junctions.
+    """Makes the edits: every tensor that reads or writes the residual stream, in its new basis.
 
-    Junctions are numbered as in `Covariances`: states are read at them, and what writes does so in
-    the basis of the next one.
+    There is a basis for each norm, numbered as in `Covariances`: what reads behind a norm reads in
+    its basis, and what writes does so in the basis of the next norm.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class _Slicing:
             for tensor in model.arch.using("residual")
             if tensor.role in residual_bases.NORMS
         }
-        # The matrices of one junction are written one after the other.
+        # The matrices behind one norm are written one after the other.
         self._reading = lru_cache(maxsize=2)(self._reading_at)
 
     def __iter__(self) -> Iterator[Edit]:
@@ -171,7 +171,10 @@ class _Slicing:
                 yield Overwrite(tensor.name, partial(self._writer, tensor))
 
     def _norm(self, tensor: Tensor, gain: float) -> torch.Tensor:
-        """The old gain is in the matrices; a constant undoes the mean over fewer squares."""
+        """The new gain of a norm: a constant, which undoes the mean over fewer squares.
+
+        The old gain has gone into the matrices behind it.
+        """
         return torch.full_like(self._stored(tensor), gain)
 
     def _reader(self, tensor: Tensor) -> torch.Tensor:
@@ -185,7 +188,7 @@ class _Slicing:
         return residual_bases.turned(self._stored(tensor), residual_bases.along(tensor), basis)
 
     def _shortcut(self, tensor: Tensor) -> torch.Tensor:
-        """From the basis of one junction to that of the next, as a matrix `[out, in]`."""
+        """The change from the basis of one norm to that of the next, as a matrix `[out, in]`."""
         number = self._next(tensor)
         before, after = self._bases[number - 1], self._bases[number]
         hidden, kept = before.shape
@@ -198,7 +201,7 @@ class _Slicing:
         return self._model.checkpoint.read_finite(known.tied_to or known.name)
 
     def _dtype(self) -> torch.dtype:
-        """What surgery stores a new tensor in: as the first one."""
+        """The dtype that surgery stores a new tensor in: that of the first one."""
         first = next(iter(self._model.checkpoint.entries.values()))
         found: torch.dtype = getattr(torch, TORCH[first.dtype])
         return found
@@ -209,7 +212,7 @@ class _Slicing:
         return 2 * layer + (norm == "norm.mlp")
 
     def _next(self, tensor: Tensor) -> int:
-        """The junction that reads what a tensor writes."""
+        """The number of the norm that reads what a tensor writes."""
         if tensor.layer is None:
             return 0
         inside = tensor.role in ("o", "o.bias", "shortcut.attn")

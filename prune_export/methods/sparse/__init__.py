@@ -1,1 +1,1 @@
-"""Methods that make weights zero."""
+"""Unstructured and N:M sparsity: methods that make single weights zero."""

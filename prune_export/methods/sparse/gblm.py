@@ -1,4 +1,4 @@
-"""Puts zeros where both the input and the loss's gradient say that a weight matters little.
+"""Zeroes weights by magnitude, input norm and gradient of the loss (GBLM-Pruner).
 
 With N windows, T tokens in each, g a window's gradient of its mean-token loss, and x an input:
 
@@ -66,7 +66,7 @@ class Gblm(sparse_method.CalibratedSparseMethod):
     ] = "released"
 
     def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
-        """The passes that `decide` runs: forward, backward, and the sweep."""
+        """The passes that `decide` makes: forward, backward, and the sequential pass."""
         # A block's gradients and their sums; all blocks' scores are kept in files.
         ram = 2 * block_bytes(arch, torch.float32)
         disk = 4 * sum(prod(arch.shape(tensor)) for tensor in linears(arch))
@@ -97,7 +97,7 @@ class Gblm(sparse_method.CalibratedSparseMethod):
         return sparse_method.zero_least(self, model, own, corrects=True)
 
     def share(self, tokens: int, windows: int) -> float:
-        """What `Norms` are multiplied by beside a root mean square over `tokens` of the input.
+        """The factor of gradient norms beside input norms that are root mean squares over `tokens`.
 
         `Norms` are means over windows. Both terms are divided by what makes the first one that.
         """
@@ -112,37 +112,37 @@ class Gblm(sparse_method.CalibratedSparseMethod):
 def score(
     weight: torch.Tensor, seen: InputNorms, gradient: torch.Tensor, share: float
 ) -> torch.Tensor:
-    """`[out, in]`: |weight| times the sum of its input's norm and its gradient's."""
+    """Scores weights `[out, in]`: |weight| times the sum of its input's norm and its gradient's."""
     norms = (seen.sums / seen.tokens).sqrt()
     return gradient.mul(share).add_(norms).mul_(weight.abs())
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Keeps of each matrix, over windows, its gradients' mean size, or their root mean square."""
+    """Reduces each matrix's gradients, over windows, to their mean size or root mean square."""
 
     norm: Literal["l1", "l2"]
     windows: int
 
     @property
     def key(self) -> str:
-        """Everything that decides what it keeps."""
+        """JSON that identifies what it keeps."""
         return f"gblm-1 {self.norm} {self.windows}"
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """What is summed up over windows."""
+        """What is summed over windows: sizes or squares."""
         return ("abs",) if self.norm == "l1" else ("square",)
 
     def wants(self, layer: int, name: str) -> bool:
-        """All; what is no matrix is small, and let go."""
+        """Wants every parameter; those that are no matrix are small, and dropped in `keep`."""
         del layer, name
         return True
 
     def keep(
         self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
-        """The means of what is a matrix."""
+        """Averages over windows, for parameters that are matrices."""
         del layer
         kind = self.kinds[0]
         means = {

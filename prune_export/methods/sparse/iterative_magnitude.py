@@ -1,4 +1,4 @@
-"""Finds a lottery ticket: trains, removes the smallest weights left, rewinds the rest, repeats.
+"""Iterative magnitude pruning with rewinding: finds a lottery ticket by repeated training.
 
 It takes `rounds` + 1 trainings of the whole model in memory: for small models.
 """
@@ -95,7 +95,7 @@ class IterativeMagnitude(sparse_method.SparseMethod):
         return self.rewind + self.rounds * each + last
 
     def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
-        """The trainings: weights, gradients and AdamW's moments are in memory, all in float32."""
+        """The cost of training: weights, gradients and AdamW's moments in memory, in float32."""
         size = arch.parameters()
         # Activations of all blocks, and the logits three times over.
         states = 24 * arch.layers * arch.sizes["residual"] + 3 * arch.sizes["vocab"]
@@ -153,7 +153,7 @@ class IterativeMagnitude(sparse_method.SparseMethod):
         folder: Path,
         task: Any,
     ) -> list[dict[str, float]]:
-        """Leaves the ticket, trained, in `student`; the loss after each training."""
+        """Runs all rounds, which leave the ticket in `student`; gives each training's loss."""
         schedule = Schedule(self.steps, self.batch, self.learning_rate, self.seed)
         targets = self.targets(student.arch)
         log = [{"sparsity": 0.0, "loss_before_training": student.measured(held_out)}]
@@ -182,7 +182,7 @@ class IterativeMagnitude(sparse_method.SparseMethod):
     def _masks(
         self, student: Student, targets: tuple[Tensor, ...], after: int
     ) -> dict[str, torch.Tensor]:
-        """The zeros after so many rounds; those of earlier ones are among them, being smallest."""
+        """Makes the masks after so many rounds; earlier zeros are among them, being smallest."""
         sizes = {tensor.name: student.matrix(tensor).abs() for tensor in targets}
         for name, mask in student.masks.items():
             sizes[name] = sizes[name].masked_fill(mask, -1)
@@ -206,7 +206,7 @@ class IterativeMagnitude(sparse_method.SparseMethod):
         }
 
     def _stored(self, student: Student, model: ModelView, folder: Path) -> dict[str, Any]:
-        """Writes what is to be stored, by stored names; what is noted of each matrix."""
+        """Writes the tensors of the result by stored names; gives the log of each matrix."""
         from safetensors.torch import save_file
 
         made = {}
@@ -226,7 +226,7 @@ class IterativeMagnitude(sparse_method.SparseMethod):
 
 
 def _entry(student: Student, targets: tuple[Tensor, ...], loss: float) -> dict[str, float]:
-    """One row of the log: how sparse the model was that has this loss."""
+    """One row of the log: the sparsity of the model and its loss."""
     weights = sum(student.matrix(tensor).numel() for tensor in targets)
     gone = sum(int(mask.sum()) for mask in student.masks.values())
     return {"sparsity": gone / weights, "loss": loss}
@@ -235,7 +235,7 @@ def _entry(student: Student, targets: tuple[Tensor, ...], loss: float) -> dict[s
 def _shuffled(
     masks: Mapping[str, torch.Tensor], seed: int, nm: Nm | None
 ) -> dict[str, torch.Tensor]:
-    """As many zeros of each matrix, at random places; in a pattern, where it is one."""
+    """Shuffles masks: as many zeros in each matrix, at random places (inside an N:M pattern)."""
     found = {}
     with drawn(seed, "random mask"):
         for name, mask in masks.items():

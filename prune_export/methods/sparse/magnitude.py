@@ -1,4 +1,4 @@
-"""Puts zeros where weights are smallest. Needs no data, and one matrix in memory."""
+"""Zeroes the smallest weights; needs no data, and one matrix in memory."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Magnitude(sparse_method.SparseMethod):
         return sparse_method.permuted(self, model, tuple(edits), logs, why, orders)
 
     def _finders(self, model: ModelView) -> tuple[list[tuple[Tensor, Find]], Mapping[str, Any]]:
-        """Each matrix and what finds its zeros; and JSON about how."""
+        """Pairs each matrix with the function that makes its mask; and JSON about how."""
         targets = self.targets(model.arch)
         found: list[tuple[Tensor, Find]] = []
         if self.compare != "model":
@@ -103,7 +103,7 @@ def _in_order(columns: torch.Tensor, nm: Nm, scores: torch.Tensor) -> torch.Tens
 
 
 def _pruned(model: ModelView, tensor: Tensor, find: Find) -> torch.Tensor:
-    """The tensor with its zeros, found again when it is written: cheaper than to keep a mask."""
+    """Masks a tensor when it is written: finding the mask again is cheaper than keeping it."""
     stored = as_matrix(tensor, model.checkpoint.read(tensor.name))
     mask = find(stored.float().abs())
     return as_matrix(tensor, put_zeros(stored, mask)).contiguous()

@@ -1,4 +1,4 @@
-"""Puts zeros where a weight is small beside others of its row and column, and its input is small.
+"""Zeroes weights by importance relative to their row and column, and by input norm (RIA).
 
 Taking weights relative to their row and column keeps whole channels from being lost.
 """
@@ -46,7 +46,7 @@ class Ria(sparse_method.CalibratedSparseMethod):
 
 
 def relative_importance(weight: torch.Tensor) -> torch.Tensor:
-    """`[out, in]`: |weight| over the sum of its column, plus |weight| over that of its row."""
+    """Scores weights `[out, in]`: |weight| over its column's sum, plus |weight| over its row's."""
     size = weight.abs()
     tiny = torch.finfo(size.dtype).tiny
     rows, columns = size.sum(1, keepdim=True), size.sum(0, keepdim=True)

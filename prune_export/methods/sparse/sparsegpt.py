@@ -1,7 +1,7 @@
-"""Puts zeros one input after another, and lets the weights still to come make up for each.
+"""Zeroes weights column by column, and updates the later columns to make up for each (SparseGPT).
 
-For every matrix it solves the layer's least squares greedily: what a removed weight adds to the
-error is spread over the later inputs by the inverse of their Gram matrix.
+For every matrix it solves the layer-wise least squares greedily: what a removed weight adds to the
+error is spread over the later inputs by the inverse of the layer's Hessian.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SparseGpt(sparse_method.CalibratedSparseMethod):
 
     damping: Annotated[
         float,
-        Field(gt=0, le=1, description="Added to the Gram matrix's diagonal, times its mean."),
+        Field(gt=0, le=1, description="Added to the Hessian's diagonal, times its mean."),
     ] = 0.01
     columns: Annotated[
         int, Field(ge=1, description="Inputs among which the least are found, without a pattern.")
@@ -87,7 +87,7 @@ class SparseGpt(sparse_method.CalibratedSparseMethod):
 
 @dataclass(frozen=True)
 class _Compensating:
-    """Prunes the matrices of a site with one Gram matrix and one factor of its inverse."""
+    """Prunes the matrices of a linear group, which share one Hessian and its factored inverse."""
 
     key: str
     targets: frozenset[str]
@@ -97,18 +97,18 @@ class _Compensating:
     channels: Mapping[str, Channels]
 
     def watch(self, site: LinearGroup, width: int, device: str) -> Hessian | None:
-        """The Gram matrix of the inputs, where one of the site's matrices is pruned."""
+        """Accumulates the Hessian for a linear group of which a matrix is pruned."""
         wanted = any(tensor.name in self.targets for tensor in site.tensors)
         return Hessian(width, device) if wanted else None
 
     def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian) -> Edited:
-        """The matrices with zeros in them, and their other weights made up for it."""
+        """Prunes the matrices of a group, and updates their remaining weights."""
         chosen = [tensor.name for tensor in site.tensors if tensor.name in self.targets]
         where = f"block {site.layer}, {site.name}"
         amount, gram, places, orders = self.amounts[site.layer], seen.sums, None, {}
         own = [weights[name] for name in chosen]
         if chosen and chosen[0] in self.channels:
-            # A site whose channels are free has one matrix.
+            # A group whose channels are free has one matrix.
             places, orders[chosen[0]] = _placed(self.channels[chosen[0]], own[0], gram, amount)
             gram, own = gram[places][:, places], [own[0][:, places]]
         factor = obs_unstructured.factor(gram, self.damping, where)
@@ -128,7 +128,7 @@ class _Compensating:
 def _placed(
     channels: Channels, weight: torch.Tensor, gram: torch.Tensor, amount: Amount
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Where each new place's input stands now, by Wanda's scores, and JSON about it."""
+    """Permutes free input channels by Wanda's scores: old place by new, and JSON about it."""
     assert isinstance(amount, Nm)
     scores = weight.abs() * gram.diagonal().clamp_min(0).sqrt()
     order = channels.best(scores, amount)

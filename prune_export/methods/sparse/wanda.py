@@ -1,4 +1,4 @@
-"""Puts zeros where the weight times the norm of its input is least, output by output.
+"""Zeroes the weights with the least |weight| x norm of input, row by row (Wanda).
 
 One forward pass and no update of weights: the cheapest method that holds up at half of the weights.
 """
@@ -23,7 +23,7 @@ class Wanda(sparse_method.CalibratedSparseMethod):
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
     arXiv:2306.11695, section 3.
     Differs: by default each matrix sees what the pruned earlier ones of its block give, its norms
-    corrected from some tokens (`calibrate.foreseen`), which saves the second forward pass; counts
+    corrected from some tokens (ADR 0019), which saves the second forward pass; counts
     are exact where scores are equal.
     """
 
@@ -34,6 +34,6 @@ class Wanda(sparse_method.CalibratedSparseMethod):
 
 
 def score(weight: torch.Tensor, seen: InputNorms, tensor: Tensor | None = None) -> torch.Tensor:
-    """`[out, in]`: |weight| times the root of the mean square, over tokens, of its input."""
+    """Scores weights `[out, in]`: |weight| times the root mean square of its input over tokens."""
     del tensor
     return weight.abs().mul_((seen.sums / seen.tokens).sqrt())

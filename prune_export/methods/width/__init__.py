@@ -1,1 +1,1 @@
-"""Methods that narrow MLPs, heads, the hidden size or experts."""
+"""Structured pruning: methods that narrow MLPs, heads, the hidden size or experts."""

@@ -1,4 +1,4 @@
-"""Removes the coupled structures that the loss depends on least, by its Taylor expansion."""
+"""Removes the coupled structures that the loss depends on least, by Taylor expansion."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LlmPruner(WidthMethod):
             )
 
     def protected(self, arch: Arch) -> frozenset[int]:
-        """The first and last blocks.
+        """The protected blocks: the first and last ones.
 
         Raises:
             PlanError: no block is left.

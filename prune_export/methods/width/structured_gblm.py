@@ -1,4 +1,4 @@
-"""Removes channels and heads that both the input and the loss's gradient say matter little."""
+"""Removes channels and heads by weight, input norm and gradient: GBLM-Pruner's score, summed up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Removes channels, heads and hidden dimensions whose weights are small; scores need no data."""
+"""Removes channels, heads and hidden dimensions by the size of their weights; needs no data."""
 
 from __future__ import annotations
 

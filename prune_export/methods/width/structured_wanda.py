@@ -1,4 +1,4 @@
-"""Removes channels, heads and hidden dimensions that add little to what a matrix gives."""
+"""Removes channels, heads and hidden dimensions by Wanda's score, summed over a structure."""
 
 from __future__ import annotations
 

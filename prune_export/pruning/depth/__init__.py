@@ -1,1 +1,1 @@
-"""How many blocks or parts of blocks go, which, and what is written down of it."""
+"""Removing blocks, or the attention or MLP of blocks: how many, which ones, and the edits."""

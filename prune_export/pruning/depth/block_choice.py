@@ -1,4 +1,4 @@
-"""What the depth methods share: how many blocks, which ones, and what is written down of it."""
+"""What all depth methods share: the recipe keys for how many blocks, the choice, and the log."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Contiguous = Annotated[bool, Field(description="Remove one run of neighbouring b
 
 @dataclass(frozen=True)
 class Amount(seam_refit.Refits):
-    """How many blocks: a fraction, a number or a list, exactly one of them.
+    """How many blocks to remove: a fraction, a number or a list, exactly one of them.
 
     Every depth method is one, so these are keys of them all.
 
@@ -88,33 +88,33 @@ class Amount(seam_refit.Refits):
         return arch.without(self.layers or deepest(arch.layers, self.of(arch)))
 
     def ablated(self, arch: Arch, known: Ablated) -> Ablated:
-        """Which parts of the blocks that are left are zero."""
+        """The parts of the remaining blocks that are zeroed."""
         if self.layers is not None:
             return known.without(arch.kept(self.layers))
         remove = self.of(arch)
         return known.without_some(remove, arch.layers - remove)
 
     def seams_known(self, arch: Arch) -> tuple[Seam, ...] | None:
-        """The seams where the blocks are listed; None where they are not."""
+        """The seams, where the recipe lists the blocks; None where it does not."""
         return None if self.layers is None else seam_refit.seams_listed(arch, self.layers, "block")
 
     def seams_at_most(self, arch: Arch) -> str:
-        """How many seams there may be, for a reader."""
+        """An upper bound on the number of seams, in words."""
         return seam_refit.at_most(self.of(arch))
 
     def dropping(self, model: ModelView, dropped: Collection[int], **log: Any) -> Decision:
-        """The decision that drops these blocks, and refits what stands before them."""
+        """Decides to drop these blocks, and refits the projections before them."""
         blocks = [Unit(layer) for layer in dropped]
         return self.refitted(model, decision(model.arch, dropped, **log), blocks)
 
 
 def deepest(layers: int, remove: int) -> range:
-    """The `remove` deepest blocks except the last one."""
+    """Chooses the `remove` deepest blocks except the last one."""
     return range(layers - remove - 1, layers - 1)
 
 
 def decision(arch: Arch, dropped: Collection[int], **log: Any) -> Decision:
-    """The edits that drop these blocks; the log names them and those that are kept."""
+    """Makes the edits that drop these blocks; the log names them and those that are kept."""
     chosen = tuple(sorted(dropped))
     kept = arch.kept(chosen)
     return Decision((Drop(chosen),), {"dropped": list(chosen), "kept": list(kept), **log})
@@ -122,16 +122,16 @@ def decision(arch: Arch, dropped: Collection[int], **log: Any) -> Decision:
 
 @dataclass(frozen=True)
 class Choice:
-    """The blocks with the least scores; `log` says what came next, and by how much."""
+    """The blocks chosen for removal; `log` has the runner-up and its margin."""
 
     dropped: tuple[int, ...]
     log: dict[str, Any]
 
 
 def least_run(run_scores: Sequence[float], remove: int, of: Sequence[int] = ()) -> Choice:
-    """The run of blocks with the least score; `run_scores[i]` is of the run from `of[i]` on.
+    """Chooses the run of adjacent blocks with the least score.
 
-    `of` are the blocks to choose from, all where none are given.
+    `run_scores[i]` is of the run from `of[i]` on; `of` are the blocks to choose from, or all.
     """
     of = of or range(len(run_scores) + remove - 1)
     order = least(run_scores)
@@ -149,7 +149,7 @@ def least_run(run_scores: Sequence[float], remove: int, of: Sequence[int] = ()) 
 def least_blocks(
     block_scores: Sequence[float], remove: int, *, contiguous: bool, of: Sequence[int]
 ) -> Choice:
-    """The blocks with the least scores, or the run with the least sum.
+    """Chooses the blocks with the least scores, or the run with the least sum.
 
     `block_scores[i]` is of the block `of[i]`.
     """

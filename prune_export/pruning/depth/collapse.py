@@ -1,4 +1,4 @@
-"""Folds neighbouring layers into one, and finds which: LaCo's sweep, and three exact targets."""
+"""Merges adjacent layers into one (LaCo), and searches which: by threshold or by number."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _JOINT: Final = 8
 """Combinations of runs that are measured together, of those that promise most."""
 
 _LOWER: Final = 0.05
-"""By how much the threshold falls when a sweep ended before enough layers were folded."""
+"""By how much the threshold falls when algorithm 1 ended before enough layers were merged."""
 
 _BISECTIONS: Final = 7
 """Halvings of the threshold's range: to 0.016."""
@@ -26,7 +26,7 @@ _BISECTIONS: Final = 7
 
 @dataclass(frozen=True)
 class Fold:
-    """`layers` layers after the one with the norms of block `of` were folded into it."""
+    """One merge: `layers` layers after the one with the norms of block `of` went into it."""
 
     of: int
     layers: int
@@ -35,7 +35,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Collapsed:
-    """A folded model, what was folded, and the threshold that gave it where there was one."""
+    """A model with merged layers, its merges, and the threshold that gave it, if any."""
 
     chain: Chain
     folds: tuple[Fold, ...] = ()
@@ -43,12 +43,12 @@ class Collapsed:
 
     @property
     def count(self) -> int:
-        """How many layers were folded away."""
+        """The number of layers removed by merging."""
         return sum(fold.layers for fold in self.folds)
 
 
 def folded(chain: Chain, at: int, count: int, merge: Merge) -> Chain:
-    """The chain with the `count` layers after layer `at` folded into it.
+    """Merges the `count` layers after layer `at` of a chain into it.
 
     `rdsc`: theta + sum over k of (theta_k - theta). `last`: what the paper's released code does,
     as its sum telescopes: the last layer's matrices under the first one's norms. `drop`: the first
@@ -73,7 +73,7 @@ def folded(chain: Chain, at: int, count: int, merge: Merge) -> Chain:
 
 @dataclass(frozen=True)
 class FoldSearch:
-    """Where and how layers may be folded; `similar` measures a chain, `keep` are its ancestors."""
+    """Searches for merges; `similar` measures a chain, and keeps the states of `keep`."""
 
     model: MergeSimilarity
     merge: Merge
@@ -85,7 +85,7 @@ class FoldSearch:
     def sweep(
         self, threshold: float, most: int | None = None, start: Collapsed | None = None
     ) -> Collapsed:
-        """Algorithm 1 of the paper, from the top down; it stops when `most` layers are folded."""
+        """Runs algorithm 1 of the paper, from the top down, until `most` layers are merged."""
         found = start or Collapsed(self.model.dense)
         chain, folds = found.chain, list(found.folds)
         left = len(chain) if most is None else most - found.count
@@ -109,7 +109,7 @@ class FoldSearch:
         return Collapsed(chain, tuple(folds), threshold)
 
     def budget(self, threshold: float, count: int) -> Collapsed:
-        """Sweeps until exactly `count` layers are folded, each time with a lower threshold."""
+        """Repeats algorithm 1 with falling thresholds until exactly `count` layers are merged."""
         found = Collapsed(self.model.dense)
         while found.count < count:
             found = self.sweep(threshold, count, found)
@@ -117,7 +117,7 @@ class FoldSearch:
         return found
 
     def bisection(self, count: int) -> Collapsed:
-        """One sweep with the highest threshold that still folds `count` layers."""
+        """Runs algorithm 1 with the highest threshold that still merges `count` layers."""
         low, high = -1.0, 1.0
         best = self.sweep(low, count)
         for _ in range(_BISECTIONS):
@@ -130,7 +130,10 @@ class FoldSearch:
         return best if best.count == count else self.budget(low, count)
 
     def segments(self, count: int) -> Collapsed:
-        """Disjoint runs that fold `count` layers: each measured alone, the best ones together."""
+        """Chooses disjoint runs that merge `count` layers, by measuring each run alone.
+
+        The best sets of runs are then measured together.
+        """
         dense = self.model.dense
         runs = {
             (at, size): self.model.similarity(folded(dense, at, size, self.merge))
@@ -152,7 +155,7 @@ class FoldSearch:
 def combinations(
     runs: dict[tuple[int, int], float], lowest: int, highest: int, count: int, best: int
 ) -> list[Runs]:
-    """The `best` sets of disjoint runs (place, layers folded) that fold `count` layers in all.
+    """Finds the `best` sets of disjoint runs (place, layers) that merge `count` layers in all.
 
     By dynamic programming over places: the sum of log similarities is highest.
     """
@@ -175,7 +178,7 @@ def combinations(
 
 
 def most(lowest: int, highest: int, merge_layers: int, target: str) -> int:
-    """How many layers can be folded at most between two places."""
+    """The most layers that can be merged between two places."""
     span = max(0, highest - lowest)
     if target != "segments":
         return max(0, span - 1)

@@ -1,4 +1,4 @@
-"""Removes one unit after another by the measured loss, asking for as few forward passes as it can.
+"""Greedy search for the units to remove by measured loss, with few forward passes.
 
 What a unit's removal costs changes slowly while others are removed, so each step measures only the
 units whose last known costs are the least. These race: all of them on a few windows, the better
@@ -24,9 +24,9 @@ _GAIN: Final = 2e-3
 
 @dataclass(frozen=True)
 class Found:
-    """What to remove, in the order of removal, and how it was found.
+    """The units to remove, in order of removal, and how they were found.
 
-    `best` has the loss of the best model found, and what it goes without, by how much that is.
+    `best` has, for each number of removed units, the loss of the best model and its units.
     """
 
     order: Removed
@@ -45,7 +45,7 @@ def greedy(
     revise: bool = True,
     guess: Mapping[Unit, float] | None = None,
 ) -> Found:
-    """`count` of `units`, each the one whose removal raised the loss of what was left least.
+    """Chooses `count` of `units`, each time the one whose removal raises the loss least.
 
     `shortlist` units race for each removal; for the first, all do, or with a `guess` (a score by
     which costs are expected to rank) those with the least. With `revise`, earlier ones are
@@ -67,7 +67,7 @@ def greedy(
 
 @dataclass(frozen=True)
 class _Model:
-    """A model, what it goes without in the order of removal, and every unit's last known cost."""
+    """A pruned model: its loss, the removed units in order, and every unit's last known cost."""
 
     gone: Removed
     loss: float
@@ -84,7 +84,7 @@ class _Search:
     steps: list[Mapping[str, Any]] = field(default_factory=list)
 
     def beam(self, count: int, width: int) -> list[_Model]:
-        """The best model of each size, `width` being followed at once."""
+        """Finds the best model of each size by beam search of this width."""
         ways = [self._dense()]
         best = ways[:]
         for _ in range(count):
@@ -93,7 +93,7 @@ class _Search:
         return best
 
     def floating(self, count: int) -> list[_Model]:
-        """The best model of each size, earlier removals being revised after each."""
+        """Finds the best model of each size by floating search: earlier removals may be undone."""
         at = self._dense()
         best = [at]
         while len(at.gone) < count:
@@ -119,7 +119,7 @@ class _Search:
         return _Model((), loss, {unit: self.guess.get(unit, 0.0) for unit in self.units})
 
     def _removed(self, ways: Sequence[_Model], width: int) -> list[_Model]:
-        """The best `width` models with one more unit removed from one of `ways`."""
+        """Removes one more unit from each of `ways`; gives the best `width` models."""
         racers: dict[frozenset[Unit], _Model] = {}
         for way in ways:
             left = [unit for unit in self.units if unit not in way.gone]
@@ -149,7 +149,7 @@ class _Search:
     def _scaled(
         self, race: Collection[frozenset[Unit]], costs: dict[Unit, float]
     ) -> dict[Unit, float]:
-        """The first costs; guesses that were not measured are brought to the scale of costs."""
+        """The first costs; guesses that were not measured are scaled to the measured costs."""
         measured = {unit for gone in race for unit in gone}
         share = sum(self.guess.get(unit, 0.0) for unit in measured)
         scale = abs(sum(costs[unit] for unit in measured)) / share if share else 0.0
@@ -158,7 +158,7 @@ class _Search:
         return {unit: costs[unit] for unit in self.units if unit in measured}
 
     def _restored(self, model: _Model) -> _Model:
-        """The best model with one unit put back: any of the dearest but the last removed."""
+        """Puts one removed unit back, the best of the costliest ones but not the last removed."""
         dearest = sorted(model.gone[:-1], key=lambda unit: -model.costs[unit])[: self.shortlist]
         racers = {
             frozenset(model.gone) - {unit}: tuple(one for one in model.gone if one != unit)
@@ -175,7 +175,10 @@ class _Search:
     def _race(
         self, models: Collection[frozenset[Unit]], *, keep: Collection[Removed], least: int
     ) -> dict[frozenset[Unit], tuple[float, int]]:
-        """Each model's loss, and on how many chunks; at least `least` come to the end."""
+        """Measures models by successive halving: each loss, and on how many chunks of the data.
+
+        At least `least` of them are measured on all chunks.
+        """
         left, chunks = list(models), 1
         found: dict[frozenset[Unit], tuple[float, int]] = {}
         while True:
@@ -197,5 +200,5 @@ def _rank(model: _Model) -> tuple[float, list[int]]:
 
 
 def _place(loss: float, gone: Collection[Unit]) -> tuple[float, list[int]]:
-    """Sorts by loss; of equal ones, those without the deeper units come first."""
+    """The sort key of a model: its loss; of equal ones, that without the deeper units is first."""
     return loss, sorted(-unit.layer for unit in gone)

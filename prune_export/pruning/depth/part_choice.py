@@ -1,4 +1,4 @@
-"""What is removed of a block, and how: whole blocks go, parts of them are silenced.
+"""Removes whole blocks, or zeroes the output of their attention or MLP.
 
 A block's attention or MLP alone can't be left out of a stock transformers model, but the matrix
 that writes its output can be zero: it then adds nothing to the residual state, also where a norm
@@ -37,12 +37,12 @@ Of = Annotated[
 
 @dataclass(frozen=True)
 class Amount(block_choice.Amount):
-    """How many blocks, or parts of blocks; these are keys of the methods that can do both."""
+    """How many blocks, attentions or MLPs to remove; keys of the methods that can do all three."""
 
     unit: Of = "block"
 
     def predict(self, arch: Arch) -> Arch:
-        """The shapes after the cut: they stay where parts go, which are zeros in the files."""
+        """The shapes after the cut; an attention or MLP that goes keeps its shape, as zeros."""
         if self.unit == "block":
             return super().predict(arch)
         if self.layers is not None:
@@ -51,7 +51,7 @@ class Amount(block_choice.Amount):
         return arch
 
     def ablated(self, arch: Arch, known: Ablated) -> Ablated:
-        """Which parts of blocks are zero after it.
+        """The parts of blocks that are zeroed after it.
 
         Raises:
             PlanError: after earlier stages there cannot be as many left as are to be removed.
@@ -73,17 +73,17 @@ class Amount(block_choice.Amount):
         return known.replaced(self.unit, places.chosen(remove, allowed))
 
     def _candidates(self, arch: Arch) -> range:
-        """The blocks to choose from; methods that protect some have fewer."""
+        """The blocks to choose from, without protected ones."""
         return range(arch.layers)
 
     def note(self, arch: Arch) -> str:
-        """How a part of a block is stored."""
+        """Says in the plan how a removed part of a block is stored."""
         if self.unit == "block":
             return ""
         return f"{self.of(arch)} x {self.unit} stored as zeros, left out of engines"
 
     def left(self, model: ModelView, layers: Sequence[int]) -> Sequence[int]:
-        """Those of `layers` that still have what is removed: earlier stages may have silenced some.
+        """Those of `layers` whose part is not zero yet: earlier stages may have ablated some.
 
         Raises:
             StageError: there are fewer than are to be removed.
@@ -107,27 +107,27 @@ class Amount(block_choice.Amount):
         return not any(bool(model.checkpoint.read_finite(one.name).any()) for one in outputs)
 
     def removal(self, model: ModelView, layers: Iterable[int], **log: Any) -> Decision:
-        """The edits that remove these blocks, or of each the part; the log names them."""
+        """Makes the edits that remove these blocks, or this part of each; the log names them."""
         units = [Unit(layer, self.unit) for layer in layers]
         return self.refitted(model, decision(model.arch, model.checkpoint, units, **log), units)
 
     def seams_known(self, arch: Arch) -> tuple[Seam, ...] | None:
-        """The seams where the blocks are listed; None where they are not."""
+        """The seams, where the recipe lists the blocks; None where it does not."""
         return (
             None if self.layers is None else seam_refit.seams_listed(arch, self.layers, self.unit)
         )
 
     def seams_at_most(self, arch: Arch) -> str:
-        """How many seams there may be, for a reader."""
+        """An upper bound on the number of seams, in words."""
         return seam_refit.at_most(1 if getattr(self, "contiguous", False) else self.of(arch))
 
     def listed(self, model: ModelView) -> Decision | None:
-        """The decision where the blocks are listed, None where they are to be found."""
+        """The decision, where the recipe lists the blocks; None where they must be found."""
         return None if self.layers is None else self.removal(model, self.layers)
 
 
 def decision(arch: Arch, checkpoint: Checkpoint, units: Collection[Unit], **log: Any) -> Decision:
-    """The edits that remove these units, all of one kind; the log names them."""
+    """Makes the edits that remove these units, all of one kind; the log names them."""
     blocks = [unit.layer for unit in units if unit.part == "block"]
     if blocks:
         return block_choice.decision(arch, blocks, **log)

@@ -1,4 +1,4 @@
-"""Refits what stands before the seams of a depth cut, beside what a method chose to remove.
+"""Refits the last projection before removed blocks, so that it makes up for them.
 
 When blocks go, what leaves the block before them is not what the block after them knows. The last
 projection before them is refitted by ridge regression, so that it gives what they gave as well, as
@@ -53,17 +53,17 @@ _NORMED: Final = "a {} model normalizes or turns what is added to its residual s
 
 
 class Refits:
-    """What every depth method does at the seams of its cut; `refit` is its key for that."""
+    """Adds the recipe key `refit` to depth methods: refit the projection before removed blocks."""
 
     refit: Refit
 
     @property
     def needs_data(self) -> bool:
-        """Whether the stage cannot be made without data: a refit is demanded."""
+        """Whether the stage needs calibration data: the recipe demands a refit."""
         return self.refit is True
 
     def passes_with_data(self, arch: Arch) -> tuple[ExtraPass, ...]:
-        """The pass that refits, which is made where the stage has data.
+        """The calibration pass of the refit, which is made where the stage has data.
 
         Raises:
             PlanError: a refit is demanded, and this family cannot have one.
@@ -91,7 +91,7 @@ class Refits:
         return (ExtraPass(forwards=1.5, ram_bytes=max(held, head), states=SEAM_STATES),)
 
     def refit_note(self, arch: Arch) -> str:
-        """For the plan: what will be refitted where the stage has data."""
+        """Says in the plan what will be refitted where the stage has data."""
         if not self.refit:
             return ""
         if added_times(arch) is None:
@@ -105,15 +105,15 @@ class Refits:
         return f"refits {_count(len(blocks))}, block{'s' * (len(blocks) > 1)} {', '.join(blocks)}"
 
     def seams_known(self, arch: Arch) -> tuple[Seam, ...] | None:
-        """The seams where they are known without data; None where they are not."""
+        """The seams (places where blocks are removed) that are known without data, else None."""
         raise NotImplementedError
 
     def seams_at_most(self, arch: Arch) -> str:
-        """How many there may be, for a reader."""
+        """An upper bound on the number of seams, in words."""
         raise NotImplementedError
 
     def refitted(self, model: ModelView, decision: Decision, removed: Collection[Unit]) -> Decision:
-        """The decision with refitted projections, where that is better; its log says what was done.
+        """Adds refitted projections to a decision, where that is better, and logs what was done.
 
         `removed` are the units whose work is to be done by what stands before them.
         """
@@ -158,12 +158,12 @@ def _count(seams: int) -> str:
 
 
 def at_most(seams: int) -> str:
-    """How many seams there may be, for a reader."""
+    """Words an upper bound on the number of seams."""
     return _count(1) if seams == 1 else f"up to {_count(seams)}"
 
 
 def seams_listed(arch: Arch, layers: Collection[int], part: Part) -> tuple[Seam, ...]:
-    """The seams where it is known without weights which blocks go; nothing is known to be zero."""
+    """The seams of listed blocks, found without weights: no part is known to be zero."""
     return seams_of(arch, [Unit(layer, part) for layer in layers], lambda _layer, _part: False)
 
 
@@ -182,7 +182,7 @@ def _cut_model(edits: Collection[Edit], log: Mapping[str, Any]) -> CutModel:
 
 
 def _with(edits: Collection[Edit], repaired: Repaired) -> tuple[Edit, ...]:
-    """The edits, with refitted values instead of others for the same tensor."""
+    """Replaces the edits of refitted tensors by the refitted values."""
     others = [
         edit
         for edit in edits
@@ -196,7 +196,7 @@ def _told(decision: Decision, log: Mapping[str, Any]) -> Decision:
 
 
 def _is_zero(model: ModelView, layer: int, part: Part) -> bool:
-    """Whether a part of a block adds nothing: what writes its output is zero."""
+    """Whether a part of a block adds nothing: its output projection is zero."""
     return not any(
         bool(torch.count_nonzero(model.checkpoint.read_finite(tensor.name)))
         for tensor in model.arch.block(layer)

@@ -1,4 +1,4 @@
-"""How blocks are chosen by a score: at once, anew after each removal, or guiding the loss.
+"""Chooses blocks by a score: all at once, rescored after each removal, or confirmed by the loss.
 
 The same goes for their attention or their MLP alone.
 """
@@ -37,7 +37,7 @@ _SHORTLIST: Final = 8
 def passes(
     select: Select, arch: Arch, remove: int, each: float, *, ram_bytes: int = 0
 ) -> tuple[ExtraPass, ...]:
-    """The passes of a choice that is not made at once; `each` scoring takes so many."""
+    """The extra passes of a choice that is not made at once; `each` is one scoring's."""
     samples, length = _WINDOWS
     if select == "iterative":
         return (ExtraPass(forwards=each * remove, ram_bytes=ram_bytes),)
@@ -55,7 +55,7 @@ def passes(
 
 
 def refuse_run(select: Select, contiguous: bool) -> None:
-    """Refuses a run of blocks that is chosen one by one.
+    """Refuses `contiguous` together with a choice one by one.
 
     Raises:
         PlanError: it is.
@@ -71,7 +71,7 @@ def refuse_run(select: Select, contiguous: bool) -> None:
 def iterative(
     model: ModelView, remove: int, allowed: Collection[int], scores: Scores, part: Part = "block"
 ) -> block_choice.Choice:
-    """The block, or the part of one, with the least score, and again without it.
+    """Removes the block (or part of one) with the least score, rescores, and repeats.
 
     Each step is logged. Blocks are numbered as in `model`; only those in `allowed` go.
     """
@@ -105,7 +105,7 @@ def guided(
     scores: Sequence[float],
     part: Part = "block",
 ) -> block_choice.Choice:
-    """What the measured loss is least without; what has low scores is tried first."""
+    """Removes what the measured loss is least without, trying low scores first."""
     samples, length = _WINDOWS
     guess = {Unit(layer, part): scores[layer] for layer in allowed}
     dtype = native_dtype(model.calibration().machine)

@@ -1,1 +1,1 @@
-"""Widths by what they cost at run time."""
+"""Choosing widths by the time that they take on an engine (ZipLM)."""

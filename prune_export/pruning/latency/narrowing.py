@@ -1,4 +1,4 @@
-"""Which widths ZipLM may cut, how they are cut with the others compensating, and at what error.
+"""ZipLM's cuts of FFN channels and KV groups by OBS, and the error of each possible width.
 
 The FFN channels of each block and its KV groups (each with its query heads) are cut where their
 outputs meet the residual states again: in the inputs of `down` and of `o`.
@@ -20,12 +20,12 @@ from prune_export.errors import PlanError
 from prune_export.pruning.latency.obs_structured import removed
 
 SITE_OF = {"mlp": "mlp.out", "kv": "attention.out"}
-"""For each axis that is cut, the site whose inputs it is."""
+"""For each axis that is cut, the kind of linear group whose inputs it is."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be left of a block's axis: `sizes`, descending, the first is the whole.
+    """The allowed widths of a block's axis: `sizes`, descending, the first is the full one.
 
     Sizes between them are allowed too, where they are multiples of `step`.
     """
@@ -41,12 +41,12 @@ class Limits:
 
     @property
     def least(self) -> int:
-        """The smallest size that is not none."""
+        """The smallest size above zero."""
         return min(size for size in self.sizes if size)
 
 
 def limits(arch: Arch, multiple_of: int, *, stock: bool = True) -> tuple[Limits, Limits]:
-    """What may be left of the FFN channels and of the KV groups of a block.
+    """The allowed numbers of FFN channels and of KV groups of a block.
 
     FFN channels go down by a tenth each time, as in the paper, to multiples of `multiple_of` or, in
     a small model, of less. KV groups go one by one, where the model can do without some. `stock`
@@ -78,7 +78,7 @@ def limits(arch: Arch, multiple_of: int, *, stock: bool = True) -> tuple[Limits,
 
 
 def _common(arch: Arch, axis: str) -> int | None:
-    """The size of an axis that every block has and that is the same in all."""
+    """The size of an axis, which must be the same in every block."""
     found = {arch.sizes.get(f"{axis}.{layer}") for layer in range(arch.layers)}
     return found.pop() if len(found) == 1 else None
 
@@ -102,7 +102,7 @@ def _fewer_groups(arch: Arch, groups: int, *, stock: bool) -> list[int]:
 
 
 def uniform(arch: Arch, sizes: Mapping[str, int]) -> Arch:
-    """The model with `sizes` of axes in every block."""
+    """The model's shapes with `sizes` of axes in every block."""
     for axis, size in sizes.items():
         for layer in range(arch.layers):
             if arch.sizes[f"{axis}.{layer}"] != size:
@@ -111,13 +111,13 @@ def uniform(arch: Arch, sizes: Mapping[str, int]) -> Arch:
 
 
 def in_all(arch: Arch, sizes: Mapping[str, int]) -> dict[str, int]:
-    """`sizes` of axes, said for each block, where they are less than the whole."""
+    """Spells out `sizes` for each block, for the axes that are cut."""
     every = {f"{axis}.{i}": size for axis, size in sizes.items() for i in range(arch.layers)}
     return {axis: size for axis, size in every.items() if size != arch.sizes[axis]}
 
 
 def groups_of(arch: Arch, tensor: Tensor, axis: str) -> list[list[int]]:
-    """The inputs of `tensor` that belong to each position of an axis."""
+    """Groups the inputs of `tensor` by the position of an axis that they belong to."""
     found = []
     for number in range(arch.sizes[axis]):
         ((_, positions),) = tensor.dims.kept(axis, [number], arch.sizes)
@@ -126,14 +126,14 @@ def groups_of(arch: Arch, tensor: Tensor, axis: str) -> list[list[int]]:
 
 
 def output(arch: Arch, axis: str) -> Tensor:
-    """The matrix whose inputs an axis such as `mlp.3` is."""
+    """The output projection whose inputs are an axis such as `mlp.3`."""
     name, _, layer = axis.partition(".")
     sites = linear_groups(arch, int(layer))
     return next(site for site in sites if site.kind == SITE_OF[name]).tensors[0]
 
 
 def input_dim(tensor: Tensor) -> int:
-    """The dimension of a stored matrix that is its inputs."""
+    """The dimension of a stored matrix that holds its inputs."""
     return 1 if inputs_last(tensor) else 0
 
 
@@ -146,7 +146,7 @@ def _axis_of(site: LinearGroup) -> str | None:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Leaves the blocks as they are and notes, for each axis and level, the error of its output."""
+    """Scores, without editing: for each axis and width, the relative error of the output."""
 
     arch: Arch
     levels: Mapping[str, Sequence[int]]
@@ -173,7 +173,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Narrower:
-    """Cuts axes to `sizes` by zeroing inputs of `down` and `o`; the others make up for them."""
+    """Cuts axes to `sizes`: zeroes inputs of `down` and `o`, and updates other weights by OBS."""
 
     arch: Arch
     sizes: Mapping[str, int]

@@ -1,6 +1,6 @@
-"""Optimal brain surgery on whole inputs of a matrix, with scores kept up to date.
+"""Structured optimal brain surgeon (ZipLM): removes whole inputs of a matrix, one group at a time.
 
-With `G` the damped Gram matrix of the inputs and `R` its inverse, removing the inputs `S` of a
+With `H` the damped Hessian `XᵀX` of the inputs and `R` its inverse, removing the inputs `S` of a
 matrix `W` `[out, in]` raises the squared error by `tr(W_S (R_SS)^-1 W_S^T)`; the best that the
 others can do is `W - W_S (R_SS)^-1 R_S`, and `R` becomes `R - R_S^T (R_SS)^-1 R_S`.
 """
@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 _DAMPING: Final = 1e-4
-"""Of the mean of the Gram matrix's diagonal."""
+"""Times the mean of the Hessian's diagonal."""
 
 _STEPS: Final = 256
 """At most about this many times, scores are computed again while a matrix is emptied."""
@@ -23,7 +23,7 @@ _STEPS: Final = 256
 
 @dataclass(frozen=True)
 class Removal:
-    """What is left of a matrix when it has been narrowed, and how it came to that.
+    """A narrowed matrix, and the removals that led to it.
 
     `weight` `[out, in]` is zero at the inputs that are gone; `kept` are the groups left, ascending.
     `errors` has, for each count of groups asked for, the norm of what the outputs change by over
@@ -39,7 +39,7 @@ class Removal:
 def removed(
     weight: torch.Tensor, gram: torch.Tensor, groups: Sequence[Sequence[int]], left: Iterable[int]
 ) -> Removal:
-    """Removes groups of inputs until the least of `left` are left, noting the error at each of it.
+    """Removes groups of inputs down to the least of `left`; records the error at each count.
 
     `groups` share out the inputs of `weight` `[out, in]`; `gram` `[in, in]` are sums of products of
     the inputs. Where a group is one input, those with the least scores go several at a time.
@@ -64,7 +64,7 @@ def removed(
 
 
 class _State:
-    """A matrix, the inverse Gram matrix of the inputs that are left, and which are."""
+    """A matrix, the inverse Hessian of the remaining inputs, and which remain."""
 
     def __init__(self, weight: torch.Tensor, gram: torch.Tensor, members: torch.Tensor) -> None:
         # What is always zero is worth nothing, whatever the damping says.
@@ -79,7 +79,7 @@ class _State:
         self.gone = torch.zeros(len(members), dtype=torch.bool, device=weight.device)
 
     def least(self, count: int) -> list[int]:
-        """The groups that cost least to remove one by one; of equal ones the first."""
+        """Chooses the groups that cost least to remove one by one; of equal ones the first."""
         scores = self._scores()
         scores[self.gone] = torch.inf
         return [int(group) for group in scores.argsort(stable=True)[:count]]

@@ -1,4 +1,4 @@
-"""Chooses a level for each part of a model, so that all together keep to a time.
+"""SPDY: chooses a compression level for each part of a model within a time budget.
 
 Each part has levels with an error and a time. Dynamic programming finds the levels with the least
 sum of weighted errors; what the weights should be is found by trying, judged by the model's loss.
@@ -20,7 +20,7 @@ _BUCKETS: Final = 10_000
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels of one part: `errors` and `times`, one of each a level."""
+    """The compression levels of one part: the error and the time of each."""
 
     errors: tuple[float, ...]
     times: tuple[float, ...]
@@ -29,7 +29,7 @@ class Levels:
 def cheapest(
     parts: Sequence[Levels], weights: Sequence[float], budget: float, buckets: int = _BUCKETS
 ) -> tuple[int, ...]:
-    """For each part the level, such that the weighted errors' sum is least and the times' fits.
+    """Chooses a level for each part: the least sum of weighted errors within the time budget.
 
     Times are rounded up to `budget / buckets`, so the choice never takes longer than `budget`.
 
@@ -69,7 +69,7 @@ def cheapest(
 
 @dataclass(frozen=True)
 class Choice:
-    """The levels chosen, the weights that found them, and the losses of all tried, in order."""
+    """The chosen levels, the weights that found them, and the losses of all tried, in order."""
 
     levels: tuple[int, ...]
     weights: tuple[float, ...]
@@ -85,7 +85,7 @@ def search(
     tries: int,
     seed: int = 0,
 ) -> Choice:
-    """The levels with the least loss among `tries` weightings of the parts' errors.
+    """Finds the levels with the least loss among `tries` weightings of the parts' errors.
 
     The first weighs all alike. Half of the others are random, the rest change some of the best
     one's weights: a tenth of them at first, fewer and fewer, and one at last. Levels that come up

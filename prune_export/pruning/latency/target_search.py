@@ -1,4 +1,4 @@
-"""Finds the widths with which a model meets a target and loses the least by it."""
+"""Searches the widths with which a model meets a speed or size target at the least loss."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _ROUNDS: Final = 5
 
 @dataclass(frozen=True)
 class Found:
-    """The sizes of the axes that are cut, by block, and how they were found."""
+    """The chosen sizes of each block's cut axes, and how they were found."""
 
     sizes: Mapping[str, int]
     log: Mapping[str, Any]
 
 
 def budget_of(target: Target) -> float:
-    """The part of the dense model's cost that may be left."""
+    """The share of the dense model's cost that a target allows."""
     return target.parameters or 1 / (target.speedup or 1)
 
 
 def affordable(kinds: Kinds, costs: Costs, budget: float) -> list[dict[str, int]]:
-    """For each number of KV groups, the most FFN channels whose cost is within the budget.
+    """Finds, for each number of KV groups, the most FFN channels within the budget.
 
     Raises:
         PlanError: there are none.
@@ -60,7 +60,7 @@ def affordable(kinds: Kinds, costs: Costs, budget: float) -> list[dict[str, int]
 
 
 def meet(model: ModelView, kinds: Kinds, target: Target, *, uniform: bool, tries: int) -> Found:
-    """The widths that meet the target, measured where it is a speed.
+    """Searches widths that meet the target; where it is a speed, engines are measured.
 
     Raises:
         PlanError: no widths can meet it.
@@ -71,7 +71,7 @@ def meet(model: ModelView, kinds: Kinds, target: Target, *, uniform: bool, tries
 
 
 class _Losses:
-    """The loss of the model with some widths, compensated; kept when the run is killed."""
+    """Measures the loss of narrowed models, and keeps it for a run that was killed."""
 
     def __init__(self, model: ModelView) -> None:
         self._model = model
@@ -115,7 +115,7 @@ class _Search:
         self.losses = _Losses(model)
 
     def left(self, sizes: Mapping[str, int]) -> float:
-        """The cost that is left: of an engine that is built and timed, or in parameters."""
+        """The share of the cost that is left: of an engine that is timed, or in parameters."""
         if self.engines is not None and self.target.speedup is not None:
             return 1 / width_costs.speedup(self.engines, sizes, self.target)
         layers = self.model.arch.layers
@@ -128,7 +128,7 @@ class _Search:
         return self.costs.base + sum(parts)
 
     def meet(self, choose: Callable[[float], dict[str, int]]) -> Found:
-        """Chooses for budgets until the widths are measured to meet the target."""
+        """Corrects the budget until the chosen widths are measured to meet the target."""
         wanted = budget_of(self.target)
         budget = wanted
         rounds: list[dict[str, Any]] = []
@@ -162,7 +162,7 @@ class _Search:
 
 
 class _Alike:
-    """The same widths in all blocks: as many KV groups as the loss says, and what fits beside."""
+    """The same widths in all blocks: the number of KV groups by loss, FFN channels by budget."""
 
     def __init__(self, search: _Search) -> None:
         self._search = search
@@ -184,7 +184,7 @@ class _Alike:
 
 
 class _Apart:
-    """Widths of its own for each block: by dynamic programming, with weights found by the loss."""
+    """Widths of its own for each block, by SPDY's dynamic programming."""
 
     def __init__(self, search: _Search) -> None:
         self._search = search
@@ -227,7 +227,7 @@ class _Apart:
 
 
 def _some(found: list[dict[str, int]], count: int) -> list[dict[str, int]]:
-    """At most `count` of them, evenly apart, the first among them."""
+    """Picks at most `count` of them, evenly spaced, the first included."""
     if len(found) <= count:
         return found
     return [found[round(i * (len(found) - 1) / max(1, count - 1))] for i in range(count)]

@@ -1,4 +1,4 @@
-"""What a width costs at run time: measured on engines of such widths, or counted in parameters.
+"""The cost of each width: timed on engines of such widths, or counted in parameters.
 
 Costs are fractions of the dense model's. What the blocks' MLPs and attentions cost is taken to add
 up; the method measures what it made and corrects for what is not so.
@@ -26,13 +26,13 @@ ENGINE_SECONDS: Final = 90.0
 
 @dataclass(frozen=True)
 class Line:
-    """Cost by size: straight between known points, and beyond them as between the nearest two."""
+    """Cost by size, interpolated linearly between known points and extrapolated beyond them."""
 
     points: tuple[tuple[int, float], ...]
     """Ascending by size; one point is the same cost at any size."""
 
     def at(self, size: int) -> float:
-        """The cost at a size; it never falls while the size grows."""
+        """Interpolates the cost at a size; it never falls while the size grows."""
         if len(self.points) == 1:
             return self.points[0][1]
         pairs = list(zip(self.points, self.points[1:], strict=False))
@@ -42,23 +42,23 @@ class Line:
 
 @dataclass(frozen=True)
 class Costs:
-    """The cost of what is never cut, and of all blocks' MLPs and attentions by their size."""
+    """The cost of a model: a constant part, and that of MLPs and attentions by their size."""
 
     base: float
     lines: Mapping[str, Line]
 
     def of(self, axis: str, size: int) -> float:
-        """What all blocks cost with an axis (`mlp`, `kv`) of a size, over that with none of it."""
+        """The cost of all blocks with an axis (`mlp`, `kv`) of a size, beyond that of size 0."""
         line = self.lines[axis]
         return line.at(size) - line.at(0)
 
     def whole(self, sizes: Mapping[str, int]) -> float:
-        """The model's cost with these sizes in all blocks."""
+        """The cost of the model with these sizes in all blocks."""
         return self.base + sum(self.of(axis, size) for axis, size in sizes.items())
 
 
 def counted(arch: Arch, kinds: Sequence[Limits]) -> Costs:
-    """Costs in parameters."""
+    """Counts costs in parameters."""
     dense = arch.parameters()
     lines = {}
     for kind in kinds:
@@ -71,7 +71,7 @@ def counted(arch: Arch, kinds: Sequence[Limits]) -> Costs:
 
 
 def timed(arch: Arch, kinds: Sequence[Limits], target: Target, engines: Engines) -> Costs:
-    """Costs in seconds of decoding, measured on engines of a few widths of each axis.
+    """Measures costs in seconds of decoding, on engines of a few widths of each axis.
 
     Raises:
         PlanError: the engines of narrower models are not faster.
@@ -94,18 +94,18 @@ def timed(arch: Arch, kinds: Sequence[Limits], target: Target, engines: Engines)
 
 
 def engines(kinds: Sequence[Limits]) -> int:
-    """How many engines are timed: for the lines, the dense one, and about two assembled ones."""
+    """The number of engines to time: for the lines, the dense one, and about two at the end."""
     return 3 + sum(len(_spread(kind.sizes)) for kind in kinds)
 
 
 def speedup(engines: Engines, sizes: Mapping[str, int], target: Target) -> float:
-    """The measured speedup of an engine in which some axes are cut to `sizes`."""
+    """Measures the speedup of an engine in which some axes are cut to `sizes`."""
     request = target.workload
     return engines.speedup(sizes, target.engine, (request.batch, request.prompt, request.new))
 
 
 def _spread(sizes: Sequence[int]) -> list[int]:
-    """Some of the smaller sizes, evenly apart from the whole one to none."""
+    """Chooses some of the smaller sizes, evenly spaced."""
     whole = sizes[0]
     wanted = [whole * (_POINTS - i) / _POINTS for i in range(1, _POINTS)]
     smaller = [size for size in sizes[1:] if size]
@@ -113,7 +113,7 @@ def _spread(sizes: Sequence[int]) -> list[int]:
 
 
 def _rising(points: Mapping[int, float]) -> Line:
-    """The line through points; one that is no slower than a larger size's neighbour is noise."""
+    """The line through measured points, without those that noise makes fall as the size grows."""
     kept: list[tuple[int, float]] = []
     for size, cost in sorted(points.items(), reverse=True):
         if not kept or cost < kept[-1][1]:

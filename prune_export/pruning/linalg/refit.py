@@ -1,15 +1,15 @@
-"""Lets the inputs that a matrix keeps do the work of those it loses, by least squares.
+"""Refits a linear layer after some of its inputs were removed, by ridge regression.
 
-What a projection W makes of its inputs X is to be made of the kept inputs S alone: the change D of
-the kept columns minimizes |D X_S - W_R X_R|² + ridge |D|², where R are the removed ones. So with
-much ridge nothing changes, and with little the removed inputs are predicted from the kept. Windows
-that the fit has not seen say how much ridge is best, and whether it helps at all.
+The output W X of a projection is predicted from its kept inputs S alone: the change D of the kept
+columns minimizes |D X_S - W_R X_R|² + ridge |D|², where R are the removed inputs. A large ridge
+changes nothing; a small one predicts the removed inputs from the kept. The ridge that is best on
+held-out windows is taken, if it helps at all.
 
-Where a target t is told (`Products.aim`: what would bring the residual states back to those of the
-dense model), D minimizes Σ w |(W + D)_S x_S - y|² + ridge |D|² instead, with one weight a token; y
-is between W x and t. So what earlier blocks have lost is made good as well. The weights matter: a
-few tokens have states hundreds of times as large as the rest, and would be all that is fitted,
-while the norm that follows makes all tokens equal.
+With targets t (`Products.see_with_target`: the outputs that would bring the residual stream back to
+that of the dense model), D minimizes Σ w |(W + D)_S x_S - y|² + ridge |D|² instead, with one weight
+w a token; y is between W x and t. So what earlier blocks have lost is made good as well. The
+weights matter: a few tokens have states hundreds of times as large as the rest, and would dominate
+the fit, while the norm that follows makes all tokens equal.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SLICES: Final = 6
 
 
 class Products:
-    """Sums of products of a site's inputs, and some rows of inputs that stand in none of them.
+    """Accumulates XᵀX of a linear layer's inputs (and of targets), and keeps some rows held out.
 
     `tokens` and `samples` are those that will come, `whole` says that a call brings windows (the
     tokens of an expert come as they are routed). Windows either all have targets or none has.
@@ -62,7 +62,7 @@ class Products:
         self._held_every = max(1, tokens // _HELD_OUT // _HELD_OUT_ROWS)
 
     def see(self, states: torch.Tensor) -> None:
-        """Sees inputs `[samples, length, in]`."""
+        """Adds inputs `[samples, length, in]`."""
         rows, held = self._parts(states)
         self._seen += len(states)
         self._held.append(held.clone())
@@ -72,7 +72,7 @@ class Products:
     def see_with_target(
         self, states: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor
     ) -> None:
-        """Sees inputs, targets `[samples, length, out]`, and the tokens' weights."""
+        """Adds inputs, target outputs `[samples, length, out]`, and the tokens' weights."""
         parts = [self._parts(of) for of in (states, wanted, weights.sqrt()[..., None])]
         (rows, targets, scales), (held, held_targets, held_scales) = zip(*parts, strict=True)
         self._seen += len(states)
@@ -86,7 +86,7 @@ class Products:
         self.crossed.addmm_((targets * scales).T, rows)
 
     def _parts(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of `[samples, length, …]` that are fitted, and those held out."""
+        """Splits `[samples, length, …]` into rows to fit and rows held out."""
         if self._windows:
             at = torch.arange(self._seen, self._seen + len(states)) % _HELD_OUT
             out = (at == _HELD_OUT - 1).to(states.device)
@@ -98,20 +98,20 @@ class Products:
         return rows, held.flatten(0, 1)[:: self._held_every].float()
 
     def held_out(self) -> torch.Tensor:
-        """`[rows, in]`: inputs that are in no sum."""
+        """The held-out inputs `[rows, in]`."""
         return torch.cat(self._held)
 
     def held_targets(self) -> torch.Tensor | None:
-        """`[rows, out]`: their targets, if there are any."""
+        """The targets of the held-out inputs `[rows, out]`, if there are any."""
         return torch.cat(self._held_targets) if self._held_targets else None
 
     def matrix(self) -> torch.Tensor:
-        """`[in, in]`: the sums, both halves filled in."""
+        """The sums XᵀX `[in, in]`, both triangles filled in."""
         return self.sums.tril() + self.sums.tril(-1).T
 
 
 def _add_products(sums: torch.Tensor, rows: torch.Tensor) -> None:
-    """Adds what is on and below the diagonal, in slices: 7/12 of the work of all of it."""
+    """Adds XᵀX on and below the diagonal, in slices: 7/12 of the work of the whole."""
     width = len(sums)
     step = -(-width // _SLICES) if width >= 64 * _SLICES else width
     for start in range(0, width, step):
@@ -121,7 +121,7 @@ def _add_products(sums: torch.Tensor, rows: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Refit:
-    """A projection without some of its inputs.
+    """A refitted projection.
 
     `weight` `[out, in]` has zeros in the removed columns. Errors are shares of the square of what
     was fitted to on held-out tokens (None where there are none): `cut` as it was cut, `error` as it
@@ -142,7 +142,7 @@ def refit(
     always: bool = False,
     ridges: Sequence[float] = RIDGES,
 ) -> Refit:
-    """The projection `[out, in]` with its kept columns refitted, if that is better held out.
+    """Refits the kept columns of a projection `[out, in]`, if that is better on held-out rows.
 
     `kept` is bool `[in]`. With `always`, the best ridge is taken even if the plain cut is better.
     """
@@ -185,7 +185,7 @@ def refit(
 
 
 def _solved(own: torch.Tensor, wanted: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """`wanted (own + ridge)^-1`; None where that is singular in float64."""
+    """Solves for `wanted (own + ridge)^-1`; None where that is singular in float64."""
     damped = own + ridge * torch.eye(len(own), dtype=own.dtype, device=own.device)
     factor, info = torch.linalg.cholesky_ex(damped)
     if int(info) != 0:

@@ -1,1 +1,1 @@
-"""Bases of the residual states."""
+"""Rotating the residual stream (SliceGPT)."""

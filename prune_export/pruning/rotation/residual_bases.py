@@ -1,4 +1,4 @@
-"""What SliceGPT knows of a model: who reads the residual states, who writes them, and their bases.
+"""Rotations of the residual stream for SliceGPT: which models allow them, and PCA bases.
 
 The residual states may be rotated at no cost where every tensor that touches them is one of: the
 embedding, a norm that divides by the root mean square, a matrix that reads behind such a norm, or a
@@ -42,7 +42,7 @@ _ROWS: Final = 8192
 
 
 def check(arch: Arch) -> None:
-    """Refuses a model whose residual states cannot be rotated within its own class.
+    """Refuses a model whose residual stream cannot be rotated within its own class.
 
     Raises:
         PlanError: its norms subtract the mean, or something else stands in the way.
@@ -70,7 +70,7 @@ def _problem(arch: Arch) -> str:
 
 
 def _able(model_type: str) -> bool:
-    """Whether the tiny model of a table can be rotated."""
+    """Whether models of a type can be rotated, judged by its tiny config."""
     table = tables()[model_type]
     try:
         return not _problem(Arch.from_config({"model_type": model_type, **table.tiny.config}))
@@ -79,7 +79,7 @@ def _able(model_type: str) -> bool:
 
 
 def sliced_type(arch: Arch) -> str:
-    """The model type of ours that a model is when its states change their basis at each norm.
+    """The model type of our own class that has a rotation at each norm.
 
     Raises:
         PlanError: there is none.
@@ -98,7 +98,7 @@ def sliced_type(arch: Arch) -> str:
 
 
 def sizes(arch: Arch, multiple_of: int) -> list[int]:
-    """The smaller sizes of the residual states that the model's config can say, ascending."""
+    """The smaller hidden sizes that the model's config can express, ascending."""
     found = []
     for size in range(multiple_of, arch.sizes["residual"], multiple_of):
         try:
@@ -110,7 +110,7 @@ def sizes(arch: Arch, multiple_of: int) -> list[int]:
 
 
 def principal(grams: Sequence[torch.Tensor] | Iterator[torch.Tensor]) -> torch.Tensor:
-    """`[residual, residual]`: orthogonal, the directions with the largest squares first.
+    """The PCA of summed covariances: orthogonal `[residual, residual]`, largest directions first.
 
     Each direction's largest entry is positive, so that the same states give the same rotation.
     """
@@ -123,7 +123,7 @@ def principal(grams: Sequence[torch.Tensor] | Iterator[torch.Tensor]) -> torch.T
 
 
 def fitted(gram: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """`[residual, kept]`: gives what best stands for a state where only `basis` of it is left.
+    """The matrix `[residual, kept]` that best reconstructs a state from its projection on `basis`.
 
     For a matrix W that reads states x, `W @ fitted` reads `basis.T @ x` and comes nearest to W x in
     the mean square. Where `basis` are principal directions of `gram` itself, it is `basis`.
@@ -138,16 +138,16 @@ def fitted(gram: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 def along(tensor: Tensor) -> int:
-    """The dimension of a tensor that is the residual states'."""
+    """The dimension of a tensor that is the residual one."""
     return tensor.dims.of.index((("residual",),))
 
 
 def turned(
     stored: torch.Tensor, dim: int, by: torch.Tensor, gain: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A tensor with its dimension `dim` multiplied by `gain`, then by the columns of `by`.
+    """Multiplies dimension `dim` of a tensor by `gain`, then by the columns of `by`.
 
-    It keeps shape and dtype: behind the columns of `by` there are zeros.
+    Its shape and dtype stay: behind the columns of `by` there are zeros.
     """
     rows = stored.movedim(dim, -1)
     flat = rows.reshape(-1, rows.shape[-1])

@@ -1,1 +1,1 @@
-"""Masks: which weights become zero, in what order, and what makes up for them."""
+"""Unstructured and N:M sparsity: masks, allocation over blocks, permutations, OBS."""

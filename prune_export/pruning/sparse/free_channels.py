@@ -1,4 +1,4 @@
-"""Channels inside a block that may stand in any order, and the tensors that go with them.
+"""Channel permutations that leave a block's function unchanged, for a better N:M mask.
 
 What a gate and an up row make is read by one column of down, and what a value row makes by one
 column of o for each query head that shares it. So these rows and columns may change places together
@@ -38,7 +38,7 @@ _OTHERS: Final = frozenset({"q", "k", "q.bias", "k.bias", "norm.q", "norm.k", "n
 
 @dataclass(frozen=True)
 class Channels:
-    """The inputs of a matrix that may change places.
+    """The inputs of a matrix that may be permuted.
 
     `places` int64 `[blocks, copies, width]` are its inputs: they move inside their block, and
     alike in all copies (the query heads that share a value).
@@ -49,21 +49,21 @@ class Channels:
     places: torch.Tensor
 
     def columns(self, order: torch.Tensor) -> torch.Tensor:
-        """Int64 `[in]`: where each new place's input stood, by an order `[blocks, width]`."""
+        """The old place of each input, int64 `[in]`, by an order `[blocks, width]`."""
         moved = torch.take_along_dim(self.places, order[:, None].cpu(), 2)
         found = torch.empty(self.places.numel(), dtype=torch.int64)
         found[self.places.flatten()] = moved.flatten()
         return found
 
     def best(self, scores: torch.Tensor, nm: Nm) -> torch.Tensor:
-        """The order `[blocks, width]` in which a pattern keeps much of the scores `[out, in]`."""
+        """Finds an order `[blocks, width]` in which a pattern keeps much of `[out, in]` scores."""
         blocks, copies, width = self.places.shape
         placed = scores[:, self.places.to(scores.device)]  # [out, blocks, copies, width]
         placed = placed.permute(1, 2, 0, 3).reshape(blocks, copies * len(scores), width)
         return permutation.grouped(placed, nm)
 
     def moves(self, order: torch.Tensor) -> Moves:
-        """What an order `[blocks, width]` does to all tensors concerned."""
+        """The permutation of each tensor that an order `[blocks, width]` concerns."""
         axis = _input_axes(self.tensor)
         if len(axis) == 1:
             sizes = self.arch.sizes
@@ -79,7 +79,7 @@ class Channels:
 
 
 def free(arch: Arch, tensor: Tensor, nm: Nm) -> Channels | None:
-    """The channels of a matrix's inputs that are free to move, if they are."""
+    """The channels of a matrix's inputs that may be permuted, or None."""
     if tensor.role not in ("o", "down", "expert.down"):
         return None
     axes = _input_axes(tensor)
@@ -99,9 +99,9 @@ def free(arch: Arch, tensor: Tensor, nm: Nm) -> Channels | None:
 def mask(
     channels: Channels | None, scores: torch.Tensor, amount: Amount, compare: Compare
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Where zeros go, `[out, in]` with the inputs where they stand now, and JSON about their order.
+    """The mask `[out, in]`, True where a weight becomes zero, in today's order; and the new order.
 
-    In the order that the JSON has, the zeros are in the pattern.
+    In that order, which is JSON, the zeros are in the pattern.
     """
     if channels is None or not isinstance(amount, Nm):
         return zeros(scores, amount, compare), {}
@@ -114,7 +114,7 @@ def mask(
 def zeros_in(
     columns: torch.Tensor | None, scores: torch.Tensor, amount: Amount, compare: Compare
 ) -> torch.Tensor:
-    """Where zeros go when the inputs are put in the order `columns` (None: that of now)."""
+    """The mask, True where a weight becomes zero, for inputs in the order `columns`, if given."""
     if columns is None:
         return zeros(scores, amount, compare)
     found = torch.empty_like(scores, dtype=torch.bool)
@@ -125,7 +125,7 @@ def zeros_in(
 def noted(
     order: torch.Tensor, scores: torch.Tensor, columns: torch.Tensor, nm: Nm
 ) -> dict[str, Any]:
-    """JSON about an order, with the share of the scores that the pattern keeps before and after."""
+    """Describes an order as JSON, with the share of scores that is kept before and after."""
     whole = float(scores.sum(dtype=torch.float64)) or 1.0
     return {
         "order": order.tolist(),
@@ -141,7 +141,7 @@ def placed(
     tensors: Mapping[str, Any],
     read: Callable[[str], torch.Tensor],
 ) -> tuple[tuple[Overwrite, ...], dict[str, Any], dict[str, Any]]:
-    """The edits and the summaries with channels in the noted orders, and JSON about the gain.
+    """Applies the noted orders to edits and summaries; gives these and JSON about the gain.
 
     `read` gives the tensors that move and that no edit has yet.
     """
@@ -164,7 +164,7 @@ def placed(
 def moved(
     edits: Iterable[Overwrite], moves: Moves, read: Callable[[str], torch.Tensor]
 ) -> tuple[Overwrite, ...]:
-    """The edits with rows and columns moved."""
+    """Applies permutations of rows and columns to the edits."""
     values: dict[str, Callable[[], torch.Tensor]] = {edit.tensor: edit.value for edit in edits}
     for name, move in moves.items():
         values[name] = partial(_moved, values.get(name) or partial(read, name), *move)
@@ -196,7 +196,7 @@ def _values(arch: Arch, o: Tensor) -> tuple[Tensor, ...]:
 def _value_rows(
     tensor: Tensor, axes: tuple[str, ...], order: list[list[int]], sizes: Mapping[str, int]
 ) -> tuple[int, list[int]]:
-    """How the rows of a tensor that are values, of `axes` kv … dim, move; the others stay."""
+    """The permutation of a tensor's value rows, of `axes` kv … dim; its other rows stay."""
     heads, width = axes[0], axes[-1]
     dim = next(at for at, one in enumerate(tensor.dims.of) if any(heads in part for part in one))
     parts = tensor.dims.of[dim]

@@ -1,4 +1,4 @@
-"""Trains a whole small model with zeros that stay: what the lottery ticket's rounds share.
+"""Trains a whole small model under a mask: one round of finding a lottery ticket.
 
 Everything a step draws is a function of the seed and the step, so a training that is killed goes on
 from its last save and ends in the same bytes.
@@ -34,7 +34,7 @@ _SAVE_SECONDS: Final = 30.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a training is, and how its learning rate rises and falls: linear, then a cosine."""
+    """A training's length and learning rate: a linear warm-up, then a cosine."""
 
     steps: int
     batch: int
@@ -51,7 +51,7 @@ class Schedule:
 
 
 class Student:
-    """A model in float32 in memory, its stored matrices by name, and the zeros that they keep."""
+    """A model in float32 in memory, its matrices by stored name, and their masks."""
 
     def __init__(self, checkpoint: Checkpoint, arch: Arch, device: str) -> None:
         self.arch, self.device = arch, device
@@ -72,14 +72,14 @@ class Student:
         return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Puts all parameters back, and the zeros into them."""
+        """Loads all parameters, and masks them."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(state[name])
         self.apply()
 
     def redraw(self, seed: int) -> None:
-        """Draws all parameters anew, as for a model that was never trained."""
+        """Initializes all parameters at random, as for a model that was never trained."""
         from transformers import AutoModelForCausalLM
 
         with torch.random.fork_rng():
@@ -90,12 +90,12 @@ class Student:
         self.load(dict(fresh.named_parameters()))
 
     def apply(self) -> None:
-        """Makes what is masked zero."""
+        """Zeroes the masked weights."""
         for name, mask in self.masks.items():
             self.matrix(self.arch.by_name[name]).masked_fill_(mask, 0)
 
     def stop(self) -> None:
-        """Takes the gradients of what is masked away."""
+        """Removes the gradients of masked weights."""
         for name, mask in self.masks.items():
             tensor = self.arch.by_name[name]
             whole = self.places[name].grad
@@ -110,7 +110,7 @@ class Student:
 
     @torch.no_grad()
     def measured(self, windows: torch.Tensor) -> float:
-        """The mean loss over windows, one at a time, nothing being trained."""
+        """Evaluates the mean loss over windows, one at a time, without training."""
         self.model.eval()
         return sum(float(self.loss(window[None])) for window in windows) / len(windows)
 
@@ -125,7 +125,7 @@ def train(
     file: Path,
     task: Task,
 ) -> None:
-    """Takes the steps `first` to `last` (excluded); goes on from `file`, and leaves it complete.
+    """Trains from step `first` to `last` (excluded); goes on from the save in `file`.
 
     Weight decay is AdamW's. What is masked has no gradient, and is made zero again after each step.
 
@@ -168,7 +168,7 @@ def train(
 
 
 def _restored(student: Student, adam: torch.optim.AdamW, file: Path, first: int) -> int:
-    """Puts back what a save has; the step that it is after, or `first`."""
+    """Restores a save; gives the step that it is after, or `first`."""
     from safetensors import safe_open
 
     if not file.exists():
@@ -188,7 +188,7 @@ def _restored(student: Student, adam: torch.optim.AdamW, file: Path, first: int)
 
 
 def _save(student: Student, adam: torch.optim.AdamW | None, file: Path, step: int) -> None:
-    """Writes a training in place of its last save; the moments only while it goes on."""
+    """Saves a training over its last save; AdamW's moments only while it goes on."""
     from safetensors.torch import save_file
 
     tensors = student.state()
@@ -204,7 +204,7 @@ def _save(student: Student, adam: torch.optim.AdamW | None, file: Path, step: in
 
 
 def _batch(windows: torch.Tensor, step: int, schedule: Schedule) -> torch.Tensor:
-    """The windows of a step: each epoch visits all of them in an order of its own."""
+    """Draws the windows of a step: each epoch visits all of them in an order of its own."""
     places = range(step * schedule.batch, (step + 1) * schedule.batch)
     count = len(windows)
     orders = {}
@@ -230,7 +230,7 @@ def _no_bars() -> Iterator[None]:
 
 @contextmanager
 def drawn(*parts: int | str) -> Iterator[None]:
-    """Seeds what is drawn inside; the caller's generators are left as they were."""
+    """Seeds torch inside a `with`; the caller's generators are left as they were."""
     with torch.random.fork_rng():
         torch.manual_seed(_mixed(*parts))
         yield

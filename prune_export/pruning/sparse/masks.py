@@ -1,4 +1,4 @@
-"""Which weights become zero: exact counts, whatever ties there are, and a mask's fingerprint."""
+"""Makes masks from scores, with exact counts whatever ties there are; and fingerprints of masks."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _QUANTILES: Final = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def count_of(fraction: float, of: int) -> int:
-    """How many of `of` a fraction is, rounded down, as the reference codes have it."""
+    """The count that a fraction of `of` is, rounded down as in the reference codes."""
     # Rounded first, as 0.35 * 20 is 6.999999999999999.
     return int(round(fraction * of, 6))
 
 
 def zeros(scores: torch.Tensor, amount: Amount, compare: Compare = "row") -> torch.Tensor:
-    """Bool `[out, in]`: the weights with the least scores `[out, in]`, in an exact number.
+    """Makes a mask `[out, in]`, True at an exact number of weights, those with the least scores.
 
     A pattern is met in every group of neighbouring inputs; a fraction in every row (an output), or
     in the matrix as a whole.
@@ -50,7 +50,7 @@ def zeros(scores: torch.Tensor, amount: Amount, compare: Compare = "row") -> tor
 
 
 def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Bool `[rows, width]`: exactly `count` least scores of each row; of equal ones, the first.
+    """Marks the `count` least scores of each row, bool `[rows, width]`; of equal ones, the first.
 
     Raises:
         StageError: scores are not numbers, so that there are no least ones.
@@ -70,7 +70,7 @@ def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def smallest_lanes(lanes: torch.Tensor, count: int) -> torch.Tensor:
-    """Bool `[of, groups]`: exactly `count` least scores of each column; of equal ones, the first.
+    """Marks the `count` least scores of each column, bool `[of, groups]`; of equal ones, the first.
 
     For few rows and many columns: the least are carried to the end, row against row, in parts that
     stay in the cache. 2 ns a score; selecting column by column takes 9.
@@ -100,7 +100,7 @@ def smallest_lanes(lanes: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _settle(found: torch.Tensor, scores: torch.Tensor, limit: torch.Tensor, count: int) -> None:
-    """Takes back, in each row, the last of the scores equal to `limit`, down to `count`."""
+    """Unmarks, in each row, the last of the scores equal to `limit`, down to `count` marks."""
     excess = found.sum(-1) - count
     if bool((excess < 0).any()):
         raise StageError(
@@ -120,13 +120,13 @@ def _true(found: torch.Tensor) -> int:
 
 
 def put_zeros(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`weight` with zeros where `mask` is true, in place."""
+    """Zeroes `weight` in place where `mask` is True."""
     # By product, then -0 to 0: 1.4 ns a weight; masked_fill_ takes 4.
     return weight.mul_((~mask).to(weight.dtype)).add_(0.0)
 
 
 def summary(weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-    """JSON about a pruned matrix `[out, in]`, its scores and its mask (True where zero).
+    """Describes a pruned matrix `[out, in]`, its scores and its mask (True where zero) as JSON.
 
     `digest` is that of what is kept.
     """

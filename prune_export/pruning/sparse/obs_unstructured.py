@@ -1,6 +1,6 @@
-"""Optimal brain surgery on a matrix `[out, in]`, one input after another, all outputs at once.
+"""SparseGPT's optimal brain surgeon on a matrix `[out, in]`: column by column, all rows at once.
 
-With `G` the damped Gram matrix of the inputs and `U` the upper triangular matrix for which
+With `H` the damped Hessian `XᵀX` of the inputs and `U` the upper triangular matrix for which
 `U^T U` is its inverse, removing weight `w_j` of an output costs `w_j^2 / U_jj^2`, and the error
 `e_j = w_j / U_jj` is taken from the later weights as `e_j U_jk`. All arithmetic works on the
 transposed matrix, where an input is a contiguous row, and goes down a halving of the inputs: what
@@ -31,7 +31,7 @@ _MOST_DAMPING: Final = 1.0
 
 @dataclass(frozen=True)
 class Factor:
-    """`upper` `[in, in]`, whose `upper^T upper` inverts the damped Gram matrix.
+    """The Cholesky factor of the inverse Hessian: `upper^T upper` `[in, in]` is the inverse.
 
     `dead` `[in]` are inputs that were always zero; `damping` is what was needed.
     """
@@ -43,7 +43,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Pruned:
-    """New weights, the scores by which zeros were chosen, and the mask (True where zero)."""
+    """A pruned matrix: new weights, the scores of the old ones, and the mask (True where zero)."""
 
     weight: torch.Tensor
     scores: torch.Tensor
@@ -51,7 +51,7 @@ class Pruned:
 
 
 def factor(gram: torch.Tensor, damping: float, where: str) -> Factor:
-    """The factor of the inverse of `gram` `[in, in]`, which is overwritten.
+    """Factors the inverse of the Hessian `gram` `[in, in]`, which is overwritten.
 
     `damping` times the mean of the diagonal is added to it, ten times as much as often as needed.
 
@@ -77,7 +77,7 @@ def factor(gram: torch.Tensor, damping: float, where: str) -> Factor:
         if damping >= _MOST_DAMPING:
             raise StageError(
                 where,
-                f"the Gram matrix of its inputs has no Cholesky factor with damping {damping:g}",
+                f"the Hessian of its inputs has no Cholesky factor with damping {damping:g}",
                 "look for calibration states that are not finite, or exclude its role",
             )
         damping = min(10 * damping, _MOST_DAMPING)
@@ -102,7 +102,7 @@ def _invert(lower: torch.Tensor) -> None:
 def prune(
     weights: Sequence[torch.Tensor], factor: Factor, amount: Amount, columns: int
 ) -> Iterator[Pruned]:
-    """Matrices `[out, in]` of the same inputs with zeros, their other weights making up for them.
+    """Prunes matrices `[out, in]` that share inputs, and updates their remaining weights.
 
     A fraction is removed of every `columns` neighbouring inputs, over all outputs of a matrix.
     """
@@ -115,7 +115,7 @@ def prune(
 
 
 def _batches(weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Matrices that are worked on at once: small ones, as each step has a cost of its own."""
+    """Groups matrices that are pruned together: small ones, as each step has a fixed cost."""
     held: list[torch.Tensor] = []
     for weight in weights:
         if held and sum(one.numel() for one in held) + weight.numel() > _TOGETHER:
@@ -126,7 +126,7 @@ def _batches(weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 class _Work:
-    """Matrices on their way, transposed and side by side: all tensors are `[in, outputs]`."""
+    """The matrices being pruned, transposed and side by side: all tensors are `[in, outputs]`."""
 
     def __init__(
         self, weights: Sequence[torch.Tensor], factor: Factor, amount: Amount, columns: int
@@ -145,7 +145,7 @@ class _Work:
         self.inverse = factor.upper.diagonal().reciprocal()
 
     def descend(self, start: int, stop: int) -> None:
-        """Goes through inputs from `start` to `stop`, all earlier errors being taken off them."""
+        """Prunes inputs `start` to `stop`; errors of all earlier ones are subtracted already."""
         if stop - start <= self.step:
             self.choose(start, stop)
             self.within(start, stop)
@@ -153,14 +153,14 @@ class _Work:
             self.halves(start, stop, self.step, self.descend)
 
     def within(self, start: int, stop: int) -> None:
-        """Goes through inputs whose zeros are chosen."""
+        """Prunes inputs whose mask is chosen."""
         if stop - start <= _LEAF:
             self.leaf(start, stop)
         else:
             self.halves(start, stop, 1, self.within)
 
     def halves(self, start: int, stop: int, unit: int, go: Callable[[int, int], None]) -> None:
-        """Goes through the first half, takes its errors off the second, and goes through that."""
+        """Prunes the first half, subtracts its errors from the second, and prunes that."""
         middle = start + unit * -(-(stop - start) // (2 * unit))
         go(start, middle)
         upper = self.factor.upper[start:middle, middle:stop]
@@ -168,7 +168,7 @@ class _Work:
         go(middle, stop)
 
     def choose(self, start: int, stop: int) -> None:
-        """Which weights of these inputs become zero."""
+        """Chooses the weights of these inputs that become zero."""
         scores, gone = self.scores[start:stop], self.gone[start:stop]
         torch.square(self.weight[start:stop], out=scores).mul_(self.worth[start:stop, None])
         # Zeros that were there go first; where there are more than are asked for, they stay.
@@ -185,7 +185,7 @@ class _Work:
         mask |= gone
 
     def leaf(self, start: int, stop: int) -> None:
-        """Goes through inputs whose zeros are chosen, one by one."""
+        """Prunes inputs whose mask is chosen, one by one."""
         here = slice(start, stop)
         upper, weight, mask = self.factor.upper[here, here], self.weight[here], self.mask[here]
         scales = (mask * self.inverse[here, None]).unbind(0)

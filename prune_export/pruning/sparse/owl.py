@@ -1,4 +1,4 @@
-"""Sparsity by block, as much less where more of a block's scores are outliers."""
+"""OWL: distributes sparsity over blocks, with less where more of a block's scores are outliers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Allocation:
 def allocate(
     model: ModelView, targets: Iterable[Tensor], sparsity: float, spread: float, outlier: float
 ) -> Allocation:
-    """`sparsity` over all targets, less of it in blocks with more outliers among Wanda's scores.
+    """Distributes `sparsity` over blocks, less to those with more outliers among Wanda's scores.
 
     All matrices of a block are pooled, on the dense model: `D` is the share of scores above
     `outlier` times their mean, and a block keeps `2 spread (D - min D) / (max D - min D)` more than
@@ -60,7 +60,7 @@ def allocate(
 def spread_out(
     shares: Mapping[int, float], sizes: Mapping[int, int], sparsity: float, spread: float
 ) -> dict[int, float]:
-    """The sparsity of each block from its share of outliers; `sizes` are the blocks' weights."""
+    """Turns shares of outliers into a sparsity for each block; `sizes` are numbers of weights."""
     least, most = min(shares.values()), max(shares.values())
     scale = 2 * spread / (most - least) if most > least else 0.0
     more = {layer: scale * (share - least) for layer, share in shares.items()}
@@ -75,7 +75,7 @@ def _outliers(
     norms: Mapping[tuple[int | None, str, int | None], torch.Tensor],
     outlier: float,
 ) -> float:
-    """The share of a block's scores above `outlier` times their mean."""
+    """Computes the share of a block's scores above `outlier` times their mean."""
     stored = [(tensor, model.checkpoint.read_finite(tensor.name)) for tensor in tensors]
     total, count, above = 0.0, 0, 0
     pairs = [
@@ -92,7 +92,7 @@ def _outliers(
 
 
 def _norms(model: ModelView) -> dict[tuple[int | None, str, int | None], torch.Tensor]:
-    """The norm of each input of each site, by layer, kind and expert."""
+    """Gathers the norm of each input channel, by layer, kind of linear group, and expert."""
     swept = model.sequential(_Norms())
     found: dict[tuple[int | None, str, int | None], torch.Tensor] = {}
     for layer, log in enumerate(swept.logs):
@@ -104,7 +104,7 @@ def _norms(model: ModelView) -> dict[tuple[int | None, str, int | None], torch.T
 
 @dataclass(frozen=True)
 class _Norms:
-    """An editor that edits nothing and keeps the sums of squares in the log, exactly."""
+    """An editor that edits nothing, and logs the exact sums of squares of inputs."""
 
     key: str = "input norms 1"
 

@@ -1,4 +1,4 @@
-"""Puts inputs together in groups so that a pattern of zeros costs less.
+"""Permutes input channels so that an N:M pattern keeps more of the scores.
 
 Source: Pool and Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021.
 Differs: each round pairs the groups anew by chance and makes the best swap in every pair, from a
@@ -30,13 +30,13 @@ _WORTH: Final = 1e-6
 
 
 def kept(scores: torch.Tensor, nm: Nm, order: torch.Tensor | None = None) -> float:
-    """What a pattern keeps of `scores` `[out, in]` when the inputs stand in `order`."""
+    """Sums the scores `[out, in]` that a pattern keeps with the inputs in `order`."""
     placed = scores if order is None else scores[:, order]
     return float(placed.reshape(-1, nm.of).topk(nm.keep).values.sum(dtype=torch.float64))
 
 
 def grouped(scores: torch.Tensor, nm: Nm, seed: int = 0) -> torch.Tensor:
-    """An order of the inputs in which the pattern keeps more.
+    """Searches an order of the inputs in which the pattern keeps more.
 
     `scores` are `[blocks, out, in]`, none negative; inputs move only inside their block. Returns
     int64 `[blocks, in]`: where each place's input stood.
@@ -72,7 +72,7 @@ def grouped(scores: torch.Tensor, nm: Nm, seed: int = 0) -> torch.Tensor:
 
 
 def _dealt(sizes: torch.Tensor, of: int) -> torch.Tensor:
-    """`[blocks, in]`: the inputs dealt out by size, there and back, so that groups are alike."""
+    """Deals inputs out by size, back and forth, so that groups are alike; `[blocks, in]`."""
     blocks, width = sizes.shape
     ranked = (
         sizes.argsort(dim=-1, descending=True, stable=True).view(blocks, of, width // of).clone()
@@ -82,7 +82,7 @@ def _dealt(sizes: torch.Tensor, of: int) -> torch.Tensor:
 
 
 def _kept(columns: torch.Tensor, order: torch.Tensor, nm: Nm) -> torch.Tensor:
-    """`[blocks]`: what the pattern keeps of `[blocks, in, out]` in this order."""
+    """Sums what the pattern keeps of `[blocks, in, out]` in this order, `[blocks]`."""
     placed = torch.take_along_dim(columns, order[..., None], 1)
     placed = placed.view(len(columns), -1, nm.of, columns.shape[-1])
     return placed.topk(nm.keep, dim=2).values.sum((1, 2, 3), dtype=torch.float64)
@@ -91,7 +91,7 @@ def _kept(columns: torch.Tensor, order: torch.Tensor, nm: Nm) -> torch.Tensor:
 def _gains(
     columns: torch.Tensor, a: torch.Tensor, b: torch.Tensor, nm: Nm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each swap of two groups would bring: `[blocks, pairs, of, of]`, and what is worth it.
+    """Computes the gain of each swap between two groups, `[blocks, pairs, of, of]`.
 
     `a` and `b` are the groups' inputs `[blocks, pairs, of]`.
     """
@@ -115,7 +115,7 @@ def _gains(
 
 
 def _without(group: torch.Tensor, nm: Nm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of groups `[pairs, of, out]`, when each of their inputs is away.
+    """Computes, for groups `[pairs, of, out]`, what is kept when each of their inputs is left out.
 
     What the others keep, `[pairs, of]`; how large a score must be to be kept beside them,
     `[pairs, of, out]`; and what all keep together, `[pairs]`.
@@ -130,7 +130,7 @@ def _without(group: torch.Tensor, nm: Nm) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def _ranked(group: torch.Tensor) -> list[torch.Tensor]:
-    """The inputs of `[pairs, of, out]` in falling order.
+    """Sorts the inputs of `[pairs, of, out]` in falling order.
 
     By a network of comparisons: sorting takes 12 times as long.
     """

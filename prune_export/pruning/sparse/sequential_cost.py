@@ -1,4 +1,4 @@
-"""What a sweep that prunes block by block takes, from shapes alone."""
+"""Estimates the memory of sequential pruning, block by block, from shapes alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from prune_export.calibrate import ExtraPass, Order, block_bytes, inputs_of, lin
 
 
 def of(arch: Arch, order: Order, *, grams: bool = False, permutes: bool = False) -> ExtraPass:
-    """What a sweep holds and writes; `grams` says that it holds the inputs' Gram matrices.
+    """Estimates what sequential pruning holds and writes; with `grams`, it holds Hessians.
 
-    The matrices of a site are copied in float32; of one at a time there are scores, what finds
-    their limit, and a mask. A block's new matrices wait to be stored. With Gram matrices, those of
-    a block's sites are there together, one is being factored, and weights are changed in copies.
+    The matrices of a linear group are copied in float32; of one at a time there are scores, what
+    finds their limit, and a mask. A block's new matrices wait to be stored. With Hessians, those of
+    all groups of a block are held, one is being factored, and weights are changed in copies.
     """
     site_weights = matrix_weights = widest = squares = total = 0
     for layer in range(arch.layers):
@@ -45,6 +45,6 @@ def of(arch: Arch, order: Order, *, grams: bool = False, permutes: bool = False)
 
 
 def _item_bytes(arch: Arch) -> int:
-    """Bytes of a stored weight, as far as the config says."""
+    """The bytes of a stored weight, as far as the config says."""
     dtype = str(arch.config.get("dtype") or arch.config.get("torch_dtype") or "float32")
     return 2 if dtype.rpartition(".")[2] in ("float16", "bfloat16") else 4

@@ -1,4 +1,4 @@
-"""What the sparse methods share: how many weights become zero, where, and what is written down.
+"""What all sparse methods share: the recipe keys for sparsity and targets, masking, and the log.
 
 A method adds what it scores weights by. `Masker` is the editor of those that only put zeros in.
 """
@@ -39,7 +39,7 @@ from prune_export.surgery import Edit, Overwrite
 Roles = tuple[str, ...]
 
 _CORRECTED: Final = ("attention.out", "mlp.out")
-"""Sites whose inputs pruned matrices of the same block have made."""
+"""Linear groups whose inputs come from pruned matrices of the same block."""
 
 NO_SPEEDUP: Final = (
     "zeros without a pattern make the model smaller only when compressed: no maintained runtime "
@@ -49,7 +49,7 @@ NO_SPEEDUP: Final = (
 
 @dataclass(frozen=True)
 class SparseMethod:
-    """Which weights become zero: a fraction or a pattern, of which matrices.
+    """How sparse the model becomes: a fraction or an N:M pattern, of which matrices.
 
     Every sparse method is one, so these are keys of them all.
 
@@ -171,7 +171,7 @@ class SparseMethod:
         return found
 
     def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
-        """The passes that OWL takes."""
+        """The calibration pass of OWL, where it is used."""
         return (sequential_cost.of(arch, "sequential"),) if self.allocation == "owl" else ()
 
     def predict(self, arch: Arch) -> Arch:
@@ -186,13 +186,13 @@ class SparseMethod:
         return arch
 
     def channels(self, arch: Arch) -> dict[str, Channels]:
-        """The channels that may be put in another order, by the matrix that reads them."""
+        """The channels that may be permuted, by the matrix whose inputs they are."""
         if self.nm is None or not self.permute:
             return {}
         return free_channels.of_all(arch, self.targets(arch), self.nm)
 
     def amounts(self, model: ModelView) -> tuple[dict[int, Amount], Mapping[str, Any]]:
-        """How much of each block's matrices becomes zero, and JSON about why."""
+        """The sparsity of each block's matrices, and JSON about why."""
         layers = range(model.arch.layers)
         if self.nm is not None:
             return dict.fromkeys(layers, self.nm), {}
@@ -207,7 +207,7 @@ class SparseMethod:
 
 @dataclass(frozen=True)
 class CalibratedSparseMethod(SparseMethod):
-    """A sparse method that scores weights while calibration windows pass through the model."""
+    """A sparse method whose scores need activations from calibration data."""
 
     order: Annotated[
         Order,
@@ -233,7 +233,7 @@ The least scores go. `InputNorms` holds `sums`, `[in]`, the inputs' squares summ
 
 @dataclass(frozen=True)
 class Masker:
-    """Puts zeros where scores are least; an expert that no token reached goes by magnitude."""
+    """Zeroes the weights with the least scores; an expert that no token reached, by magnitude."""
 
     key: str
     targets: frozenset[str]
@@ -244,7 +244,7 @@ class Masker:
     corrects: bool = False
 
     def watch(self, site: LinearGroup, width: int, device: str) -> InputNorms | None:
-        """Norms of the inputs, where one of the site's matrices is pruned."""
+        """Accumulates input norms for a linear group of which a matrix is pruned."""
         if not any(tensor.name in self.targets for tensor in site.tensors):
             return None
         # To an expert, other tokens would be routed.
@@ -254,7 +254,7 @@ class Masker:
     def edit(
         self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
     ) -> Edited:
-        """The matrices with zeros in them."""
+        """Masks the matrices of a linear group."""
         made, log, orders = {}, {}, {}
         for tensor in site.tensors:
             if tensor.name in self.targets:
@@ -277,7 +277,7 @@ def zero_least(
     *,
     corrects: bool = False,
 ) -> Decision:
-    """The decision of a method that puts zeros where `score` is least.
+    """Decides by a sequential pass that zeroes the weights where `score` is least.
 
     With `corrects`, norms in the true order are corrected for the noise of pruning (ADR 0019).
     """
@@ -289,7 +289,7 @@ def zero_least(
 
 
 def key_of(method: SparseMethod, amounts: Mapping[int, Amount]) -> str:
-    """Everything that decides what a method's editor does."""
+    """JSON that identifies what a method's editor does."""
     return f"{type(method).__name__} {method.VERSION} {method} {dict(amounts)}"  # type: ignore[attr-defined]
 
 
@@ -299,7 +299,7 @@ def sequential_decision(
     swept: SequentialResult,
     why: Mapping[str, Any],
 ) -> Decision:
-    """The edits that store what a sweep made, and the log of it."""
+    """Makes the decision from the result of a sequential pass: edits and log."""
     sites = [site for log in swept.logs for site in log.values()]
     logs = {name: own for site in sites for name, own in site["tensors"].items()}
     unseen = [name for site in sites if not site["tokens"] for name in site["tensors"]]
@@ -319,7 +319,7 @@ def permuted(
     why: Mapping[str, Any],
     orders: Mapping[str, Any],
 ) -> Decision:
-    """The decision, with channels put in the orders that `_free_channels.mask` noted, by matrix."""
+    """Makes the decision with channels permuted as `free_channels.mask` noted, by matrix."""
     if not orders:
         return decision(method, edits, tensors, why)
     channels = method.channels(model.arch)
@@ -332,7 +332,7 @@ def permuted(
 def decision(
     method: SparseMethod, edits: Iterable[Edit], tensors: Mapping[str, Any], why: Mapping[str, Any]
 ) -> Decision:
-    """The edits, and what every sparse method writes down; `tensors` are summaries by name."""
+    """Makes the decision: edits, and the log that every sparse method has."""
     removed = sum(own["zeros"] for own in tensors.values())
     weights = sum(own["weights"] for own in tensors.values())
     digests = "".join(own["digest"] for own in tensors.values())
@@ -350,7 +350,7 @@ def decision(
 
 
 def check_widths(nm: Nm, widths: Mapping[str, int]) -> None:
-    """Refuses a pattern whose groups do not divide an input.
+    """Refuses a pattern whose groups do not divide the inputs of a matrix.
 
     Raises:
         PlanError: the first such matrix, and what would do.

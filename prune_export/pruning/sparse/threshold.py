@@ -1,4 +1,4 @@
-"""The least of all scores of a model, found with one matrix in memory at a time."""
+"""Finds a threshold over all scores of a model, with one matrix in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _HALF: Final = 2**16
 
 @dataclass(frozen=True)
 class Limit:
-    """Scores below `value` are among the least; so are the first `equal` of those that equal it."""
+    """A threshold: the least scores are those below `value` and the first `equal` equal to it."""
 
     value: float
     equal: int
 
     def least(self, scores: torch.Tensor) -> tuple[torch.Tensor, Limit]:
-        """Bool, of the shape of `scores`; and the limit for those that come after them."""
+        """Marks the least of `scores` (bool of their shape); gives the limit for later ones too."""
         same = scores == self.value
         taken = min(self.equal, int(torch.count_nonzero(same)))
         first = (same.flatten().cumsum(0) <= taken).view_as(same)
@@ -29,7 +29,7 @@ class Limit:
 
 
 def limit_of(scores: Callable[[], Iterable[torch.Tensor]], count: int) -> Limit:
-    """The limit of the `count` least of all scores, float32 and not negative, given twice.
+    """Finds the threshold of the `count` least scores, float32 and not negative, read twice.
 
     Such numbers are in the order of their bits: the upper half is counted first, and then the lower
     half of those whose upper half is that of the limit.
@@ -47,7 +47,7 @@ def limit_of(scores: Callable[[], Iterable[torch.Tensor]], count: int) -> Limit:
 
 
 def _reached(counts: np.ndarray, count: int) -> tuple[int, int]:
-    """Where the running sum of `counts` reaches `count`, and what it was before that."""
+    """Finds where the running sum of `counts` reaches `count`, and the sum before that."""
     sums = counts.cumsum()
     at = int(np.searchsorted(sums, count))
     return at, int(sums[at] - counts[at])

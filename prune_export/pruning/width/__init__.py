@@ -1,1 +1,1 @@
-"""Units of width (channels, heads, experts): their scores, choice and edits."""
+"""Structured pruning of channels, heads, hidden size and experts: scores, choice, refit, edits."""

@@ -1,4 +1,4 @@
-"""How large the inputs of a site are, by unit: summed up over a window, then over windows."""
+"""Minitron's activation scores: each unit's size, aggregated over a window, then over windows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Aggregation = Literal["mean", "l2", "variance"]
 
 
 class Activations:
-    """Sizes of units: |x| of a channel, the norm of a head's output.
+    """Accumulates activation sizes: |x| of a channel, the norm of a head's output.
 
     Each window is summed up by `sequence`, and the windows by `batch`. Tokens of an expert come as
     they are routed: they are one window.
@@ -31,7 +31,7 @@ class Activations:
         self._count = 0
 
     def see(self, states: torch.Tensor) -> None:
-        """Sees inputs `[samples, length, in]`."""
+        """Adds inputs `[samples, length, in]`."""
         sizes = states.float()
         sizes = (
             sizes.abs()
@@ -48,7 +48,7 @@ class Activations:
         self._count += len(rows)
 
     def result(self) -> torch.Tensor:
-        """`[units]`, float64; zeros where nothing came."""
+        """The scores `[units]`, float64; zeros where no token came."""
         if not self._count:
             return self._moments[0]
         how = self._batch if self._whole else self._sequence

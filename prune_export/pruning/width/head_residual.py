@@ -1,4 +1,4 @@
-"""Minitron's residual of removed heads: kept ones move away from those that they outrank."""
+"""Minitron's head compensation: a kept head gets its residual to a removed one of lower rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prune_export.pruning.width.width_sizes import shares_keys
 
 
 def pairs(scores: torch.Tensor, keep: int) -> Iterator[tuple[int, int]]:
-    """(kept, removed) heads: of ranks 1 to L by score, i and 2K - i + 1 for i from 2K - L + 1 to K.
+    """Pairs (kept, removed) heads by rank of score: i and 2K - i + 1 for i from 2K - L + 1 to K.
 
     The printed range of the paper, from 2K - L, would begin with a partner of rank L + 1.
     """
@@ -24,7 +24,7 @@ def pairs(scores: torch.Tensor, keep: int) -> Iterator[tuple[int, int]]:
 
 
 def check(arch: Arch, sizes: dict[str, int], compensate: object) -> None:
-    """Refuses what the rule has no meaning for.
+    """Refuses models and cuts for which the rule is not defined.
 
     Raises:
         PlanError: query heads share keys, more than half of the heads go, or a refit would follow.
@@ -56,7 +56,7 @@ def check(arch: Arch, sizes: dict[str, int], compensate: object) -> None:
 def moved(
     arch: Arch, axis: str, scores: torch.Tensor, keep: int, read: Callable[[str], torch.Tensor]
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """New values, by name, of all tensors of a block's heads."""
+    """Computes the new values, by name, of all tensors of a block's heads."""
     chosen = list(pairs(scores, keep))
     return {
         tensor.name: partial(_moved, arch, axis, tensor, chosen, read)

@@ -1,4 +1,4 @@
-"""Which units stay: the highest scores of each block, or of all blocks together."""
+"""Chooses the units to keep: the highest scores of each block, or of all blocks together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prune_export.pruning.width.width_sizes import usual_multiple
 
 
 def units_cut(arch: Arch, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes whose units are chosen among: heads stand under their key-value axis."""
+    """The axes along which units are cut; heads belong to their key-value axis."""
     found: dict[str, None] = {}
     for axis in sizes:
         name, _, layer = axis.partition(".")
@@ -22,7 +22,7 @@ def units_cut(arch: Arch, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def largest(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """`[units]` bool: the `keep` units with the highest scores; of equal ones the first."""
+    """Marks the `keep` units with the highest scores, bool `[units]`; of equal ones the first."""
     order = torch.argsort(scores, descending=True, stable=True)
     kept = torch.zeros(len(scores), dtype=torch.bool)
     kept[order[:keep].cpu()] = True
@@ -30,7 +30,7 @@ def largest(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def chosen(arch: Arch, axis: str, scores: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
-    """Bool of the units' shape: those that stay of one axis, as many as `sizes` says.
+    """Marks the units of one axis to keep, as many as `sizes` says (bool, True where kept).
 
     Of heads, the groups with the highest sums stay, and in each of them the heads with the highest
     scores.
@@ -49,7 +49,7 @@ def chosen(arch: Arch, axis: str, scores: torch.Tensor, sizes: Mapping[str, int]
 def chosen_in_block(
     arch: Arch, scores: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
 ) -> dict[str, torch.Tensor]:
-    """What stays along every axis, each ranked by itself."""
+    """Chooses the units to keep of every axis, each ranked by itself."""
     return {axis: chosen(arch, axis, scores[axis], sizes) for axis in units_cut(arch, sizes)}
 
 
@@ -60,7 +60,7 @@ def chosen_everywhere(
     protected: Collection[int],
     multiple_of: int | None,
 ) -> dict[str, torch.Tensor]:
-    """What stays along every axis, those of a kind ranked together.
+    """Chooses the units to keep of every axis, ranked together over all blocks.
 
     Scores are compared as shares of their axis's mean, since their scale says little about blocks.
     Channels go in runs of `multiple_of`, groups one by one, and of heads the weakest of every group
@@ -92,7 +92,7 @@ def chosen_everywhere(
 
 @dataclass(frozen=True)
 class _Run:
-    """Units that go together, and how their mean score compares with that of their axis."""
+    """Units that are removed together, and their mean score relative to that of their axis."""
 
     axis: str
     share: float
@@ -102,7 +102,7 @@ class _Run:
 def _runs(
     kind: str, axis: str, scores: torch.Tensor, kept: torch.Tensor, step: int
 ) -> Iterator[_Run]:
-    """What may be removed of an axis, the least first; the last run stays."""
+    """Lists what may be removed of an axis, the least first; the last run stays."""
     mean = float(scores.mean()) or 1.0
     if kind in ("mlp", "moe"):
         order = torch.argsort(scores.flatten(), stable=True)

@@ -1,4 +1,4 @@
-"""The units that stay, as edits: narrower tensors in a stock layout, or zeros in a wide one."""
+"""Turns the choice of units into edits: narrower tensors, or zeros in tensors of the old width."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kept = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class _Values:
-    """The values of stored tensors: those that were made, by a sweep too, else the checkpoint's."""
+    """Reads current tensor values: the method's own, refitted ones, else the checkpoint's."""
 
     model: ModelView
     swept: SequentialResult | None
@@ -44,7 +44,7 @@ def edits(
     *,
     wide: bool,
 ) -> Iterator[Edit]:
-    """What removes all units that are not kept.
+    """Makes the edits that remove all units that are not kept.
 
     `own` are values that the method made itself; `shares` are of norms that are to be rescaled.
     """
@@ -68,7 +68,7 @@ def edits(
 def _rescaled(
     arch: Arch, stays: torch.Tensor, shares: EnergyShares, values: _Values
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Norms and embeddings of a model with fewer residual channels.
+    """Rescales norms and embeddings of a model with fewer residual channels.
 
     A norm over the channels that stay divides by their root mean square; with its shares known, its
     gain is multiplied by what that has grown by, so that they come out as large as before. Where
@@ -101,7 +101,7 @@ def _scaled(values: _Values, name: str, factor: float, offset: float) -> torch.T
 def _zeroed(
     arch: Arch, axis: str, flags: torch.Tensor, values: _Values
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Zeros where a removed unit stands, in every tensor of its own."""
+    """Zeroes a removed unit in every tensor that holds it."""
     if bool(flags.all()):
         return {}
     axes = unit_axes(arch, axis)
@@ -156,7 +156,7 @@ def _moved(
 def log(
     arch: Arch, kept: Kept, scores: Mapping[str, torch.Tensor], swept: SequentialResult | None
 ) -> Any:
-    """What went, and what it did to each projection's output, as JSON."""
+    """Logs the removed units and the error of each projection's output, as JSON."""
     found: dict[str, Any] = {
         "removed": {
             axis: (~flags).flatten().nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""The units that width methods remove, as positions in the tensors that hold them.
+"""Maps units (channels, heads, experts) to positions in the tensors that hold them.
 
 A unit is a channel of an MLP (`mlp.3`, `moe.3.7`), a query head (`kv.3` and `group.3` together), a
 residual channel or an expert. What is said of units is spread over a tensor's positions, and what
@@ -17,19 +17,19 @@ from prune_export.arch import Arch, Tensor
 
 
 def unit_axes(arch: Arch, axis: str) -> tuple[str, ...]:
-    """The axes whose product counts units: a key-value axis comes with that of its queries."""
+    """The axes whose product counts units; a key-value axis comes with that of its queries."""
     name, _, layer = axis.partition(".")
     group = f"group.{layer}"
     return (axis, group) if name == "kv" and group in arch.sizes else (axis,)
 
 
 def unit_shape(arch: Arch, axis: str) -> tuple[int, ...]:
-    """How many units there are along an axis; heads are `[kv, group]`."""
+    """The shape of an axis' units; heads are `[kv, group]`."""
     return tuple(arch.sizes[one] for one in unit_axes(arch, axis))
 
 
 def spread(flags: torch.Tensor, tensor: Tensor, axes: Sequence[str], arch: Arch) -> torch.Tensor:
-    """Whether each position of a tensor belongs to a unit that is flagged.
+    """Spreads flags of units over the positions of a tensor.
 
     `flags` is bool of the units' shape along `axes`. Where a tensor knows only some of the axes
     (keys are shared by the queries of a group), a position counts as flagged if any of its units
@@ -65,7 +65,7 @@ def _spread(
 def summed(
     values: torch.Tensor, tensor: Tensor, axes: Sequence[str], arch: Arch
 ) -> torch.Tensor | None:
-    """The values of a tensor summed up by unit, float64 of the units' shape; None if it has none.
+    """Sums the values of a tensor by unit, float64 of the units' shape; None if it has no units.
 
     What is shared by several units counts for each of them in equal parts.
     """
@@ -98,7 +98,7 @@ def _summed(
 def reordered(
     values: torch.Tensor, tensor: Tensor, order: torch.Tensor, layer: int, arch: Arch
 ) -> torch.Tensor:
-    """The tensor with the query heads of each group in another order; `order` is `[kv, group]`.
+    """Reorders the query heads inside each group of a tensor; `order` is `[kv, group]`.
 
     Head `order[k, g]` of group k comes to the place g.
     """

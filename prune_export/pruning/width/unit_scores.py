@@ -1,4 +1,4 @@
-"""Scores of weights, or of their gradients, summed up by the unit that they belong to."""
+"""Sums scores of weights or gradients by the unit (channel, head, expert) that they belong to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Aggregate = Literal["sum", "prod", "max", "first"]
 
 
 def matrices(arch: Arch, layer: int) -> Iterator[Tensor]:
-    """The matrices of a block that units are coupled through, in the table's order."""
+    """The weight matrices of a block, through which units are coupled, in the table's order."""
     return (tensor for tensor in arch.block(layer) if tensor.role in LINEAR_GROUPS)
 
 
@@ -27,7 +27,7 @@ def by_unit(
     values: Iterable[tuple[Tensor, torch.Tensor]],
     aggregate: Aggregate = "sum",
 ) -> dict[str, torch.Tensor]:
-    """One block's scores, by axis: each matrix's own sums by unit, put together by `aggregate`.
+    """Scores one block's units, by axis: sums of each matrix, combined by `aggregate`.
 
     An expert's are those of all of its matrices.
     """
@@ -64,7 +64,7 @@ def _together(parts: list[torch.Tensor], aggregate: Aggregate) -> torch.Tensor:
 def of_weights(
     model: ModelView, axes: Collection[str], value: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Scores of the stored weights: `value` of every weight, summed up by unit."""
+    """Scores units by their stored weights: the sum of `value` over all weights of a unit."""
     arch = model.arch
     found: dict[str, torch.Tensor] = {}
     for layer in range(arch.layers):
@@ -78,19 +78,19 @@ def of_weights(
 
 
 def axes_in(axes: Collection[str], layer: int) -> list[str]:
-    """The axes that a block's tensors have."""
+    """Those of `axes` that the tensors of a block have."""
     return [axis for axis in axes if "." not in axis or axis.split(".")[1] == str(layer)]
 
 
 def add_block(found: dict[str, torch.Tensor], block: Mapping[str, torch.Tensor]) -> None:
-    """Adds a block's scores: those of the residual state come from all blocks."""
+    """Adds a block's scores to the total; those of residual channels sum over all blocks."""
     for axis, scores in block.items():
         found[axis] = found[axis] + scores if axis in found else scores
 
 
 @dataclass(frozen=True)
 class UnitReader:
-    """Keeps of a block's gradients one score a unit: a `GradientReader`.
+    """A `GradientReader` that reduces a block's gradients to one score a unit.
 
     `value(weight, sums)` gives what each weight of a matrix counts; `roles` are the matrices that
     are read.
@@ -105,7 +105,7 @@ class UnitReader:
     aggregate: Aggregate = "sum"
 
     def wants(self, layer: int, name: str) -> bool:
-        """The matrices that are read; experts are fused in memory."""
+        """Whether a parameter is one of the matrices that are read; experts are fused in memory."""
         read = list(self._read(layer))
         if any(tensor.expert is not None for tensor in read):
             return name.endswith(("gate_up_proj", "down_proj")) or self._named(name, read)
@@ -114,7 +114,7 @@ class UnitReader:
     def keep(
         self, layer: int, sums: Sums, parameters: Mapping[str, torch.Tensor]
     ) -> Mapping[str, torch.Tensor]:
-        """The block's scores, by axis."""
+        """Computes the block's scores, by axis."""
         values = (
             (tensor, self.value(weight.float(), own))
             for tensor, weight, own in self._parts(layer, sums, parameters)
@@ -126,7 +126,7 @@ class UnitReader:
         }
 
     def _read(self, layer: int) -> Iterator[Tensor]:
-        """The matrices that hold units of the axes: of others no gradient need be computed."""
+        """The matrices that hold units of the axes, which need gradients."""
         axes = axes_in(self.axes, layer)
         along = {one for axis in axes for one in unit_axes(self.arch, axis)}
         for tensor in matrices(self.arch, layer):
@@ -156,7 +156,7 @@ class UnitReader:
 
 
 def of_gradients(found: Gradients, axes: Collection[str]) -> dict[str, torch.Tensor]:
-    """The scores that a `UnitReader` kept, of all blocks."""
+    """Collects the scores that a `UnitReader` kept, of all blocks."""
     scores: dict[str, torch.Tensor] = {}
     for layer in range(found.layers):
         if axes_in(axes, layer):
@@ -166,7 +166,7 @@ def of_gradients(found: Gradients, axes: Collection[str]) -> dict[str, torch.Ten
 
 
 def complete(arch: Arch, axes: Iterable[str], scores: Mapping[str, torch.Tensor]) -> None:
-    """Every axis has scores of its units' shape.
+    """Checks that every axis has scores of its units' shape.
 
     Raises:
         RuntimeError: one has not: the table has a role that no score knows.

@@ -1,4 +1,4 @@
-"""What the width methods share: how much of what is cut, and how scores become edits.
+"""What all width methods share: the recipe keys for sizes, and how scores become edits.
 
 A method gives scores: from weights or gradients before anything runs (`known`), from states as they
 pass (`watch`, `score`), or both. The rest is here. Where only channels and heads go, in equal
@@ -49,7 +49,7 @@ Scores = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class WidthMethod:
-    """How much is cut of what; every width method is one, so these are keys of them all.
+    """How much of the channels, heads, hidden size and experts is cut; keys of all width methods.
 
     Raises:
         PlanError: nothing is to be cut, or something is said twice.
@@ -164,7 +164,7 @@ class WidthMethod:
         return check_sayable(arch, sizes, self.multiple_of)
 
     def statistics(self, arch: Arch) -> tuple[Statistic | ExtraPass, ...]:
-        """What `decide` reads, and the passes that it runs, in order."""
+        """The statistics that `decide` reads, and the passes that it runs, in order."""
         passes: list[Statistic | ExtraPass] = [NormEnergy()] if self._rescales() else []
         passes += self.passes_before(arch)
         if self._measures():
@@ -182,7 +182,7 @@ class WidthMethod:
         return tuple(passes)
 
     def decide(self, model: ModelView) -> Decision:
-        """Scores, chooses, refits."""
+        """Scores the units, chooses which to keep, and refits the projections."""
         arch, sizes = model.arch, self.sizes(model.arch)
         known = dict(self.known(model))
         if self._measures():
@@ -230,12 +230,12 @@ class WidthMethod:
         return frozenset()
 
     def passes_before(self, arch: Arch) -> tuple[ExtraPass, ...]:
-        """The passes that `known` runs."""
+        """The passes that `known` makes."""
         del arch
         return ()
 
     def known(self, model: ModelView) -> Scores:
-        """Scores that need no states, by axis, of the units' shape (heads are `[kv, group]`)."""
+        """Scores that need no activations, by axis, of the units' shape (heads: `[kv, group]`)."""
         del model
         return {}
 
@@ -246,23 +246,23 @@ class WidthMethod:
         scores: torch.Tensor,
         seen: Any,
     ) -> float:
-        """The score of a whole expert, at its projection back; `scores` are its channels'."""
+        """Scores a whole expert at its output projection; `scores` are those of its channels."""
         del site, weights, seen
         return float(scores.sum())
 
     def reworked(
         self, model: ModelView, kept: Scores, scores: Scores
     ) -> dict[str, Callable[[], torch.Tensor]]:
-        """New values, by name, for tensors that the method itself changes before they are cut."""
+        """Changes tensors before they are cut: new values, by name."""
         del model, kept, scores
         return {}
 
     def watch(self, site: LinearGroup, units: int, width: int, device: str) -> Accumulator:
-        """Gathers what `score` reads of inputs `[…, width]`, which are `units` equal runs."""
+        """Makes the accumulator of inputs `[…, width]`, `units` equal runs, that `score` reads."""
         raise NotImplementedError
 
     def score(
         self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: Any
     ) -> torch.Tensor:
-        """`[units]`: the scores of a site's inputs; `weights` are its matrices `[out, in]`."""
+        """Scores a linear group's inputs, `[units]`; `weights` are its matrices `[out, in]`."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The two passes of width methods: one that only scores, one that also cuts and refits."""
+"""The calibration passes of width methods: one that only scores, one that also cuts and refits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def axis_of(arch: Arch, site: LinearGroup) -> str | None:
-    """The axis of the units that arrive at a projection back to the residual state."""
+    """The axis of the units that are inputs of an output projection; None of other groups."""
     match site.kind:
         case "mlp.out":
             return f"mlp.{site.layer}"
@@ -36,7 +36,7 @@ def axis_of(arch: Arch, site: LinearGroup) -> str | None:
 
 @dataclass
 class _Seen:
-    """What is gathered at a site: what scores are made of, and what a refit is made of."""
+    """The accumulators of a linear group: one for scores, one for the refit."""
 
     scored: Accumulator | None = None
     products: Products | None = None
@@ -57,7 +57,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Measure:
-    """Scores every site that the method reads, and edits nothing."""
+    """An editor that scores every linear group that the method reads, and edits nothing."""
 
     method: WidthMethod
     arch: Arch
@@ -96,7 +96,7 @@ class Measure:
 def added(
     arch: Arch, known: Mapping[str, torch.Tensor], measured: SequentialResult
 ) -> dict[str, torch.Tensor]:
-    """The scores that a measuring pass found, added to those known before."""
+    """Adds the scores of a measuring pass to those known before."""
     found: dict[str, torch.Tensor] = {}
 
     def add(axis: str, scores: Any) -> None:
@@ -110,7 +110,7 @@ def added(
             if log is None:
                 continue
             axis = axis_of(arch, site)
-            # An expert sees a part of the tokens: all of a block's count as one site.
+            # An expert sees a part of the tokens: all of a block's count as one group.
             share = 1 / arch.sizes[f"expert.{layer}"] if site.expert is not None else 1.0
             if axis is None:
                 add("residual", [share * score for score in log["scores"]])
@@ -127,7 +127,7 @@ def added(
 
 @dataclass(frozen=True)
 class Cut:
-    """Zeroes the inputs of projections that go, and refits the projections.
+    """An editor that zeroes the removed inputs of output projections, and refits these.
 
     `kept` is what has been chosen before; what is not there is chosen when its inputs have been
     seen. `samples` and `length` are the windows'.
@@ -203,7 +203,7 @@ class Cut:
 
 
 def kept_in(arch: Arch, swept: SequentialResult) -> dict[str, torch.Tensor]:
-    """What a cutting pass kept, by axis."""
+    """The units that a cutting pass kept, by axis."""
     found = {}
     for layer, logs in enumerate(swept.logs):
         for site in linear_groups(arch, layer):
@@ -216,9 +216,9 @@ def kept_in(arch: Arch, swept: SequentialResult) -> dict[str, torch.Tensor]:
 
 
 def refit_bytes(arch: Arch, axes: Mapping[str, int], *, dense: bool) -> int:
-    """What a cutting pass holds beyond states and blocks: products, and a solve in float64.
+    """The bytes that a cutting pass holds beyond states and blocks: Hessians, and a float64 solve.
 
-    With `dense` those of targets too: they are held of both sites of a block, as matrices are.
+    With `dense` those of targets too: they are held of both groups of a block, as matrices are.
     """
     cut = frozenset(units_cut(arch, axes))
     residual, most = arch.sizes["residual"], 0

@@ -1,4 +1,4 @@
-"""How many units a width cut leaves along each axis, and whether a stock config can say it."""
+"""Computes each axis' size after a width cut, and checks that a stock config can express it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ROUNDED: Final = frozenset({"ffn", "hidden"})
 def sizes_after(
     arch: Arch, fractions: Mapping[Part, float], multiple_of: int | None
 ) -> dict[str, int]:
-    """The size that each axis is left with; axes that stay as they are do not stand there.
+    """Computes the new size of each axis that is cut.
 
     Raises:
         PlanError: the model has no such part, or it is too narrow to be cut.
@@ -62,7 +62,7 @@ def sizes_after(
 
 
 def _hidden(arch: Arch, others: Mapping[str, int], fraction: float) -> int:
-    """A hidden size near the one asked for, of the largest usual multiple that a config can say.
+    """Chooses a hidden size near the one asked for, of the largest multiple that a config allows.
 
     Some insist that it is a multiple of the number of heads, which may leave no multiple of 64.
     """
@@ -80,7 +80,7 @@ def _hidden(arch: Arch, others: Mapping[str, int], fraction: float) -> int:
 
 
 def axes_of(arch: Arch, part: Part) -> list[str]:
-    """The axes that a part is cut along.
+    """The axes along which a part (`ffn`, `heads` …) is cut.
 
     Raises:
         PlanError: the model has no such part.
@@ -100,7 +100,7 @@ def shares_keys(arch: Arch) -> bool:
 
 
 def usual_multiple(size: int) -> int:
-    """64, or the largest power of two that divides `size` into eight steps or more."""
+    """The step of sizes: 64, or the largest power of two that leaves eight steps or more."""
     step = _MULTIPLE
     while step > 1 and (size % step or size < _STEPS * step):
         step //= 2
@@ -122,7 +122,7 @@ def _left(part: str, size: int, fraction: float, step: int) -> int:
 
 
 def check_sayable(arch: Arch, sizes: Mapping[str, int], multiple_of: int | None) -> Arch:
-    """The shapes after a uniform cut.
+    """Checks that a stock config can express a uniform cut; gives the shapes after it.
 
     Raises:
         PlanError: cutting heads would change the others, or no stock config can say the sizes; the
@@ -160,7 +160,7 @@ def check_heads(arch: Arch, sizes: Mapping[str, int]) -> None:
 def _offers(
     arch: Arch, sizes: Mapping[str, int], multiple_of: int | None
 ) -> Iterator[tuple[str, int, int]]:
-    """(part, size before, size after) that would do, of one part at a time, the nearest first."""
+    """Lists sizes that would do, of one part at a time, nearest first: (part, before, after)."""
     for part, names in (("heads", "group"), ("kv_groups or heads", "kv"), ("hidden", "residual")):
         axes = [axis for axis in sizes if axis.split(".")[0] == names]
         if not axes:
