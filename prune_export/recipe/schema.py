@@ -117,8 +117,8 @@ def sources(document: Document) -> dict[str, Source]:
         if not _NAME.fullmatch(str(name)):
             raise RecipeError(
                 document.where(path),
-                f"got the name {name!r}, expected one that a directory can have",
-                "write letters, digits, `_` and `-`",
+                f"got {name!r:.80} as a name of data, which artifacts are called by",
+                "write a word, such as `calibration`",
             )
         kinds = [key for key in SOURCES if key in _mapping(document, path)]
         if len(kinds) != 1:

@@ -59,10 +59,12 @@ CASES = {
     "nothing to do": Case("recipe: 1\n", "bad.yaml:1", "no stages and no exports"),
     "model not text": Case("recipe: 1\nmodel: [a]\n", "bad.yaml:2  model", "expected text"),
     "data that leaves the store": Case(
-        "recipe: 1\ndata:\n  ../../x: {files: [a.txt]}\n", "bad.yaml:3", "got the name '../../x'"
+        "recipe: 1\ndata:\n  ../../x: {files: [a.txt]}\n",
+        "bad.yaml:3",
+        "got '../../x' as a name of data",
     ),
     "data without a usable name": Case(
-        f"recipe: 1\ndata:\n  {'a' * 65}: {{files: [a.txt]}}\n", "bad.yaml:3", "got the name"
+        f"recipe: 1\ndata:\n  {'a' * 65}: {{files: [a.txt]}}\n", "bad.yaml:3", "as a name of data"
     ),
     "stages not a list": Case(
         "recipe: 1\nstages: {prune: {}}\n", "bad.yaml:2  stages", "expected a list", "`- `"

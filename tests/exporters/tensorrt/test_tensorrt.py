@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from transformers import AutoConfig
 
 from prune_export.arch import Arch
 from prune_export.contracts import BuildRecord, Work
@@ -272,7 +273,7 @@ def test_a_span_is_ordered() -> None:
 
 
 def test_the_plan_refuses_a_machine_without_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    arch = Arch.__new__(Arch)
+    arch = Arch.from_config(AutoConfig.for_model("llama", num_hidden_layers=2).to_dict())
     monkeypatch.setattr("prune_export.exporters.tensorrt.exporter.installed", lambda flavor: True)
     with pytest.raises(PlanError, match="builds for the GPU of this machine, and there is none"):
         Tensorrt().check(arch, MACHINE)

@@ -37,8 +37,9 @@ def made(tmp_path: Path, model_type: str = "llama", **changes: Any) -> tuple[Tin
 
 
 def of(name: str, **keys: Any) -> Any:
+    """The method as it cuts; what is refitted after is tested in tests/contracts/test_refits.py."""
     protect = {} if name == "block_influence" else {"protect_first": 1, "protect_last": 0}
-    return registry.find("methods", name)(**protect, **keys)
+    return registry.find("methods", name)(refit=False, **protect, **keys)
 
 
 def decided(method: Any, model: ModelView) -> Any:
