@@ -28,8 +28,9 @@ from prune_export import registry
 from prune_export.contracts import Exporter, Work
 from prune_export.machine import Machine, describe
 from prune_export.progress import Silent
+from prune_export.recipe.stages import Workload
 from prune_export.verify.engine import PYTORCH, Engine
-from prune_export.verify.results import Speed, Workload
+from prune_export.verify.results import Speed
 from prune_export.verify.speed import Effort, measure_speed
 
 

@@ -35,8 +35,9 @@ from prune_export.contracts import BuildRecord, Work
 from prune_export.errors import PruneExportError
 from prune_export.machine import Machine
 from prune_export.progress import Silent
+from prune_export.recipe.stages import Workload
 from prune_export.verify import Effort, Engine, measure_speed, tokens_without_text
-from prune_export.verify.results import Speed, Workload, to_json
+from prune_export.verify.results import Speed, to_json
 
 PROMPTS = (1, 16, 64, 256, 1024, 4096)
 NEW = 16

@@ -24,6 +24,7 @@ from prune_export.places import judged
 from prune_export.planning.positions import refuse_long_request, refuse_long_text
 from prune_export.progress import Progress
 from prune_export.recipe import Export, LocalText, Recipe
+from prune_export.recipe.stages import Workload
 from prune_export.report import Report
 from prune_export.report.reading import ExportReading
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
@@ -41,7 +42,7 @@ from prune_export.verify import (
     not_from_rounding,
     tokens_without_text,
 )
-from prune_export.verify.results import Verification, Workload
+from prune_export.verify.results import Verification
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 """A file or folder beside report.json, and no path that leads away from there."""

@@ -48,7 +48,6 @@ from prune_export.verify.results import (
     Speed,
     Task,
     Verification,
-    Workload,
     from_json,
     to_json,
 )
@@ -318,7 +317,7 @@ def _timed(
     ids: np.ndarray,
     than: str,
 ) -> list[Speed]:
-    workloads = [Workload(w.batch, w.prompt, w.new) for w in asked]
+    workloads = list(asked)
     one, other = _engine(dense), _engine(pruned)
     about = {"workloads": to_json(workloads), "minutes": effort.seconds / 60,
              "machine": describe(), "threads": context.machine.threads,

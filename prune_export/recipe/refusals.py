@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -66,12 +67,24 @@ def _keys_at(schema: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     for step in path:
         if isinstance(step, int):
             continue
-        field = current.model_fields.get(step)
-        parts = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        current = next(
-            (p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)), current
-        )
-    return list(current.model_fields)
+        if not issubclass(current, BaseModel) or step not in current.model_fields:
+            continue  # a dataclass holds no other schema
+        annotation = current.model_fields[step].annotation
+        parts = [annotation, *getattr(annotation, "__args__", ())]
+        current = next((part for part in parts if _is_schema(part)), current)
+    return list(_fields(current))
+
+
+def _fields(schema: Any) -> Mapping[str, Any]:
+    """The keys of a schema, which is a model or a dataclass."""
+    known: Mapping[str, Any] = (
+        schema.model_fields if issubclass(schema, BaseModel) else schema.__dataclass_fields__
+    )
+    return known
+
+
+def _is_schema(kind: Any) -> bool:
+    return isinstance(kind, type) and (issubclass(kind, BaseModel) or is_dataclass(kind))
 
 
 def _advice(first: Any) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from prune_export.recipe.sources import Frozen
 
@@ -15,8 +15,12 @@ _MOST_REQUESTS: Final = 1000
 StageKind = Literal["prune", "heal", "search"]
 
 
-class Workload(Frozen):
+@dataclass(frozen=True)
+class Workload:
     """A request: `prompt` tokens in, `new` tokens out, for `batch` sequences."""
+
+    # What a recipe asks for and what a measurement says that it was made on are this one value.
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     batch: Annotated[int, Field(ge=1, description="Sequences at once.")] = 1
     prompt: Annotated[int, Field(ge=1, description="Prompt tokens.")] = 512

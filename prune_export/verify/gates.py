@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prune_export.errors import VerifyError
-from prune_export.verify.results import Gate, Perplexity, Phase, Placed, Speed, Workload
+from prune_export.recipe.stages import Workload
+from prune_export.verify.results import Gate, Perplexity, Phase, Placed, Speed
 
 
 def speed_gates(

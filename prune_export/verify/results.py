@@ -7,24 +7,22 @@ down, raw samples included, and a reader can recompute every figure that is show
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter
+
+from prune_export.recipe.stages import Workload
 
 Phase = Literal["prefill", "decode"]
 Verdict = Literal["faster", "slower", "no speedup"]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What an engine is timed on: `batch` sequences of `prompt` tokens, then `new` tokens each."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    batch: int
-    prompt: int
-    new: int
+def _whole(found: Any) -> Any:
+    """A recipe may leave a size to its default; what was measured says all of them."""
+    if isinstance(found, dict) and not {"batch", "prompt", "new"} <= found.keys():
+        raise ValueError("expected `batch`, `prompt` and `new`")
+    return found
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Speed:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     engine: str
-    workload: Workload
+    workload: Annotated[Workload, BeforeValidator(_whole)]
     phase: Phase
     dense_seconds: list[float]
     pruned_seconds: list[float]

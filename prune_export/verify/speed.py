@@ -16,10 +16,11 @@ from pydantic import Field
 from prune_export.errors import VerifyError
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
+from prune_export.recipe.stages import Workload
 from prune_export.units import text_from_seconds
 from prune_export.verify.compare import Comparison, compare
 from prune_export.verify.engine import Engine
-from prune_export.verify.results import Phase, Speed, Workload
+from prune_export.verify.results import Phase, Speed
 from prune_export.verify.session import Session
 
 PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")

@@ -13,8 +13,9 @@ import pytest
 from prune_export.execution import Options, measure, run
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
+from prune_export.recipe.stages import Workload
 from prune_export.verify import Engine
-from prune_export.verify.results import Speed, Workload
+from prune_export.verify.results import Speed
 
 RECIPE = """\
 recipe: 1

@@ -210,6 +210,17 @@ CASES = {
         "bad.yaml:3  verify.speed.workloads.0.batch",
         "got 0",
     ),
+    "unknown key of a workload": Case(
+        "recipe: 1\nexport: [onnx]\nverify: {speed: {workloads: [{promt: 5}]}}\n",
+        "bad.yaml:3  verify.speed.workloads.0.promt",
+        "is not a key here",
+        "prompt",
+    ),
+    "no workload but a number": Case(
+        "recipe: 1\nexport: [onnx]\nverify: {speed: {workloads: [5]}}\n",
+        "bad.yaml:3  verify.speed.workloads.0",
+        "got 5",
+    ),
     "extends nothing": Case("recipe: 1\nextends: no.yaml\n", "bad.yaml:2  extends", "neither"),
     "extends out of the directory": Case(
         "recipe: 1\nextends: ../../etc/passwd\n", "bad.yaml:2  extends", "leaves"

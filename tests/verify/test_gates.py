@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from prune_export.errors import VerifyError
+from prune_export.recipe.stages import Workload
 from prune_export.verify.gates import perplexity_gates, placement_gates, speed_gates
-from prune_export.verify.results import Perplexity, Placed, Speed, Workload
+from prune_export.verify.results import Perplexity, Placed, Speed
 
 SPEED = Speed(
     engine="onnx",

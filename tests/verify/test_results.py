@@ -3,6 +3,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from prune_export.recipe.stages import Workload
 from prune_export.verify.results import (
     Gate,
     Generation,
@@ -12,7 +13,6 @@ from prune_export.verify.results import (
     Speed,
     Task,
     Verification,
-    Workload,
     from_json,
     to_json,
 )
@@ -62,6 +62,19 @@ def test_refuses_unknown_fields() -> None:
     data = _verification().to_json()
     data["parity"][0]["extra"] = 1
     with pytest.raises(ValidationError, match="extra"):
+        Verification.from_json(data)
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [{"batch": 1, "prompt": 8}, {"batch": 0, "prompt": 8, "new": 4},
+     {"batch": 1, "prompt": 8, "new": 4, "old": 1}],
+)  # fmt: skip
+def test_a_measurement_says_all_of_what_it_was_made_on(workload: dict[str, int]) -> None:
+    """A recipe's workload has defaults; a report's, which is the same value, leaves none out."""
+    data = _verification().to_json()
+    data["speed"][0]["workload"] = workload
+    with pytest.raises(ValidationError, match="workload"):
         Verification.from_json(data)
 
 

@@ -11,9 +11,10 @@ import pytest
 from prune_export.errors import StageError, VerifyError
 from prune_export.machine import Machine
 from prune_export.progress import Silent
+from prune_export.recipe.stages import Workload
 from prune_export.verify.compare import compare
 from prune_export.verify.engine import Engine
-from prune_export.verify.results import Speed, Workload
+from prune_export.verify.results import Speed
 from prune_export.verify.speed import Effort, measure_speed, tokens_of
 
 SHORT = Effort(launches=3, rounds=2, most_launches=3, seconds=1000)
