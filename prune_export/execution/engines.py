@@ -12,6 +12,7 @@ from prune_export.calibrate import (
     TokenSet,
 )
 from prune_export.contracts import Work
+from prune_export.errors import StageError
 from prune_export.execution.context import RunContext
 from prune_export.recipe import Export
 from prune_export.store import Artifact, Key
@@ -43,6 +44,13 @@ def export_engine(
     def build(files: Path, work: Work) -> Mapping[str, Any]:
         work = replace(work, tokens=read)
         record = dataclasses.asdict(export.entry.export(source, files, work))
+        if record["exporter"] != export.name:
+            raise StageError(
+                f"export: {export.name}",
+                f"its record says that `{record['exporter']}` made it, and by that name it would "
+                "be opened again",
+                f'write `BuildRecord(exporter="{export.name}", …)`, the name of the entry point',
+            )
         return record | {
             "parameters": dict(record["parameters"]),
             "notes": list(record["notes"]),
