@@ -33,8 +33,10 @@ def find(kind: Kind, name: str) -> Any:
     """The class registered as `name`.
 
     Raises:
-        PlanError: no such name, or a module that does not define exactly one entry.
+        PlanError: no such name or two of it, a module that does not define exactly one entry, or a
+            plug-in that cannot be imported or is no frozen dataclass with a `VERSION`.
     """
+    _refuse_second(kind, name)
     if (path := _modules(kind).get(name)) is not None:
         module = importlib.import_module(path)
         own = [
@@ -53,7 +55,7 @@ def find(kind: Kind, name: str) -> Any:
             )
         return own[0]
     if name in _plugins(kind):
-        return _loaded(kind, _plugins(kind)[name])
+        return _loaded(kind, _plugins(kind)[name][0])
     raise PlanError(
         f"{kind}: {name}", f"nothing is registered as `{name}`", did_you_mean(name, names(kind))
     )
@@ -117,6 +119,29 @@ def _loaded(kind: Kind, entry: EntryPoint) -> Any:
     return found
 
 
+def _refuse_second(kind: Kind, name: str) -> None:
+    """Refuses a name that does not say which of two entries is meant.
+
+    Raises:
+        PlanError: naming who brings them.
+    """
+    brought = sorted(
+        f"{entry.dist.name if entry.dist else 'a package'} ({entry.value})"
+        for entry in _plugins(kind).get(name, ())
+    )
+    if name in _modules(kind):
+        brought.insert(0, "prune_export itself")
+    if len(brought) > 1:
+        raise PlanError(
+            f"{kind}: {name}",
+            f"is the name of {len(brought)} entries: of {' and of '.join(brought)}",
+            "rename the entry point of the plug-in, or uninstall one of the packages",
+        )
+
+
 @cache
-def _plugins(kind: Kind) -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=f"prune_export.{kind}")}
+def _plugins(kind: Kind) -> dict[str, tuple[EntryPoint, ...]]:
+    found: dict[str, tuple[EntryPoint, ...]] = {}
+    for entry in entry_points(group=f"prune_export.{kind}"):
+        found[entry.name] = (*found.get(entry.name, ()), entry)
+    return found

@@ -11,6 +11,7 @@ from prune_export.calibrate import (
     TokenSet,
 )
 from prune_export.contracts import BuildRecord, Work
+from prune_export.errors import StageError
 from prune_export.execution.context import RunContext
 from prune_export.recipe import Export
 from prune_export.store import Artifact, Key
@@ -42,6 +43,13 @@ def export_engine(
     def build(files: Path, work: Work) -> Mapping[str, Any]:
         work = replace(work, tokens=read)
         record: BuildRecord = export.entry.export(source, files, work)
+        if record.exporter != export.name:
+            raise StageError(
+                f"export: {export.name}",
+                f"its record says that `{record.exporter}` made it, and by that name it would "
+                "be opened again",
+                f'write `BuildRecord(exporter="{export.name}", …)`, the name of the entry point',
+            )
         return record.to_json()
 
     return context.make(key, f"export: {export.name}{of}", build)

@@ -8,16 +8,20 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
 import prune_export
 from prune_export import Machine, Options, Recipe, plan, plugins, registry, run
 from prune_export.checkpoint import Checkpoint
-from prune_export.errors import PlanError
+from prune_export.errors import PlanError, StageError
+from tests.contracts import test_methods as contracts
 from tests.contracts.made import plain_view
 
 TEXT = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text(encoding="utf-8")
@@ -47,15 +51,18 @@ def forget() -> None:
         cached.cache_clear()
 
 
+@contextmanager
 def on_path(site: Path, package: str) -> Iterator[Path]:
     """The site directory on the path of this process and of those that it starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)
         patch.setenv("PYTHONPATH", str(site))
         forget()
-        yield site
-    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
-        del sys.modules[name]
+        try:
+            yield site
+        finally:
+            for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+                del sys.modules[name]
     importlib.invalidate_caches()
     forget()
 
@@ -67,7 +74,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert toml is not None
     entries = tomllib.loads(toml[1])["project"]["entry-points"]
     install(site, "my_package", EXAMPLES, entries)
-    yield from on_path(site, "my_package")
+    with on_path(site, "my_package"):
+        yield site
 
 
 def made(
@@ -161,6 +169,23 @@ def test_the_exporter_is_opened_and_equals_pytorch(
     assert not result.failed
 
 
+@pytest.mark.parametrize("name", ["odd_influence", "power_wanda", "fluctuation"])
+def test_the_contracts_of_ours_hold_for_them(
+    name: str, installed: Path, tiny: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    """Installed beside a checkout they are found by these tests unasked, as the page says."""
+    contracts.test_an_entry_is_a_frozen_dataclass_that_explains_itself("methods", name)
+    for family in ("gemma2", "mixtral"):
+        folder = tmp_path / family
+        contracts.test_a_method_leaves_what_it_predicted_and_it_reloads(
+            name, None, family, tiny, folder
+        )
+
+
+def test_the_contract_of_entries_holds_for_the_exporter(installed: Path) -> None:
+    contracts.test_an_entry_is_a_frozen_dataclass_that_explains_itself("exporters", "program")
+
+
 @pytest.mark.parametrize(
     ("code", "fault"),
     [
@@ -172,7 +197,85 @@ def test_the_exporter_is_opened_and_equals_pytorch(
 def test_a_broken_plug_in_is_named(code: str, fault: str, tmp_path: Path) -> None:
     entries = {"prune_export.methods": {"broken": "broken_package.own:Own"}}
     install(tmp_path, "broken_package", {"own.py": code}, entries)
-    for _ in on_path(tmp_path, "broken_package"):
+    with on_path(tmp_path, "broken_package"):
         assert "broken" in registry.names("methods")
         with pytest.raises(PlanError, match=fault):
             registry.find("methods", "broken")
+
+
+def test_a_name_that_two_bring_is_refused(tmp_path: Path) -> None:
+    for package, name in (("one_package", "twice"), ("other_package", "wanda")):
+        entries = {"prune_export.methods": {"twice": f"{package}.own:Own", name: "x:Y"}}
+        install(tmp_path, package, {}, entries)
+    with on_path(tmp_path, "one_package"):
+        with pytest.raises(PlanError, match=r"of one_package .* and of other_package"):
+            registry.find("methods", "twice")
+        with pytest.raises(PlanError, match="of prune_export itself and of other_package"):
+            registry.find("methods", "wanda")
+        assert registry.find("methods", "ria").__name__ == "Ria"
+
+
+@dataclass(frozen=True)
+class Faulty(plugins.WidthMethod):
+    VERSION: ClassVar[str] = "1"
+
+
+class Misshapen(Faulty):
+    WATCHES = True
+
+    def watch(self, site: Any, units: int, width: int, device: str) -> plugins.InputNorms:
+        return plugins.InputNorms(width, device)
+
+    def score(self, site: Any, weights: Any, units: int, seen: Any) -> torch.Tensor:
+        return torch.ones(3)
+
+
+class Missing(Misshapen):
+    def score(self, site: Any, weights: Any, units: int, seen: Any) -> torch.Tensor:
+        return torch.full((units,), float("nan"))
+
+
+class Undefined(Faulty):
+    WATCHES = True
+
+
+@pytest.mark.parametrize("compensate", [False, "auto"])
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        (Faulty, "has no scores, neither of weights nor of states"),
+        (Undefined, "`WATCHES` says that scores come from states"),
+        (Misshapen, r"got scores \[3\], 0 of them NaN, expected \[64\]"),
+        (Missing, r"got scores \[64\], 64 of them NaN"),
+    ],
+)
+def test_a_width_method_without_proper_scores_is_told(
+    kind: Any, fault: str, compensate: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    method = kind(ffn=0.5, multiple_of=8, compensate=compensate)
+    with pytest.raises(StageError, match=fault):
+        method.decide(plain_view(Checkpoint.open(tiny_llama), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "score", [lambda weight, seen, tensor: seen.sums, lambda weight, seen, tensor: weight.square_()]
+)
+def test_a_sparse_score_is_of_each_weight_and_leaves_the_matrix(
+    score: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    method = registry.find("methods", "wanda")(sparsity=0.5)
+    with pytest.raises(StageError, match="one of each weight, and the matrix as it was"):
+        plugins.zero_least(method, plain_view(Checkpoint.open(tiny_llama), tmp_path), score)
+
+
+def test_an_engine_says_by_whose_name_it_is_opened(tmp_path: Path, tiny_llama: Path) -> None:
+    code = EXAMPLES["program.py"].replace('exporter="program"', 'exporter="other"')
+    entries = {"prune_export.exporters": {"misnamed": "misnamed_package.own:Program"}}
+    install(tmp_path / "site", "misnamed_package", {"own.py": code}, entries)
+    stages = "stages: [{prune: {method: deepest, remove: 5}}]\nexport: [misnamed]\n"
+    machine = Machine.detect(device="cpu", threads=1)
+    options = Options(tmp_path / "out", tmp_path / "store", machine)
+    with on_path(tmp_path / "site", "misnamed_package"):
+        recipe = Recipe.parse(f"recipe: 1\n{stages}{QUIET}")
+        with pytest.raises(StageError, match="its record says that `other` made it"):
+            run(recipe, str(tiny_llama), options)

@@ -29,7 +29,7 @@ from prune_export.calibrate import (
     linears,
 )
 from prune_export.contracts import Decision
-from prune_export.errors import PlanError, did_you_mean
+from prune_export.errors import PlanError, StageError, did_you_mean
 from prune_export.pruning.sparse import free_channels, owl, sequential_cost
 from prune_export.pruning.sparse.free_channels import Channels
 from prune_export.pruning.sparse.masks import Amount, Compare, put_zeros, summary
@@ -260,13 +260,26 @@ class Masker:
             if tensor.name in self.targets:
                 channels = self.channels.get(tensor.name)
                 weight = weights[tensor.name]
-                scores = self.score(weight, seen, tensor) if seen.tokens else weight.abs()
+                scores = self._scores(weight, seen, tensor)
                 mask, orders[tensor.name] = free_channels.mask(
                     channels, scores, self.amounts[site.layer], self.compare
                 )
                 made[tensor.name] = put_zeros(weight, mask)
                 log[tensor.name] = summary(weight, scores, mask)
         return Edited(made, {"tensors": log, "tokens": seen.tokens, "orders": orders})
+
+    def _scores(self, weight: torch.Tensor, seen: InputNorms, tensor: Tensor) -> torch.Tensor:
+        if not seen.tokens:
+            return weight.abs()
+        scores = self.score(weight, seen, tensor)
+        if scores.shape != weight.shape or scores.data_ptr() == weight.data_ptr():
+            raise StageError(
+                f"score of {tensor.name}",
+                f"got {list(scores.shape)}, expected new values {list(weight.shape)}: one of each "
+                "weight, and the matrix as it was",
+                "let `score` return a tensor of its own, `[out, in]` as the matrix that it gets",
+            )
+        return scores
 
 
 def zero_least(

@@ -30,7 +30,7 @@ from prune_export.calibrate import (
 )
 from prune_export.calibrate.streaming.linear_groups import Accumulator
 from prune_export.contracts import Decision
-from prune_export.errors import PlanError
+from prune_export.errors import PlanError, StageError
 from prune_export.pruning.width import unit_edits, width_passes
 from prune_export.pruning.width.unit_choice import chosen_everywhere, chosen_in_block
 from prune_export.pruning.width.width_sizes import (
@@ -50,6 +50,9 @@ Scores = Mapping[str, torch.Tensor]
 @dataclass(frozen=True)
 class WidthMethod:
     """How much of the channels, heads, hidden size and experts is cut; keys of all width methods.
+
+    A method gives scores; the least go. From states: it sets `WATCHES` and defines `watch` and
+    `score`. Without: it defines `known`. All else may be left as it is.
 
     Raises:
         PlanError: nothing is to be cut, or something is said twice.
@@ -188,6 +191,12 @@ class WidthMethod:
         if self._measures():
             measured = model.sequential(width_passes.Measure(self, arch))
             known = width_passes.added(arch, known, measured)
+        if not known and not self.WATCHES:
+            raise StageError(
+                type(self).__name__,
+                "has no scores, neither of weights nor of states",
+                "define `known`, or set `WATCHES = True` and define `watch` and `score`",
+            )
         kept: dict[str, torch.Tensor] = {}
         if known and (self._measures() or not self.WATCHES):
             if self.per_layer:
@@ -259,10 +268,18 @@ class WidthMethod:
 
     def watch(self, site: LinearGroup, units: int, width: int, device: str) -> Accumulator:
         """Makes the accumulator of inputs `[…, width]`, `units` equal runs, that `score` reads."""
-        raise NotImplementedError
+        raise _missing(self, "watch")
 
     def score(
         self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: Any
     ) -> torch.Tensor:
         """Scores a linear group's inputs, `[units]`; `weights` are its matrices `[out, in]`."""
-        raise NotImplementedError
+        raise _missing(self, "score")
+
+
+def _missing(method: WidthMethod, name: str) -> StageError:
+    return StageError(
+        f"{type(method).__name__}.{name}",
+        "is not defined, but `WATCHES` says that scores come from states",
+        "define `watch` and `score`, or leave `WATCHES` out and define `known`",
+    )

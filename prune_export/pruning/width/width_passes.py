@@ -14,6 +14,7 @@ import torch
 from prune_export.arch import Arch
 from prune_export.calibrate import Edited, LinearGroup, SequentialResult, has_target, linear_groups
 from prune_export.calibrate.streaming.linear_groups import Accumulator
+from prune_export.errors import StageError
 from prune_export.pruning.linalg.refit import Products, refit
 from prune_export.pruning.width.unit_choice import chosen, units_cut
 from prune_export.pruning.width.unit_layout import spread, unit_axes, unit_shape
@@ -75,7 +76,7 @@ class Measure:
     def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
         width = next(iter(weights.values())).shape[1]
         units = self._units(site, width)
-        scores = self.method.score(site, weights, units, seen.scored)
+        scores = _scored(self.method, site, weights, units, seen)
         log: dict[str, Any] = {"scores": scores.double().tolist()}
         if site.kind == "experts.out" and "experts" in self.method.fractions:
             log["expert"] = self.method.score_expert(site, weights, scores, seen.scored)
@@ -198,7 +199,7 @@ class Cut:
     ) -> torch.Tensor:
         shape = unit_shape(self.arch, axis)
         units = prod(shape)
-        scores = self.method.score(site, weights, units, seen.scored).double().cpu().view(shape)
+        scores = _scored(self.method, site, weights, units, seen).double().cpu().view(shape)
         return scores + self.known[axis] if axis in self.known else scores
 
 
@@ -232,6 +233,30 @@ def refit_bytes(arch: Arch, axes: Mapping[str, int], *, dense: bool) -> int:
         if squares:
             most = max(most, 4 * sum(squares) + 28 * max(squares) + crossed)
     return most
+
+
+def _scored(
+    method: WidthMethod,
+    site: LinearGroup,
+    weights: Mapping[str, torch.Tensor],
+    units: int,
+    seen: _Seen,
+) -> torch.Tensor:
+    """`[units]`: the method's scores of a site's inputs.
+
+    Raises:
+        StageError: it gives another number of them, or some that are not numbers.
+    """
+    scores = method.score(site, weights, units, seen.scored)
+    missing = int(scores.isnan().sum())
+    if scores.shape != (units,) or missing:
+        raise StageError(
+            f"{type(method).__name__}.score at {site.name} of block {site.layer}",
+            f"got scores {list(scores.shape)}, {missing} of them NaN, expected [{units}] numbers: "
+            "one of each unit",
+            "sum the scores of a unit's inputs: `scores.view(units, -1).sum(1)`",
+        )
+    return scores
 
 
 def _key(kind: str, method: WidthMethod, scores: Mapping[str, torch.Tensor]) -> str:
