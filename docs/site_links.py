@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {
     "index.md": "README.md",
     "changelog.md": "CHANGELOG.md",
+    "examples.md": "examples/README.md",
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
 }

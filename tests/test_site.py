@@ -36,8 +36,10 @@ def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
 
 def test_a_link_to_nothing_fails(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    (tmp_path / "examples").mkdir()
     for file in [*ROOT.glob("*.md"), ROOT / "properdocs.yml"]:
         shutil.copy(file, tmp_path)
+    shutil.copy(ROOT / "examples" / "README.md", tmp_path / "examples")
     (tmp_path / "docs" / "new.md").write_text("# New\n[a](gone.md) [b](../gone.py) [c](#gone)\n")
     done = build(tmp_path, tmp_path / "site")
     assert done.returncode != 0
