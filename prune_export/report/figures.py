@@ -1,4 +1,4 @@
-"""The report's figures as PNG files; a figure exists only where its numbers do.
+"""Draws the report's figures as PNG files; a figure exists only where its numbers do.
 
     distance_map.png   angular distance, first block x block count, with the cut marked
     block_scores.png   one score a block, the removed ones coloured
@@ -34,7 +34,7 @@ Draw = Callable[[Axes], None]
 
 
 def draw_figures(report: Report | Mapping[str, Any], out: Path) -> list[Path]:
-    """Writes every figure that the report has numbers for into `out`; its bytes follow from it."""
+    """Draws every figure that the report has numbers for into `out`; same report, same bytes."""
     report = Report.of(report)
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -64,7 +64,7 @@ _TITLES: Final = {
 
 
 def figure_title(stem: str) -> str:
-    """What a figure shows, for a caption or a text reader."""
+    """The title of a figure, for a caption or a screen reader."""
     return _TITLES.get(stem.partition("-")[0], stem)
 
 
@@ -75,7 +75,7 @@ def figure_names(report: Report) -> frozenset[str]:
 
 
 def names_by_stage(report: Report) -> list[list[str]]:
-    """For each stage the files that show it, in the order of the stages."""
+    """Lists the figure files of each stage, in the order of the stages."""
     planned = _plan(report)
     return [
         [one.name for one in planned if one.stage == place] for place in range(len(report.stages))
@@ -83,7 +83,7 @@ def names_by_stage(report: Report) -> list[list[str]]:
 
 
 def draw_summary(report: Report | Mapping[str, Any], path: Path, *, source: str = "") -> bool:
-    """Writes the wide figure alone; False where there is nothing to draw.
+    """Draws the wide summary figure alone; False where there is nothing to draw.
 
     `source` is kept in the PNG's `Source` text, to tell later which report it shows.
     """
@@ -136,7 +136,7 @@ def _plan(report: Report) -> list[_Planned]:
 
 
 def draw_inspection(log: Mapping[str, Any], model: str, path: Path) -> None:
-    """Writes one PNG of what was found before any cut: the distance map beside the block scores.
+    """Draws the distance map beside the block scores, as found before any cut, in one PNG.
 
     `log` has `distance_map`, `block_scores` and `block_score_name`, as a method's decision does.
     """
@@ -151,7 +151,7 @@ def draw_inspection(log: Mapping[str, Any], model: str, path: Path) -> None:
 
 
 def has_map(log: Mapping[str, Any]) -> bool:
-    """Whether a stage's log holds a distance map with something in it."""
+    """Whether a stage's log holds a distance map that is not empty."""
     table = log.get("distance_map") or ()
     return len(table) > 1 and any(value is not None for row in table for value in row)
 
