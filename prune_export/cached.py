@@ -1,4 +1,4 @@
-"""Which links the Hub's cache makes, so that they can be told from those that lead out of a model.
+"""Tells the Hub cache's own links from links that lead out of a model directory.
 
     CACHE/models--org--name/snapshots/COMMIT/onnx/model.onnx -> ../../../blobs/ETAG
     CACHE/models--org--name/blobs/ETAG                          a file, or since huggingface_hub 2
@@ -19,7 +19,7 @@ _SHARED: Final = re.compile(r"[0-9a-f]{64}")
 
 
 def is_within(file: Path, folder: Path) -> bool:
-    """Whether `file`, a path below `folder`, is of the same model once links are followed.
+    """Whether `file`, a path below `folder`, belongs to the same model when links are followed.
 
     It lies in `folder`, or `folder` is in a snapshot of the Hub's cache and `file` is a link into
     the blobs of the same repository. Whether it exists is another question.
@@ -44,7 +44,7 @@ def is_within(file: Path, folder: Path) -> bool:
 
 
 def _repository(home: Path) -> Path | None:
-    """The repository in the cache whose snapshot holds the directory `home`, links followed."""
+    """Finds the cached repository whose snapshot holds the directory `home`, links followed."""
     for at in (home, *home.parents):
         if at.parent.name == "snapshots" and _REPOSITORY.fullmatch(at.parent.parent.name):
             return at.parent.parent

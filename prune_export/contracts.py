@@ -1,4 +1,4 @@
-"""What a method, a healer, an exporter and a runner are: the whole of what a plug-in implements.
+"""The interfaces of methods, healers, exporters and runners: all that a plug-in implements.
 
 Each is a frozen dataclass in one file; its fields are its keys in the recipe, its docstring is its
 help, and `VERSION` is raised whenever the same input would give other bytes. `docs/your-own.md`
@@ -25,7 +25,7 @@ from prune_export.surgery import Edit
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece of work takes at its peak; `plan` adds it up and refuses what exceeds a limit.
+    """The estimated cost of a piece of work: peak memory, disk, FLOPs; `plan` adds costs up.
 
     `flops` (multiplications and additions) and `moved_bytes` (disk reads and writes) are turned
     into seconds with this machine's measured rates; `seconds` is time that neither explains, such
@@ -42,7 +42,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Work:
-    """The means a running stage gets.
+    """What a running stage is given: scratch directory, machine, progress, calibration data.
 
     `scratch` is a directory that outlives a killed run: long work keeps its checkpoints there and
     goes on from them. It is removed when the stage is complete. `tokens` is calibration data, for
@@ -89,7 +89,7 @@ class StageLog(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Decision:
-    """What a method decided: the edits, and why, for the manifest and the report.
+    """The result of a method: the edits to make, and a log of why, for manifest and report.
 
     `log` is JSON; what a report can show of it are the keys of `StageLog`.
     """
@@ -99,7 +99,7 @@ class Decision:
 
 
 class Method(Protocol):
-    """Decides what to cut. It never touches a weight: it returns edits, and surgery cuts."""
+    """A pruning method: decides what to cut, and returns edits; `surgery` applies them."""
 
     VERSION: ClassVar[str]
 
@@ -120,45 +120,45 @@ class Method(Protocol):
         """
 
     def decide(self, model: ModelView) -> Decision:
-        """What to cut, from the statistics and, where it asks, the weights."""
+        """Decides what to cut, from the statistics and, where it reads them, the weights."""
 
 
 @runtime_checkable
 class HasPlanNote(Protocol):
-    """What a method has besides where the plan is to say something about it."""
+    """A method that adds a note to the plan."""
 
     def note(self, arch: Arch) -> str:
-        """What a reader of the plan must know, in a few words; empty where it is nothing."""
+        """What a reader of the plan must know, in a few words; may be empty."""
 
 
 @runtime_checkable
 class Refitting(Protocol):
-    """What a method has besides where it does more if its stage has data, and less if not."""
+    """A method that also refits weights if its stage has calibration data."""
 
     @property
     def needs_data(self) -> bool:
-        """Whether it is to be refused without."""
+        """Whether the stage is refused without data."""
 
     def passes_with_data(self, arch: Arch) -> tuple[ExtraPass, ...]:
-        """The passes that `decide` then runs, beyond those that `statistics` tells.
+        """The calibration passes of the refit, beyond those in `statistics`.
 
         Raises:
             PlanError: the parameters cannot work on this model.
         """
 
     def refit_note(self, arch: Arch) -> str:
-        """What a reader of the plan must know of them, in a few words; empty where nothing."""
+        """What a reader of the plan must know of the refit, in a few words; may be empty."""
 
 
 @runtime_checkable
 class TracksAblations(Protocol):
-    """What a method has besides where it keeps zero what earlier stages zeroed of blocks.
+    """A method that keeps attentions and MLPs zero that earlier stages have zeroed (ablated).
 
-    After a method without it, nothing is known of such zeros in the plan.
+    After a method without it, the plan does not know which parts of blocks are zero.
     """
 
     def ablated(self, arch: Arch, known: Ablated) -> Ablated:
-        """What is known after it, of a model `arch` before it.
+        """The parts known to be zero after it, given those `known` before it in a model `arch`.
 
         Raises:
             PlanError: it is to zero more parts than can be left.
@@ -197,7 +197,7 @@ class Healer(Protocol):
         """Refuses in the plan what cannot work (PlanError, MissingExtra)."""
 
     def cost(self, arch: Arch, tokens: int, length: int, machine: Machine) -> Cost:
-        """What healing takes, for `tokens` available training tokens in windows of `length`."""
+        """Estimates the cost of healing on `tokens` available tokens, in windows of `length`."""
 
     def heal(self, checkpoint: Path, tokens: TokenSet, out: Path, work: Work) -> HealRecord:
         """Heals `checkpoint` into the directory `out`, resuming from `work.scratch`."""
@@ -205,7 +205,7 @@ class Healer(Protocol):
 
 @dataclass(frozen=True)
 class BuildRecord:
-    """How an engine was built; `weight_bytes` is what one decode step must read of weights.
+    """The record of an engine's build; `weight_bytes` are the weight bytes read by a decode step.
 
     `sparsity` is JSON: what the build shows of sparse kernels, empty where nothing was asked.
     """
@@ -262,10 +262,10 @@ class Runner(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
     def reset(self) -> None:
-        """Forgets the cache."""
+        """Empties the KV cache."""
 
     def step(self, ids: np.ndarray) -> tuple[np.ndarray, float]:
-        """Feeds `ids` int64 `[batch, new]` after what the cache holds.
+        """Runs `ids` int64 `[batch, new]` after the tokens in the cache.
 
         Returns logits float32 `[batch, new or 1, vocab]` (the last position is always there) and
         the seconds that it took.
@@ -293,13 +293,13 @@ class Exporter(Protocol):
         """Refuses in the plan what cannot work (PlanError, MissingExtra)."""
 
     def cost(self, arch: Arch, checkpoint_bytes: int) -> Cost:
-        """What the export takes."""
+        """Estimates the cost of the export."""
 
     def export(self, checkpoint: Path, out: Path, work: Work) -> BuildRecord:
         """Writes the engine, tokenizer and generation config into the directory `out`."""
 
     def open(self, path: Path, machine: Machine) -> Runner:
-        """A runner for what `export` wrote at `path`."""
+        """Opens the engine at `path`, as `export` wrote it."""
 
 
 @runtime_checkable
@@ -307,12 +307,12 @@ class HasSparsity(Exporter, Protocol):
     """An exporter whose engines may run sparse kernels, or carry what is done for them."""
 
     def without_sparsity(self) -> Self | None:
-        """The same with all of that left out, to tell its gain; None where nothing is done."""
+        """The same exporter without sparse kernels, to measure their gain; None if it uses none."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Who runs the nodes of a graph: `asked` for, and how many each provider was given.
+    """Which execution provider runs the nodes of a graph: `asked` for, and counts by provider.
 
     `strayed` are nodes that multiply and are run by another provider than the one asked for.
     """
@@ -327,12 +327,12 @@ class Bounded(Protocol):
     """An exporter whose engines take sequences of a bounded length."""
 
     def longest(self, config: Mapping[str, Any]) -> int | None:
-        """The most tokens, prompt and answer, that the engine of a model takes; None: any."""
+        """The longest sequence, prompt and answer, that the engine of a model takes; None: any."""
 
 
 @runtime_checkable
 class LimitsBatch(Protocol):
-    """A runner whose engine was built for so many sequences at once, and takes no more."""
+    """A runner whose engine was built for a largest batch."""
 
     @property
     def most_sequences(self) -> int:
@@ -341,7 +341,7 @@ class LimitsBatch(Protocol):
 
 @runtime_checkable
 class PlacesNodes(Protocol):
-    """A runner whose runtime hands out the nodes of a graph to several providers."""
+    """A runner whose runtime distributes the nodes of a graph over execution providers."""
 
     def placement(self) -> Placement:
-        """Who runs what."""
+        """Which provider runs which nodes."""

@@ -52,7 +52,7 @@ def refuse_secrets(directory: Path, files: Iterable[str], token: str | None) -> 
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number of its first line, bytes) of overlapping pieces, so that no match is cut in two.
+    """Yields (first line number, bytes) of overlapping pieces, so that no match is cut in two.
 
     Of safetensors only the header; of UTF-16 the ASCII in it.
     """

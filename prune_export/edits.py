@@ -1,4 +1,4 @@
-"""What a method may ask surgery for, and what such edits leave of an architecture.
+"""The edits that a method may return, and the architecture that they lead to.
 
 Edits speak of the model as it was: names, layers and positions before any cut.
 """
@@ -52,7 +52,7 @@ class Untie:
 
 @dataclass(frozen=True)
 class Become:
-    """Make it another model type, which has more tensors; each of those needs an `Overwrite`."""
+    """Change the model type to one with more tensors; each new one needs an `Overwrite`."""
 
     model_type: str
 

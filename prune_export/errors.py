@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose, and how it reads.
+"""The errors of this package, and how they read.
 
 An error says where it happened, what was got versus expected, and what to do about it:
 
@@ -55,7 +55,7 @@ class MissingExtra(PlanError):
 
     @classmethod
     def of(cls, needed_by: str, package: str, extra: str) -> MissingExtra:
-        """The error for `needed_by` when `package`, part of `extra`, cannot be imported."""
+        """Makes the error for `needed_by` when `package`, part of `extra`, cannot be imported."""
         return cls(
             needed_by,
             f"needs the package {package}, which is not installed",
@@ -80,7 +80,7 @@ class PublishError(PruneExportError):
 
 
 def did_you_mean(got: str, known: Iterable[str], *, shown: int = 8) -> str:
-    """A sentence that lists the close matches to `got`, or else what is known."""
+    """Words a hint: the close matches to `got`, or else all that is known."""
     options = sorted(known)
     close = difflib.get_close_matches(got, options, n=3, cutoff=0.6)
     if close:

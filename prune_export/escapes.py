@@ -1,4 +1,4 @@
-"""Characters that show nothing, or do something: as escapes, in all that people read.
+"""Escapes invisible and control characters in all that people read.
 
 Texts come from recipes, models and file names; a terminal obeys some of their characters, and the
 direction of writing that others change makes a name look like another, also on a page.
@@ -20,17 +20,17 @@ _SHORT: Final = {"\t": "\\t", "\r": "\\r"}
 
 
 def escaped(text: str) -> str:
-    """The text with every character that shows nothing, or does something, as an escape."""
+    """Escapes every invisible or control character of a text."""
     return _UNSEEN.sub(_escape, text)
 
 
 def json_escaped(text: str) -> str:
-    """JSON with the same characters as JSON's own escapes; they can only stand in its strings."""
+    """Escapes the same characters in JSON, as JSON's own escapes."""
     return _UNSEEN.sub(_json_escape, text)
 
 
 def escaped_page(text: str) -> str:
-    """The same for a whole document, which may hold tabs."""
+    """Escapes a whole document, which may hold tabs."""
     return "\t".join(escaped(part) for part in text.split("\t"))
 
 

@@ -1,4 +1,4 @@
-"""Opens what comes from outside: regular files only, and none longer than its kind may be.
+"""Opens files from outside safely: regular ones only, and none too long for its kind.
 
 A name in a model directory or a recipe may be a FIFO (opening it waits for ever), a device
 (`/dev/zero` has no end) or a directory. Every reader of outside data opens its files here.
@@ -48,7 +48,7 @@ def open_regular(
     *,
     error: type[PruneExportError] = CheckpointError,
 ) -> BufferedReader:
-    """`path`, opened for reading; never waits, whatever stands there.
+    """Opens `path` for reading; never blocks, whatever is there.
 
     `limit_bytes` bounds the file's length, None leaves it open (data that is read in pieces).
     `what` names what is expected there, for the message: "a model card".
@@ -78,7 +78,7 @@ def read_regular(
     *,
     error: type[PruneExportError] = CheckpointError,
 ) -> bytes:
-    """The bytes of a regular file of at most `limit_bytes`.
+    """Reads a regular file of at most `limit_bytes`.
 
     Raises:
         PruneExportError: of the type `error`, as `open_regular`.
@@ -104,7 +104,7 @@ def read_regular_text(
     *,
     error: type[PruneExportError] = CheckpointError,
 ) -> str:
-    """The text of a regular UTF-8 file.
+    """Reads a regular UTF-8 file.
 
     Raises:
         PruneExportError: of the type `error`, as `open_regular`; also what is not UTF-8.
@@ -123,7 +123,7 @@ def read_regular_text(
 def parse_json(
     text: str, where: str, *, error: type[PruneExportError] = CheckpointError
 ) -> dict[str, Any]:
-    """The JSON object in `text`: not nested deeper than `DEEPEST`, every string plain Unicode.
+    """Parses a JSON object: not nested deeper than `DEEPEST`, every string plain Unicode.
 
     Raises:
         PruneExportError: of the type `error`; `where` is the file.
@@ -151,7 +151,7 @@ def read_json_object(
     *,
     error: type[PruneExportError] = CheckpointError,
 ) -> dict[str, Any]:
-    """The JSON object in a regular file.
+    """Reads a JSON object from a regular file.
 
     Raises:
         PruneExportError: of the type `error`, as `read_regular_text` and `parse_json`.
@@ -161,7 +161,7 @@ def read_json_object(
 
 
 def is_deeper(data: Any, depth: int) -> bool:
-    """Whether lists and objects lie in one another more than `depth` times; level by level."""
+    """Whether lists and objects are nested more than `depth` deep."""
     level: list[Any] = [data] if isinstance(data, Mapping | list | tuple) else []
     for _ in range(depth):
         level = [
@@ -193,7 +193,7 @@ def is_regular(path: Path | str) -> bool:
 
 
 def shown(path: Path | str) -> str:
-    """A path as an error names it: one line, shortened in the middle where it is very long."""
+    """Formats a path for an error: one line, shortened in the middle where it is very long."""
     text = str(path)
     return text if len(text) <= 300 else f"{text[:140]}…{text[-140:]}"
 

@@ -146,7 +146,7 @@ def check_names(repo_id: str, revision: str | None = None) -> None:
 
 
 def _engine_folders(directory: Path) -> tuple[str, ...]:
-    """The folders that report.json says hold engines."""
+    """Reads from report.json which folders hold engines."""
     try:
         report = read_json_object(directory / "report.json", "a report", REPORT_BYTES)
         names = [str(one["directory"]) for one in report["exports"]]
@@ -156,7 +156,7 @@ def _engine_folders(directory: Path) -> tuple[str, ...]:
 
 
 def _checkpoint(directory: Path) -> Checkpoint:
-    """The checkpoint to publish, its headers validated; pickles are refused here."""
+    """Opens and validates the checkpoint to publish; refuses pickles."""
     if not directory.is_dir():
         raise PublishError(str(directory), "is not a directory", "give the directory of a run")
     for name, what in {"README.md": "model card", "prune_recipe.lock.json": "lock"}.items():
@@ -175,7 +175,7 @@ def _opened(directory: Path, *, weights: bool = True) -> Checkpoint:
 def _chosen(
     checkpoint: Checkpoint, folders: tuple[str, ...], *, machine_bound: bool
 ) -> tuple[list[str], list[str]]:
-    """Names below the directory that are ours, and those that are not, both sorted."""
+    """Sorts the files below the directory into those to publish and the others."""
     root = checkpoint.path
     known = {*checkpoint.files, *checkpoint.side_files()}
     patterns = [*_OURS]
@@ -291,7 +291,7 @@ def _upload(
     endpoint: str | None,
     bars: bool,
 ) -> tuple[str, str]:
-    """(address, commit) of the upload."""
+    """Uploads the files; gives the address and the commit."""
     from huggingface_hub import HfApi, utils
     from huggingface_hub.errors import HTTPError  # httpx's, whichever httpx the library uses
 
@@ -331,7 +331,7 @@ def _upload(
 
 
 def _refusal(repo_id: str, error: BaseException, token: str) -> PublishError:
-    """What the Hub answered, in our words, without the token."""
+    """Turns what the Hub answered into an error, without the token."""
     from huggingface_hub.errors import HfHubHTTPError
 
     cause: BaseException | None = error

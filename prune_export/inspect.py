@@ -1,4 +1,4 @@
-"""Shows how redundant a model's blocks are, before anything is removed.
+"""Measures and draws how redundant a model's blocks are, before anything is removed.
 
 `inspect_model` measures, in one streamed pass, the angular distance across every run of blocks and
 the influence of each block; `draw` makes one picture of both.
@@ -46,7 +46,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was measured.
+    """The measurements of `inspect_model`.
 
     `distance_map` is `[layers + 1][layers + 1]`, in units of pi; `block_influence` is `[layers]`,
     1 - the mean cosine; `best_runs` has one entry a size, from 1 block to all but one.
@@ -76,7 +76,7 @@ def inspect_model(
     name: str | None = None,
     ignore_keys: Collection[str] = (),
 ) -> Inspection:
-    """Angular distances and block influences of a model over `tokens`.
+    """Measures a model's angular distances and block influences over `tokens`.
 
     Raises:
         UnsupportedArch: no table describes the model.

@@ -1,4 +1,4 @@
-"""Locks that end with their holder, however it ends: the kernel frees them, nobody counts."""
+"""File locks that the kernel frees when their holder ends, however it ends."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 @contextlib.contextmanager
 def held_if_free(path: Path) -> Iterator[bool]:
-    """Whether the lock file at `path` was free; then it is held, and left where it is."""
+    """Takes the lock at `path` if it is free, and says whether it was; the file stays."""
     try:
         # No wait for a writer, should it be a pipe, and no link: ours are neither.
         descriptor = os.open(path, os.O_RDONLY | _QUIETLY | platforms.open_flags("O_NONBLOCK"))
@@ -56,7 +56,7 @@ def held_if_free(path: Path) -> Iterator[bool]:
 
 
 def sweep_lock(path: Path) -> bool:
-    """Removes a lock file that no living process holds; whether it did."""
+    """Removes a lock file that no living process holds; says whether it did."""
     with held_if_free(path) as free:
         if free and path.is_file():
             unlink_held(path)
@@ -65,7 +65,7 @@ def sweep_lock(path: Path) -> bool:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Writes a text file in one step: what is there is the old one or the new one, whole.
+    """Writes a text file atomically: readers see the old one or the new one, whole.
 
     A killed writer leaves `.NAME.PID` beside it, which `sweep_lock` tells from a living one's.
     """

@@ -1,4 +1,4 @@
-"""What this machine has, and how much of it the work may use.
+"""The machine's memory, threads and GPU, and how much of them the work may use.
 
 Machine settings are recorded beside results and not hashed into an artifact's id: the same recipe
 on another machine is the same artifact. What timed this machine is the exception
@@ -24,7 +24,7 @@ _HEALING: Final = ("peft", "bitsandbytes")
 
 @dataclass(frozen=True)
 class Machine:
-    """The means for the work.
+    """The limits of the work on this machine: memory, GPU memory, threads.
 
     `ram_bytes` is the budget for a process, Python and torch included; `gpu_bytes` is that for what
     is on the GPU, 0 without a CUDA device; `threads` is the number of compute threads; `capability`
@@ -63,7 +63,7 @@ class Machine:
 
 
 def user_cache() -> Path:
-    """Where this user's caches are kept; it need not be there yet.
+    """Finds this user's cache directory; it need not exist yet.
 
     Raises:
         RuntimeError: the user has no home directory, and the environment names no cache.
@@ -73,7 +73,7 @@ def user_cache() -> Path:
 
 
 def _free_gpu_bytes() -> int | None:
-    """What other processes leave of the GPU's memory; None without a GPU.
+    """The free memory of the GPU in bytes; None without a GPU.
 
     What torch has in this process and does not use counts as free.
     """
@@ -93,7 +93,7 @@ def _capability() -> int:
 
 
 def describe() -> dict[str, str]:
-    """What a measurement must name: processor, cores, memory, operating system, GPU, versions."""
+    """Describes the machine for a measurement: processor, cores, memory, system, GPU, versions."""
     from importlib import metadata
 
     def version(package: str) -> str:

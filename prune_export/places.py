@@ -1,11 +1,11 @@
-"""Judges where a command may write: nothing that it did not write itself is ever lost.
+"""Checks where a command may write, so that it never overwrites what it did not write itself.
 
 A result directory is absent, empty, or one whose every entry this tool wrote, by its own list: the
 lock names each file of a result, and SHA256SUMS has their hashes, so that what somebody changed is
 told from what was written (`written`). Anything else is refused before work begins, with what
 stands there. What a killed run left is ours.
 
-    out/.prune-export/          new/ and old/ while a result is swapped in; see `run.result`
+    out/.prune-export/          new/ and old/ while a result is swapped in; see `execution.result`
     out/.prune-export.lock      held by the run that does it
     .out.partial/  .out.lock    the same beside `out`, where it is not there yet
 """
@@ -46,7 +46,7 @@ _PATH_BYTES: Final = 3800
 def judged(
     out: Path, reads: Mapping[str, Path], *, option: str = "--out", again: bool = True
 ) -> Path:
-    """The real place of a result directory, links followed; nothing is written.
+    """Checks a result directory, and resolves its links; nothing is written.
 
     `reads` are the places that the work reads or keeps, by what they are called in an error: none
     may be `out` or lie in it, and `out` may not lie in the store. Without `again` not even a result
@@ -118,7 +118,7 @@ def refuse_strangers(real: Path, where: str, option: str = "--out", *, again: bo
 
 
 def judged_picture(picture: Path, source: str, *, option: str = "--out") -> None:
-    """Refuses a place for a picture that holds anything but an earlier picture from `source`.
+    """Checks the path of a picture: free, or an earlier picture from `source`.
 
     Raises:
         PlanError: it is no .png, or something else stands there, or it cannot be written.
@@ -144,7 +144,7 @@ def judged_picture(picture: Path, source: str, *, option: str = "--out") -> None
 
 
 def named(names: Sequence[str], shown: int = 3) -> str:
-    """The first few of some names, and how many more there are."""
+    """Words a list of names: the first few, and the number of the others."""
     first = [_shown(name) for name in names[:shown]]
     rest = len(names) - len(first)
     if rest:
@@ -153,7 +153,7 @@ def named(names: Sequence[str], shown: int = 3) -> str:
 
 
 def partial_of(out: Path) -> Path:
-    """Where a result that is not there yet is put together."""
+    """The directory in which a new result is put together."""
     return out.with_name(f".{out.name}.partial")
 
 
@@ -214,24 +214,24 @@ def _refuse_unwritable(where: str, real: Path, option: str) -> None:
 
 
 def _unusable(where: str, error: Exception, option: str) -> PlanError:
-    """What the system said of a place."""
+    """Makes the error for a place that the system refuses."""
     said = error.strerror if isinstance(error, OSError) else str(error)
     return PlanError(where, f"cannot be used: {said}", f"give another `{option}`")
 
 
 def lock_beside(out: Path) -> Path:
-    """What a run holds that makes a result directory which is not there yet."""
+    """The lock file of a run that makes a new result directory."""
     return out.with_name(f".{out.name}.lock")
 
 
 def is_lock(file: Path) -> bool:
-    """Whether it is a lock file as we make them, empty."""
+    """Whether a file is a lock file as we make them: empty."""
     status = _status(file)
     return status is not None and stat.S_ISREG(status.st_mode) and status.st_size == 0
 
 
 def _strangers(folder: Path, listing: Mapping[str, Any], below: str = "") -> Iterator[str]:
-    """What is in a directory and not in its list; of a directory that is foreign, its name."""
+    """Lists the files in a directory that are not in its list; a foreign directory by its name."""
     known = {name.removeprefix(below).split("/")[0] for name in listing if name.startswith(below)}
     with os.scandir(folder / below) as found:
         entries = sorted(found, key=lambda entry: entry.name)
@@ -257,7 +257,7 @@ def _is_ours_for_now(folder: Path, entry: os.DirEntry[str]) -> bool:
 
 
 def _changed(folder: Path, listing: Mapping[str, str | None]) -> Iterator[str]:
-    """The files whose bytes are not those that were written.
+    """Lists the files whose bytes are not those that were written.
 
     Large ones are only hashed where they are younger than the list, which was written last.
     """
@@ -274,13 +274,13 @@ def _changed(folder: Path, listing: Mapping[str, str | None]) -> Iterator[str]:
 
 
 def _left_by_earlier(out: Path) -> Path | None:
-    """Where earlier versions kept the old result, if they were killed as they put in the new."""
+    """The place where earlier versions kept the old result while they put in the new one."""
     old = out.with_name(f".{out.name}.old")
     return old if (old / LOCK).is_file() and not os.path.lexists(out) else None
 
 
 def _shown(text: str, most: int = 200) -> str:
-    """A path for an error: of bearable length, and nothing in it that a terminal would obey."""
+    """Formats a path for an error: shortened, and without control characters."""
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
@@ -291,7 +291,7 @@ def _head(file: Path) -> bytes:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """What `path` is, a link taken as one; None where nothing is there."""
+    """The status of `path`, without following a link; None where nothing is there."""
     try:
         return path.lstat()
     except (FileNotFoundError, NotADirectoryError):

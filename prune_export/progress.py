@@ -1,4 +1,4 @@
-"""How long work tells that it goes on, without knowing who listens.
+"""The interface of progress bars, and one that shows nothing.
 
 Work takes a `Progress` and opens a task on it; the command line passes one that draws bars with an
 estimate, tests and libraries the silent one.
@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """One bar."""
+    """One progress bar."""
 
     def advance(self, steps: float = 1) -> None: ...
     def note(self, text: str) -> None:

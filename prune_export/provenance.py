@@ -1,4 +1,4 @@
-"""A result directory as a model in memory, with what is known of how it was made."""
+"""Loads a result directory as a model, with its provenance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prune_export.written import LOCK, listed
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a result was made, as its lock and its report say.
+    """How a result was made, from its lock and its report.
 
     `base` is the model that it was made from (a Hub id, or the last part of a path), `revision` its
     commit on the Hub. `artifacts` are the ids of the stages and engines by their place in the
@@ -43,7 +43,7 @@ class Provenance:
         return Recipe.load(self.path / PUBLISHED_NAME)
 
     def changed(self) -> tuple[str, ...]:
-        """The files that are gone, or not byte for byte what the run wrote; reads all of them."""
+        """Lists the files that are missing, or not byte for byte what the run wrote; hashes all."""
         return tuple(
             name
             for name, digest in sorted(self.files.items())
@@ -54,14 +54,14 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model of transformers and, where the directory is a result of this tool, its provenance."""
+    """A transformers model and, where the directory is a result of this tool, its provenance."""
 
     model: Any = field(repr=False)
     provenance: Provenance | None
 
 
 def load(path: str | Path, *, dtype: str = "auto", device: str | None = None) -> Loaded:
-    """The model of a result directory, and how it was made.
+    """Loads the model of a result directory, and how it was made.
 
     Stock transformers opens it, without remote code and without a network; model types of this
     package (`layout: narrow`) are made known first. `dtype` is what transformers takes (`"auto"`:
@@ -85,7 +85,7 @@ def load(path: str | Path, *, dtype: str = "auto", device: str | None = None) ->
 
 
 def provenance_of(folder: Path) -> Provenance | None:
-    """What a result's lock and report say; None where there is no lock.
+    """Reads the provenance of a result from its lock and report; None where there is no lock.
 
     Raises:
         CheckpointError: one of them cannot be read, or is not of the form that this tool writes.

@@ -1,4 +1,4 @@
-"""Finds methods, healers and exporters: the name of the file or package is the registry.
+"""Finds methods, healers and exporters by the names of their files and packages.
 
 Below `methods`, a package is a family and each module in it a method: `methods/sparse/wanda.py` is
 `method: wanda`. `exporters/onnx/` is `export: onnx`. A third party adds one through the entry-point
@@ -24,13 +24,13 @@ KINDS: Final[tuple[Kind, ...]] = ("methods", "heal", "exporters")
 
 @cache
 def names(kind: Kind) -> tuple[str, ...]:
-    """Every registered name of a kind, sorted, without importing any of them."""
+    """Lists every registered name of a kind, sorted, without importing any of them."""
     return tuple(sorted({*_modules(kind), *_plugins(kind)}))
 
 
 @cache
 def find(kind: Kind, name: str) -> Any:
-    """The class registered as `name`.
+    """Imports the class registered as `name`.
 
     Raises:
         PlanError: no such name or two of it, a module that does not define exactly one entry, or a
@@ -63,7 +63,7 @@ def find(kind: Kind, name: str) -> Any:
 
 @cache
 def _modules(kind: Kind) -> dict[str, str]:
-    """The dotted path of each entry of ours, by its name.
+    """Finds the dotted path of each built-in entry, by its name.
 
     Raises:
         PlanError: two entries have one name.
@@ -82,7 +82,7 @@ def _modules(kind: Kind) -> dict[str, str]:
 
 
 def _entries(package: str, *, with_rooms: bool) -> Iterator[str]:
-    """The dotted paths of a package's public modules; those of its rooms stand for the rooms."""
+    """Lists the dotted paths of a package's public modules, those of its families included."""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         path = f"{package}.{module.name}"
         if module.name.startswith("_"):

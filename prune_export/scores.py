@@ -1,4 +1,4 @@
-"""Pure tensor mathematics that methods and statistics share."""
+"""Tensor functions that methods and statistics share: angles, sums over runs, order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def angles(points: torch.Tensor) -> torch.Tensor:
-    """`[points, points]`: the angle between each two rows of `points`, in units of pi, float64.
+    """Computes the angle between each two rows, `[points, points]` in units of pi, float64.
 
     As 2 atan2(|u-v|, |u+v|) of unit vectors: arccos of a cosine near 1 loses half of the digits.
     """
@@ -22,7 +22,7 @@ def angles(points: torch.Tensor) -> torch.Tensor:
 
 
 def turned(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """1 - cos of the angle between paired rows, float64.
+    """Computes 1 - cos of the angle between paired rows, float64.
 
     As |u-v|²/2 of unit vectors, which keeps its digits where the two are almost parallel.
     """
@@ -36,7 +36,7 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
 
 
 def runs(distances: torch.Tensor, remove: int) -> list[float]:
-    """The distance across each run of `remove` blocks, by the run's first block.
+    """Takes the distance across each run of `remove` blocks, by the run's first block.
 
     `distances` is `[layers + 1, layers + 1]` between the points where residual states stand.
     """
@@ -44,12 +44,12 @@ def runs(distances: torch.Tensor, remove: int) -> list[float]:
 
 
 def run_sums(scores: Sequence[float], remove: int) -> list[float]:
-    """The sum of the scores of each run of `remove` blocks, by the run's first block."""
+    """Sums the scores of each run of `remove` blocks, by the run's first block."""
     return [sum(scores[i : i + remove]) for i in range(len(scores) - remove + 1)]
 
 
 def least(scores: Sequence[float]) -> list[int]:
-    """The positions in ascending order of score; of equal scores the later (deeper) comes first.
+    """Sorts positions by ascending score; of equal scores the later (deeper) comes first.
 
     Deeper blocks are the safer ones to remove, and the order must not depend on chance.
     """

@@ -1,4 +1,4 @@
-"""Edits, and the only code that applies them to weights.
+"""Applies edits to a checkpoint: the only code that changes weights.
 
 A method yields edits, all of which speak of the model as it was: names, layers and positions before
 any cut, and whole tensors of the old shape where it overwrites. `rewrite` turns them into a new
@@ -93,7 +93,7 @@ def rewrite(
 def _planned(
     source: Checkpoint, arch: Arch, after: Arch, edits: Edits, window: int
 ) -> Iterator[Planned]:
-    """The tensors to write, in the order in which the source stores them: its bytes stay runs."""
+    """Plans the tensors to write, in the order of the source, to copy its bytes in runs."""
     names = _new_names(arch, after, edits)
     for old, entry in source.entries.items():
         if old not in names:
@@ -119,7 +119,7 @@ def _planned(
 def _content(
     source: Checkpoint, stored: str, tensor: Tensor, arch: Arch, edits: Edits, window: int
 ) -> Entry | Callable[[], torch.Tensor | Iterator[torch.Tensor]]:
-    """What becomes of a tensor that is stored under the name `stored`."""
+    """The content to write for a tensor that is stored under the name `stored`."""
     entry, cuts = source.entries[stored], _cuts(tensor, arch, edits.keep)
     if tensor.name in edits.overwrite:
         value = edits.overwrite[tensor.name]
@@ -128,7 +128,7 @@ def _content(
 
 
 def _new_names(arch: Arch, after: Arch, edits: Edits) -> dict[str, str]:
-    """The new name of each stored tensor that is left; blocks and experts are renumbered."""
+    """Renames each stored tensor that is left; blocks and experts are renumbered."""
     kept = arch.kept(edits.drop)
     names = {old: new for new, old in arch.origin(kept).items()}
     for axis, experts in edits.keep.items():
@@ -146,7 +146,7 @@ def _new_names(arch: Arch, after: Arch, edits: Edits) -> dict[str, str]:
 
 
 def _cuts(tensor: Tensor, arch: Arch, keep: Mapping[str, tuple[int, ...]]) -> Cuts:
-    """What of a tensor's dimensions survives all of `keep`, several axes in one dimension too."""
+    """The positions of a tensor's dimensions that survive all of `keep`."""
     sizes = dict(arch.sizes)
     left: dict[int, list[int]] = {}
     for axis in sorted(tensor.dims.axes() & keep.keys()):
@@ -159,7 +159,7 @@ def _cuts(tensor: Tensor, arch: Arch, keep: Mapping[str, tuple[int, ...]]) -> Cu
 
 @dataclass(frozen=True)
 class _Cut:
-    """What is left of a stored tensor, read in windows of at most `window` bytes."""
+    """Cuts a stored tensor, read in windows of at most `window` bytes."""
 
     source: Checkpoint
     name: str
@@ -180,7 +180,7 @@ class _Cut:
 
 @dataclass(frozen=True)
 class _Overwritten:
-    """A new value, checked to be like the old and then cut."""
+    """Cuts a new value, whose shape and dtype must be the old ones."""
 
     name: str
     dtype: str
@@ -211,7 +211,7 @@ class _Overwritten:
 
 
 def _cut(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    """The positions kept; on the bits, because not every dtype can be indexed."""
+    """Keeps positions of a tensor; on the bits, because not every dtype can be indexed."""
     import torch
 
     if not cuts:
@@ -225,7 +225,7 @@ def _cut(tensor: torch.Tensor, cuts: Cuts) -> torch.Tensor:
 
 
 def _windows(rows: Iterable[int], span: int) -> Iterator[list[int]]:
-    """Ascending rows in groups, the first and the last of which are less than `span` apart."""
+    """Groups ascending rows so that each group spans less than `span` rows."""
     group: list[int] = []
     for row in rows:
         if group and row - group[0] >= span:
@@ -237,7 +237,7 @@ def _windows(rows: Iterable[int], span: int) -> Iterator[list[int]]:
 
 
 def _refuse_untied(source: Checkpoint, arch: Arch) -> None:
-    """A stored copy of a tied tensor is left behind, but only if it is a copy."""
+    """Refuses a stored copy of a tied tensor that is no copy: it would be left behind."""
     for tensor in arch.tensors:
         if tensor.tied_to is None or tensor.name not in source.entries:
             continue
@@ -262,7 +262,7 @@ def _same_bytes(one: Entry, other: Entry) -> bool:
 
 
 def _refuse_unsayable(config: Mapping[str, Any], after: Arch, out: Path) -> None:
-    """Reads the new config as transformers will: it must mean exactly what was planned."""
+    """Refuses a new config that transformers would not read as exactly what was planned."""
     try:
         full = full_config(config, out)
     except CheckpointError as error:

@@ -1,9 +1,9 @@
-"""Temporary directories that a killed process does not leave behind for ever.
+"""Temporary directories that are removed later if their process was killed.
 
 Each has a lock file beside it, held as long as its owner lives. Who finds one whose lock is free
 knows that the owner is dead, in whatever container it ran, and sweeps it.
 
-    <temporary>/prune-export-k3jx9a/        session, offloaded weights, spooled states
+    <temporary>/prune-export-k3jx9a/        session, offloaded weights, hidden states
     <temporary>/prune-export-k3jx9a.lock    held by its owner
 """
 
@@ -29,7 +29,7 @@ _LOCK: Final = ".lock"
 
 
 class Temporary:
-    """A new directory in the system's temporary folder, gone when it is closed or forgotten.
+    """A new directory in the system's temporary folder, removed when closed or collected.
 
     A child process that is given `descriptor` keeps it from being swept after its parent's death.
     """
@@ -69,7 +69,7 @@ def _removed(owner: int, descriptor: int, lock: str) -> None:
 
 
 def sweep() -> list[Path]:
-    """Removes the temporary directories whose owners are dead; those that it removed."""
+    """Removes the temporary directories whose owners are dead, and lists them."""
     swept: list[Path] = []
     with suppress(OSError):
         for lock in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*{_LOCK}")):
@@ -87,7 +87,7 @@ def sweep() -> list[Path]:
 
 
 def _ours(path: Path, kind: Callable[[int], bool]) -> bool:
-    """Whether it is this user's, and no link; the temporary folder belongs to everybody."""
+    """Whether a path is this user's own and no link; the temporary folder is everybody's."""
     try:
         status = path.lstat()
     except OSError:

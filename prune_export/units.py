@@ -1,4 +1,4 @@
-"""Bytes, counts and seconds, as people read and write them."""
+"""Parses and formats bytes, counts and seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def bytes_from_text(text: str) -> int:
-    """The number of bytes in `24GiB`, `1.5 GB`, `800M` (decimal unless an `i` is written).
+    """Parses a size in bytes: `24GiB`, `1.5 GB`, `800M` (decimal unless an `i` is written).
 
     Raises:
         ValueError: the text is not a size.
@@ -27,7 +27,7 @@ def bytes_from_text(text: str) -> int:
 
 
 def text_from_bytes(count: float) -> str:
-    """`1.50 GiB` for 1610612736."""
+    """Formats bytes: `1.50 GiB` for 1610612736."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(count) >= size:
             return f"{count / size:.2f} {unit}"
@@ -35,7 +35,7 @@ def text_from_bytes(count: float) -> str:
 
 
 def text_from_count(count: float) -> str:
-    """`134.5M` for 134515008."""
+    """Formats a count: `134.5M` for 134515008."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(count) >= size:
             return f"{count / size:.1f}{unit}"
@@ -43,7 +43,7 @@ def text_from_count(count: float) -> str:
 
 
 def text_from_seconds(seconds: float) -> str:
-    """`9 days`, `2 h 05 min`, `3 min 20 s`, `14 s` or `0.2 s`."""
+    """Formats a time: `9 days`, `2 h 05 min`, `3 min 20 s`, `14 s` or `0.2 s`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -57,5 +57,5 @@ def text_from_seconds(seconds: float) -> str:
 
 
 def text_from_name(name: str) -> str:
-    """A file's name as UTF-8 text, with escapes for bytes that are none: to tell, not to open."""
+    """Formats a file's name as UTF-8 text, with escapes for other bytes: to show, not to open."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""What this tool has written into a result directory, by that directory's own lists.
+"""Reads which files of a result directory this tool wrote, from the directory's own lists.
 
     prune_recipe.lock.json      names each file of the result
     SHA256SUMS                  their hashes, those of measured files too, which no lock can have
@@ -44,7 +44,7 @@ _LIST_BYTES: Final = 64 * MIB
 
 
 def is_work(folder: Path) -> bool:
-    """Whether a directory is one that a run of this tool puts a result together in."""
+    """Whether a directory is the work directory of a run of this tool."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     names = {name for name in os.listdir(folder) if not name.startswith(f".{JOURNAL}.")}
@@ -52,7 +52,7 @@ def is_work(folder: Path) -> bool:
 
 
 def listed(folder: Path) -> dict[str, str | None]:
-    """Name -> hash (None where it is not known) of the files that a result's own lists name."""
+    """Reads the files that a result's lists name: name -> hash, None where it is not known."""
     lock = _json(folder / LOCK)
     if not isinstance(lock, dict):
         return {}
@@ -69,13 +69,13 @@ def listed(folder: Path) -> dict[str, str | None]:
 
 
 def journaled(work: Path) -> dict[str, str | None]:
-    """The files, old and new, of a swap that was begun and not finished."""
+    """Lists the files, old and new, of an unfinished swap."""
     journal = journal_of(work)
     return {name: None for names in journal.values() for name in names} if journal else {}
 
 
 def journal_of(work: Path) -> dict[str, list[str]] | None:
-    """The names of the files that a swap takes out and brings in; None where none was begun."""
+    """Reads a swap's journal: the files taken out and brought in; None where none was begun."""
     found = _json(work / JOURNAL)
     if not isinstance(found, dict) or found.keys() != {"old", "new"}:
         return None
@@ -85,7 +85,7 @@ def journal_of(work: Path) -> dict[str, list[str]] | None:
 
 
 def files_of(folder: Path) -> Iterator[str]:
-    """The names of the files below a directory, sorted; links are not followed."""
+    """Lists the files below a directory, sorted; links are not followed."""
     for place, folders, files in os.walk(folder):
         folders.sort()
         for file in sorted(files):
@@ -93,14 +93,14 @@ def files_of(folder: Path) -> Iterator[str]:
 
 
 def is_inside(name: Any) -> bool:
-    """Whether a name from a file is one of something below the directory that it is in."""
+    """Whether a listed name stays below the directory of its list."""
     if not isinstance(name, str) or not name or "\0" in name or name.startswith("/"):
         return False
     return name == PurePosixPath(name).as_posix() and ".." not in name.split("/") and name != "."
 
 
 def sums_text(hashes: Mapping[str, str]) -> str:
-    """SHA256SUMS, as `sha256sum --check` reads it."""
+    """Writes SHA256SUMS, as `sha256sum --check` reads it."""
     lines = []
     for name, digest in sorted(hashes.items()):
         escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
@@ -109,13 +109,13 @@ def sums_text(hashes: Mapping[str, str]) -> str:
 
 
 def sha256_of(file: Path) -> str:
-    """The hash of a file's bytes."""
+    """Hashes a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _of_artifacts(lock: Mapping[str, Any]) -> dict[str, str | None]:
-    """The files of a result that are an artifact's: the last stage's, and each engine's."""
+    """Lists the files of a result that come from artifacts: the last stage's, and each engine's."""
     artifacts = lock.get("artifacts")
     if not isinstance(artifacts, dict):
         return {}
@@ -165,7 +165,7 @@ def _json(file: Path) -> Any:
 
 
 def _text(file: Path) -> str:
-    """What a list says; nothing where it is no regular file, too large, or not text."""
+    """Reads a list; nothing where it is no regular file, too large, or not text."""
     try:
         descriptor = os.open(file, os.O_RDONLY | _QUIETLY)
         with os.fdopen(descriptor, "rb") as stream:

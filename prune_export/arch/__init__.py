@@ -1,4 +1,4 @@
-"""What a model looks like: a family's table bound to one config. No torch, no disk.
+"""A model's architecture: a family's table bound to one config. No torch, no disk.
 
 `Arch.from_config` answers every question about shapes before a weight is read: which tensors there
 are, what each dimension means, what a cut leaves, and how the config must say it.
@@ -87,12 +87,12 @@ class Arch:
 
     @property
     def positions(self) -> int | None:
-        """How many positions it has learned, and no more; None where they are computed."""
+        """The number of learned positions, which is a hard limit; None where they are computed."""
         return self.sizes.get("positions")
 
     @property
     def parallel(self) -> bool:
-        """Whether attention and MLP of a block are added to the same states, those that enter."""
+        """Whether attention and MLP of a block are parallel: both added to the block's input."""
         said = self.table.parallel
         return holds(said, self.config) if isinstance(said, str) else said
 
@@ -113,11 +113,11 @@ class Arch:
         return sum(prod(self.shape(tensor)) for tensor in self.stored())
 
     def block_parameters(self) -> int:
-        """The number of parameters of all blocks together; embeddings and the head are outside."""
+        """The number of parameters of all blocks, without embeddings and head."""
         return sum(prod(self.shape(tensor)) for tensor in self.stored() if tensor.layer is not None)
 
     def head_parameters(self) -> int:
-        """The weights that turn a token's states into logits, be they stored or tied."""
+        """The number of weights of the LM head, stored or tied."""
         return sum(prod(self.shape(tensor)) for tensor in self.tensors if tensor.role == "head")
 
     def block(self, layer: int) -> tuple[Tensor, ...]:

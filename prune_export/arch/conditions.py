@@ -1,4 +1,4 @@
-"""The two small languages of a table: sizes over config keys, and conditions on them.
+"""Evaluates the expressions of a table: sizes over config keys, and conditions on them.
 
 head_dim | hidden_size / num_attention_heads     the first alternative with no missing key
 kv * group                                       left to right, integers only
@@ -29,7 +29,7 @@ def keys_of(text: str) -> frozenset[str]:
 
 
 def value(expression: str, config: Mapping[str, Any]) -> int:
-    """The size that `a | b / c` gives.
+    """Evaluates a size such as `a | b / c`.
 
     Raises:
         UnsupportedArch: no alternative has all of its keys, a key is no integer, or a division

@@ -75,7 +75,7 @@ class Dims:
     def kept(
         self, axis: str, index: Sequence[int], sizes: Mapping[str, int]
     ) -> tuple[tuple[int, list[int]], ...]:
-        """What survives when only `index` of `axis` is kept.
+        """The positions of each dimension that survive when only `index` of `axis` is kept.
 
         Returns (dimension, positions kept in it) for each dimension that holds the axis; positions
         follow the order of `index`, so a permuted index permutes.

@@ -1,4 +1,4 @@
-"""What a table says of config keys, applied: refusing, slicing and writing them."""
+"""Applies a table's rules for config keys: refuses, slices and writes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prune_export.errors import PlanError, UnsupportedArch, did_you_mean
 
 
 def with_stored_names(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with other names of a key replaced by the one that transformers writes."""
+    """Replaces aliases of config keys by the names that transformers writes."""
     named = dict(config)
     for alias, key in table.config.aliases.items():
         if alias in named:
@@ -29,7 +29,7 @@ def with_stored_names(table: Table, config: Mapping[str, Any]) -> dict[str, Any]
 def with_names_of(
     table: Table, config: Mapping[str, Any], base: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The config with each key under the name that `base` had for it, for its other readers."""
+    """Renames config keys back to the names that `base` had for them, for its other readers."""
     used = {
         key: alias
         for alias, key in table.config.aliases.items()

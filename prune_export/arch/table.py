@@ -1,4 +1,4 @@
-"""A family's table: what its models look like on disk, as data.
+"""A model family's table: its tensors, axes and config keys, as data.
 
 One YAML file in `families/` describes every model type of a family. `docs/architectures.md` shows
 how to write one; the contract test proves it against a tiny random model of transformers.
@@ -133,7 +133,7 @@ class Tiny(_Frozen):
 
 
 class Table(_Frozen):
-    """A family.
+    """The table of a family.
 
     `blocks`, `final_norm` and `embeddings` are module paths in the transformers model, which are
     also prefixes of the stored names: the list of blocks, the norm after the last block (None, or
@@ -259,7 +259,7 @@ def tables() -> Mapping[str, Table]:
 
 
 def parse_table(text: str, name: str) -> Table:
-    """The table that a YAML text says; `name` is the file's, for messages.
+    """Parses a YAML table; `name` is the file's, for messages.
 
     Raises:
         UnsupportedArch: it is malformed.
@@ -280,13 +280,13 @@ def parse_table(text: str, name: str) -> Table:
 
 @cache
 def common() -> Common:
-    """What `families/_common.yaml` says of config keys that any family may carry."""
+    """Loads the rules of `families/_common.yaml` for config keys that any family may carry."""
     text = files("prune_export.arch").joinpath("families/_common.yaml").read_text(encoding="utf-8")
     return Common.model_validate(yaml.safe_load(text))
 
 
 def table_for(model_type: str) -> Table:
-    """The table of a model type.
+    """Finds the table of a model type.
 
     Raises:
         UnsupportedArch: no table describes it.

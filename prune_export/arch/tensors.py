@@ -1,4 +1,4 @@
-"""A table's rows bound to one config: the tensors of a model and the sizes of their axes."""
+"""Binds a table's rows to a config: the tensors of a model and the sizes of their axes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ parse = lru_cache(maxsize=None)(Dims.parse)
 
 @lru_cache(maxsize=1 << 16)
 def _renamed(text: str, names: tuple[tuple[str, str], ...]) -> Dims:
-    """Plans bind hundreds of cuts of a model, and dimensions have the same names in all of them."""
+    """Parses dims and renames their axes; cached, as a plan binds hundreds of cuts of a model."""
     return parse(text).renamed(dict(names))
 
 

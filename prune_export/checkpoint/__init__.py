@@ -1,4 +1,4 @@
-"""Model directories: a lazy reader, a header-first writer, GGUF and the Hub's models in."""
+"""Checkpoints: a lazy reader, a header-first writer, and imports from GGUF and the Hub."""
 
 from prune_export.checkpoint.card import card_license
 from prune_export.checkpoint.gguf import gguf_config, import_gguf

@@ -1,4 +1,4 @@
-"""What a model directory's own card says."""
+"""Reads the licence from a model directory's card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TEXT: Final = "tag:yaml.org,2002:str"
 
 
 def card_license(folder: Path) -> str | None:
-    """The licence id in the metadata of a directory's README.md; None where it says none.
+    """Reads the licence id from the metadata of a directory's README.md; None where it has none.
 
     A card that is broken, or no regular file, says none: no run need fail for it.
     """

@@ -1,4 +1,4 @@
-"""config.json: read as data, and filled in with transformers' defaults. Its code is never run."""
+"""Reads config.json as data, and fills in transformers' defaults. Its code is never run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NESTED: Final = ("text_config", "llm_config", "language_config", "thinker_confi
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
         CheckpointError: the file cannot be read, is far too long or deep, or is no JSON object.
@@ -27,7 +27,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory, its keys in their order.
+    """Reads config.json of a model directory, its keys in their order.
 
     Raises:
         CheckpointError: there is none, it is not an object, or it says that weights are quantized.
@@ -61,7 +61,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_counts(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuses numbers by which a configuration class would count, for ever and into memory.
+    """Refuses numbers so large that a configuration class would exhaust time or memory on them.
 
     Raises:
         CheckpointError: naming the key.
@@ -77,7 +77,7 @@ def _refuse_counts(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """`config` with transformers' defaults filled in, as a plain dict.
+    """Fills in transformers' defaults; gives a plain dict.
 
     Only configuration classes that transformers ships, or that this process registered, are used;
     `auto_map` is ignored.

@@ -1,4 +1,4 @@
-"""Makes a plain checkpoint of a GGUF file: dequantized once, to 32-bit floats, by transformers."""
+"""Converts a GGUF file to a float32 safetensors checkpoint, dequantized by transformers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def import_gguf(
     ignore_keys: Collection[str] = (),
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Checkpoint:
-    """Writes the model in `file`, with its tokenizer, as a plain float32 checkpoint.
+    """Writes the model in `file`, with its tokenizer, as a float32 checkpoint.
 
     The whole model passes through memory once. Numbers such as `rms_norm_eps` stay as GGUF holds
     them, in single precision (9.999999747378752e-06): that is what its engine computes with. The
@@ -90,7 +90,7 @@ def import_gguf(
 
 
 def gguf_config(file: Path) -> dict[str, Any]:
-    """The full transformers config of a GGUF file, from its header: no weight is read.
+    """Reads the full transformers config of a GGUF file from its header, without weights.
 
     Raises:
         MissingExtra: gguf is not installed.
@@ -125,7 +125,7 @@ def _config(file: Path, header: GgufHeader) -> dict[str, Any]:
 
 
 def _refuse_ignored_rope(file: Path, header: GgufHeader, config: Mapping[str, Any]) -> None:
-    """Refuses scaled rotary embeddings that transformers' GGUF reader steps over in silence."""
+    """Refuses scaled rotary embeddings, which transformers' GGUF reader ignores silently."""
     if config.get("rope_scaling") or config.get("rope_parameters"):
         return
     scaled = [name for name in header.tensors if name.startswith(("rope_freqs", "rope_factors"))]

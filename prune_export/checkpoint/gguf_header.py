@@ -1,4 +1,4 @@
-"""The header of a GGUF file: what model it is and where its tensors lie, with every byte checked.
+"""Reads and validates the header of a GGUF file: the architecture, and where its tensors lie.
 
 It is read before transformers is asked to do the heavy work, so that a truncated or foreign file is
 refused in a moment. Only scalars and strings of the metadata are kept; arrays (a vocabulary) are
@@ -52,7 +52,7 @@ class GgufHeader:
 
 
 def read_gguf_header(file: Path) -> GgufHeader:
-    """The header of `file`, checked against the file's length.
+    """Reads the header of `file`, and checks it against the file's length.
 
     Raises:
         MissingExtra: the gguf package, which knows the sizes of the quantized formats, is missing.
@@ -105,7 +105,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
 def _natural(
     file: Path, metadata: Mapping[str, int | float | str], key: str, default: int, least: int = 0
 ) -> int:
-    """A whole number of the metadata, whatever type it has there."""
+    """Reads a whole number of the metadata, whatever its type there."""
     found = metadata.get(key, default)
     if type(found) is not int or not least <= found < 2**31:
         raise CheckpointError(
@@ -176,7 +176,7 @@ class _Cursor:
         return self.take(length).decode("utf-8", errors="replace")
 
     def count(self) -> int:
-        """How many of something follow."""
+        """Reads the number of entries that follow."""
         found = int(self.number(10))
         if found > _MOST:
             raise self.damaged(f"{found} entries, at most {_MOST} are")
@@ -188,7 +188,7 @@ class _Cursor:
         )
 
     def value(self, kind: int, depth: int = 0) -> int | float | str | None:
-        """A scalar or a string; None for an array, which is stepped over."""
+        """Reads a scalar or a string; skips an array and gives None."""
         if kind in _FORMATS:
             return self.number(kind)
         if kind == _STRING:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: read, checked byte by byte against the file, or written.
+"""Reads, validates and writes the header of a safetensors file.
 
 A file is eight bytes of length, a JSON header of that length, and the tensors' bytes. Everything
 that the format promises is checked here, because a tool that later copies ranges of bytes must be
@@ -81,7 +81,7 @@ def nbytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file in the order in which they lie, nothing else read.
+    """Reads the header of a safetensors file: its tensors, in the order of their bytes.
 
     Raises:
         CheckpointError: the file is not exactly what the format allows.
@@ -201,7 +201,7 @@ def _entry(file: Path, name: str, row: object, data: int) -> Entry:
 
 
 def _naturals(found: object) -> bool:
-    """Whether JSON gave sizes or offsets, in a number that a message can still print."""
+    """Whether a JSON value is a list of sizes or offsets, not too long to print."""
     return (
         isinstance(found, list)
         and len(found) <= _MOST_DIMS
@@ -210,5 +210,5 @@ def _naturals(found: object) -> bool:
 
 
 def _short(found: object) -> str:
-    """A value from the header, as much of it as a message needs."""
+    """Shortens a value of the header for an error message."""
     return ascii(found)[:80]

@@ -24,7 +24,7 @@ It has no argument that turns its PEFT integration off; `adapter_kwargs` says wh
 
 
 def load_model(path: Path | str, **options: Any) -> Any:
-    """The causal language model of a directory, without an adapter; `options` go to transformers.
+    """Loads a directory's causal language model, without an adapter; `options` go to transformers.
 
     Raises:
         OSError, ValueError: as transformers has them, for what it cannot load.
@@ -42,7 +42,7 @@ def load_model(path: Path | str, **options: Any) -> Any:
 
 
 def load_config(path: Path | str) -> Any:
-    """The configuration of a directory, as an object of transformers' own class.
+    """Loads a directory's configuration, as an object of transformers' own class.
 
     Raises:
         OSError, ValueError: as transformers has them.
@@ -54,7 +54,7 @@ def load_config(path: Path | str) -> Any:
 
 
 def load_tokenizer(directory: Path, **options: Any) -> Any:
-    """The tokenizer of a directory; one that brings code is read from its tokenizer.json alone.
+    """Loads a directory's tokenizer; one that brings code, from its tokenizer.json alone.
 
     Raises:
         CheckpointError: there is none, it cannot be read, or it is code and nothing else.
@@ -95,7 +95,7 @@ def load_tokenizer(directory: Path, **options: Any) -> Any:
 
 
 def load_ends(directory: Path) -> frozenset[int]:
-    """The end-of-sequence tokens of the generation config, if there is one.
+    """Reads the end-of-sequence tokens of the generation config, if there is one.
 
     Raises:
         CheckpointError: the file is not JSON, or holds something else than tokens there.

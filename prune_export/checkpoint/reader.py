@@ -156,7 +156,7 @@ class Checkpoint:
                 )
 
     def redundant(self, arch: Arch) -> tuple[str, ...]:
-        """Stored names that carry nothing: copies of tied tensors, and buffers of old releases."""
+        """Stored names that are redundant: copies of tied tensors, and buffers of old releases."""
         tied = {tensor.name for tensor in arch.tensors if tensor.tied_to is not None}
         stored = {tensor.name for tensor in arch.stored()}
         ends = tuple(f".{suffix}" for suffix in arch.table.ignored_tensors)
@@ -167,7 +167,7 @@ class Checkpoint:
         )
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor on the CPU, in memory of its own.
+        """Reads a tensor to the CPU, in memory of its own.
 
         Raises:
             CheckpointError: there is no such tensor, or the file has changed since it was opened.
@@ -176,7 +176,7 @@ class Checkpoint:
         return _read(entry, entry.shape, entry.start, name)
 
     def read_finite(self, name: str) -> torch.Tensor:
-        """A tensor to compute with: as `read`, and every value of it is a number.
+        """Reads a tensor to compute with, all values of which must be finite.
 
         Raises:
             CheckpointError: as `read`, or values are NaN or infinite.
@@ -194,7 +194,7 @@ class Checkpoint:
         return found
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `[start, stop)` of a tensor's first dimension, nothing else of it being read.
+        """Reads rows `[start, stop)` of a tensor's first dimension, and no others.
 
         Raises:
             CheckpointError: there is no such tensor or no such row.
@@ -374,7 +374,7 @@ def _refuse_outside(index: Path, name: str, shard: object) -> None:
 
 
 def _prefixed(entries: dict[str, Entry], table: Table) -> dict[str, Entry]:
-    """The entries with the base model's prefix put back, which some old checkpoints lack.
+    """Adds the base model's prefix to names, which some old checkpoints lack.
 
     GPT-2 on the Hub, for one, stores `h.0.…` for `transformer.h.0.…`.
     """

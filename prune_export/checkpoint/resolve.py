@@ -29,7 +29,7 @@ def resolve_model(
     weights: bool = True,
     endpoint: str | None = None,
 ) -> tuple[Path, str | None]:
-    """The local place of a model, fetched from the Hub where needed, and its commit there.
+    """Finds a model's local path, fetching it from the Hub where needed, and its commit there.
 
     `spec` is a directory, a `.gguf` file, or `org/name[@revision]`. With `below`, a path in it is
     taken as one below that directory, which it may not leave, and `~` has no meaning: so a recipe
@@ -153,7 +153,7 @@ def _refuse_without_safetensors(name: str, revision: str | None, endpoint: str |
 
 
 def _readable(spec: str, error: Exception) -> PlanError:
-    """What huggingface_hub raised, in three lines."""
+    """Turns an error of huggingface_hub into three lines."""
     from huggingface_hub import errors
 
     where = f"{spec} (on the Hub)"

@@ -1,4 +1,4 @@
-"""The small files beside the weights: which are carried along, and which make a directory unfit.
+"""Finds the small files beside the weights to carry along, and refuses unsafe ones.
 
 They are copied into every result and published with it, so none may be a link to a file that is
 not the model's. The Hub's cache is made of links, and they stay inside their own repository there.

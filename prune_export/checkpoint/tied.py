@@ -1,4 +1,4 @@
-"""Heads that a config ties to the embedding, and what the files hold of the pair.
+"""Checks LM heads that a config ties to the embedding against what the files hold.
 
 transformers 5 takes what is there: two tensors of other values stay apart, whatever config.json
 says, and of a pair of which only the head is stored the embedding is made. The first is refused
@@ -27,7 +27,7 @@ _CHUNK_BYTES: Final = 1 << 24
 def with_one_name(
     entries: dict[str, Entry], table: Table, config: Mapping[str, Any], path: Path
 ) -> dict[str, Entry]:
-    """The entries; a head that is stored alone has the name of the embedding that it is tied to.
+    """Renames a tied head that is stored without its embedding to the embedding.
 
     Raises:
         UnsupportedArch: as `full_config`.

@@ -82,7 +82,7 @@ class Shard:
 
 
 def lay_out(tensors: Iterable[Planned], max_shard_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
-    """The files that `tensors` take: filled in the order given, each up to `max_shard_bytes`.
+    """Distributes `tensors` over shards, in the order given, each up to `max_shard_bytes`.
 
     A tensor that is larger than that gets a file of its own. Inside a file wider dtypes come first,
     as the reference implementation has it, so that every tensor is aligned to its own elements.
@@ -179,7 +179,7 @@ def _shard(file: str, tensors: Sequence[Planned]) -> Shard:
 
 
 def _phase(tensors: Sequence[Planned]) -> tuple[int, int]:
-    """Where the data should begin: at a multiple of the first number plus the second.
+    """Chooses where the data begin: at a multiple of the first number plus the second.
 
     The format asks for multiples of 8. The kernel copies a fifth faster between files when both
     offsets lie at the same place in their pages, so the header is padded to where most of the
@@ -234,7 +234,7 @@ def _refuse_full_disk(out: Path, weights: int, side_files: Sequence[Path]) -> No
 
 @contextmanager
 def _together(*, fsync: bool) -> Iterator[list[Path]]:
-    """Collects files that all appear under their names, in order, when the last is complete.
+    """Makes files appear under their names together, in order, when the last is complete.
 
     They are forced to the disk at the end, not one by one: the kernel writes the first while this
     process still copies the last.
@@ -294,7 +294,7 @@ def _append(target: int, tensors: Sequence[Planned], task: Task) -> None:
 
 
 def _ranges(entries: Iterable[Entry]) -> Iterator[tuple[Path, int, int]]:
-    """The byte ranges of the entries in order, neighbours joined into one."""
+    """Lists the byte ranges of the entries in order, neighbours joined into one."""
     file, start, stop = None, 0, 0
     for entry in entries:
         if entry.file != file or entry.start != stop:

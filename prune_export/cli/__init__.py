@@ -1,4 +1,4 @@
-"""The command line. It parses, calls the package, and prints; it decides nothing.
+"""The command line: parses arguments, calls the package, and prints.
 
 Exit status: 0 done, 1 a verification gate or a stage failed, 2 bad input (recipe, model, machine).
 """

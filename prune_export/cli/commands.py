@@ -1,4 +1,4 @@
-"""The commands."""
+"""The commands `run`, `plan`, `inspect`, `export`, `verify`, `compare` and `publish`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def run(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Carry a recipe out: prune, heal, export, verify, report.
+    """Run a recipe: prune, heal, export, verify, report.
 
     prune-export run depth40-angular-qlora --model meta-llama/Llama-3.1-8B --out out/
     prune-export run my.yaml -m ./checkpoint -o out/ -s stages.0.prune.remove=6
@@ -380,7 +380,7 @@ def publish(
 
 
 def _destination(proposed: str | None, push_to: str | None, *, publish: bool) -> str | None:
-    """The repository to publish to; None unless the command line asks for it.
+    """Chooses the repository to publish to; None unless the command line asks for it.
 
     Raises:
         PlanError: `--publish`, and the recipe proposes none.

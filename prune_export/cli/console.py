@@ -1,4 +1,4 @@
-"""How the command line shows things: bars on a terminal, spaced lines in a log, tables, errors.
+"""Output of the command line: progress bars on a terminal, lines in a log, tables, errors.
 
 All of it is written through two `Screen`s, which let nothing act on the terminal.
 """
@@ -59,7 +59,7 @@ class _Bar:
 
 
 class Terminal:
-    """Bars with an estimate, drawn on standard error while work goes on."""
+    """Progress bars with an estimate, on standard error."""
 
     def __init__(self) -> None:
         self.bars = Bars(
@@ -115,7 +115,7 @@ class _Line:
 
 
 class Log:
-    """A line now and then, for a log file or a pipe."""
+    """Progress as a line now and then, for a log file or a pipe."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -130,7 +130,7 @@ class Log:
 
 
 def progress(*, quiet: bool) -> Progress:
-    """What suits where standard error goes."""
+    """Chooses bars or lines, by where standard error goes."""
     if quiet:
         return Silent()
     return Terminal() if sys.stderr.isatty() else Log()

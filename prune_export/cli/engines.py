@@ -1,4 +1,4 @@
-"""What `export`, `verify` and `compare` do with single checkpoints and engines."""
+"""The work of `export`, `verify` and `compare` on single checkpoints and engines."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def exported(
     progress: Progress,
     command: str,
 ) -> dict[str, Any]:
-    """Makes an engine and copies it to `out`; its build record.
+    """Makes an engine and copies it to `out`; gives its build record.
 
     Raises:
         PlanError: an unknown exporter, a model that it cannot take, or an `out` that is not empty.
@@ -153,7 +153,7 @@ def compared(
     machine: Machine,
     progress: Progress,
 ) -> Verification:
-    """Speed of two models' engines against each other, and their perplexities.
+    """Measures two models' engines against each other, and their perplexities.
 
     Raises:
         PlanError: a directory does not hold the engine, or a model takes no such request.
@@ -230,7 +230,7 @@ def show_verification(found: Verification) -> None:
 
 
 def _engines(directory: Path, trust: bool, store: Path) -> dict[str, Engine]:
-    """The engines of a result directory; `trust` vouches for those that `store` did not make."""
+    """Finds the engines of a result; `trust` vouches for those that `store` did not make."""
     found = {}
     for export in _exports(directory):
         path = directory / export.directory
@@ -248,7 +248,7 @@ def _made_here(store: Path, engine: Path) -> bool:
 
 
 def _exports(directory: Path) -> list[ExportReading]:
-    """What the report of a result directory says of its engines; nothing where it has none."""
+    """Reads the build records from a result's report; nothing where it has none."""
     file, report = directory / "report.json", _report(directory)
     found = report.exports if report else []
     for number, export in enumerate(found):

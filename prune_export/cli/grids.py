@@ -1,4 +1,4 @@
-"""Tables that can be read at any width.
+"""Prints tables that can be read at any width.
 
 A column is narrowed only down to what still holds a few words in a line; where that is not enough,
 each row is written as a heading with its values below.

@@ -1,4 +1,4 @@
-"""What `inspect` does: finds model and text, measures, draws, prints."""
+"""The work of `inspect`: finds model and text, measures, draws, prints."""
 
 from __future__ import annotations
 

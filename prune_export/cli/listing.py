@@ -1,4 +1,4 @@
-"""The commands that list what there is: recipes, methods, and the keys of both."""
+"""The commands that list recipes, methods and their keys."""
 
 from __future__ import annotations
 

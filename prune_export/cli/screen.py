@@ -1,4 +1,4 @@
-"""What may reach a terminal: no markup, no control characters, nothing that it cannot encode.
+"""Prints text safely to a terminal: no markup, no control characters, nothing unencodable.
 
 Descriptions, paths, names and messages come from recipes, models and other programs. A `Screen`
 shows any text as it stands, and as an escape what would move the cursor, turn the direction of
@@ -28,7 +28,7 @@ _SPELT: Final = str.maketrans(
 
 
 def in_encoding(text: str, encoding: str) -> str:
-    """The text as a stream of that encoding can take it."""
+    """Replaces what a stream of that encoding cannot take."""
     if encoding.lower().startswith("utf"):
         return text
     return text.translate(_SPELT).encode(encoding, "backslashreplace").decode(encoding)

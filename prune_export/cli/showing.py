@@ -1,4 +1,4 @@
-"""How a plan and a report are printed."""
+"""Prints a plan and the summary of a report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`prune-export store`: what is kept, and what nothing needs any more."""
+"""The commands `store ls` and `store gc`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Healing from end to end: load, measure, train, measure, merge, and measure what was written."""
+"""Heals a checkpoint from end to end: load, measure, train, merge, and measure the result."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _decided(
     tokens: TokenSet,
     work: Work,
 ) -> tuple[Run, str]:
-    """What this run does, as an earlier run of the same work decided it, and the work's key."""
+    """Decides what the settings leave open, as an earlier run of the same key did."""
     samples = len(tokens.ids)
     if samples < HEALING_WINDOWS:
         raise StageError(
@@ -236,7 +236,7 @@ def _arguments(
     names: list[str],
     arch: Arch,
 ) -> dict[str, Any]:
-    """Every number that the training used, as it was after all choices."""
+    """Lists every number that the training used, for the record."""
     return {
         **dataclasses.asdict(settings),
         "alpha": settings.scaling * settings.rank,

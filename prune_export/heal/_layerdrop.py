@@ -1,4 +1,4 @@
-"""Leaves out whole blocks at random while a model is trained.
+"""LayerDrop: skips whole blocks at random while a model is trained.
 
 A model trained so can later do without some of its blocks (`method: every_other`). That holds for
 models that were trained with it for long; a short healing makes the model a little less sensitive.
@@ -15,7 +15,7 @@ import torch
 
 
 def skipped(blocks: int, share: float, seed: int) -> frozenset[int]:
-    """The blocks that a forward pass leaves out, each with probability `share`.
+    """Draws the blocks that a forward pass skips, each with probability `share`.
 
     One always runs: where all would be left out, the one with the highest number drawn does.
 
@@ -33,7 +33,7 @@ def skipped(blocks: int, share: float, seed: int) -> frozenset[int]:
 def left_out(
     model: torch.nn.Module, blocks: Sequence[torch.nn.Module], share: float
 ) -> Iterator[None]:
-    """Inside, each forward pass in training leaves out some of `blocks`; they hand on their input.
+    """Makes forward passes in training skip some of `blocks` inside a `with`.
 
     Which ones follows from the seed that torch was last given, which the training sets for every
     micro-batch. What runs is not scaled up, and in evaluation all run.

@@ -1,4 +1,4 @@
-"""The next-token loss, a few rows of the logits at a time.
+"""Computes the next-token loss with little memory: a few rows of the logits at a time.
 
 The usual path holds the logits four times over in float32 (a copy, its log-softmax, two
 gradients), which for a small model with a large vocabulary is most of the memory and a third of
@@ -28,7 +28,7 @@ def next_token_loss(
 
 
 def predictions(ids: torch.Tensor, counted: torch.Tensor | None) -> int:
-    """How many tokens of windows count in `next_token_loss`."""
+    """Counts the tokens of windows whose loss counts in `next_token_loss`."""
     return ids.shape[0] * (ids.shape[1] - 1) if counted is None else int(counted[:, 1:].sum())
 
 

@@ -1,4 +1,4 @@
-"""Adapters that leave zeros alone: W + M * (alpha / r) B A, with M zero where W is, else one.
+"""LoRA adapters under a mask, which keep zeros: W + M * (alpha / r) B A, M zero where W is.
 
 The mask is part of the training, not of the merge alone, so what is trained is what is written. A
 step forms the sum of one layer at a time: out * in * r operations however many tokens there are.
@@ -34,7 +34,7 @@ class Base:
     zeros: Packed | None = None
 
     def values(self) -> torch.Tensor:
-        """The matrix as it is computed with; not a copy where it is plain."""
+        """The matrix to compute with, dequantized where it is 4-bit; else not a copy."""
         weight = self.layer.weight
         if self.zeros is None:
             plain: torch.Tensor = weight.data

@@ -1,4 +1,4 @@
-"""What healing takes: memory, arithmetic, disk; and what fits at once."""
+"""Estimates healing's memory, FLOPs and disk, and chooses the micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class Size:
-    """The counts of parameters that memory and time follow from."""
+    """Counts of parameters from which memory and time follow."""
 
     stored: int
     linear: int
@@ -51,7 +51,7 @@ class Size:
 
     @staticmethod
     def of(arch: Arch, settings: Settings) -> Size:
-        """The counts for a model and the adapters that the settings put on it."""
+        """Counts the parameters of a model and of its adapters."""
         chosen = targets(settings.targets, arch)
         return Size(
             stored=arch.parameters(),
@@ -65,7 +65,7 @@ class Size:
 
 
 def base_bytes(size: Size, quantization: Quantization | None, item: int) -> int:
-    """The frozen weights while they are trained on."""
+    """The bytes of the frozen weights during training."""
     if quantization is None:
         return size.stored * item
     each = _NF4_BYTES if quantization.double else _NF4_SINGLE_BYTES
@@ -73,7 +73,7 @@ def base_bytes(size: Size, quantization: Quantization | None, item: int) -> int:
 
 
 def zeros_bytes(size: Size, settings: Settings, quantization: Quantization | None) -> int:
-    """What keeping zeros takes: the float32 sums of one layer at a time, and packed masks."""
+    """The bytes that keeping zeros needs: float32 sums of one layer at a time, and packed masks."""
     if settings.keep_zeros is False:
         return 0
     packed = size.adapted // 8 if quantization else 0
@@ -115,7 +115,7 @@ def activation_bytes(
     tokens: int,
     checkpointing: bool,
 ) -> int:
-    """Activations of `tokens` trained at once."""
+    """The bytes of the activations of `tokens` trained at once."""
     block, logits = token_bytes(arch, settings, quantization, item)
     blocks = arch.layers * block
     if checkpointing:
@@ -125,7 +125,7 @@ def activation_bytes(
 
 @dataclass(frozen=True)
 class Fit:
-    """How many windows are trained at once, and whether activations are recomputed."""
+    """The number of windows trained at once, and whether activations are recomputed."""
 
     micro_batch: int
     gradient_checkpointing: bool
@@ -140,7 +140,7 @@ def fit(
     length: int,
     item: int,
 ) -> Fit:
-    """What fits the machine, where the settings leave it open.
+    """Chooses what fits the machine, where the settings leave it open.
 
     A window that does not fit whole is recomputed block by block. As many windows are taken at
     once as fit; on a CPU no more than make it faster.
@@ -180,7 +180,7 @@ def cost(
     *,
     length: int,
 ) -> Cost:
-    """The peak of memory, and the sums of the rest.
+    """Estimates the peak of memory, and the sums of FLOPs and disk.
 
     Without a machine both a CPU's memory and a GPU's are given as if each did the work alone.
     """
@@ -226,7 +226,7 @@ def cost(
 def _token_flops(
     arch: Arch, settings: Settings, size: Size, length: int, recomputed: bool
 ) -> float:
-    """Operations a trained token takes: forward, and backward without the frozen weights' part."""
+    """FLOPs a trained token: forward, and backward without gradients of the frozen weights."""
     frozen = size.linear + size.head
     attention = 2.0 * arch.layers * length * arch.sizes["residual"]
     forwards = 2 if recomputed else 1

@@ -1,4 +1,4 @@
-"""Adapters become part of the weights: W' = W + (alpha / r) B A, one tensor at a time.
+"""Merges adapters into the weights: W' = W + (alpha / r) B A, one tensor at a time.
 
 What no adapter touches is copied byte for byte, and zeros that are to be kept stay. A 4-bit base
 offers two weights to add to. Added to the dequantized one, the result computes what was trained,
@@ -32,7 +32,7 @@ def merged(
     base: Mapping[str, Callable[[], torch.Tensor]],
     keep_zeros: Collection[str] = (),
 ) -> Iterator[Overwrite]:
-    """The edits that merge adapters into `source`.
+    """Makes the edits that merge adapters into `source`.
 
     `factors` are A `[rank, in]` and B `[out, rank]` by stored weight, `transposed` the weights that
     are stored `[in, out]`, `base` what stands in for a stored weight (a dequantized one), and

@@ -1,4 +1,4 @@
-"""Loads a checkpoint to train adapters on, or to measure, and takes the adapters out again."""
+"""Loads a checkpoint with fresh adapters to train, or without to measure; extracts adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOISY: Final = ("transformers", "peft", "accelerate", "bitsandbytes")
 
 
 def _is_needed(record: logging.LogRecord) -> bool:
-    """Whether a message of bitsandbytes concerns us.
+    """Whether a log message of bitsandbytes is to be shown.
 
     Importing it on a CPU with bfloat16 advises to install a kernel for inference. That one computes
     with repacked weights, which training must not (see `_frozen`), so that it would change nothing.
@@ -61,7 +61,7 @@ class Trainee:
         return list(base.get_base_model().get_submodule(arch.table.blocks))
 
     def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """By stored weight, a copy of its adapter: A `[rank, in]` and B `[out, rank]`."""
+        """Copies each weight's adapter, by stored name: A `[rank, in]` and B `[out, rank]`."""
         return {
             name: (
                 module.lora_A[_ADAPTER].weight.detach().cpu().clone(),
@@ -71,7 +71,7 @@ class Trainee:
         }
 
     def dequantized(self) -> dict[str, Callable[[], torch.Tensor]]:
-        """By stored weight, how to get what the 4-bit base stands for: float32, as stored."""
+        """Functions that dequantize each 4-bit weight, by stored name, to float32 as stored."""
         return {
             name: _Dequantize(module, _is_transposed(module))
             for name, module in _quantized_modules(self.model).items()
@@ -102,7 +102,7 @@ def trainee(
     gradient_checkpointing: bool,
     keep_zeros: Collection[str] = (),
 ) -> Trainee:
-    """The model of `source` with fresh adapters on the stored weights `targets`.
+    """Loads the model of `source` with fresh adapters on the stored weights `targets`.
 
     Where one of `keep_zeros` is zero, its adapter changes nothing.
 
@@ -148,7 +148,7 @@ def trainee(
 
 
 def _frozen(path: Path, device: str, dtype: torch.dtype, quantization: Quantization | None) -> Any:
-    """The plain or 4-bit model of a directory, frozen, in evaluation mode."""
+    """Loads a directory's model, plain or in 4 bits, frozen and in evaluation mode."""
     options: dict[str, Any] = {"device_map": {"": 0 if device == "cuda" else "cpu"}}
     if quantization is not None:
         from transformers import BitsAndBytesConfig
@@ -168,7 +168,7 @@ def _frozen(path: Path, device: str, dtype: torch.dtype, quantization: Quantizat
 
 
 def plain(path: Path, nbytes: int, machine: Machine, scratch: Path) -> torch.nn.Module:
-    """The model of a directory in its stored dtype, partly on disk if it takes `nbytes` too many.
+    """Loads a directory's model in its stored dtype, partly on disk if it does not fit.
 
     This is how anybody would load the result, and so how it is measured.
     """
@@ -188,7 +188,7 @@ def plain(path: Path, nbytes: int, machine: Machine, scratch: Path) -> torch.nn.
 
 
 def compute_dtype(asked: str, machine: Machine) -> torch.dtype:
-    """The dtype to compute in; `auto` is bfloat16 where the hardware multiplies it natively.
+    """Chooses the dtype to compute in; `auto` is bfloat16 where the hardware multiplies it.
 
     Measured on a CPU with AMX: a product of [1024, 576] and [576, 1536] runs 3.7 times as fast in
     bfloat16 as in float32.
@@ -199,7 +199,7 @@ def compute_dtype(asked: str, machine: Machine) -> torch.dtype:
 
 
 def require(needed_by: str, *packages: str) -> None:
-    """Refuses when an optional package cannot be imported.
+    """Refuses to go on when an optional package cannot be imported.
 
     Raises:
         MissingExtra: one is missing.
@@ -236,7 +236,7 @@ def quiet() -> Iterator[None]:
 def _modules(
     model: torch.nn.Module, targets: Sequence[str]
 ) -> tuple[dict[str, str], frozenset[str]]:
-    """By stored weight the name of its module, and the weights that are stored `[in, out]`."""
+    """Maps stored weights to module names, and finds the weights that are stored `[in, out]`."""
     from transformers.pytorch_utils import Conv1D
 
     found: dict[str, str] = {}
@@ -266,7 +266,7 @@ def _is_transposed(module: Any) -> bool:
 
 
 def _quantized_modules(model: Any) -> dict[str, Any]:
-    """The 4-bit linear layers by the stored name of their weight, also under adapters."""
+    """Finds the 4-bit linear layers by the stored name of their weight, also under adapters."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(base, "is_loaded_in_4bit", False):
         return {}

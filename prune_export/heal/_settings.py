@@ -1,4 +1,4 @@
-"""The keys that both adapters share, and what follows from them alone."""
+"""The recipe keys that `lora` and `qlora` share."""
 
 from __future__ import annotations
 
@@ -138,12 +138,12 @@ class Settings:
 
     @property
     def scaling(self) -> float:
-        """What the product of an adapter's two matrices is multiplied by."""
+        """The factor alpha / rank of an adapter's product."""
         return (self.rank if self.alpha is None else self.alpha) / self.rank
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warm-up that are taken: `warmup`, but at most a tenth of the run."""
+        """The number of warm-up steps: `warmup`, but at most a tenth of the run."""
         return min(self.warmup, int(self.steps * _WARMUP_SHARE))
 
     def rate(self, step: int) -> float:

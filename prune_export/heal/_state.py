@@ -1,4 +1,4 @@
-"""Where a training stands: one file, replaced whole.
+"""Saves and restores the state of a training, in one file that is replaced whole.
 
 The adapters, AdamW's moments and the loss curve are all there is to keep: data order, dropout and
 learning rate are functions of the seed and the step, so no generator's state is needed.
@@ -22,7 +22,7 @@ _META: Final = "prune_export.training"
 
 @dataclass(frozen=True)
 class State:
-    """A training after `step` optimizer steps.
+    """The state of a training after `step` optimizer steps.
 
     `tensors` holds `<parameter>`, and `<parameter>|mean` and `|square` (AdamW's moments) once a
     step was taken. `losses` are [step, loss, learning rate]; `held_out` the losses measured so
@@ -36,7 +36,7 @@ class State:
     seconds: float = 0.0
 
     def save(self, scratch: Path, key: str) -> None:
-        """Writes it in place of what was saved before; a kill leaves the one or the other."""
+        """Saves it over the last save, atomically."""
         from safetensors.torch import save
 
         known = {
@@ -52,7 +52,7 @@ class State:
 
     @staticmethod
     def load(scratch: Path, key: str) -> State:
-        """What was saved under the same key, or a fresh start."""
+        """Loads the save under the same key, or makes a fresh state."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -68,7 +68,7 @@ class State:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Writes a file that is either there whole or not there."""
+    """Writes a file atomically."""
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("wb") as stream:
         stream.write(content)

@@ -1,4 +1,4 @@
-"""Which weights get an adapter: asked of the architecture's table, never guessed from names."""
+"""Chooses the weights that get an adapter, by the architecture's table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FFN_AXES: Final = frozenset({"mlp", "moe"})
 
 
 def linear_weights(arch: Arch) -> tuple[Tensor, ...]:
-    """The weights of the blocks' linear layers; a router is none, an expert's weights are."""
+    """Lists the weights of the blocks' linear layers, experts included, routers not."""
     return tuple(
         tensor
         for tensor in arch.tensors
@@ -27,7 +27,7 @@ def is_expert(tensor: Tensor) -> bool:
 
 
 def targets(which: str | tuple[str, ...], arch: Arch) -> tuple[Tensor, ...]:
-    """The weights that get an adapter, in the order of the model.
+    """Chooses the weights that get an adapter, in the order of the model.
 
     Raises:
         PlanError: a role does not exist, nothing matches, or a match is an expert of a mixture.

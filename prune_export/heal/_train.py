@@ -37,7 +37,7 @@ _PAUSE_TO_SAVE: Final = 50
 
 @dataclass(frozen=True)
 class Run:
-    """What a run does where the settings leave it open; decided once, and kept through a resume."""
+    """The choices that the settings leave open; made once, and kept through a resume."""
 
     device: str
     threads: int
@@ -144,7 +144,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Pause:
-    """The time between two saves: so many steps, or else long beside what a save takes."""
+    """The interval between two saves: a number of steps, or else long beside a save's time."""
 
     every: int | None
     since: float
@@ -159,7 +159,7 @@ class _Pause:
 
 
 def refuse_diverged(loss: float, step: int, settings: Settings) -> None:
-    """Refuses a loss that is not a number any more, seen in or after a step.
+    """Refuses a loss that is not finite, seen in or after a step.
 
     Raises:
         StageError: it is not finite.
@@ -179,7 +179,7 @@ def held_out_loss(
     device: str,
     counted: torch.Tensor | None = None,
 ) -> float:
-    """The mean loss (nats a token) over windows, or what `counted` marks; nothing is trained."""
+    """Computes the mean held-out loss (nats a token) over windows, or over `counted` tokens."""
     model.eval()
     total = 0.0
     with torch.no_grad():
@@ -192,7 +192,7 @@ def held_out_loss(
 
 @contextmanager
 def own_randomness(threads: int) -> Iterator[None]:
-    """Lets a run seed and thread as it must, and puts both back as they were."""
+    """Lets a run set seeds and threads inside a `with`, and restores both."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     before = torch.get_num_threads()
@@ -211,7 +211,7 @@ def own_randomness(threads: int) -> Iterator[None]:
 def _snapshot(
     parameters: Mapping[str, torch.nn.Parameter], adam: torch.optim.AdamW
 ) -> dict[str, torch.Tensor]:
-    """The adapters and AdamW's moments as they are now."""
+    """Copies the adapters and AdamW's moments."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         tensors[name] = parameter
@@ -221,7 +221,7 @@ def _snapshot(
 
 
 def _picked(step: int, samples: int, settings: Settings) -> torch.Tensor:
-    """The windows of a step: each epoch visits all of them in an order of its own."""
+    """Draws the windows of a step: each epoch visits all of them in an order of its own."""
     first = step * settings.batch
     places = range(first, first + settings.batch)
     orders = {
@@ -239,7 +239,7 @@ def _split(
 
 
 def trained_tokens(windows: torch.Tensor, counted: torch.Tensor | None, settings: Settings) -> int:
-    """How many tokens all steps train on; of windows without marks, all."""
+    """Counts the tokens that all steps train on."""
     if counted is None:
         return settings.steps * settings.batch * windows.shape[1]
     each = counted[:, 1:].sum(dim=1)

@@ -1,4 +1,4 @@
-"""Weights that are zero and are to stay so: found in a checkpoint, packed, and checked afterwards.
+"""Masks for healing: finds the zeros of a checkpoint to keep, and checks the result.
 
 Nothing is asked of the method that made them, so that anybody's sparse model is healed like ours.
 """
@@ -36,7 +36,7 @@ _WINDOW_BYTES: Final = 64 * MIB
 
 
 def kept_zeros(source: Checkpoint, names: Iterable[str], keep: KeepZeros) -> dict[str, int]:
-    """The matrices whose zeros are kept, and how many zeros each has.
+    """Finds the matrices whose zeros are kept, and counts the zeros of each.
 
     With `auto` those of which `PRUNED_SHARE` or more is zero, with `True` all that have one.
     """
@@ -54,7 +54,7 @@ def kept_zeros(source: Checkpoint, names: Iterable[str], keep: KeepZeros) -> dic
 def refuse_filled(
     source: Checkpoint, result: Checkpoint, arch: Arch, names: Collection[str]
 ) -> dict[str, int]:
-    """Compares what was written with what was read: where that has a zero, this must have one.
+    """Refuses a result in which a zero of the source has been filled.
 
     Returns how many of the matrices hold which pattern, as before.
 
@@ -85,7 +85,7 @@ def refuse_filled(
 
 
 def _pattern(source: Checkpoint, arch: Arch, name: str, which: Iterable[Nm]) -> Nm | None:
-    """The first of these patterns that a matrix holds along its input, if it holds one."""
+    """Finds the first of these N:M patterns that a matrix has, if any."""
     tensor = arch.by_name[name]
     if tensor.role not in LINEAR_GROUPS:
         return None
@@ -94,7 +94,7 @@ def _pattern(source: Checkpoint, arch: Arch, name: str, which: Iterable[Nm]) -> 
 
 
 def _rows(source: Checkpoint, name: str) -> Iterator[torch.Tensor]:
-    """A matrix in windows of rows, in a dtype that compares."""
+    """Yields a matrix in windows of rows, in a dtype that compares."""
     entry = source.entries[name]
     rows = entry.shape[0]
     step = max(1, _WINDOW_BYTES * rows // max(1, entry.nbytes))
@@ -105,14 +105,14 @@ def _rows(source: Checkpoint, name: str) -> Iterator[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Packed:
-    """Where a matrix is zero, one bit a weight, for a base that is not held in plain numbers."""
+    """A packed mask, one bit a weight, for a base that is quantized."""
 
     bits: torch.Tensor
     shape: tuple[int, int]
 
     @staticmethod
     def of(zero: torch.Tensor, device: str) -> Packed:
-        """Packs bools `[out, in]`."""
+        """Packs a mask, bools `[out, in]`."""
         flat = zero.flatten()
         padded = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
         bits = torch.zeros(len(padded), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the checkpoint as it is.
+"""LoRA: trains low-rank adapters on the checkpoint, and merges them.
 
 Source: Hu et al., LoRA (2106.09685); what is trained, and for how long: Gromov et al., The
 Unreasonable Ineffectiveness of the Deeper Layers (2403.17887), appendix B.
@@ -38,7 +38,7 @@ class Lora(Settings):
         targets(self.targets, arch)
 
     def cost(self, arch: Arch, tokens: int, length: int, machine: Machine | None = None) -> Cost:
-        """What healing takes; every step trains whole windows, however many `tokens` there are."""
+        """Estimates the cost; every step trains whole windows, however many `tokens` there are."""
         del tokens
         return _memory.cost(arch, self, None, machine, length=length)
 

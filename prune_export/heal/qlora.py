@@ -1,4 +1,4 @@
-"""Low-rank adapters on a 4-bit copy of the checkpoint.
+"""QLoRA: trains low-rank adapters on a 4-bit copy of the checkpoint, and merges them.
 
 Source: Dettmers et al., QLoRA (2305.14314); what is trained, and for how long: Gromov et al., The
 Unreasonable Ineffectiveness of the Deeper Layers (2403.17887), appendix B.
@@ -76,7 +76,7 @@ class Qlora(Settings):
             )
 
     def cost(self, arch: Arch, tokens: int, length: int, machine: Machine | None = None) -> Cost:
-        """What healing takes; every step trains whole windows, however many `tokens` there are."""
+        """Estimates the cost; every step trains whole windows, however many `tokens` there are."""
         del tokens
         return _memory.cost(arch, self, self._quantization, machine, length=length)
 

@@ -1,4 +1,4 @@
-"""Model types of our own, and how transformers gets to know them.
+"""The package's own model types, and their registration with transformers.
 
 Whatever of this package opens a checkpoint registers them first. For others, `import prune_export`
 does so when transformers' automatic classes are imported already, and `register()` does at any
@@ -19,7 +19,7 @@ _STEMS: Final = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
 def register() -> None:
-    """Makes transformers' automatic classes know the model types; imports transformers."""
+    """Registers the model types with transformers' automatic classes; imports transformers."""
     from transformers.models.auto.configuration_auto import AutoConfig
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -33,13 +33,13 @@ def register() -> None:
 
 
 def register_if_imported() -> None:
-    """The same where the automatic classes are there; transformers is not imported for it."""
+    """Registers the model types if transformers' automatic classes are imported already."""
     if "transformers.models.auto.modeling_auto" in sys.modules:
         register()
 
 
 class _StandIn:
-    """Makes models of the class that has its name, whose module is imported only then."""
+    """A stand-in for a model class, whose module is imported only when it is used."""
 
     @classmethod
     def _own(cls) -> Any:

@@ -1,4 +1,4 @@
-"""YAML as plain data with line numbers; nothing in it can run, explode or surprise.
+"""Parses YAML into plain data with line numbers; refuses all that could run code or explode.
 
 The scalars are those of the YAML 1.2 core schema, so `no` and `on` are words and `3e-4` is a
 number. Tags, anchors, aliases and merge keys are refused; size, depth and node count are bounded.
@@ -42,13 +42,13 @@ _WORDS: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Document:
-    """Plain data, and for each path in it the place (`file:line`) where it was written."""
+    """Parsed data, and for each path in it the place (`file:line`) where it was written."""
 
     data: Any
     places: Mapping[Path_, str] = field(default_factory=dict)
 
     def where(self, path: Path_) -> str:
-        """`file:line  key.path`, of the nearest place that is known."""
+        """Words a place: `file:line  key.path`, of the nearest line that is known."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.places:
                 return f"{self.places[path[:length]]}  {dotted(path)}".rstrip()
@@ -56,12 +56,12 @@ class Document:
 
 
 def dotted(path: Path_) -> str:
-    """`stages.0.prune` for ("stages", 0, "prune")."""
+    """Writes a path: `stages.0.prune` for ("stages", 0, "prune")."""
     return ".".join(str(step) for step in path)
 
 
 def read(file: Path) -> Document:
-    """The document in a file.
+    """Reads a document from a file.
 
     Raises:
         RecipeError: it cannot be read, is too large, or is not plain YAML.
@@ -71,7 +71,7 @@ def read(file: Path) -> Document:
 
 
 def parse(text: str, name: str) -> Document:
-    """The document in a text; `name` stands for the file in places.
+    """Parses a document from a text; `name` stands for the file in places.
 
     Raises:
         RecipeError: it is not plain YAML, with line.
@@ -153,7 +153,7 @@ def _plain(node: yaml.Node, path: Path_, name: str, places: dict[Path_, str]) ->
 
 
 def scalar(text: str) -> Any:
-    """The value of an unquoted YAML 1.2 scalar."""
+    """Parses an unquoted YAML 1.2 scalar."""
     if text in _WORDS:
         return _WORDS[text]
     if _INT.fullmatch(text):
@@ -164,7 +164,7 @@ def scalar(text: str) -> Any:
 
 
 def merged(base: Document, over: Document) -> Document:
-    """`over` laid over `base`: mappings merge key by key, null removes, all else is replaced.
+    """Merges `over` into `base`: mappings key by key, null removes, all else is replaced.
 
     Source: JSON Merge Patch, RFC 7386.
     """
@@ -183,7 +183,7 @@ def merged(base: Document, over: Document) -> Document:
 
 
 def assigned(document: Document, assignment: str) -> Document:
-    """The document with one `key.path=value` set, the value read as YAML.
+    """Sets one `key.path=value` in a document, the value read as YAML.
 
     Raises:
         RecipeError: no `=`, a path through something that is not a mapping or list, or an index
@@ -224,7 +224,7 @@ def assigned(document: Document, assignment: str) -> Document:
 
 
 def leaves(data: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
-    """Every (path, scalar) of plain data."""
+    """Yields every (path, scalar) of plain data."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield from leaves(value, (*path, key))

@@ -58,12 +58,12 @@ class Grid(Frozen):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many amounts each list holds, less those of a single one."""
+        """The lengths of the lists of amounts, without those of length 1."""
         lists = (self.remove, *(getattr(self, name) for name in _WIDTHS))
         return tuple(len(one) for one in lists if len(one) > 1)
 
     def items(self) -> tuple[tuple[Mapping[str, Any], ...], ...]:
-        """The bodies of the prune stages of each combination that removes something."""
+        """Yields the prune stages of each combination that removes something."""
         return tuple(point for point in self._points() if point)
 
     def _points(self) -> Iterator[tuple[Mapping[str, Any], ...]]:
@@ -79,7 +79,7 @@ class Grid(Frozen):
 
 
 def labelled(method: str, body: Mapping[str, Any]) -> str:
-    """A method with its amounts: `minitron ffn 0.25 hidden 0.1`, less one to be found."""
+    """Words a method with its amounts: `minitron ffn 0.25 hidden 0.1`."""
     named = ("remove", "sparsity", *_WIDTHS)
     amounts = (
         f"{name} {body[name]}"

@@ -1,4 +1,4 @@
-"""The recipe's reference, made from the classes that check it: texts, Markdown, JSON Schema."""
+"""Makes the reference of recipes from the classes that check them: Markdown and JSON Schema."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prune_export.recipe.sources import SOURCES
 
 @dataclass(frozen=True)
 class KeyText:
-    """A key of an entry, for people."""
+    """A recipe key, as the reference shows it."""
 
     name: str
     type: str
@@ -28,7 +28,7 @@ class KeyText:
 
 @dataclass(frozen=True)
 class EntryText:
-    """An entry, for people: its summary, whole text, and keys."""
+    """A method, healer or exporter as the reference shows it: summary, whole text, and keys."""
 
     kind: str
     name: str
@@ -38,7 +38,7 @@ class EntryText:
 
 
 def described(kind: registry.Kind, name: str) -> EntryText:
-    """The texts of a registered entry, from its class.
+    """Describes a registered method, healer or exporter from its class.
 
     Raises:
         PlanError: nothing is registered under the name.
@@ -59,7 +59,7 @@ def described(kind: registry.Kind, name: str) -> EntryText:
 
 
 def json_schema() -> dict[str, Any]:
-    """A JSON Schema (2020-12) of recipes, every registered entry included."""
+    """Makes a JSON Schema (2020-12) of recipes, with every registered entry."""
     definitions: dict[str, Any] = {}
 
     def stage(kind: str, group: registry.Kind) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _search(definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown() -> str:
-    """The reference as Markdown: docs/recipes.md is this text."""
+    """Writes the reference as Markdown: docs/recipes.md is this text."""
     lines = ["# Recipe reference", "", "Generated from the schema by `make docs`; do not edit.", ""]
     lines += ["## Sections", "", "| key | meaning |", "|---|---|"]
     for key, body in json_schema()["properties"].items():
@@ -170,7 +170,7 @@ def _schema_of(cls: type) -> dict[str, Any]:
 
 
 def _lifted(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """The schema with its own `$defs` moved to the recipe's."""
+    """Moves a schema's own `$defs` to the recipe's."""
     schema = dict(schema)
     definitions |= schema.pop("$defs", {})
     return schema

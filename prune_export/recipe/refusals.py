@@ -1,4 +1,4 @@
-"""What pydantic refuses of a recipe, in the recipe's words: the line, the value, what to write."""
+"""Turns pydantic's errors into ours: the line of the recipe, the value, what to write."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prune_export.recipe.grid import TO_TARGET
 def translated(
     document: Document, path: Path_, error: ValidationError, schema: type[BaseModel] | None = None
 ) -> RecipeError:
-    """The first of pydantic's complaints about the section at `path`, with its line and advice."""
+    """Translates pydantic's first error on the section at `path`, with its line and advice."""
     first = error.errors()[0]
     _, section = _follow(document.data, path)
     steps, written = _follow(section, first["loc"])
@@ -46,7 +46,7 @@ def translated(
 
 
 def _follow(data: Any, steps: Sequence[Any]) -> tuple[tuple[str | int, ...], Any]:
-    """The steps that lead on in the data, others left out, and what stands where they end.
+    """Follows pydantic's steps into the data: the steps that exist there, and the value at the end.
 
     Pydantic names alternatives of a type as steps, and a search's parts are checked as stages.
     """

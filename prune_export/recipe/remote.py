@@ -1,4 +1,4 @@
-"""Recipes from the Hub: one file of a repository, and nothing else of it."""
+"""Fetches recipes from the Hub: one file of a repository, and nothing else of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _URI = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def fetched(uri: str) -> Path:
-    """The local copy of `prune_recipe.yaml` of `hf://owner/name[@revision]`.
+    """Fetches `prune_recipe.yaml` of `hf://owner/name[@revision]`; gives the local path.
 
     Raises:
         RecipeError: the URI is malformed, or the Hub or its cache does not give the file.

@@ -1,4 +1,4 @@
-"""The recipe: what it may say, checked key by key against the registered entries.
+"""Checks a recipe's sections, key by key, against the registered methods and exporters.
 
 A stage or an exporter is checked against the dataclass of its name, so a new method's keys are
 known here without an edit, and the JSON Schema for editors is made from the same classes.
@@ -106,7 +106,7 @@ class Export:
 
 
 def sources(document: Document) -> dict[str, Source]:
-    """The `data` section.
+    """Reads the `data` section.
 
     Raises:
         RecipeError: a source that is none of the kinds, or a bad key of one.
@@ -133,7 +133,7 @@ def sources(document: Document) -> dict[str, Source]:
 
 
 def stages(document: Document, known_data: Mapping[str, Source]) -> tuple[Stage, ...]:
-    """The `stages` section.
+    """Reads the `stages` section.
 
     Raises:
         RecipeError: an unknown kind, method, key or value, or data that is not in `data`.
@@ -173,7 +173,7 @@ def _stage(
 
 
 def _search(document: Document, path: Path_, body: Any, known_data: Mapping[str, Source]) -> Stage:
-    """A search, each of its candidates checked as the stages that it will become."""
+    """Reads a search; each candidate is checked as the stages that it will become."""
     body = _body(document, path, body)
     given = body.get("candidates") or []
     listed = [one if isinstance(one, list) else [one] for one in given]
@@ -216,7 +216,7 @@ def _search(document: Document, path: Path_, body: Any, known_data: Mapping[str,
 
 
 def _tried(body: Any) -> Any:
-    """The same with a usual value for `to_target`, so that all else can be checked."""
+    """Replaces `to_target` by a usual value, so that all else can be checked."""
     if isinstance(body, dict):
         return {key: _tried(one) for key, one in body.items()}
     if isinstance(body, list):
@@ -234,7 +234,7 @@ def _body(document: Document, path: Path_, body: Any) -> dict[str, Any]:
 
 
 def exports(document: Document) -> tuple[Export, ...]:
-    """The `export` section: names, or names with parameters.
+    """Reads the `export` section: names, or names with parameters.
 
     Raises:
         RecipeError: an unknown exporter, key or value, or two that write the same directory.
@@ -277,7 +277,7 @@ def _entry(
 
 
 def entry_from(cls: Any, body: Mapping[str, Any], document: Document, path: Path_) -> Any:
-    """An instance of an entry class from its recipe keys.
+    """Makes an instance of a method, healer or exporter class from its recipe keys.
 
     Raises:
         RecipeError: an unknown key or a value that its field does not take.
@@ -304,7 +304,7 @@ def entry_from(cls: Any, body: Mapping[str, Any], document: Document, path: Path
 
 
 def model(document: Document, path: Path_, schema: type[M], body: Any) -> M:
-    """A pydantic model from a section of the document.
+    """Makes a pydantic model from a section of the document.
 
     Raises:
         RecipeError: an unknown key or a value that its field does not take.

@@ -1,4 +1,4 @@
-"""The `search` stage: several ways to one size or speed, of which the best measured one is taken.
+"""The `search` stage: candidates of one size or speed, of which the best measured one is taken.
 
 A candidate is a list of prune stages, in one value of which stands `to_target`: that value is found
 from the model's shapes, so that each candidate comes to the same size.
@@ -28,7 +28,7 @@ MOST: Final = 1000
 
 
 class Target(Frozen):
-    """What every candidate is brought to; exactly one of the first four keys.
+    """The size or speed that every candidate is brought to; exactly one of the first four keys.
 
     A latency is turned into a speedup by timing the dense engine.
     """
@@ -72,7 +72,7 @@ class Target(Frozen):
         return self.speedup is not None or self.latency_ms is not None
 
     def fraction(self, nbytes: int) -> float | None:
-        """The fraction of the parameters that is to be left of a base with `nbytes` of weights.
+        """The fraction of parameters to keep of a base with `nbytes` of weights.
 
         None where that depends on speed.
 
@@ -156,7 +156,7 @@ class Search:
     ] = 1
 
     def __post_init__(self) -> None:
-        """Refuses more candidates than can be looked at, before any of them is made.
+        """Refuses too many candidates, before any of them is made.
 
         Raises:
             PlanError: there are too many.
@@ -175,7 +175,7 @@ class Search:
         )
 
     def items(self) -> tuple[tuple[Mapping[str, Any], ...], ...]:
-        """The bodies of the prune stages of each candidate."""
+        """Yields the prune stages of each candidate."""
         listed = tuple(tuple(item["prune"] for item in one) for one in self.candidates)
         return listed + (self.grid.items() if self.grid else ())
 
@@ -189,7 +189,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One candidate, resolved: its stages, the shapes that they leave, and what it is called."""
+    """A resolved candidate: its stages, the shapes after them, and its label."""
 
     stages: tuple[Stage, ...]
     arch: Arch
@@ -199,7 +199,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Template:
-    """A candidate as it is written."""
+    """A candidate as written in the recipe, perhaps with a value to find."""
 
     items: tuple[tuple[str, Mapping[str, Any], str], ...] = field(default_factory=tuple)
     """(method, keys, name of the data) of each stage."""
@@ -216,7 +216,7 @@ class Template:
         return not any(marks(body) for _, body, _ in self.items)
 
     def resolved(self, value: float, arch: Arch) -> Candidate:
-        """The candidate with `value` in the place of `to_target`.
+        """Makes the candidate with `value` in the place of `to_target`.
 
         Raises:
             PlanError: the methods cannot work on this model with it.
@@ -234,7 +234,7 @@ class Template:
         return Candidate(tuple(stages), arch, value, label)
 
     def to_size(self, arch: Arch, parameters: int) -> Candidate:
-        """The candidate whose number of parameters is nearest to `parameters`.
+        """Finds the candidate whose number of parameters is nearest to `parameters`.
 
         Raises:
             PlanError: the methods cannot work on this model with any value.
@@ -270,7 +270,7 @@ class Template:
         return min(found, key=lambda one: abs(one.arch.parameters() - parameters))
 
     def near(self, arch: Arch, left: float, tolerance: float) -> Candidate:
-        """The candidate that leaves the fraction `left` of the parameters.
+        """Finds the candidate that keeps the fraction `left` of the parameters.
 
         Raises:
             PlanError: the nearest one is farther from it than `tolerance`.
@@ -284,7 +284,7 @@ class Template:
         return candidate
 
     def _refuse_outside(self, arch: Arch, least: float, most: float) -> None:
-        """Refuses one of a grid whose smallest and largest cuts both miss, without solving for it.
+        """Refuses a grid's template early, when its smallest and its largest cut both miss.
 
         Most of a grid are such; why one is refused is not told, so that it need not be known well.
         """
@@ -300,13 +300,13 @@ class Template:
                 raise PlanError(self.label, "cannot come to the target with any amount")
 
     def why_not(self, error: PlanError) -> str:
-        """Why there is no such candidate, to stand after the label."""
+        """Says why there is no such candidate, to stand after the label."""
         at_fault = "" if error.where == self.label else f"{error.where}: "
         return f"{at_fault}{error.problem}"
 
 
 def unreached(told: Sequence[str], outside: int, arch: Arch) -> tuple[str, str]:
-    """What is wrong where no candidate reaches the target, and what to do; `told` is of each."""
+    """Words the error where no candidate reaches the target; `told` has each one's reason."""
     parts = [*told, f"{outside} combinations of the grid do not"] if outside else told
     problem = f"no candidate reaches the target: {'; '.join(parts)}{outside_of_blocks(arch)}"
     other = "other amounts, `to_target` for one of them" if outside else "other candidates"
@@ -314,7 +314,7 @@ def unreached(told: Sequence[str], outside: int, arch: Arch) -> tuple[str, str]:
 
 
 def outside_of_blocks(arch: Arch) -> str:
-    """Says so where much of a model is in its embedding and head, which few methods cut."""
+    """Hints at it where much of a model is in its embedding and head, which few methods cut."""
     share = 1 - arch.block_parameters() / arch.parameters()
     return (
         f". {share:.0%} of the parameters are outside of the blocks, where only `hidden` cuts"
@@ -324,7 +324,7 @@ def outside_of_blocks(arch: Arch) -> str:
 
 
 def templates(search: Search) -> Iterator[Template]:
-    """The candidates as they are written, then those of the grid."""
+    """Lists the candidates as written, then those of the grid."""
     for number, candidate in enumerate(search.items()):
         items = []
         for written in candidate:
@@ -335,7 +335,7 @@ def templates(search: Search) -> Iterator[Template]:
 
 
 def rungs_of(healer: Stage, rungs: int) -> Iterator[Stage]:
-    """A heal in parts: each goes on from the one before, and is as long as all before it."""
+    """Splits a heal into rungs; each goes on from the last, and is as long as all before it."""
     steps = getattr(healer.entry, "steps", None)
     if not isinstance(steps, int):
         yield healer
@@ -356,7 +356,7 @@ def heal_of(search: Search) -> Stage | None:
 
 
 def marks(body: Any) -> int:
-    """How many values are `to_target`."""
+    """Counts the values that are `to_target`."""
     if isinstance(body, Mapping):
         return sum(marks(value) for value in body.values())
     if isinstance(body, Sequence) and not isinstance(body, str):

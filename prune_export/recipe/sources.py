@@ -1,4 +1,4 @@
-"""Where text or tokens come from."""
+"""The kinds of data source: a Hub dataset, local text, saved tokens."""
 
 from __future__ import annotations
 

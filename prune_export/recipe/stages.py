@@ -1,4 +1,4 @@
-"""What a recipe's stages are, apart from how they are read."""
+"""A recipe's stages and workloads as values, apart from how they are read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Workload:
 
 
 class Sweep(Frozen):
-    """A grid of requests that speed is measured over, to see where it pays."""
+    """A grid of workloads over which speed is measured."""
 
     batch: Annotated[
         tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, description="Batch sizes.")
@@ -50,7 +50,7 @@ class Sweep(Frozen):
 
     @property
     def workloads(self) -> tuple[Workload, ...]:
-        """Every batch with every prompt."""
+        """Lists the workloads: every batch with every prompt."""
         return tuple(
             Workload(batch=batch, prompt=prompt, new=self.new)
             for batch in self.batch
@@ -81,7 +81,7 @@ class Stage:
 
 
 def plain(entry: Any) -> dict[str, Any]:
-    """A dataclass entry's fields as JSON types."""
+    """Turns the fields of a dataclass into JSON types."""
     cls: Any = type(entry)
     dumped: dict[str, Any] = checker(cls).dump_python(entry, mode="json")
     return dumped
@@ -89,5 +89,5 @@ def plain(entry: Any) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def checker(cls: Any) -> TypeAdapter[Any]:
-    """What makes an entry of its keys; kept, as making it takes longer than using it."""
+    """Makes the pydantic validator of a class; cached, as making one takes longer than using it."""
     return TypeAdapter(cls)

@@ -1,4 +1,4 @@
-"""Shows a run: summary table, figures, a self-contained page and a model card.
+"""Makes the report of a run: summary table, figures, a self-contained page, a model card.
 
 Everything is made from one report.json, whose form `reading` states; nothing here measures.
 """

@@ -39,7 +39,7 @@ _ARXIV: Final = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
 @dataclass(frozen=True)
 class Paper:
-    """What to cite for a method; without `authors`, its link is all that is known."""
+    """A paper to cite; without `authors`, only its link is known."""
 
     title: str
     authors: str
@@ -62,7 +62,7 @@ class Paper:
 
 
 def model_card(report: Report | Mapping[str, Any], *, repo_id: str | None = None) -> str:
-    """The card of a report; `repo_id` is where its examples load from, else this directory."""
+    """Makes the card of a report; its examples load from `repo_id`, else from this directory."""
     report = Report.of(report)
     found = caveats(report)
     body = _environment().get_template("card.md.j2").render(
@@ -82,7 +82,7 @@ def model_card(report: Report | Mapping[str, Any], *, repo_id: str | None = None
 
 
 def card_data(report: Report, *, repo_id: str | None = None) -> ModelCardData:
-    """The front matter: nothing in it is guessed, what is not known is left out."""
+    """Makes the front matter: nothing in it is guessed, what is not known is left out."""
     extra: dict[str, Any] = {}
     hub_base = _hub_base(report)
     if hub_base and report.heals:
@@ -110,13 +110,13 @@ def card_data(report: Report, *, repo_id: str | None = None) -> ModelCardData:
 
 @cache
 def papers() -> dict[str, Paper]:
-    """What is known of papers, by arXiv number."""
+    """Loads the known papers, by arXiv number."""
     text = files("prune_export.report").joinpath("papers.yaml").read_text(encoding="utf-8")
     return {arxiv: Paper(arxiv=arxiv, **entry) for arxiv, entry in yaml.safe_load(text).items()}
 
 
 def sources(name: str) -> tuple[str, ...]:
-    """The arXiv numbers that a method's or healer's docstring names after `Source:`."""
+    """Finds the arXiv numbers that a method's or healer's docstring names after `Source:`."""
     found: list[str] = []
     for kind in registry.KINDS:
         if name in registry.names(kind):
@@ -126,14 +126,14 @@ def sources(name: str) -> tuple[str, ...]:
 
 
 def fenced(text: str, language: str = "") -> Markup:
-    """A code block that the text cannot close: its fence is longer than any run of backticks."""
+    """Fences a code block that the text cannot close: with more backticks than any run in it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")
 
 
 def spanned(text: str) -> Markup:
-    """A code span on one line that the text cannot close."""
+    """Makes a code span on one line that the text cannot close."""
     flat = _flat(text)
     fence = "`" * (max((len(run) for run in re.findall("`+", flat)), default=0) + 1)
     pad = " " if flat.startswith("`") or flat.endswith("`") else ""
@@ -154,14 +154,14 @@ def _hub_base(report: Report) -> str | None:
 
 
 def _trained_on(report: Report) -> list[str]:
-    """Hub datasets that chose or trained weights; the evaluation's text did neither."""
+    """The Hub datasets used for calibration or healing, without those for evaluation."""
     used = (entry for name, entry in report.data.items() if name != report.evaluation)
     ids = [str(entry["dataset"]) for entry in used if entry.get("dataset")]
     return [one for one in dict.fromkeys(ids) if _HUB_ID.fullmatch(one) or one.isidentifier()]
 
 
 def _eval_results(report: Report) -> list[EvalResult]:
-    """The published checkpoint's perplexity and tasks, as far as they are numbers."""
+    """The published checkpoint's perplexity and task scores, those that are numbers."""
     results = []
     final = report.perplexity(report.final_name)
     if final is not None and math.isfinite(final.value):

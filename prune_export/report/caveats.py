@@ -1,4 +1,4 @@
-"""What a reader must know before trusting the result: failures first, then limits.
+"""Lists the caveats of a result: failures first, then limits of what was shown.
 
 Every sentence follows from a number in the report; page and card show the same list.
 """
@@ -32,7 +32,7 @@ class Caveat:
 
 
 def caveats(report: Report | Mapping[str, Any]) -> list[Caveat]:
-    """Failures, then limits, each one sentence or two."""
+    """Lists failures, then limits, each in a sentence or two."""
     report = Report.of(report)
     checks = report.verification
     if checks is None:
@@ -49,7 +49,7 @@ def caveats(report: Report | Mapping[str, Any]) -> list[Caveat]:
 
 
 def failed(report: Report | Mapping[str, Any]) -> bool:
-    """Whether a check of the report failed, or none was made."""
+    """Whether a check failed, or none was made."""
     return any(caveat.kind == "failure" for caveat in caveats(report))
 
 

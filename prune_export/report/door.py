@@ -1,4 +1,4 @@
-"""What a report from outside must look like, where its readers compute with it.
+"""Validates a report from outside, where its readers compute with it.
 
 report.json names engines and holds free accounts of methods (`log`); it may be a stranger's. Keys
 that nobody computes with may hold anything, within bounds that keep drawing and writing finite.
@@ -95,7 +95,7 @@ Target = Annotated[dict[str, Any], AfterValidator(_target)]
 
 
 def refuse_unbounded(report: Any) -> None:
-    """Refuses what no reader can walk or print: too deep, or numbers without end.
+    """Refuses a report that is nested too deep, or has numbers too long to print.
 
     Raises:
         CheckpointError: naming the bound.

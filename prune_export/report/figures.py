@@ -1,4 +1,4 @@
-"""The report's figures as PNG files; a figure exists only where its numbers do.
+"""Draws the report's figures as PNG files; a figure exists only where its numbers do.
 
     distance_map.png   angular distance, first block x block count, with the cut marked
     block_scores.png   one score a block, the removed ones coloured
@@ -35,7 +35,7 @@ Draw = Callable[[Axes], None]
 
 
 def draw_figures(report: Report | Mapping[str, Any], out: Path) -> list[Path]:
-    """Writes every figure that the report has numbers for into `out`; its bytes follow from it."""
+    """Draws every figure that the report has numbers for into `out`; same report, same bytes."""
     report = Report.of(report)
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -65,7 +65,7 @@ _TITLES: Final = {
 
 
 def figure_title(stem: str) -> str:
-    """What a figure shows, for a caption or a text reader."""
+    """The title of a figure, for a caption or a screen reader."""
     return _TITLES.get(stem.partition("-")[0], stem)
 
 
@@ -76,7 +76,7 @@ def figure_names(report: Report) -> frozenset[str]:
 
 
 def names_by_stage(report: Report) -> list[list[str]]:
-    """For each stage the files that show it, in the order of the stages."""
+    """Lists the figure files of each stage, in the order of the stages."""
     planned = _plan(report)
     return [
         [one.name for one in planned if one.stage == place] for place in range(len(report.stages))
@@ -84,7 +84,7 @@ def names_by_stage(report: Report) -> list[list[str]]:
 
 
 def draw_summary(report: Report | Mapping[str, Any], path: Path, *, source: str = "") -> bool:
-    """Writes the wide figure alone; False where there is nothing to draw.
+    """Draws the wide summary figure alone; False where there is nothing to draw.
 
     `source` is kept in the PNG's `Source` text, to tell later which report it shows.
     """

@@ -1,4 +1,4 @@
-"""report.html: one file that shows a run to anyone, with nothing to fetch and no script.
+"""Makes report.html: one self-contained file, with nothing to fetch and no script.
 
 Everything from the report is text to the template engine, which escapes it; a content security
 policy in the page forbids every request besides.
@@ -44,7 +44,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Tile:
-    """One number of the headline."""
+    """One number at the top of the page."""
 
     label: str
     value: str
@@ -53,7 +53,7 @@ class Tile:
 
 
 def render_page(report: Report | Mapping[str, Any], figures: Path) -> str:
-    """The page of a report, with the PNG files of the directory `figures` inside it."""
+    """Renders the page of a report, with the PNG files of the directory `figures` inside it."""
     report = Report.of(report)
     found = caveats(report)
     page = _environment().get_template("report.html.j2").render(
@@ -77,7 +77,7 @@ def render_page(report: Report | Mapping[str, Any], figures: Path) -> str:
 
 
 def figure_of(path: Path) -> Figure:
-    """The PNG file as something that a page can hold.
+    """Reads a PNG file as a data URI.
 
     Raises:
         ValueError: the file is not a PNG.
@@ -96,7 +96,7 @@ def figure_of(path: Path) -> Figure:
 
 
 def what_was_done(report: Report) -> str:
-    """One sentence: what was removed by what, how it was healed, what it was exported to."""
+    """Says in one sentence what was removed by what, how it was healed, and how exported."""
     parts = []
     if report.removed_blocks:
         count = len(report.removed_blocks)
@@ -117,7 +117,7 @@ def what_was_done(report: Report) -> str:
 
 
 def _status(report: Report) -> tuple[str, str]:
-    """Tone and words of the badge."""
+    """The tone and words of the badge."""
     if report.verification is None:
         return "limit", "not verified"
     return ("failure", "verification failed") if failed(report) else ("good", "verified")
@@ -164,14 +164,14 @@ def _parity_words(one: Parity) -> str:
 
 
 def _share_of_bound(one: Speed) -> str:
-    """`98 % of 1.19×` in decode, where memory traffic bounds; empty elsewhere."""
+    """Words the share of the memory bound: `98 % of 1.19×` in decode; empty elsewhere."""
     if not table.has_bound(one) or not math.isfinite(one.ratio):
         return ""
     return f"{100 * one.ratio / one.bound:.0f} % of {table.times(one.bound)}"
 
 
 def _rounds(one: Speed) -> str:
-    """`14 + 14 in 3 launches`: raw samples dense + pruned, and fresh processes behind them."""
+    """Counts samples: `14 + 14 in 3 launches`, dense + pruned, in so many fresh processes."""
     launches = f" in {len(one.rounds)} launches" if len(one.rounds) > 1 else ""
     return f"{len(one.dense_seconds)} + {len(one.pruned_seconds)}{launches}"
 
@@ -191,7 +191,7 @@ def _against_dense(report: Report, entry: Perplexity) -> str:
 
 
 def scalars(log: Mapping[str, Any]) -> dict[str, str]:
-    """The entries of a stage's log that are one value, as text."""
+    """The scalar entries of a stage's log, as text."""
     return {
         key.replace("_", " "): value_text(value)
         for key, value in log.items()
@@ -200,7 +200,7 @@ def scalars(log: Mapping[str, Any]) -> dict[str, str]:
 
 
 def value_text(value: Any) -> str:
-    """A parameter's value as a reader writes it in a recipe."""
+    """Writes a parameter's value as in a recipe."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""One function a panel: each draws one fact of the report onto given axes."""
+"""Draws the panels of figures, one function each, onto given axes."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def block_scores(axes: Axes, stage: StageReading, *, compact: bool = False) -> N
 
 
 def loss_curve(axes: Axes, stage: StageReading) -> None:
-    """The healing loss: every logged step faint, a centred running mean strong."""
+    """Draws the healing loss: every logged step faint, a centred running mean strong."""
     points = [(step, loss) for step, loss, _ in stage.losses if math.isfinite(loss)]
     broken = len(stage.losses) - len(points)
     steps = np.array([step for step, _ in points], dtype=float)
@@ -156,7 +156,7 @@ def loss_curve(axes: Axes, stage: StageReading) -> None:
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean over `reach` neighbours on each side, fewer at the ends; same length."""
+    """Computes the mean over `reach` neighbours on each side, fewer at the ends."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     place = np.arange(len(values))
     low, high = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(values))
@@ -164,7 +164,7 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def quality(axes: Axes, report: Report, *, compact: bool = False) -> None:
-    """Perplexity of each measured model, dense first, values written out."""
+    """Draws the perplexity of each measured model, dense first, values written out."""
     names = [("dense", style.DENSE), ("pruned", style.PRUNED), ("healed", style.HEALED)]
     names += [(entry.name, style.ENGINE) for entry in report.engine_perplexities]
     bars = [(name, found.value, color) for name, color in names
@@ -202,7 +202,7 @@ def quality(axes: Axes, report: Report, *, compact: bool = False) -> None:
 
 
 def speed(axes: Axes, report: Report, *, compact: bool = False) -> None:
-    """Each engine's speed against its dense twin: dot, 95 % whisker, A/A band, decode bound."""
+    """Draws each engine's speed against the dense one, with 95 % interval, A/A band and bound."""
     speeds = report.verification.speed if report.verification else []
     many = len({one.workload for one in speeds}) > 1
     colors = {"faster": style.GOOD, "slower": style.BAD, "no speedup": style.NEUTRAL}
@@ -248,7 +248,7 @@ def speed(axes: Axes, report: Report, *, compact: bool = False) -> None:
 
 
 def search(axes: Axes, found: SearchReading) -> None:
-    """Each candidate's validation perplexity, pruned and after the short heal; the best on top."""
+    """Draws each candidate's validation perplexity, pruned and briefly healed; the best on top."""
     shown = [one for one in found.candidates if one.pruned is not None]
     values = [one for row in shown for one in (row.pruned, row.healed) if one is not None]
     log = _spread(values) > LOG_SPREAD

@@ -1,4 +1,4 @@
-"""Draws a search's candidates by how fast they decode and how good they are."""
+"""Draws a search's candidates by decode speed and perplexity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prune_export.report.table import number
 
 
 def frontier(candidates: Sequence[CandidateReading]) -> list[CandidateReading]:
-    """Those that no other beats in both speed and perplexity, from the slowest to the fastest."""
+    """Finds the Pareto frontier of speed and perplexity, from the slowest to the fastest."""
     found: list[CandidateReading] = []
     for one in sorted(candidates, key=_fastest_first):
         if not found or (one.perplexity or 0) < (found[-1].perplexity or 0):
@@ -21,7 +21,7 @@ def frontier(candidates: Sequence[CandidateReading]) -> list[CandidateReading]:
 
 
 def pareto(axes: Axes, found: SearchReading) -> None:
-    """Validation perplexity over measured speed; the line joins what nothing else beats."""
+    """Draws validation perplexity over measured speed, and the Pareto frontier."""
     best = frontier(found.timed)
     axes.plot(
         [one.speedup or 0 for one in best], [one.perplexity or 0 for one in best],

@@ -1,4 +1,4 @@
-"""One typed reading of report.json, which table, figures, page and card all share.
+"""Reads report.json into typed values, which table, figures, page and card share.
 
 Nothing is measured here. What is derived (which base blocks are gone, the paired interval of a
 perplexity) comes from what the report holds, so a reader can recompute it.
@@ -42,7 +42,7 @@ class RecipeText:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that was pruned; only one from the Hub has a `revision`, its commit."""
+    """The base model; only one from the Hub has a `revision`, its commit."""
 
     model: str
     parameters: Count
@@ -55,13 +55,13 @@ class Base:
 
     @property
     def name(self) -> str:
-        """A Hub id as it is; of a path, the last part."""
+        """Its name: a Hub id, or the last part of a path."""
         return self.model if self.revision else Path(self.model).name or self.model
 
 
 @dataclass(frozen=True)
 class Size:
-    """What the published checkpoint holds."""
+    """The size of the published checkpoint."""
 
     parameters: Count
     bytes: Count
@@ -84,12 +84,12 @@ class StageReading:
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """The blocks that it removed, as indices into the stage's input."""
+        """The blocks that it removed, as numbers in the stage's input."""
         return tuple(sorted(int(block) for block in self.log.get("dropped") or ()))
 
     @property
     def refitted(self) -> str:
-        """What was refitted at the seams of its cut, or why nothing was; empty if nothing says."""
+        """The log of refits at the seams of its cut, or why there was none; may be empty."""
         log = self.log.get("refit") or {}
         if not log.get("taken"):
             return f"no projection was refitted: {log['why']}" if log.get("why") else ""
@@ -113,7 +113,7 @@ class StageReading:
 
 @dataclass(frozen=True)
 class CandidateReading:
-    """One candidate of a search; numbers are None where it did not come that far."""
+    """One candidate of a search; numbers are None where it dropped out before."""
 
     label: str
     note: str = ""
@@ -126,13 +126,13 @@ class CandidateReading:
 
     @property
     def perplexity(self) -> float | None:
-        """What it is ranked by."""
+        """The perplexity that it is ranked by."""
         return self.pruned if self.healed is None else self.healed
 
 
 @dataclass(frozen=True)
 class SearchReading:
-    """A search: what every candidate was brought to, and how they compared; the best is first."""
+    """A search: its target, and its candidates, the best one first."""
 
     target: Target
     candidates: list[CandidateReading]
@@ -148,7 +148,7 @@ class SearchReading:
 
     @property
     def goal(self) -> str:
-        """What every candidate was brought to."""
+        """The target, in words."""
         if self.target.get("speedup"):
             return f"{self.target['speedup']:g}x decoding on {self.target.get('engine')}"
         if self.target.get("latency_ms"):
@@ -176,7 +176,7 @@ class ExportReading:
 
 @dataclass(frozen=True)
 class Report:
-    """report.json, typed; unknown keys are left to later versions and ignored."""
+    """A typed report.json; unknown keys are ignored, as later versions may add some."""
 
     __pydantic_config__ = ConfigDict(extra="ignore")
 
@@ -194,7 +194,7 @@ class Report:
 
     @staticmethod
     def of(source: Report | Mapping[str, Any]) -> Report:
-        """The typed reading of a report dict.
+        """Reads a report from a dict.
 
         Raises:
             CheckpointError: a part is missing or of another type.
@@ -214,7 +214,7 @@ class Report:
 
     @staticmethod
     def load(path: Path) -> Report:
-        """The report in a file.
+        """Reads a report from a file.
 
         Raises:
             CheckpointError: no such file, not JSON, or not a report.
@@ -231,7 +231,7 @@ class Report:
 
     @cached_property
     def removed_blocks(self) -> tuple[int, ...]:
-        """The base model's blocks that are gone, through all stages."""
+        """The blocks of the base model that all stages together removed."""
         left = list(range(self.base.layers))
         for stage in self.prunes:
             gone = set(stage.dropped)
@@ -240,7 +240,7 @@ class Report:
 
     @property
     def final_name(self) -> Literal["healed", "pruned"]:
-        """The perplexity entry that belongs to the published checkpoint."""
+        """The name of the published checkpoint's perplexity entry."""
         return "healed" if self.heals else "pruned"
 
     def perplexity(self, name: str) -> Perplexity | None:
@@ -259,7 +259,7 @@ class Report:
 
     @property
     def protocol(self) -> str:
-        """How the windows of perplexity begin and what of them counts, where that is a choice."""
+        """Words the perplexity protocol: how windows begin, and which tokens count."""
         about = self.data.get(self.evaluation, {})
         words = {
             "every window": "each begun as the tokenizer begins a text",
@@ -277,12 +277,12 @@ class Report:
 
 
 def as_number(value: Any) -> float:
-    """A float, NaN where JSON had to say null."""
+    """Turns a JSON number into a float; null is NaN."""
     return math.nan if value is None else float(value)
 
 
 def _with_nan(report: Any) -> Any:
-    """The same report with NaN where strict JSON had to write null for a number."""
+    """Replaces null by NaN where the report must have a number."""
     checks = report.get("verification") if isinstance(report, Mapping) else None
     if not isinstance(checks, Mapping):
         return report
@@ -307,7 +307,7 @@ def _nan_for_null(value: Any) -> Any:
 
 
 def runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
-    """(first, last) of each unbroken run: `[3, 5, 6, 7]` gives `[(3, 3), (5, 7)]`."""
+    """Finds unbroken runs: `[3, 5, 6, 7]` gives `[(3, 3), (5, 7)]`."""
     found: list[tuple[int, int]] = []
     for block in sorted(set(blocks)):
         if found and block == found[-1][1] + 1:
@@ -318,14 +318,14 @@ def runs(blocks: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def text_from_blocks(blocks: Iterable[int]) -> str:
-    """`3, 5–7` for `[3, 5, 6, 7]`; `none` when empty."""
+    """Words a list of blocks: `3, 5–7` for `[3, 5, 6, 7]`; `none` when empty."""
     parts = [f"{first}" if first == last else f"{first}–{last}" for first, last in runs(blocks)]
     return ", ".join(parts) or "none"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A perplexity as a multiple of another; `low` and `high` bound it at 95 % where known."""
+    """The ratio of two perplexities; `low` and `high` are its 95 % interval where known."""
 
     ratio: float
     low: float | None = None
@@ -336,7 +336,7 @@ _LARGEST_LOSS = 1e100
 
 
 def perplexity_change(before: Perplexity | None, after: Perplexity | None) -> Change | None:
-    """How many times higher `after` is, paired by window; None where either is not a number.
+    """Computes `after` / `before`, paired by window; None where either is not a number.
 
     The interval is exp(mean ± 1.96 standard errors) of the windows' loss differences, given only
     when both were measured on the same number of windows of the same length, and 8 at least.
@@ -356,7 +356,7 @@ def perplexity_change(before: Perplexity | None, after: Perplexity | None) -> Ch
 
 
 def _exp(value: float) -> float:
-    """E to the power of a value, infinite where that is no number any more."""
+    """Computes exp; infinite where it overflows."""
     try:
         return math.exp(value)
     except OverflowError:
@@ -364,14 +364,14 @@ def _exp(value: float) -> float:
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, for two values or more."""
+    """Computes the mean and its standard error, for two values or more."""
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, math.sqrt(variance / len(values))
 
 
 def shorten(text: str, most: int) -> str:
-    """At most `most` characters, the middle left out; ends say more than middles in model names."""
+    """Shortens text to `most` characters by leaving out the middle."""
     if len(text) <= most:
         return text
     tail = (most - 1) // 2

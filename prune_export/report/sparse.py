@@ -1,4 +1,4 @@
-"""What is said of sparse weights, of the kernels that run them, and of where they pay."""
+"""Words the results on sparse weights and sparse kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FEW: Final = 0.01
 
 
 def weights_text(one: Sparsity) -> str:
-    """`120 of 121 weights hold 2 of 4`; those without a pattern by their zeros."""
+    """Words the patterns of weights: `120 of 121 weights hold 2 of 4`, or their share of zeros."""
     sparse = [weight for weight in one.weights if weight.pattern or weight.zeros > _FEW]
     counts = Counter(weight.pattern for weight in sparse if weight.pattern)
     parts = [f"{count} hold {pattern}" for pattern, count in counts.most_common()]
@@ -26,7 +26,7 @@ def weights_text(one: Sparsity) -> str:
 
 
 def kernels_text(one: Sparsity) -> str:
-    """What is known of the kernels that run; eligible but not picked is said as such."""
+    """Words what is known of sparse kernels; eligible but not picked is said as such."""
     if not one.asked:
         return one.note
     if one.proven is None:
@@ -41,14 +41,14 @@ def kernels_text(one: Sparsity) -> str:
 
 
 def stray_text(one: Placed) -> str:
-    """`3 nodes that multiply were not run by CUDAExecutionProvider (a, b, c)`."""
+    """Words strays: `3 nodes that multiply were not run by CUDAExecutionProvider (a, b, c)`."""
     count = len(one.strayed)
     names = ", ".join(one.strayed[:3]) + (", …" if count > 3 else "")
     return f"{count} nodes that multiply were not run by {one.asked} ({names})"
 
 
 def pays_text(speeds: Sequence[Speed]) -> str:
-    """`prefill from 256 to 4,096 tokens, up to 1.31×; decode nowhere`, a phrase for each line."""
+    """Words where it pays: `prefill from 256 to 4,096 tokens, up to 1.31×; decode nowhere`."""
     parts = []
     for (batch, phase), line in lines_of(speeds):
         won = [one for one in line if one.verdict == "faster"]
@@ -67,7 +67,7 @@ def pays_text(speeds: Sequence[Speed]) -> str:
 
 
 def lines_of(speeds: Sequence[Speed]) -> Iterator[tuple[tuple[int, Phase], list[Speed]]]:
-    """The speeds of each batch and phase, by prompt."""
+    """Groups speeds by batch and phase, each by prompt length."""
     phases: tuple[Phase, ...] = ("prefill", "decode")
     for batch in sorted({one.workload.batch for one in speeds}):
         for phase in phases:
@@ -77,12 +77,12 @@ def lines_of(speeds: Sequence[Speed]) -> Iterator[tuple[tuple[int, Phase], list[
 
 
 def is_grid(speeds: Sequence[Speed]) -> bool:
-    """Whether they are of more than one prompt length, so that a line can be drawn."""
+    """Whether speeds have more than one prompt length, so that a line can be drawn."""
     return len({one.workload.prompt for one in speeds}) > 1
 
 
 def grids(report: Report) -> list[tuple[str, str, list[Speed]]]:
-    """(figure's stem, its title, what is drawn) of each engine's grid."""
+    """Lists the grids to draw: (figure's stem, title, speeds)."""
     checks = report.verification
     if checks is None:
         return []
@@ -100,7 +100,7 @@ def grids(report: Report) -> list[tuple[str, str, list[Speed]]]:
 
 
 def _prompts(some: Sequence[Speed], line: Sequence[Speed]) -> str:
-    """`at 256 tokens`, `from 256 to 4,096 tokens`, or a list where there are gaps."""
+    """Words prompt lengths: `at 256 tokens`, `from 256 to 4,096 tokens`, or a list."""
     prompts = [one.workload.prompt for one in some]
     places = [[one.workload.prompt for one in line].index(prompt) for prompt in prompts]
     if len(line) > 1 and len(prompts) == len(line):
@@ -113,7 +113,7 @@ def _prompts(some: Sequence[Speed], line: Sequence[Speed]) -> str:
 
 
 def _zeros(weights: Sequence[WeightPattern]) -> float:
-    """The fraction of zeros in all of them together."""
+    """The fraction of zeros in all weights together."""
     sizes = [weight.inputs * weight.outputs for weight in weights]
     total = sum(weight.zeros * size for weight, size in zip(weights, sizes, strict=True))
     return total / max(sum(sizes), 1)

@@ -1,4 +1,4 @@
-"""How every figure looks: one palette, one font, and PNG bytes that depend on the data alone.
+"""The style of all figures: one palette, one font, and PNG bytes that depend on the data alone.
 
 The colours are Okabe and Ito's, told apart with every common colour-vision deficiency; the font is
 the one that matplotlib carries, so that a figure is the same on every machine.
@@ -72,7 +72,7 @@ _STYLE: Final[dict[str, Any]] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Within it, figures have this style whatever the user's matplotlibrc says."""
+    """Applies this style inside a `with`, whatever the user's matplotlibrc says."""
     # The backend is not touched: a Figure with its own Agg canvas needs none.
     defaults = {
         key: value for key, value in mpl.rcParamsDefault.items() if not key.startswith("backend")
@@ -82,14 +82,14 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure in inches, drawn by Agg and known to no global state."""
+    """Makes an empty figure (sizes in inches), drawn by Agg and known to no global state."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save(figure: Figure, path: Path, source: str = "") -> None:
-    """Writes the PNG; equal figures give equal bytes, as neither time nor version is stored."""
+    """Writes a figure as PNG; equal figures give equal bytes, as no time or version is stored."""
     buffer = io.BytesIO()
     metadata = {"Software": None} | ({"Source": source} if source else {})
     figure.savefig(buffer, format="png", dpi=DPI, metadata=metadata)
@@ -98,12 +98,12 @@ def save(figure: Figure, path: Path, source: str = "") -> None:
 
 @functools.cache
 def distance_colors() -> Colormap:
-    """Dark blue (near) to light green (far); the palest end is left out, or it would be paper."""
+    """The colour map of distances: dark blue (near) to light green (far)."""
     return ListedColormap(mpl.colormaps["YlGnBu_r"](np.linspace(0.0, 0.86, 256)))
 
 
 def title(axes: Axes, text: str, note: str = "") -> None:
-    """A bold title at the left edge, a muted line of explanation under it."""
+    """Sets a bold title at the left edge, with a muted line of explanation under it."""
     lines = note.count("\n") + 1 if note else 0
     axes.set_title(text, loc="left", fontsize=10.0, fontweight="bold", pad=8.0 + 12.5 * lines)
     if note:
@@ -114,7 +114,7 @@ def title(axes: Axes, text: str, note: str = "") -> None:
 
 
 def label(text: str, most: int = 28) -> str:
-    """The text as a figure can show it: short, on one line, every glyph in the font."""
+    """Makes text fit for a figure: short, on one line, every glyph in the font."""
     flat = " ".join(str(text).split())
     known = _glyphs()
     return shorten("".join(one if ord(one) in known else "?" for one in flat), most)

@@ -1,4 +1,4 @@
-"""Draws speed over a grid of requests."""
+"""Draws speed over a grid of workloads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COLORS: Final = (style.HEALED, style.PRUNED, style.ENGINE, style.DENSE)
 
 
 def sweep(axes: Axes, title: str, speeds: Sequence[Speed]) -> None:
-    """Speed over prompt length, a line for each batch and phase; hollow where none is claimed."""
+    """Draws speed over prompt length, a line for each batch and phase; hollow: no difference."""
     batches = sorted({one.workload.batch for one in speeds})
     axes.set_xscale("log", base=2)
     axes.axhline(1.0, color=style.INK, linewidth=1.1, zorder=1)

@@ -1,4 +1,4 @@
-"""The summary that a run ends with: plain rows, and the same rows as Markdown.
+"""Makes the summary table of a run: plain rows, and the same rows as Markdown.
 
 The command line draws the rows with rich, the page and the card with HTML and Markdown; all show
 the same cells, so no number is formatted twice.
@@ -26,7 +26,7 @@ COLUMNS = ("", "dense", "result", "change")
 
 @dataclass(frozen=True)
 class Row:
-    """One line; `tone` is what a renderer may colour the change by.
+    """A row of the table; `tone` says how to colour the change.
 
     `group` is size, quality, speed, sparsity or check, so that a renderer can draw a rule between
     groups.
@@ -45,7 +45,7 @@ class Row:
 
 
 def summary_rows(report: Report | Mapping[str, Any]) -> list[Row]:
-    """The final table's rows, in the order that they are shown; columns as in `COLUMNS`."""
+    """Makes the rows of the summary table, in order; columns as in `COLUMNS`."""
     report = Report.of(report)
     return [
         *_size_rows(report), *_quality_rows(report), *_speed_rows(report),
@@ -54,7 +54,7 @@ def summary_rows(report: Report | Mapping[str, Any]) -> list[Row]:
 
 
 def where_to_look(report: Report | Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(path inside the output directory, what is there), for the lines under the table."""
+    """Lists the parts of a result: (path inside it, what is there)."""
     report = Report.of(report)
     return [
         (".", "the checkpoint: AutoModelForCausalLM.from_pretrained loads it"),
@@ -68,13 +68,13 @@ def where_to_look(report: Report | Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The rows as a GitHub table, every cell escaped."""
+    """Writes rows as a GitHub table, every cell escaped."""
     head = [_markdown_line(COLUMNS), "|:--|--:|--:|:--|"]
     return "\n".join([*head, *(_markdown_line(row.cells) for row in rows)]) + "\n"
 
 
 def escape_markdown(text: str) -> str:
-    """Text that shows as itself in a Markdown paragraph or table cell, and cannot hold HTML."""
+    """Escapes text for a Markdown paragraph or table cell."""
     flat = " ".join(text.split())
     for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         flat = flat.replace(character, entity)
@@ -82,7 +82,7 @@ def escape_markdown(text: str) -> str:
 
 
 def number(value: float, digits: int = 2) -> str:
-    """`21.93`, `1,234`, `1.2e+08`; `not a number` or `infinite` where that was measured."""
+    """Formats a number: `21.93`, `1,234`, `1.2e+08`, `not a number`, `infinite`."""
     if math.isnan(value):
         return "not a number"
     if math.isinf(value):
@@ -93,17 +93,17 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def times(value: float) -> str:
-    """`1.23×`, or the words of `number` where it is not finite."""
+    """Formats a factor: `1.23×`, or as `number` does where it is not finite."""
     return f"{number(value)}×" if math.isfinite(value) else number(value)
 
 
 def interval(low: float, high: float) -> str:
-    """`1.20–1.26`; empty when either end is not finite."""
+    """Formats an interval: `1.20–1.26`; empty when either end is not finite."""
     return f"{low:.2f}–{high:.2f}" if math.isfinite(low) and math.isfinite(high) else ""
 
 
 def percent_change(before: float, after: float) -> str:
-    """`−15.8 %`, with a real minus sign; `0 %` where nothing changed, empty without a base."""
+    """Formats a change: `−15.8 %`; `0 %` where nothing changed, empty without a base."""
     if not before:
         return ""
     change = 100 * (after - before) / before
@@ -113,14 +113,14 @@ def percent_change(before: float, after: float) -> str:
 
 
 def workload_text(speed: Speed) -> str:
-    """`prompt 128, new 32`, with the batch where it is not 1."""
+    """Words a workload: `prompt 128, new 32`, with the batch where it is not 1."""
     load = speed.workload
     batch = f"batch {load.batch}, " if load.batch != 1 else ""
     return f"{batch}prompt {load.prompt}, new {load.new}"
 
 
 def speed_text(speed: Speed) -> str:
-    """`1.23× faster (1.20–1.26)`; `no speedup: 1.01× (0.99–1.03)` is as plain as a speedup."""
+    """Words a speed: `1.23× faster (1.20–1.26)` or `no speedup: 1.01× (0.99–1.03)`."""
     bounds = interval(speed.low, speed.high)
     tail = f" ({bounds})" if bounds else ""
     if speed.verdict == "no speedup":
@@ -129,7 +129,7 @@ def speed_text(speed: Speed) -> str:
 
 
 def has_bound(speed: Speed) -> bool:
-    """Whether memory traffic bounds it by a factor that is known."""
+    """Whether the speedup has a known bound by memory traffic."""
     return speed.phase == "decode" and math.isfinite(speed.bound) and speed.bound > 0
 
 
@@ -152,7 +152,7 @@ def _size_rows(report: Report) -> list[Row]:
 
 
 def _zero_rows(report: Report) -> list[Row]:
-    """What the last stage that made zeros left, unless healing filled them."""
+    """Rows on the zeros of the last sparse stage, unless healing filled them."""
     rows: list[Row] = []
     for stage in report.stages:
         if stage.kind == "heal" and stage.parameters.get("keep_zeros") is False:
@@ -217,7 +217,7 @@ def _speed_rows(report: Report) -> list[Row]:
 
 
 def _sparsity_rows(report: Report) -> list[Row]:
-    """What each engine's weights hold and its kernels do; then what these gain."""
+    """Rows on each engine's patterns and sparse kernels, and on their gain."""
     tones: dict[str, Tone] = {"faster": "better", "slower": "worse", "no speedup": "same"}
     rows = []
     checks = report.verification

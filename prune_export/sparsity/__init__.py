@@ -1,1 +1,1 @@
-"""N:M patterns: counted in weights and graphs, and rewritten for 2:4 hardware."""
+"""N:M sparsity: counts patterns in weights and graphs, and rewrites them for 2:4 hardware."""

@@ -1,4 +1,4 @@
-"""N:M patterns: at most `keep` of every `of` neighbouring weights are not zero.
+"""The N:M pattern: at most `keep` of every `of` neighbouring weights are not zero.
 
 Always keep and of, never a bare "2:4": the field writes both kept:group and zeros:group.
 """

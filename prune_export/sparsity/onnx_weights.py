@@ -1,4 +1,4 @@
-"""The constant matrices that an ONNX graph multiplies with, and which weights of them are zero.
+"""Finds the weight matrices of an ONNX graph, and which of their weights are zero.
 
 A weight is followed backwards from its product through what keeps its zeros: Cast, Identity,
 Transpose, QuantizeLinear, DequantizeLinear. External data are mapped, not read.
@@ -27,7 +27,7 @@ _KEEP_ZEROS: Final = frozenset(
 
 @dataclass(frozen=True)
 class Matrix:
-    """A constant that a node multiplies its input with.
+    """A weight matrix: a constant that a node multiplies its input with.
 
     `name` is the initializer's, `tensor` its proto, `node` the product; `turned` says that it is
     stored `[out, in]`; `through` are the nodes between it and its product, nearest first.
@@ -51,11 +51,11 @@ class Matrix:
         return (columns, rows) if self.turned else (rows, columns)
 
     def stored(self) -> np.ndarray:
-        """The values as they are stored, `[in, out]` or, if `turned`, `[out, in]`."""
+        """Reads the values as they are stored, `[in, out]` or, if `turned`, `[out, in]`."""
         return array_of(self.tensor, self.folder)
 
     def nonzero(self) -> np.ndarray:
-        """Which weights are not zero: bool `[in, out]`."""
+        """Computes the mask of non-zero weights, bool `[in, out]`."""
         if self.node.op_type == "MatMulNBits":
             return self._nonzero_blocks()
         values = self.stored()
@@ -94,7 +94,7 @@ class Matrix:
 
 
 def matrices(model: Any, folder: Path) -> Iterator[Matrix]:
-    """Every product of an ONNX model whose second factor is a constant matrix, in graph order."""
+    """Lists every product of an ONNX model with a constant matrix, in graph order."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
@@ -115,7 +115,7 @@ def matrices(model: Any, folder: Path) -> Iterator[Matrix]:
 
 
 def load(graph: Path) -> Any:
-    """An ONNX model without its external data.
+    """Loads an ONNX model without its external data.
 
     Raises:
         CheckpointError: it is not one.
@@ -132,7 +132,7 @@ def load(graph: Path) -> Any:
 
 
 def array_of(tensor: Any, folder: Path) -> np.ndarray:
-    """The values of an ONNX tensor; external data are mapped from their file in `folder`.
+    """Reads an ONNX tensor; external data are memory-mapped from their file in `folder`.
 
     Raises:
         CheckpointError: the data lie outside of `folder`, or the file is too short.
@@ -166,7 +166,7 @@ def array_of(tensor: Any, folder: Path) -> np.ndarray:
 
 
 def nonzero(values: np.ndarray) -> np.ndarray:
-    """Which values are not zero; for types that numpy does not know by their bits."""
+    """Marks values that are not zero; by their bits for types that numpy does not know."""
     if values.dtype.kind in "biuf":
         used: np.ndarray = values != 0
         return used

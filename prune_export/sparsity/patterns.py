@@ -1,4 +1,4 @@
-"""Which N:M pattern the weights of a graph hold: counted, weight by weight, not believed.
+"""Finds which N:M pattern the weights of a graph have, by counting weight by weight.
 
 A pattern is at most `keep` non-zeros in every `of` neighbouring inputs of each output. A weight may
 hold several; the one of the smallest group is reported, as 2 of 4 is what hardware knows.
@@ -22,7 +22,7 @@ GROUPS: Final = (4, 8, 16, 6, 10, 12, 14)
 
 @dataclass(frozen=True)
 class Achieved:
-    """A weight as it stands in a graph: its size, the fraction of zeros, the pattern or ''."""
+    """The sparsity of a weight in a graph: its size, fraction of zeros, and pattern or ''."""
 
     name: str
     inputs: int
@@ -32,7 +32,7 @@ class Achieved:
 
 
 def patterns(graph: Path) -> list[Achieved]:
-    """Every constant matrix that the ONNX graph at `graph` multiplies with, in graph order.
+    """Measures every weight matrix of the ONNX graph at `graph`, in graph order.
 
     Raises:
         CheckpointError: it is not a graph, or its data are missing.
@@ -45,12 +45,12 @@ def patterns(graph: Path) -> list[Achieved]:
 
 
 def achieved(matrix: Matrix) -> Achieved:
-    """What a matrix holds."""
+    """Measures the sparsity of a matrix."""
     return counted(matrix.name, matrix.nonzero())
 
 
 def counted(name: str, nonzero: np.ndarray) -> Achieved:
-    """What the weight of this name holds, from `nonzero` bool `[in, out]`."""
+    """Makes the sparsity of the weight of this name from `nonzero` bool `[in, out]`."""
     inputs, outputs = nonzero.shape
     zeros = 1 - int(np.count_nonzero(nonzero)) / max(nonzero.size, 1)
     nm = pattern_held(nonzero) if zeros >= 1 / max(GROUPS) else None
@@ -58,7 +58,7 @@ def counted(name: str, nonzero: np.ndarray) -> Achieved:
 
 
 def pattern_held(nonzero: np.ndarray) -> Nm | None:
-    """The tightest pattern of the first of `GROUPS` that `nonzero` bool `[in, out]` holds."""
+    """Finds the tightest pattern of the smallest of `GROUPS` that `nonzero` `[in, out]` has."""
     for of in GROUPS:
         most = fullest(nonzero, of)
         if most < of:

@@ -1,4 +1,4 @@
-"""Sliding windows: a weight with at most 2N-2 of every 2N inputs, written exactly as 2 of 4.
+"""SlideSparse: rewrites a (2N-2):2N weight exactly as a longer 2:4 weight.
 
 Sparse tensor cores know 2 of 4 only. A group of 2N inputs is covered by N-1 windows of four that
 overlap by two; each non-zero goes to the first window that covers it and has room for it. The
@@ -42,12 +42,12 @@ _CACHED: Final = 1 << 18
 
 
 def bound(pattern: Nm) -> float:
-    """The most that sparse tensor cores can gain over dense ones: they double what is left."""
+    """The largest speedup of sparse tensor cores over dense ones for a pattern."""
     return pattern.of / pattern.keep
 
 
 def windows_for(nm: Nm) -> Nm | None:
-    """The rewritten pattern that a weight with at most `nm` is sure to hold; None where none is."""
+    """The (2N-2):2N pattern to rewrite an `nm` weight as; None where there is none."""
     for pattern in PATTERNS:
         inside = pattern.of % nm.of == 0 and nm.keep * (pattern.of // nm.of) <= pattern.keep
         if inside:
@@ -56,14 +56,14 @@ def windows_for(nm: Nm) -> Nm | None:
 
 
 def expanded_inputs(inputs: int, pattern: Nm) -> int:
-    """K', the inputs of the expanded weight of one with `inputs` inputs."""
+    """The number of inputs K' of the expanded weight."""
     groups = -(-inputs // pattern.of)
     wide = groups * _expanded_group(pattern)
     return wide + -wide % INPUTS_MULTIPLE
 
 
 def gather_index(inputs: int, pattern: Nm) -> np.ndarray:
-    """int64 `[K']`: the input that each input of the expanded weight is multiplied with."""
+    """Makes the Gather index int64 `[K']`: the original input of each expanded one."""
     group = _group_index(pattern)
     groups = -(-inputs // pattern.of)
     index = (np.arange(groups)[:, None] * pattern.of + group).ravel()
@@ -73,7 +73,7 @@ def gather_index(inputs: int, pattern: Nm) -> np.ndarray:
 
 
 def pattern_of(nonzero: np.ndarray) -> Nm | None:
-    """The first of `PATTERNS` that `nonzero` bool `[K, out]` holds, or None."""
+    """Finds the first of `PATTERNS` that `nonzero` bool `[K, out]` has, or None."""
     return next((pattern for pattern in PATTERNS if holds(nonzero, pattern)), None)
 
 
@@ -100,7 +100,7 @@ def fullest(nonzero: np.ndarray, of: int, enough: int | None = None) -> int:
 
 
 def expanded(weight: np.ndarray, pattern: Nm, nonzero: np.ndarray | None = None) -> np.ndarray:
-    """`[K', out]` for `weight` `[K, out]`: `weight.T @ x == expanded.T @ x[gather_index]`.
+    """Expands `weight` `[K, out]` to `[K', out]`: `weight.T @ x == expanded.T @ x[gather_index]`.
 
     `nonzero` bool `[K, out]` says which weights are not zero, where comparing the values themselves
     does not.
@@ -155,7 +155,7 @@ def _pieces(matrix: np.ndarray, of: int) -> Iterator[tuple[int, slice, slice]]:
 
 
 def _grouped(piece: np.ndarray, of: int) -> np.ndarray:
-    """`[groups, of, out]` of `[K, out]`, the last group filled up with zeros; a view where it can.
+    """Splits `[K, out]` into `[groups, of, out]`, padding with zeros; a view where possible.
 
     Splitting an axis needs no copy in either order of memory.
     """

@@ -1,4 +1,4 @@
-"""Content-addressed artifacts: present means complete, and the same work is done once.
+"""The content-addressed store of artifacts: what is there is complete, and work is done once.
 
 An artifact's id is the hash of what made it: kind, version, parameters, input ids, data
 fingerprint. It is built in `<id>.partial/` under a lock and renamed when its manifest is written,
@@ -46,7 +46,7 @@ _SETTLED_NS: Final = 2_000_000_000
 
 @dataclass(frozen=True)
 class Key:
-    """What makes an artifact what it is. `data` is the fingerprint of the data it saw."""
+    """Everything that an artifact depends on; `data` is the fingerprint of the data it used."""
 
     kind: str
     name: str
@@ -92,12 +92,12 @@ def canonical_json(value: Any) -> str:
 
 
 def sha256_of_json(value: Any) -> str:
-    """The hash of a value's canonical JSON."""
+    """Hashes a value's canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def sha256_of_file(file: Path) -> str:
-    """The hash of a file's bytes."""
+    """Hashes a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -126,7 +126,7 @@ class Store:
         self.root = root.resolve()
 
     def get(self, artifact_id: str) -> Artifact | None:
-        """The artifact, or None when it is absent or its files are no longer what was written.
+        """Looks up an artifact; None when it is absent or its files have changed.
 
         Files whose size, time and inode are as recorded are trusted; others are hashed again.
         """
@@ -150,7 +150,7 @@ class Store:
         force: bool = False,
         waiting: Callable[[], None] = lambda: None,
     ) -> Artifact:
-        """The artifact of `key`, built by `build(files, scratch)` unless it is there already.
+        """Builds the artifact of `key` by `build(files, scratch)`, unless it is there already.
 
         `build` returns a JSON record for the manifest. `waiting` is called once if another process
         is building the same artifact; this one then takes its result. With `force` what is there
@@ -173,7 +173,7 @@ class Store:
         )
 
     def artifacts(self) -> Iterator[tuple[str, int, float, bool]]:
-        """(id, bytes, time of last change, complete) of everything in the store."""
+        """Lists the store: (id, bytes, time of last change, complete) of each artifact."""
         for folder in sorted(self.root.iterdir()):
             if not is_artifact(folder.name) or folder.is_symlink() or not folder.is_dir():
                 continue
@@ -204,7 +204,7 @@ class Store:
         return False
 
     def garbage(self) -> list[str]:
-        """What no result directory needs: artifacts and abandoned partial builds, none in use.
+        """Lists artifacts and abandoned partial builds that no result directory needs, none in use.
 
         An artifact whose manifest cannot be believed is one of them, whoever needs it.
         """
@@ -220,7 +220,7 @@ class Store:
         ]
 
     def broken(self) -> list[str]:
-        """Artifacts without a manifest that can be believed, and notes that cannot be read."""
+        """Lists artifacts without a valid manifest, and notes that cannot be read."""
         notes = sorted((self.root / "roots").glob("*.json"))
         return [
             *(f"roots/{note.name}" for note in notes if root_of(note) is None),
@@ -232,7 +232,7 @@ class Store:
         ]
 
     def stray(self) -> list[str]:
-        """What killed runs left: lock files that nobody holds, files half written."""
+        """Lists what killed runs left: lock files that nobody holds, and half-written files."""
         return list(self._stray())
 
     def remove(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""How a store is told from any other directory: by its mark, and by nothing else being in it.
+"""Tells a store from any other directory, by its mark.
 
     <store>/.prune-export-store     the mark, written when a store is made
 

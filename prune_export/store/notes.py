@@ -1,4 +1,4 @@
-"""What the store writes down, read back: whatever is broken is as if it were not there.
+"""Reads the store's manifests and notes; a broken one counts as absent.
 
 Manifests, notes about results and remembered hashes all come in here, and only here. A file that
 is no regular one, is too large or says something else than was asked is None.
@@ -72,13 +72,13 @@ _SEEN: Final = TypeAdapter(dict[str, _Seen])
 
 
 def summed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest as JSON has it, with the hash of all that never changes in it."""
+    """Adds to a manifest the hash of all that never changes in it."""
     plain: dict[str, Any] = json.loads(json.dumps(manifest))
     return plain | {"sum": _sum(plain)}
 
 
 def manifest_of(folder: Path, name: str) -> dict[str, Any] | None:
-    """The manifest in the folder of an artifact; None where there is none that can be believed."""
+    """Reads the manifest of an artifact's folder; None where it is missing or invalid."""
     found = _json(folder / name, _MANIFEST_BYTES)
     try:
         checked = _Manifest.model_validate(found)
@@ -91,7 +91,7 @@ def manifest_of(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def root_of(file: Path) -> tuple[Path, frozenset[str]] | None:
-    """(result directory, the artifacts that it needs) of a note about a result."""
+    """Reads a note about a result: (result directory, the artifacts that it needs)."""
     try:
         found = _Root.model_validate(_json(file, _NOTE_BYTES))
     except ValidationError:
@@ -100,7 +100,7 @@ def root_of(file: Path) -> tuple[Path, frozenset[str]] | None:
 
 
 def seen_in(file: Path) -> dict[str, dict[str, Any]]:
-    """Path -> stamp and hash of files that were hashed before; empty where that is lost."""
+    """Reads the remembered hashes of files: path -> stamp and hash; empty where lost."""
     found = _json(file, _NOTE_BYTES)
     try:
         return {path: one.model_dump() for path, one in _SEEN.validate_python(found).items()}
@@ -109,7 +109,7 @@ def seen_in(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _json(file: Path, most: int) -> Any:
-    """What a JSON file says; None where it cannot be read as one."""
+    """Reads a JSON file; None where it cannot be read."""
     try:
         descriptor = os.open(file, os.O_RDONLY | open_flags("O_NONBLOCK", "O_CLOEXEC"))
         with os.fdopen(descriptor, "rb") as stream:
@@ -122,7 +122,7 @@ def _json(file: Path, most: int) -> Any:
 
 
 def _sum(manifest: Mapping[str, Any]) -> str:
-    """The hash of a manifest less what is refreshed in it: when its files were last looked at."""
+    """Hashes a manifest without the times at which its files were last checked."""
     files: Iterable[tuple[str, Any]] = manifest["files"].items()
     body = {key: value for key, value in manifest.items() if key != "sum"}
     body["files"] = {name: entry["sha256"] for name, entry in files}

@@ -1,4 +1,4 @@
-"""Whether one engine is faster than another, from noisy timings: pure statistics, no clock.
+"""Decides from noisy timings whether one engine is faster than another: pure statistics.
 
 Timings on a shared machine are wrong in three ways, and each is met:
 
@@ -60,7 +60,7 @@ class Comparison:
 
 
 def compare(dense: Launches, again: Launches, pruned: Launches, *, seed: int = 0) -> Comparison:
-    """The comparison of `pruned` with `dense`; `again` is the second process of the dense engine.
+    """Compares `pruned` with `dense`; `again` is the second process of the dense engine.
 
     The three have the same number of launches, and in a launch the same number of rounds.
     """
@@ -85,13 +85,13 @@ def compare(dense: Launches, again: Launches, pruned: Launches, *, seed: int = 0
 
 
 def _log_ratios(above: Launches, below: Launches) -> list[np.ndarray]:
-    """Logarithms of the ratios of each round, one array a launch."""
+    """Computes the log ratio of each round, one array a launch."""
     pairs = zip(above, below, strict=True)
     return [np.log(np.asarray(a, float)) - np.log(np.asarray(b, float)) for a, b in pairs]
 
 
 def _interval(launches: list[np.ndarray], random: np.random.Generator) -> tuple[float, float]:
-    """Percentile interval of the median: launches are drawn, then rounds within each."""
+    """Bootstraps a percentile interval of the median: draws launches, then rounds within each."""
     sizes = np.array([len(launch) for launch in launches])
     table = np.full((len(launches), sizes.max()), np.nan)
     for row, launch in zip(table, launches, strict=True):

@@ -1,4 +1,4 @@
-"""What verification does with an opened Runner: time it, score text, continue text."""
+"""Drives an opened `Runner`: times it, computes losses of text, generates text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHUNK: Final = 256
 
 
 def time_once(runner: Runner, ids: np.ndarray, prompt: int) -> tuple[float, float]:
-    """Seconds for the prompt, and seconds for a decoding step (mean over the steps).
+    """Measures seconds for the prompt, and mean seconds for a decode step.
 
     `ids` int64 `[batch, prompt + new]` are fed as they are, so that two models do the same work
     whatever they would have generated. One untimed step goes before, which brings weights and
@@ -40,7 +40,7 @@ def window_losses(
     counted: np.ndarray | None = None,
     batch: int = 16,
 ) -> list[float]:
-    """Each window's mean cross-entropy in nats over its `length - 1` predictions.
+    """Computes each window's mean cross-entropy in nats over its `length - 1` predictions.
 
     `ids` int64 `[windows, length]`; where `counted` bool of that shape is given, the mean is over
     the predictions of tokens that it marks. A window is fed in chunks through the cache, so that
@@ -82,7 +82,7 @@ def _returns_all(runner: Runner, ids: np.ndarray) -> bool:
 
 
 def _losses(logits: np.ndarray, targets: np.ndarray, marks: np.ndarray | None) -> np.ndarray:
-    """Summed cross-entropy float64 `[batch]` of logits `[batch, new, vocab]`, where marked."""
+    """Sums cross-entropy, float64 `[batch]`, of logits `[batch, new, vocab]`, where marked."""
     flat = torch.from_numpy(logits).flatten(0, 1)
     wanted = torch.from_numpy(np.ascontiguousarray(targets)).flatten()
     loss = torch.nn.functional.cross_entropy(flat, wanted, reduction="none")
@@ -93,7 +93,7 @@ def _losses(logits: np.ndarray, targets: np.ndarray, marks: np.ndarray | None) -
 
 
 def cached_logits(runner: Runner, ids: np.ndarray, steps: int) -> np.ndarray:
-    """Logits float32 `[windows, positions, vocab]`; the last `steps` tokens are fed one by one.
+    """Computes logits float32 `[windows, positions, vocab]`, the last `steps` tokens one by one.
 
     The first positions are those of the prompt that the engine returns: all, or the last. The
     windows go through it together, or as many at once as it takes.
@@ -113,7 +113,7 @@ def cached_logits(runner: Runner, ids: np.ndarray, steps: int) -> np.ndarray:
 def continuations(
     runner: Runner, prompts: Sequence[Sequence[int]], new: int, advance: Callable[[int], None]
 ) -> list[list[int]]:
-    """`new` greedy tokens after each prompt, all prompts in one batch and without padding.
+    """Generates `new` greedy tokens after each prompt, in one batch and without padding.
 
     All rows advance together: the first step feeds as many tokens as the shortest prompt has; a
     row with prompt left is then fed from it, and the others from what they said. So no engine
@@ -143,7 +143,7 @@ def continuations(
 
 @dataclass(frozen=True)
 class Teacher:
-    """Greedy tokens of a model and how sure it was of each.
+    """The reference model's greedy tokens, with its logits at each.
 
     `tokens` and `logits` are what it said after each step: `tokens[i]` is the largest of
     `logits[i]`, float32 `[new, vocab]`.
@@ -154,7 +154,7 @@ class Teacher:
 
 
 def greedy(runner: Runner, prompt: np.ndarray, new: int) -> Teacher:
-    """`new` greedy tokens after `prompt` int64 `[length]`, through the cache, batch 1."""
+    """Generates `new` greedy tokens after `prompt` int64 `[length]`, through the KV cache."""
     runner.reset()
     logits, _ = runner.step(prompt[None])
     rows = [logits[0, -1]]
@@ -167,5 +167,5 @@ def greedy(runner: Runner, prompt: np.ndarray, new: int) -> Teacher:
 
 
 def tokens_without_text() -> np.ndarray:
-    """`[4, 256]` tokens that every vocabulary has, for measurements where no text is given."""
+    """Makes `[4, 256]` tokens that every vocabulary has, for measurements without text."""
     return np.random.default_rng(0).integers(0, 256, size=(4, 256), dtype=np.int64)

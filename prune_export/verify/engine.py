@@ -1,4 +1,4 @@
-"""Names an engine so that another process can open it."""
+"""Describes an engine so that another process can open it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PYTORCH: Final = "pytorch"
 
 @dataclass(frozen=True)
 class Engine:
-    """Something that can be opened as a Runner: an exporter's name, its keys, and what it wrote.
+    """An engine that can be opened as a `Runner`: its exporter, the exporter's keys, and its path.
 
     `weight_bytes` is what one decode step must read of weights, 0 where that is not known.
     `trusted` says that it was made here or that its user vouches for it: an engine that holds
@@ -39,17 +39,17 @@ class Engine:
 
     @staticmethod
     def of(record: BuildRecord, path: Path, *, trusted: bool = False) -> Engine:
-        """The engine that `record` describes, lying in `path`."""
+        """Makes the description of the engine in `path` from its build record."""
         return Engine(record.exporter, path, dict(record.parameters), record.weight_bytes, trusted)
 
     @staticmethod
     def pytorch(checkpoint: Path, *, weight_bytes: int = 0, **parameters: Any) -> Engine:
-        """A checkpoint in PyTorch eager; `parameters` are the fields of `PyTorch`."""
+        """Describes a checkpoint in PyTorch eager; `parameters` are fields of `PyTorch`."""
         return Engine(PYTORCH, checkpoint, parameters, weight_bytes)
 
     @property
     def positions(self) -> int | None:
-        """How many positions the model has learned; None where it computes them, or is unknown."""
+        """The number of learned positions; None where they are computed, or unknown."""
         try:
             opened = Checkpoint.open(self.path, weights=False)
             return opened.arch(ignore_keys=opened.full_config()).positions
@@ -58,7 +58,7 @@ class Engine:
 
     @property
     def longest(self) -> int | None:
-        """The most tokens that the engine itself takes, prompt and answer; None: any."""
+        """The longest sequence that the engine takes, prompt and answer; None: any."""
         if not isinstance(self._entry, Bounded):
             return None
         return self._entry.longest(Checkpoint.open(self.path, weights=False).full_config())
@@ -75,7 +75,7 @@ class Engine:
 
     @property
     def calibrated(self) -> bool:
-        """Whether its activations are rounded too, by scales that were measured before the build.
+        """Whether its activations are quantized too, by scales measured on calibration data.
 
         Raises:
             VerifyError: as `open`.
@@ -99,7 +99,7 @@ class Engine:
             ) from error
 
     def open(self, machine: Machine) -> Runner:
-        """A runner for it, in this process.
+        """Opens it in this process.
 
         Raises:
             CheckpointError: it holds machine code, and nobody vouches for it.
@@ -138,7 +138,7 @@ class Engine:
 
 
 def _refuse_special(directory: Path) -> None:
-    """Refuses an engine's or a checkpoint's directory with a pipe, a device or a socket in it.
+    """Refuses a directory that holds a pipe, a device or a socket.
 
     Engines are opened by libraries that read whatever stands under a name, for ever if need be.
 

@@ -1,4 +1,4 @@
-"""What a recipe claims, held against what was measured."""
+"""Checks a recipe's gates (claims of speed and quality) against the measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prune_export.verify.results import Gate, Perplexity, Phase, Placed, Speed
 def speed_gates(
     speeds: Sequence[Speed], at_least: float | None, phase: Phase = "decode"
 ) -> list[Gate]:
-    """One gate for each engine and workload in `phase`; none where nothing is claimed.
+    """Checks the speed of each engine and workload in `phase`; no gates where nothing is claimed.
 
     What must reach `at_least` is the lower end of the 95 % interval, not the ratio: a gate that
     passes would pass again on the same machine in all but a few of a hundred runs. A claim above 1
@@ -33,7 +33,7 @@ def speed_gates(
 
 
 def placement_gates(placed: Sequence[Placed]) -> list[Gate]:
-    """A gate for each engine with nodes that multiply elsewhere than asked; none for the others."""
+    """Makes a failed gate for each engine with matrix products on another provider than asked."""
     return [
         Gate(f"nodes of {one.engine} not run by {one.asked}", 0, len(one.strayed), ok=False)
         for one in placed
@@ -44,7 +44,7 @@ def placement_gates(placed: Sequence[Placed]) -> list[Gate]:
 def perplexity_gates(
     perplexities: Sequence[Perplexity], result: str, at_most: float | None, *, dense: str = "dense"
 ) -> list[Gate]:
-    """The gate that `result`'s perplexity is at most `at_most` times that of `dense`.
+    """Checks that `result`'s perplexity is at most `at_most` times that of `dense`.
 
     Raises:
         VerifyError: one of the two was not measured.
@@ -64,5 +64,5 @@ def perplexity_gates(
 
 
 def described(workload: Workload) -> str:
-    """`batch 1, 512 + 128 tokens`."""
+    """Words a workload: `batch 1, 512 + 128 tokens`."""
     return f"batch {workload.batch}, {workload.prompt} + {workload.new} tokens"

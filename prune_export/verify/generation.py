@@ -1,4 +1,4 @@
-"""Whether a model still speaks: greedy continuations of built-in prompts, and what is wrong.
+"""Checks generated text: greedy continuations of built-in prompts, and their faults.
 
 Perplexity averages over text that is given; a pruned model can do well there and still fall into a
 loop as soon as it speaks itself. Small dense models loop as well, so the counts mean something only
@@ -53,7 +53,7 @@ def measure_generation(
     new: int = NEW_TOKENS,
     progress: Progress | None = None,
 ) -> Generation:
-    """`new` greedy tokens after each prompt, and how many of the texts are faulty.
+    """Generates `new` greedy tokens after each prompt, and counts faulty texts.
 
     `tokenizer` is a directory with the tokenizer; a prompt goes through its chat template where it
     has a default one. A text ends before the first end-of-sequence token.
@@ -96,7 +96,7 @@ def _refuse_unknown(backend: Any, fed: Sequence[Sequence[int]], vocabulary: int)
 def judge(
     name: str, prompts: Sequence[str], tokens: Sequence[Sequence[int]], texts: Sequence[str]
 ) -> Generation:
-    """The counts; a text is counted once, as the first of empty, broken, repetitive that it is."""
+    """Counts faults; a text is counted once: as empty, else as broken, else as repetitive."""
     empty = [not text.strip() for text in texts]
     broken = [
         not nothing and is_broken(said, text)
@@ -119,7 +119,7 @@ def judge(
 
 
 def repeated_share(tokens: Sequence[int]) -> float:
-    """The share of 4-grams of tokens that occurred before; 0 for fewer than 8 tokens."""
+    """Computes the share of token 4-grams that occurred before; 0 for fewer than 8 tokens."""
     grams = [tuple(tokens[at : at + _GRAM]) for at in range(len(tokens) - _GRAM + 1)]
     if len(tokens) < 2 * _GRAM:
         return 0.0
@@ -127,7 +127,7 @@ def repeated_share(tokens: Sequence[int]) -> float:
 
 
 def is_broken(tokens: Sequence[int], text: str) -> bool:
-    """Whether the text is not text.
+    """Whether a text is broken.
 
     That is: undecodable bytes (a character cut off by the end is none), control characters, or one
     to three tokens repeated from the start through 24 tokens.
@@ -145,7 +145,7 @@ def is_broken(tokens: Sequence[int], text: str) -> bool:
 def _fitting(
     prompts: list[list[int]], new: int, positions: int | None
 ) -> tuple[list[list[int]], int]:
-    """The ends of the prompts, and the new tokens, for which a model has positions."""
+    """Cuts prompts (to their ends) and new tokens to the positions that a model has."""
     if positions is not None:
         room = max(positions // 2, positions - new)
         prompts = [prompt[-room:] for prompt in prompts]
@@ -154,7 +154,7 @@ def _fitting(
 
 
 def _encoded(tokenizer: Any, prompt: str) -> list[int]:
-    """Through the chat template where there is one for chats; several may have names only."""
+    """Tokenises a prompt, by the default chat template where there is one."""
     named = tokenizer.chat_template
     if not named or (isinstance(named, dict) and "default" not in named):
         return [int(token) for token in tokenizer(prompt)["input_ids"]]

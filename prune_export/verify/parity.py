@@ -1,4 +1,4 @@
-"""An engine against PyTorch of the same checkpoint: the same logits, the same greedy tokens?"""
+"""Compares an engine with PyTorch of the same checkpoint: logits and greedy tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WINDOW_LENGTH: Final = 96
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a precision may deviate: `logits` in standard deviations of the logits, `kl` in nats.
+    """The allowed deviation of a precision: `logits` in standard deviations, `kl` in nats.
 
     None is reported without a bound.
     """
@@ -57,7 +57,7 @@ def measure_parity(
     precision: str | None = None,
     progress: Progress | None = None,
 ) -> Parity:
-    """How far `engine` is from `reference`, the same checkpoint in PyTorch.
+    """Measures how far `engine` is from `reference`, the same checkpoint in PyTorch.
 
     `ids` int64 `[windows, length]` are real tokens. Up to 4 windows of up to 96 tokens go through
     both as one batch, the last 16 tokens one by one through the cache; then PyTorch says 64 greedy
@@ -117,7 +117,7 @@ def judged(
     taught: np.ndarray,
     said: np.ndarray,
 ) -> Parity:
-    """The result; `expected`, `got` `[windows, positions, vocab]`, others `[new, vocab]`.
+    """Makes the result; `expected`, `got` `[windows, positions, vocab]`, others `[new, vocab]`.
 
     `got` may lack the first positions, which an engine with only the last position's logits does
     not return.
@@ -144,7 +144,7 @@ def judged(
 
 
 def deviation(expected: np.ndarray, got: np.ndarray) -> tuple[float, float]:
-    """The largest absolute logit error, and the mean KL(expected ‖ got) in nats.
+    """Computes the largest absolute logit error, and the mean KL(expected ‖ got) in nats.
 
     Both `[windows, positions, vocab]`; a window at a time is in memory.
 
@@ -168,7 +168,7 @@ def deviation(expected: np.ndarray, got: np.ndarray) -> tuple[float, float]:
 def greedy_agreement(
     taught: np.ndarray, said: np.ndarray, *, tied_within: float
 ) -> tuple[int, int]:
-    """How many of the largest tokens are equal, and how many differ only by a tie.
+    """Counts the greedy tokens that are equal, and those that differ only by a tie.
 
     Both `[new, vocab]`. A tie: in `taught`, the token that `said` prefers is at most `tied_within`
     below the largest.

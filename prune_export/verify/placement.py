@@ -1,4 +1,4 @@
-"""Which provider runs each node of an engine, so that a silent fallback is found."""
+"""Finds which execution provider runs each node of an engine, so that no fallback is silent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prune_export.verify.session import Session
 def measure_placement(
     engine: Engine, machine: Machine, *, progress: Progress | None = None
 ) -> list[Placed]:
-    """Who runs `engine`'s nodes; empty where its runtime has no providers.
+    """Measures which providers run `engine`'s nodes; empty where its runtime has none.
 
     Raises:
         StageError: the engine does not open, or its provider is not there at all.

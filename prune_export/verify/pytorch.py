@@ -1,4 +1,4 @@
-"""A checkpoint in PyTorch eager as a Runner: what engines are compared with."""
+"""Runs a checkpoint in PyTorch eager as a `Runner`: the reference for engines."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PyTorch:
     logits: Literal["all", "last"] = "all"
 
     def open(self, path: Path, machine: Machine) -> Runner:
-        """A runner on `machine.device`.
+        """Opens a checkpoint on `machine.device`.
 
         A model larger than the memory is left on disk and streams through it block by block at
         each step, which accelerate does.
@@ -50,7 +50,7 @@ class PyTorch:
 
 
 class _PyTorchRunner:
-    """See `contracts.Runner`."""
+    """Runs a transformers model step by step: a `contracts.Runner`."""
 
     def __init__(self, path: Path, machine: Machine, how: PyTorch) -> None:
         torch.set_num_threads(machine.threads)
@@ -99,12 +99,12 @@ class _PyTorchRunner:
 
 
 def stored_bytes(path: Path) -> int:
-    """The bytes of a model directory's safetensors files."""
+    """Sums the bytes of a model directory's safetensors files."""
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
 def fits_in_memory(path: Path, machine: Machine, dtype: Any = torch.float32) -> bool:
-    """Whether the weights as `dtype` leave a fifth of the memory for activations and the cache."""
+    """Whether the weights in `dtype` leave a fifth of the memory for activations and the cache."""
     stored = stored_bytes(path)
     # 16-bit files double in float32.
     needed = 2 * stored if dtype == torch.float32 and not _stored_as_float32(path) else stored
@@ -117,7 +117,7 @@ def _stored_as_float32(path: Path) -> bool:
 
 
 def _offload(path: Path, machine: Machine, stack: ExitStack) -> dict[str, Any]:
-    """Arguments of from_pretrained that leave on disk what does not fit."""
+    """Makes arguments of from_pretrained that offload to disk what does not fit."""
     import importlib.util
 
     if importlib.util.find_spec("accelerate") is None:

@@ -1,4 +1,4 @@
-"""Perplexity of a checkpoint or of an engine, by one protocol.
+"""Measures the perplexity of a checkpoint or an engine, by one protocol.
 
 Source: the protocol of Wanda and SparseGPT: the text is tokenised once and cut
 into non-overlapping windows; perplexity = exp(sum(loss * length) / (windows * length)). Windows
@@ -36,7 +36,7 @@ def measure_perplexity(
     windows: int | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of `engine` over the first `windows` windows of `tokens`, all unless given.
+    """Measures `engine`'s perplexity over the first `windows` windows of `tokens`, by default all.
 
     For a checkpoint, `engine` is `Engine.pytorch(path)`, computed in float32; where that is larger
     than the memory, one block at a time is. For an engine the tokens go through its own cache, so
@@ -67,7 +67,7 @@ def measure_perplexity(
 
 
 def perplexity(name: str, losses: list[float], length: int) -> Perplexity:
-    """The result from each window's mean loss in nats.
+    """Makes the result from each window's mean loss in nats.
 
     Raises:
         VerifyError: a loss is not finite.

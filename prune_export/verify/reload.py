@@ -1,4 +1,4 @@
-"""Loads a checkpoint as a stranger would: stock transformers in a fresh process.
+"""Checks that stock transformers loads a checkpoint in a fresh process.
 
 No code of the checkpoint's is run, unless it is, byte for byte, a file of `prune_export.modeling`.
 """
@@ -32,7 +32,7 @@ _KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "SYSTEMR
 def measure_reload(
     checkpoint: Path, machine: Machine, *, progress: Progress | None = None
 ) -> Reload:
-    """What AutoModelForCausalLM.from_pretrained says to `checkpoint`.
+    """Loads `checkpoint` with AutoModelForCausalLM.from_pretrained, and reports what it says.
 
     The process runs isolated (`python -I`, a bare environment, no network), so neither this package
     nor a variable of the user's can help. `ok` means that no key was missing, unexpected or of
@@ -75,7 +75,7 @@ def measure_reload(
 
 
 def _brings_our_code(checkpoint: Path) -> bool:
-    """Whether its model type is one of ours, and all code in it is our own file for that type."""
+    """Whether the model type is one of ours, and all code beside it is our own, unchanged."""
     config = read_config(checkpoint)
     table = tables().get(config["model_type"])
     bundled = table.bundled if table else None

@@ -16,7 +16,7 @@ from typing import Any
 
 
 def check(directory: Path, ram_bytes: int, *, own_code: bool = False) -> dict[str, Any]:
-    """What loading `directory` found, as JSON types."""
+    """Loads `directory` and generates; gives what was found, as JSON types."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,7 +60,7 @@ def check(directory: Path, ram_bytes: int, *, own_code: bool = False) -> dict[st
 
 
 def cache_difference(model: Any, new: int) -> int | None:
-    """The first of `new` greedy tokens where the cached logits are not the uncached ones, or None.
+    """Finds the first of `new` greedy tokens where cached and uncached logits differ, or None.
 
     Both are asked after the same tokens, so that a tie can't send them apart. The logits may differ
     by what another order of summation does.

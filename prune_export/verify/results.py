@@ -1,4 +1,4 @@
-"""What verification measures, as values: JSON in, JSON out, nothing computed here.
+"""The results of verification as plain data: JSON in, JSON out, nothing computed here.
 
 Every class holds JSON types only, so that `verify.json` and the report are these values written
 down, raw samples included, and a reader can recompute every figure that is shown.
@@ -27,7 +27,7 @@ def _whole(found: Any) -> Any:
 
 @dataclass(frozen=True)
 class Speed:
-    """Dense against pruned engine of one exporter, on one workload, in one phase.
+    """The speed of the pruned engine against the dense one, on one workload, in one phase.
 
     The samples are raw, one a round, interleaved pairs: in `prefill` seconds for the whole prompt
     (all sequences of the batch), in `decode` seconds for one decoding step (one new token for
@@ -62,7 +62,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(mean loss) over non-overlapping windows of `length` tokens.
+    """Perplexity: exp(mean loss) over non-overlapping windows of `length` tokens.
 
     `name` is dense, pruned, healed or an engine's name; `losses` holds each window's mean
     cross-entropy in nats over its `length - 1` predicted tokens; `tokens` counts all of these.
@@ -94,7 +94,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Parity:
-    """An engine against PyTorch of the same checkpoint, on the same tokens.
+    """How far an engine is from PyTorch of the same checkpoint, on the same tokens.
 
     `max_logit_error` is absolute; `mean_kl` is KL(PyTorch ‖ engine) in nats; `greedy_equal` of
     `greedy_total` greedy tokens agree. `tolerance` is the largest logit error that is accepted,
@@ -115,7 +115,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Reload:
-    """Stock transformers in a fresh process: did it load every tensor and nothing else?
+    """Whether stock transformers, in a fresh process, loaded every tensor and nothing else.
 
     `own_code` says that it was allowed to run the code of ours that lies beside the checkpoint.
     """
@@ -159,7 +159,7 @@ class WeightPattern:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """What an engine shows of sparse weights and sparse kernels.
+    """The evidence of sparse weights and sparse kernels in an engine.
 
     `asked` says that sparse kernels were allowed; `proven` is True where a witness names one that
     runs, False where there is none, None where it cannot be known. `eligible` and `chosen` count
@@ -186,7 +186,7 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class Placed:
-    """Who ran an engine's nodes: how many each provider did, and what ran elsewhere than asked.
+    """The execution providers that ran an engine's nodes, and the nodes that strayed.
 
     `strayed` names nodes that multiply and ran on another provider than the one asked for.
     """
@@ -200,13 +200,13 @@ class Placed:
 
     @property
     def ok(self) -> bool:
-        """Whether all that counts ran where it was asked to."""
+        """Whether all matrix products ran on the provider asked for."""
         return not self.strayed
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Something that the recipe claims, what was measured, and whether it holds."""
+    """A claim of the recipe, what was measured, and whether it holds."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -218,7 +218,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verification:
-    """All of the above for one run, and the machine that it was measured on.
+    """All measurements of one run, and the machine that they were made on.
 
     `sweep` is speed over a grid of batches and prompts, each cell with less effort than `speed`.
     `unverified` says of an engine why it was not run, though the recipe asks for checks of it.
@@ -258,12 +258,12 @@ class Verification:
 
 
 def to_json(value: Any) -> Any:
-    """The JSON form of a result of this module, or of a list of them."""
+    """Turns a result of this module, or a list of them, into JSON types."""
     return [to_json(item) for item in value] if isinstance(value, list) else asdict(value)
 
 
 def from_json(kind: type[T], data: Any) -> T:
-    """The result (`Speed`, `list[Parity]` …) that `to_json` turned into `data`.
+    """Restores a result (`Speed`, `list[Parity]` …) from `to_json`'s data.
 
     Raises:
         pydantic.ValidationError: a field is missing, unknown or of another type.

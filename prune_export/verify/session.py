@@ -1,4 +1,4 @@
-"""The parent's side of a worker: one engine in a process of its own, idle unless asked."""
+"""Runs one engine in a process of its own, idle unless asked: the parent's side of a worker."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Session:
                     pipe.close()
 
     def ready(self) -> int:
-        """Waits until the engine is open; the size of its vocabulary."""
+        """Waits until the engine is open; gives the size of its vocabulary."""
         if self._vocabulary is None:
             self._vocabulary = int(self._receive(None))
             self._pause()
@@ -248,7 +248,7 @@ class Session:
 
 
 def environment(machine: Machine) -> dict[str, str]:
-    """The environment of a worker: this one, with thread pools that sleep, and no network."""
+    """Makes a worker's environment: this one, with thread pools that sleep, and no network."""
     package = str(Path(prune_export.__file__).parents[1])
     path = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {

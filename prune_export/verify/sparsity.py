@@ -1,4 +1,4 @@
-"""Whether an engine's weights are sparse, and whether sparse kernels run them.
+"""Measures an engine's sparsity: the patterns of its weights, and whether sparse kernels run.
 
 Three questions, each with its own witness, as the one doesn't follow from the other:
 
@@ -26,7 +26,7 @@ _FEW: Final = 0.05
 
 
 def measure_sparsity(record: BuildRecord, path: Path) -> list[Sparsity]:
-    """What the engine at `path` shows; empty where nothing is sparse and nothing was asked for.
+    """Measures the sparsity of the engine at `path`; empty where none is there or asked for.
 
     Raises:
         CheckpointError: its graph cannot be read.
@@ -54,7 +54,7 @@ def measure_sparsity(record: BuildRecord, path: Path) -> list[Sparsity]:
 def not_from_rounding(
     found: Sequence[Sparsity], record: BuildRecord, *, zeros_made: bool
 ) -> list[Sparsity]:
-    """What is worth telling: where no stage made zeros, those of quantized weights are roundings.
+    """Filters patterns to report: without a sparse stage, zeros of quantized weights are rounding.
 
     In int4 an eighth of a dense model's weights are.
     """

@@ -1,4 +1,4 @@
-"""Times an engine of the pruned model against the dense model's engine of the same exporter."""
+"""Measures the pruned model's engine against the dense model's engine of the same exporter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LEAST_LAUNCHES: Final = 3
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure.
+    """The effort of a measurement: launches, rounds, and time limits.
 
     Each of at least `launches` launches starts fresh processes and times `rounds` rounds; more
     launches follow, up to `most_launches`, until every interval is narrower than `width` (a
@@ -50,7 +50,7 @@ class Effort:
 
 @dataclass
 class _Samples:
-    """Seconds by role, launch and round."""
+    """Samples in seconds, by role, launch and round."""
 
     seconds: dict[str, list[list[float]]] = field(
         default_factory=lambda: {role: [] for role in ROLES}
@@ -77,7 +77,7 @@ def measure_speed(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Speed]:
-    """Two results, prefill and decode, for each workload.
+    """Measures speed on each workload; gives two results each, prefill and decode.
 
     `ids` are token ids of any shape, fed to both models in reading order and over again where
     there are too few. Every engine has its own process and only one of them works at a time; a
@@ -128,7 +128,7 @@ def _unheard(done: float) -> None:
 
 @dataclass
 class _Bench:
-    """The engines, and what they are timed on."""
+    """The engines to measure, and the workloads."""
 
     dense: Engine
     pruned: Engine
@@ -141,7 +141,7 @@ class _Bench:
     def launch(
         self, samples: _AllSamples, rounds: int, seconds: float, advance: Callable[[float], None]
     ) -> float:
-        """Fresh processes and up to `rounds` rounds, within `seconds` but at least one.
+        """Starts fresh processes, and times one to `rounds` rounds within `seconds`.
 
         `advance` hears after each round how much of the launch that was, 1 in all.
 
@@ -187,7 +187,7 @@ class _Bench:
             yield self._start(stack, (role,))[role]
 
     def _start(self, stack: ExitStack, roles: Sequence[str]) -> dict[str, Session]:
-        """Processes that start side by side, and then warm up one after the other."""
+        """Starts processes side by side, then warms them up one after the other."""
         engines = {role: self.pruned if role == "pruned" else self.dense for role in roles}
         sessions = {
             role: stack.enter_context(Session(engine, self.machine))
@@ -215,7 +215,7 @@ class _Bench:
 
 
 def tokens_of(workload: Workload, ids: np.ndarray) -> np.ndarray:
-    """Token ids int64 `[batch, prompt + new]`, from `ids` in reading order, over again if short."""
+    """Fills a workload with token ids, int64 `[batch, prompt + new]`, repeating `ids` if short."""
     shape = (workload.batch, workload.prompt + workload.new)
     return np.resize(np.asarray(ids, dtype=np.int64).ravel(), shape)
 

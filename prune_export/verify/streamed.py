@@ -1,4 +1,4 @@
-"""Losses of a checkpoint that is larger than the memory, one block at a time."""
+"""Computes losses of a checkpoint that is larger than the memory, one block at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def streamed_losses(
     task: Task,
     counted: np.ndarray | None = None,
 ) -> list[float]:
-    """Each window's mean cross-entropy in nats; `ids` int64 `[windows, length]`.
+    """Computes each window's mean cross-entropy in nats; `ids` int64 `[windows, length]`.
 
     Where `counted` bool of that shape is given, the mean is over the tokens that it marks.
 

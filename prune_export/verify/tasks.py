@@ -1,4 +1,4 @@
-"""lm-eval tasks on a checkpoint, in a process of their own."""
+"""Runs lm-eval tasks on a checkpoint, in a process of their own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuses in the plan what cannot work.
+    """Refuses, in the plan, tasks that cannot run.
 
     Raises:
         MissingExtra: lm-eval is not installed.
@@ -50,7 +50,7 @@ def measure_tasks(
     include: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Task]:
-    """Each metric of each task (and group) for `pruned`, and for `dense` where it is given.
+    """Measures each metric of each task (and group) for `pruned`, and for `dense` if given.
 
     At most `samples` documents of each task, all unless given. A task gets its data from where
     lm-eval finds it: without a network, from the datasets cache, or from local files that a task
@@ -84,7 +84,7 @@ def _evaluate(
     samples: int | None,
     include: Path | None,
 ) -> _Scores:
-    """(task, metric) -> (value, number of documents)."""
+    """Evaluates a checkpoint: (task, metric) -> (value, number of documents)."""
     asked = {
         "tasks": list(tasks),
         "checkpoint": str(checkpoint),
@@ -116,7 +116,7 @@ def _evaluate(
 
 
 def scores(results: Mapping[str, Any]) -> _Scores:
-    """(task, metric) -> (value, documents), from lm-eval's `results` and `n-samples`.
+    """Reads (task, metric) -> (value, documents) from lm-eval's `results` and `n-samples`.
 
     A metric's key is `acc,none` (metric and filter); `none` is dropped, and so are the standard
     errors and what is no number.

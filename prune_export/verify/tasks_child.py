@@ -9,7 +9,7 @@ from prune_export.verify.worker import die_with_parent
 
 
 def evaluate(asked: dict[str, Any]) -> dict[str, Any]:
-    """lm-eval's results for the request, cut to what `tasks.scores` reads."""
+    """Runs lm-eval for the request; gives the part of its results that `tasks.scores` reads."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

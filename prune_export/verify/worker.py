@@ -51,7 +51,7 @@ class Worker:
         return self._runner
 
     def do_open(self, engine: dict[str, Any], machine: dict[str, Any]) -> int:
-        """Opens the engine; the size of its vocabulary, from one warm-up step."""
+        """Opens the engine; gives the size of its vocabulary, found by one warm-up step."""
         runner = Engine.from_json(engine).open(Machine(**machine))
         self._runner = self._stack.enter_context(runner)
         logits, _ = runner.step(np.zeros((1, 1), dtype=np.int64))
@@ -109,7 +109,7 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
 
 
 def die_with_parent() -> None:
-    """Lets the kernel end this process when its parent ends, even by SIGKILL and even if stopped.
+    """Makes the kernel end this process when its parent ends, even by SIGKILL and even if stopped.
 
     Linux only; elsewhere the closed pipe ends it.
     """

@@ -83,7 +83,7 @@ class Statistic(Protocol):
     """What a method wants of a calibration pass; equal specifications are gathered once.
 
     It wants the first `samples` windows, cut to their first `length` tokens; None wants all.
-    `bypassed` are the blocks, or parts of blocks, for each of which it wants the loss of the model
+    `skipped` are the blocks, or parts of blocks, for each of which it wants the loss of the model
     without it.
     """
 

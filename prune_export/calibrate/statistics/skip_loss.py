@@ -15,7 +15,7 @@ from prune_export.calibrate.streaming.skip import Part, Unit
 class SkipLosses:
     """Mean next-token losses in nats: of the whole model, and with each block or part skipped.
 
-    `bypassed` has the losses by block, also where only a part of the block was left out.
+    `skipped` has the losses by block, also where only a part of the block was left out.
     """
 
     dense: float
@@ -49,14 +49,14 @@ class SkipLoss:
 
 class _Collector:
     def __init__(self, skipped: tuple[Unit, ...]) -> None:
-        self._bypassed = skipped
+        self._skipped = skipped
         self._losses = torch.full((len(skipped) + 1,), torch.nan, dtype=torch.float64)
 
     def see(self, layer: int, start: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         del layer, start, inputs, outputs
 
     def hear(self, dense: float, skipped: Mapping[Unit, float]) -> None:
-        own = [dense, *(skipped[unit] for unit in self._bypassed)]
+        own = [dense, *(skipped[unit] for unit in self._skipped)]
         self._losses.copy_(torch.tensor(own, dtype=torch.float64))
 
     def state(self) -> Mapping[str, torch.Tensor]:
@@ -67,5 +67,5 @@ class _Collector:
 
     def result(self) -> SkipLosses:
         dense, *own = self._losses.tolist()
-        by_block = {unit.layer: loss for unit, loss in zip(self._bypassed, own, strict=True)}
+        by_block = {unit.layer: loss for unit, loss in zip(self._skipped, own, strict=True)}
         return SkipLosses(dense, by_block)
