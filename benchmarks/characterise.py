@@ -44,12 +44,13 @@ from prune_export.execution import Options, run
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
 
-TIMES: Final = frozenset({"seconds", "stamp", "machine", "toolchain", "train_seconds"})
-"""Keys of JSON that say when, how long or on what: left out wherever they stand."""
+TIMES: Final = frozenset({"seconds", "stamp", "machine", "toolchain", "train_seconds", "sum"})
+"""Keys of JSON that say when, how long or on what (`sum` is of such): left out wherever they stand."""
 
 LOOSE: Final[dict[str, str]] = {
     "model.engine": "TensorRT picks kernels by timing them",
     "build.log": "it says how long each was",
+    "SHA256SUMS": "it has the hashes of files with times in them",
     "model.pt2": "a zip of what the compiler wrote, with its times and temporary names",
 }
 """Files that hold more than their input decides, and why; that they are there is compared."""
