@@ -101,18 +101,18 @@ class SliceGPT:
         arch = model.arch
         after = self.predict(arch)
         hidden, kept = arch.sizes["residual"], after.sizes["residual"]
-        grams: Covariances = model.stat(NormInputCovariance())
-        numbers = range(len(grams))
+        covariances: Covariances = model.stat(NormInputCovariance())
+        numbers = range(len(covariances))
         if self.rotation == "shared":
-            shared = residual_bases.principal(grams[i] for i in numbers)[:, :kept]
-            bases = [shared] * len(grams)
+            shared = residual_bases.principal(covariances[i] for i in numbers)[:, :kept]
+            bases = [shared] * len(covariances)
         else:
-            bases = [residual_bases.principal([grams[i]])[:, :kept] for i in numbers]
-        energy = [float((bases[i] * (grams[i] @ bases[i])).sum()) for i in numbers]
+            bases = [residual_bases.principal([covariances[i]])[:, :kept] for i in numbers]
+        energy = [float((bases[i] * (covariances[i] @ bases[i])).sum()) for i in numbers]
         edits: list[Edit] = [Untie(tensor.name) for tensor in _tied(arch)]
         if self.rotation == "per_junction":
             edits.append(Become(str(after.config["model_type"])))
-        edits += _Slicing(model, after, grams, bases, self.refit)
+        edits += _Slicing(model, after, covariances, bases, self.refit)
         log = {
             "hidden": [hidden, kept],
             "kept_energy": energy,
@@ -142,12 +142,12 @@ class _Slicing:
         self,
         model: ModelView,
         after: Arch,
-        grams: Covariances,
+        covariances: Covariances,
         bases: Sequence[torch.Tensor],
         refit: bool,
     ) -> None:
         self._model, self._after = model, after
-        self._grams, self._bases, self._refit = grams, bases, refit
+        self._covariances, self._bases, self._refit = covariances, bases, refit
         self._gains = {
             (tensor.layer, tensor.role): tensor
             for tensor in model.arch.using("residual")
@@ -218,6 +218,6 @@ class _Slicing:
         inside = tensor.role in ("o", "o.bias", "shortcut.attn")
         return 2 * tensor.layer + (1 if inside else 2)
 
-    def _reading_at(self, junction: int) -> torch.Tensor:
-        basis = self._bases[junction]
-        return residual_bases.fitted(self._grams[junction], basis) if self._refit else basis
+    def _reading_at(self, norm_index: int) -> torch.Tensor:
+        basis = self._bases[norm_index]
+        return residual_bases.fitted(self._covariances[norm_index], basis) if self._refit else basis

@@ -37,16 +37,19 @@ class Removal:
 
 
 def removed(
-    weight: torch.Tensor, gram: torch.Tensor, groups: Sequence[Sequence[int]], left: Iterable[int]
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    groups: Sequence[Sequence[int]],
+    left: Iterable[int],
 ) -> Removal:
     """Removes groups of inputs down to the least of `left`; records the error at each count.
 
-    `groups` share out the inputs of `weight` `[out, in]`; `gram` `[in, in]` are sums of products of
-    the inputs. Where a group is one input, those with the least scores go several at a time.
+    `groups` share out the inputs of `weight` `[out, in]`; `hessian` is XᵀX `[in, in]` of these.
+    Where a group is one input, those with the least scores go several at a time.
     """
     wanted = sorted({*left}, reverse=True)
-    state = _State(weight.double(), gram.double(), torch.tensor(groups, device=weight.device))
-    whole = float((state.weight @ gram.double() * state.weight).sum())
+    state = _State(weight.double(), hessian.double(), torch.tensor(groups, device=weight.device))
+    whole = float((state.weight @ hessian.double() * state.weight).sum())
     errors: dict[int, float] = {}
     order: list[int] = []
     lost = 0.0
@@ -66,16 +69,16 @@ def removed(
 class _State:
     """A matrix, the inverse Hessian of the remaining inputs, and which remain."""
 
-    def __init__(self, weight: torch.Tensor, gram: torch.Tensor, members: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, hessian: torch.Tensor, members: torch.Tensor) -> None:
         # What is always zero is worth nothing, whatever the damping says.
-        self.weight = weight * (gram.diagonal() > 0)
+        self.weight = weight * (hessian.diagonal() > 0)
         self.members = members
         """`[groups, inputs of each]`."""
-        damping = _DAMPING * gram.diagonal().mean()
-        gram = gram + (damping if damping > 0 else 1.0) * torch.eye(
-            len(gram), dtype=gram.dtype, device=gram.device
+        damping = _DAMPING * hessian.diagonal().mean()
+        hessian = hessian + (damping if damping > 0 else 1.0) * torch.eye(
+            len(hessian), dtype=hessian.dtype, device=hessian.device
         )
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
         self.gone = torch.zeros(len(members), dtype=torch.bool, device=weight.device)
 
     def least(self, count: int) -> list[int]:

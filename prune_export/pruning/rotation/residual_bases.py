@@ -109,12 +109,12 @@ def sizes(arch: Arch, multiple_of: int) -> list[int]:
     return found
 
 
-def principal(grams: Sequence[torch.Tensor] | Iterator[torch.Tensor]) -> torch.Tensor:
+def principal(covariances: Sequence[torch.Tensor] | Iterator[torch.Tensor]) -> torch.Tensor:
     """The PCA of summed covariances: orthogonal `[residual, residual]`, largest directions first.
 
     Each direction's largest entry is positive, so that the same states give the same rotation.
     """
-    total = sum(grams, start=torch.zeros((), dtype=torch.float64))
+    total = sum(covariances, start=torch.zeros((), dtype=torch.float64))
     _, vectors = torch.linalg.eigh((total + total.T) / 2)
     vectors = vectors.flip(1)
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
@@ -122,13 +122,13 @@ def principal(grams: Sequence[torch.Tensor] | Iterator[torch.Tensor]) -> torch.T
     return found
 
 
-def fitted(gram: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def fitted(covariance: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """The matrix `[residual, kept]` that best reconstructs a state from its projection on `basis`.
 
     For a matrix W that reads states x, `W @ fitted` reads `basis.T @ x` and comes nearest to W x in
-    the mean square. Where `basis` are principal directions of `gram` itself, it is `basis`.
+    the mean square. Where `basis` are principal directions of `covariance`, it is `basis`.
     """
-    seen = gram @ basis
+    seen = covariance @ basis
     own = basis.T @ seen
     # What is cut off, foretold from what is left; damped, so that rounding foretells nothing.
     damping = 1e-6 * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype)

@@ -50,20 +50,22 @@ class Pruned:
     mask: torch.Tensor
 
 
-def factor(gram: torch.Tensor, damping: float, where: str) -> Factor:
-    """Factors the inverse of the Hessian `gram` `[in, in]`, which is overwritten.
+def factor(hessian: torch.Tensor, damping: float, where: str) -> Factor:
+    """Factors the inverse of a Hessian `[in, in]`, which is overwritten.
 
     `damping` times the mean of the diagonal is added to it, ten times as much as often as needed.
 
     Raises:
         StageError: with damping 1 there still is no factor.
     """
-    diagonal = gram.diagonal()
+    diagonal = hessian.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal.double().mean())
     if mean <= 0:
         # Nothing was seen: every weight counts by its size alone.
-        return Factor(torch.eye(len(gram), device=gram.device), torch.zeros_like(dead), damping)
+        return Factor(
+            torch.eye(len(hessian), device=hessian.device), torch.zeros_like(dead), damping
+        )
     # With all indices reversed, G = L L^T, and U is the inverse of L, reversed again: one
     # factorization and a triangular inverse, where the textbook inverts G and factors that.
     diagonal.masked_fill_(dead, mean)
@@ -71,7 +73,7 @@ def factor(gram: torch.Tensor, damping: float, where: str) -> Factor:
     while True:
         diagonal += (damping - added) * mean
         added = damping
-        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not int(failed) and bool(lower.diagonal().isfinite().all()):
             break
         if damping >= _MOST_DAMPING:
