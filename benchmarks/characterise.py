@@ -45,7 +45,7 @@ from prune_export.machine import Machine
 from prune_export.recipe import Recipe
 
 TIMES: Final = frozenset({"seconds", "stamp", "machine", "toolchain", "train_seconds", "sum"})
-"""Keys of JSON that say when, how long or on what (`sum` is of such): left out wherever they stand."""
+"""Keys of JSON that say when, how long or on what (or sums of it): left out wherever they stand."""
 
 LOOSE: Final[dict[str, str]] = {
     "model.engine": "TensorRT picks kernels by timing them",
