@@ -18,6 +18,7 @@ from pathlib import Path
 from prune_export.calibrate import TokenSet
 from prune_export.errors import MissingExtra, PlanError, StageError
 from prune_export.execution.context import RunContext
+from prune_export.execution.inputs import Base
 from prune_export.execution.measure import perplexity_of
 from prune_export.execution.stages import run_heal, run_prune
 from prune_export.machine import Machine
@@ -30,7 +31,8 @@ from prune_export.store import Store
 class Job:
     """Stages to apply to the checkpoint at `path`, which is then measured.
 
-    `data` are the ids of the token sets by name, `validation` names the one that measures.
+    `data` are the ids of the token sets by name, `validation` names the one that measures;
+    `teacher` is there where a stage learns from one.
     """
 
     label: str
@@ -39,6 +41,7 @@ class Job:
     id: str
     data: Mapping[str, str]
     validation: str
+    teacher: Base | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def done(context: RunContext, job: Job) -> Done:
         if stage.kind == "heal":
             if tokens is None:
                 raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
-            result = run_heal(context, stage, path, id_, tokens)
+            result = run_heal(context, stage, path, id_, tokens, job.teacher)
         else:
             result = run_prune(context, stage, path, id_, tokens)
         path, id_ = result.path, result.id

@@ -9,21 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from prune_export.calibrate import (
     CalibrationContext,
     ExtraPass,
     ModelView,
     TokenSet,
+    keep_answers,
 )
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Refitting, Work
+from prune_export.contracts import Refitting, Teacher, Work
 from prune_export.execution.context import RunContext
+from prune_export.execution.inputs import Base
 from prune_export.execution.timing import TimedEngines
 from prune_export.recipe import Stage
 from prune_export.store import Artifact, Key
 from prune_export.surgery import rewrite
+
+_ANSWERS_VERSION: Final = "1"
 
 
 def run_prune(
@@ -76,24 +80,60 @@ def run_prune(
     return context.make(key, f"prune: {stage.name}", build)
 
 
-def run_heal(
-    context: RunContext, stage: Stage, source: Path, source_id: str, data: tuple[Artifact, TokenSet]
+def answers(
+    context: RunContext, teacher: Base, tokens: TokenSet, outcomes: int, temperature: float
 ) -> Artifact:
-    """The checkpoint after a heal stage; `record["log"]` holds the loss curve."""
+    """What a teacher says to `tokens`, `outcomes` tokens a position; whoever learns from it."""
+    parameters = {"outcomes": outcomes, "temperature": temperature}
+    key = Key("answers", "teacher", _ANSWERS_VERSION, parameters, (teacher.id,), tokens.fingerprint)
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        opened = Checkpoint.open(teacher.path)
+        keep_answers(
+            opened,
+            tokens,
+            files,
+            outcomes=outcomes,
+            temperature=temperature,
+            arch=opened.arch(context.ignore_keys),
+            machine=work.machine,
+            progress=work.progress,
+            scratch=work.scratch,
+        )
+        return {"teacher": teacher.name, "bytes": sum(f.stat().st_size for f in files.iterdir())}
+
+    return context.make(key, f"keep what {teacher.name} says", build)
+
+
+def run_heal(
+    context: RunContext,
+    stage: Stage,
+    source: Path,
+    source_id: str,
+    data: tuple[Artifact, TokenSet],
+    teacher: Base | None = None,
+) -> Artifact:
+    """The checkpoint after a heal stage; `record["log"]` holds the loss curve.
+
+    Only a stage that learns from a teacher has one, and depends on it.
+    """
     key = Key(
         "heal",
         stage.name,
         stage.entry.VERSION,
         stage.parameters(),
-        (source_id,),
+        (source_id, f"teacher:{teacher.id}") if teacher else (source_id,),
         data[1].fingerprint,
     )
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
+        if teacher is not None:
+            work = replace(work, teacher=_teaching(context, teacher, data[1]))
         record = stage.entry.heal(source, data[1], files, work)
         after = Checkpoint.open(files)
+        told = {"teacher": {"model": teacher.name, "id": teacher.id}} if teacher else {}
         return {
-            "log": dict(record.log),
+            "log": dict(record.log) | told,
             "steps": record.steps,
             "trained_tokens": record.trained_tokens,
             "bytes": after.nbytes,
@@ -101,3 +141,10 @@ def run_heal(
         }
 
     return context.make(key, f"heal: {stage.name}", build)
+
+
+def _teaching(context: RunContext, teacher: Base, tokens: TokenSet) -> Teacher:
+    def kept(outcomes: int, temperature: float) -> Path:
+        return answers(context, teacher, tokens, outcomes, temperature).path
+
+    return Teacher(teacher.path, teacher.id, kept)

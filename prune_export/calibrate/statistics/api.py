@@ -78,6 +78,17 @@ class Stepper(Collector, Protocol):
         """Sees residual states `[batch, length, residual]` without and with what the part adds."""
 
 
+@runtime_checkable
+class Reader(Collector, Protocol):
+    """A collector that reads what the whole model predicts, and itself keeps what it makes of it.
+
+    It is not saved with the pass: one that is killed reads all predictions again.
+    """
+
+    def read(self, sample: int, start: int, logits: torch.Tensor) -> None:
+        """Reads logits float32 `[positions, vocab]` of a window from a position on."""
+
+
 class Statistic(Protocol):
     """A specification of something to gather; equal specifications are gathered once.
 
