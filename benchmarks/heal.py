@@ -5,7 +5,10 @@
 
 For each: seconds, peak memory beside what `cost` predicted, and the perplexity on the evaluation
 text of the dense, the pruned and the healed model, with the share of the lost log-perplexity that
-came back. Every run has a process of its own; the peak is that process's resident set.
+came back. Every run has a process of its own; the peak is that process's resident set. A setting
+with `objective=distill`, or `objective={"distill":{"cache":"live"}}`, learns from the dense model.
+With `--cpu-seconds` each setting takes as many steps as that much processor time allows, by what
+four steps take: so settings that cost unlike are compared at one price.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +32,9 @@ from _result import save
 from pydantic import TypeAdapter
 
 from prune_export import registry
-from prune_export.calibrate import TokenSet
+from prune_export.calibrate import TokenSet, keep_answers
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Work
+from prune_export.contracts import HealRecord, Teacher, Work
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 
@@ -43,6 +49,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens in a training window")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, default=20, help="evaluation windows of 1024")
+    parser.add_argument("--cpu-seconds", type=float, help="processor seconds of each training")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--name", default="heal")
     args = parser.parse_args()
@@ -52,7 +59,7 @@ def main() -> None:
     ends = {which: _alone(args, str(getattr(args, which))) for which in ("dense", "pruned")}
     print(f"dense {ends['dense']['perplexity']:.2f}, pruned {ends['pruned']['perplexity']:.2f}")
     lost = math.log(ends["pruned"]["perplexity"] / ends["dense"]["perplexity"])
-    rows = []
+    rows, saved = [], None
     for setting in args.settings:
         row = _alone(args, setting)
         row["recovered"] = math.log(ends["pruned"]["perplexity"] / row["perplexity"]) / lost
@@ -64,13 +71,16 @@ def main() -> None:
             f"GiB, predicted {row['predicted_bytes'] / 2**30:.2f} GiB",
             flush=True,
         )
-    print(save(args.name, {"length": args.length, "ends": ends, "runs": rows}))
+        saved = save(args.name, {"length": args.length, "ends": ends, "runs": rows})
+    print(saved)
 
 
 def _alone(args: argparse.Namespace, what: str) -> dict[str, Any]:
     files = [str(getattr(args, name)) for name in ("pruned", "dense", "healing", "evaluation")]
     options = ["--length", str(args.length), "--threads", str(args.threads)]
     options += ["--windows", str(args.windows), "--one", what]
+    if args.cpu_seconds:
+        options += ["--cpu-seconds", str(args.cpu_seconds)]
     command = [sys.executable, __file__, *files, *options]
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     result: dict[str, Any] = json.loads(found.stdout)
@@ -89,9 +99,21 @@ def _one(args: argparse.Namespace, what: str) -> dict[str, Any]:
     arch = Checkpoint.open(args.pruned).arch()
     cost = healer.cost(arch, tokens.ids.numel(), args.length, machine)
     with tempfile.TemporaryDirectory() as folder:
+
+        def healed(entry: Any, name: str) -> tuple[HealRecord, float]:
+            """The record, and the processor seconds that it took."""
+            before = time.process_time()
+            teacher = Teacher(args.dense, "dense", partial(_answers, args, tokens, machine, folder))
+            work = Work(machine, Silent(), Path(folder, f"{name}-scratch"), teacher=teacher)
+            found = entry.heal(args.pruned, tokens, Path(folder, name), work)
+            return found, time.process_time() - before
+
+        if args.cpu_seconds:
+            healed(replace(healer, steps=1), "first")  # what is done once in a process
+            (_, short), (_, long) = (healed(replace(healer, steps=n), f"try{n}") for n in (1, 5))
+            healer = replace(healer, steps=max(5, round(args.cpu_seconds / ((long - short) / 4))))
         out = Path(folder, "out")
-        work = Work(machine, Silent(), Path(folder, "scratch"))
-        record = healer.heal(args.pruned, tokens, out, work)
+        record, _ = healed(healer, "out")
         used = resource.getrusage(resource.RUSAGE_SELF)
         return {
             "setting": what,
@@ -101,9 +123,30 @@ def _one(args: argparse.Namespace, what: str) -> dict[str, Any]:
             "peak_bytes": used.ru_maxrss * 1024,
             "predicted_bytes": cost.ram_bytes,
             "held_out": record.log["held_out"],
+            "steps": record.steps,
+            "loss": record.log["loss"],
             "training": record.log["training"],
             "perplexity": _perplexity(out, args),
         }
+
+
+def _answers(
+    args: argparse.Namespace,
+    tokens: TokenSet,
+    machine: Machine,
+    folder: str,
+    outcomes: int,
+    temperature: float,
+) -> Path:
+    out = Path(folder, f"answers-{outcomes}-{temperature}")
+    if not out.exists():
+        out.mkdir()
+        dense = Checkpoint.open(args.dense)
+        keep_answers(
+            dense, tokens, out, outcomes=outcomes, temperature=temperature, arch=dense.arch(),
+            machine=machine,
+        )  # fmt: skip
+    return out
 
 
 def _is_number(value: object) -> bool:

@@ -7,7 +7,7 @@ shows a complete method.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -41,18 +41,34 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """The model that a healer learns from; `id` is made of its files' hashes.
+
+    `answers(tokens, temperature)` is the directory in which what it says to the healing data is
+    kept, so many of its likeliest tokens a position (`calibrate.KeptAnswers`); where it is not
+    there yet, it is made, with one block of the teacher in memory.
+    """
+
+    path: Path
+    id: str
+    answers: Callable[[int, float], Path]
+
+
+@dataclass(frozen=True)
 class Work:
     """What a running stage is given: scratch directory, machine, progress, calibration data.
 
     `scratch` is a directory that outlives a killed run: long work keeps its checkpoints there and
     goes on from them. It is removed when the stage is complete. `tokens` is calibration data, for
-    exporters that ask for it and where the recipe has it.
+    exporters that ask for it and where the recipe has it; `teacher` is there for healers that are
+    `Taught`.
     """
 
     machine: Machine
     progress: Progress
     scratch: Path
     tokens: TokenSet | None = None
+    teacher: Teacher | None = None
 
 
 class RefitLog(TypedDict, total=False):
@@ -201,6 +217,24 @@ class Healer(Protocol):
 
     def heal(self, checkpoint: Path, tokens: TokenSet, out: Path, work: Work) -> HealRecord:
         """Heals `checkpoint` into the directory `out`, resuming from `work.scratch`."""
+
+
+@runtime_checkable
+class Taught(Protocol):
+    """What a healer has besides where it may learn from another model, its teacher."""
+
+    @property
+    def taught(self) -> bool:
+        """Whether it learns from one."""
+
+    @property
+    def teacher(self) -> str | None:
+        """A directory below the data root, or a Hub id; None: the model the recipe starts from."""
+
+    def taught_cost(
+        self, arch: Arch, teacher: Arch, samples: int, length: int, machine: Machine
+    ) -> tuple[Cost, str]:
+        """What healing takes with a teacher, and in a few words what is done with it."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,12 @@ from prune_export.calibrate.data.sources import (
 from prune_export.calibrate.data.token_set import TokenSet
 from prune_export.calibrate.data.tokenizer import Tokenizer, refuse_unknown_tokens
 from prune_export.calibrate.passes.ablation import Ablations, native_dtype
+from prune_export.calibrate.passes.answers import (
+    KeptAnswers,
+    answer_bytes,
+    answers_cost,
+    keep_answers,
+)
 from prune_export.calibrate.passes.cost import PassCost, block_bytes, pass_cost, suspended_bytes
 from prune_export.calibrate.passes.dense_reference import DENSE_STATES, added_times, has_target
 from prune_export.calibrate.passes.gradients import (
@@ -75,6 +81,7 @@ __all__ = [
     "Gradients",
     "Hessian",
     "InputNorms",
+    "KeptAnswers",
     "Layer",
     "LinearGroup",
     "MergeSimilarity",
@@ -96,6 +103,8 @@ __all__ = [
     "Tokenizer",
     "Unit",
     "added_times",
+    "answer_bytes",
+    "answers_cost",
     "as_matrix",
     "block_bytes",
     "changed_since_first",
@@ -106,6 +115,7 @@ __all__ = [
     "inputs_last",
     "inputs_of",
     "inside",
+    "keep_answers",
     "linear_groups",
     "linears",
     "local_files",

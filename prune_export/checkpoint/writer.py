@@ -267,7 +267,7 @@ def _together(*, fsync: bool) -> Iterator[list[Path]]:
 
 @contextmanager
 def _file(file: Path, files: list[Path]) -> Iterator[int]:
-    """A descriptor to append to a file that does not have its name yet."""
+    """Opens a file for appending that does not have its name yet."""
     target = os.open(_partial(file), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | open_flags(), 0o666)
     files.append(file)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
-from prune_export.contracts import HasSparsity
+from prune_export.contracts import HasSparsity, Taught
 from prune_export.errors import PlanError, StageError
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
@@ -26,9 +26,9 @@ from prune_export.execution.result import Result, alone, lock_of, mend, versions
 from prune_export.execution.search import run_search
 from prune_export.execution.stages import run_stage
 from prune_export.machine import Machine
-from prune_export.planning import CALIBRATION, Plan, make_plan, sets_of
+from prune_export.planning import CALIBRATION, Plan, make_plan, refuse_other_vocabulary, sets_of
 from prune_export.progress import Progress, Silent
-from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage
+from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage, heal_of
 from prune_export.report import write_report
 from prune_export.store import Artifact, Store
 from prune_export.temporary import sweep
@@ -209,14 +209,30 @@ def _stages(
         source = made[-1] if made else base
         tokens = data.get(stage.data)
         if stage.kind == "search":
-            found = run_search(context, stage, source, data, ignore_keys)
+            teacher = _teacher(context, recipe, heal_of(stage.entry), base)
+            found = run_search(context, stage, source, data, ignore_keys, teacher)
             made += found.made
             carried += found.stages
             searches.append(found.table)
             continue
-        made.append(run_stage(context, stage, source.path, source.id, tokens))
+        teacher = _teacher(context, recipe, stage, base) if stage.kind == "heal" else None
+        made.append(run_stage(context, stage, source.path, source.id, tokens, teacher))
         carried.append(stage)
     return replace(recipe, stages=tuple(carried)), made, searches
+
+
+def _teacher(context: RunContext, recipe: Recipe, stage: Stage | None, base: Base) -> Base | None:
+    """The model that a heal stage learns from: what the recipe starts from, or another."""
+    entry = stage.entry if stage else None
+    if not isinstance(entry, Taught) or not entry.taught:
+        return None
+    if entry.teacher is None:
+        return base
+    path, revision = resolve_model(entry.teacher, below=recipe.root, asker=recipe.name)
+    other = open_base(context, entry.teacher, path, revision)
+    models = Checkpoint.open(other.path), Checkpoint.open(base.path)
+    refuse_other_vocabulary(*models, context.ignore_keys)
+    return other
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from prune_export.calibrate import TokenSet
 from prune_export.errors import MissingExtra, StageError
 from prune_export.execution.context import RunContext
+from prune_export.execution.inputs import Base
 from prune_export.execution.measure import perplexity_of
 from prune_export.execution.stages import run_stage
 from prune_export.machine import Machine
@@ -30,7 +31,8 @@ from prune_export.store import Store
 class Job:
     """Stages to apply to the checkpoint at `path`, which is then measured.
 
-    `data` are the ids of the token sets by name, `validation` names the one that measures.
+    `data` are the ids of the token sets by name, `validation` names the one that measures;
+    `teacher` is there where a stage learns from one.
     """
 
     label: str
@@ -39,6 +41,7 @@ class Job:
     id: str
     data: Mapping[str, str]
     validation: str
+    teacher: Base | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def done(context: RunContext, job: Job) -> Done:
             artifact = context.store.get(job.data[stage.data])
             assert artifact is not None, "data is made before any candidate"
             tokens = artifact, TokenSet.load(artifact.path / "tokens.safetensors")
-        result = run_stage(context, stage, path, id_, tokens)
+        result = run_stage(context, stage, path, id_, tokens, job.teacher)
         path, id_ = result.path, result.id
         made.append(id_)
     validation = context.store.get(job.data[job.validation])

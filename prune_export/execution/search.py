@@ -97,8 +97,11 @@ def run_search(
     source: Base | Artifact,
     data: Data,
     ignore_keys: tuple[str, ...],
+    teacher: Base | None = None,
 ) -> Found:
     """Runs a search on the checkpoint `source`; gives the best candidate and the table of all.
+
+    `teacher` is there where its healing learns from one.
 
     Raises:
         StageError: no candidate reaches the target.
@@ -118,7 +121,7 @@ def run_search(
             rows[number].made = list(result.made)
             rows[number].pruned = result.perplexity
         if healer is not None:
-            _heal(context, each, search, healer, rows, ids)
+            _heal(context, each, search, healer, rows, ids, teacher)
     rows.sort(key=lambda row: row.rank)
     if search.measure_speed:
         _time(context, search, source, rows)
@@ -188,6 +191,7 @@ def _heal(
     healer: Stage,
     rows: list[_Row],
     ids: Mapping[str, str],
+    teacher: Base | None,
 ) -> None:
     """Heals by successive halving: candidates that are clearly behind drop out before each rung."""
     best = min(row.loss for row in rows)
@@ -201,7 +205,9 @@ def _heal(
         for row in going:
             before = row.last or _artifact(context, row.made[-1])
             label = f"{row.candidate.label}, healed"
-            jobs.append(Job(label, (rung,), before.path, before.id, ids, search.validation))
+            jobs.append(
+                Job(label, (rung,), before.path, before.id, ids, search.validation, teacher)
+            )
         title = f"healing, part {number + 1} of {len(rungs)}" if len(rungs) > 1 else "healing"
         for at, result in each(jobs, title):
             going[at].last = _artifact(context, result.made[-1])

@@ -8,22 +8,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from prune_export.calibrate import (
     CalibrationContext,
     ExtraPass,
     ModelView,
     TokenSet,
+    keep_answers,
 )
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Refitting, TimesMachine, Work
+from prune_export.contracts import Refitting, Teacher, TimesMachine, Work
 from prune_export.errors import PlanError
 from prune_export.execution.context import RunContext
+from prune_export.execution.inputs import Base
 from prune_export.execution.timing import TimedEngines
 from prune_export.recipe import Stage
 from prune_export.store import Artifact, Key
 from prune_export.surgery import rewrite
+
+_ANSWERS_VERSION: Final = "1"
 
 
 def run_stage(
@@ -32,8 +36,11 @@ def run_stage(
     source: Path,
     source_id: str,
     data: tuple[Artifact, TokenSet] | None,
+    teacher: Base | None = None,
 ) -> Artifact:
     """The checkpoint after a prune or heal stage; `data` is the token set that the stage names.
+
+    A heal that learns from a `teacher` depends on it.
 
     Raises:
         PlanError: a heal stage has no data.
@@ -42,7 +49,7 @@ def run_stage(
         return run_prune(context, stage, source, source_id, data)
     if data is None:
         raise PlanError(f"heal {stage.name}", f"needs the data `{stage.data}`", "define it")
-    return run_heal(context, stage, source, source_id, data)
+    return run_heal(context, stage, source, source_id, data, teacher)
 
 
 def run_prune(
@@ -98,24 +105,60 @@ def run_prune(
     return context.make(key, f"prune: {stage.name}", build)
 
 
-def run_heal(
-    context: RunContext, stage: Stage, source: Path, source_id: str, data: tuple[Artifact, TokenSet]
+def answers(
+    context: RunContext, teacher: Base, tokens: TokenSet, outcomes: int, temperature: float
 ) -> Artifact:
-    """Heals a checkpoint; `record["log"]` of the artifact holds the loss curve."""
+    """What a teacher says to `tokens`, `outcomes` tokens a position; whoever learns from it."""
+    parameters = {"outcomes": outcomes, "temperature": temperature}
+    key = Key("answers", "teacher", _ANSWERS_VERSION, parameters, (teacher.id,), tokens.fingerprint)
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        opened = Checkpoint.open(teacher.path)
+        keep_answers(
+            opened,
+            tokens,
+            files,
+            outcomes=outcomes,
+            temperature=temperature,
+            arch=opened.arch(context.ignore_keys),
+            machine=work.machine,
+            progress=work.progress,
+            scratch=work.scratch,
+        )
+        return {"teacher": teacher.name, "bytes": sum(f.stat().st_size for f in files.iterdir())}
+
+    return context.make(key, f"keep what {teacher.name} says", build)
+
+
+def run_heal(
+    context: RunContext,
+    stage: Stage,
+    source: Path,
+    source_id: str,
+    data: tuple[Artifact, TokenSet],
+    teacher: Base | None = None,
+) -> Artifact:
+    """Heals a checkpoint; `record["log"]` of the artifact holds the loss curve.
+
+    Only a stage that learns from a teacher has one, and depends on it.
+    """
     key = Key(
         "heal",
         stage.name,
         stage.entry.VERSION,
         stage.parameters(),
-        (source_id,),
+        (source_id, f"teacher:{teacher.id}") if teacher else (source_id,),
         data[1].fingerprint,
     )
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
+        if teacher is not None:
+            work = replace(work, teacher=_teaching(context, teacher, data[1]))
         record = stage.entry.heal(source, data[1], files, work)
         after = Checkpoint.open(files)
+        told = {"teacher": {"model": teacher.name, "id": teacher.id}} if teacher else {}
         return {
-            "log": dict(record.log),
+            "log": dict(record.log) | told,
             "steps": record.steps,
             "trained_tokens": record.trained_tokens,
             "bytes": after.nbytes,
@@ -123,3 +166,10 @@ def run_heal(
         }
 
     return context.make(key, f"heal: {stage.name}", build)
+
+
+def _teaching(context: RunContext, teacher: Base, tokens: TokenSet) -> Teacher:
+    def kept(outcomes: int, temperature: float) -> Path:
+        return answers(context, teacher, tokens, outcomes, temperature).path
+
+    return Teacher(teacher.path, teacher.id, kept)

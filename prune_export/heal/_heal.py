@@ -9,23 +9,26 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from prune_export.arch import Arch
+from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import TokenSet, refuse_unknown
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HEALING_WINDOWS, HealRecord, Work
 from prune_export.errors import StageError
+from prune_export.heal._full import Whole, trained_tensors, whole_model
 from prune_export.heal._layerdrop import left_out
-from prune_export.heal._memory import fit
+from prune_export.heal._memory import answers_to_keep, fit
 from prune_export.heal._merge import merged
-from prune_export.heal._model import compute_dtype, plain, quiet, trainee
-from prune_export.heal._settings import Quantization, Settings
+from prune_export.heal._model import Trainee, compute_dtype, plain, quiet, trainee
+from prune_export.heal._settings import Quantization, Settings, Training
 from prune_export.heal._state import State, write_whole
 from prune_export.heal._targets import linear_weights, targets
+from prune_export.heal._teacher import objective
 from prune_export.heal._train import (
     Run,
     held_out_loss,
@@ -50,14 +53,14 @@ nats, or this share of what training gained, whichever is more."""
 
 
 def heal(
-    settings: Settings,
+    settings: Training,
     quantization: Quantization | None,
     checkpoint: Path,
     tokens: TokenSet,
     out: Path,
     work: Work,
 ) -> HealRecord:
-    """Trains adapters on `checkpoint` and writes it with them merged to `out`.
+    """Trains adapters on `checkpoint`, or its own weights, and writes what comes of it to `out`.
 
     Raises:
         StageError: there are too few windows, training diverged, or the result is not what was
@@ -67,9 +70,10 @@ def heal(
     # The plan has answered for keys that the table does not know.
     arch = source.arch(ignore_keys=source.full_config())
     refuse_unknown(arch, tokens)
-    names = [tensor.name for tensor in targets(settings.targets, arch)]
-    whole = quantization is not None and quantization.into == "quantized_base"
-    written = [tensor.name for tensor in linear_weights(arch)] if whole else names
+    names = [tensor.name for tensor in _trained(settings, arch)]
+    rebased = quantization is not None and quantization.into == "quantized_base"
+    linear = [tensor.name for tensor in linear_weights(arch)]
+    written = linear if rebased or not isinstance(settings, Settings) else names
     zeros = kept_zeros(source, written, settings.keep_zeros)
     run, key = _decided(settings, quantization, source, arch, tokens, work)
     windows = tokens.ids[: len(tokens.ids) - run.held_out]
@@ -79,36 +83,42 @@ def heal(
         counted, kept_back = tokens.counted[: len(windows)], tokens.counted[len(windows) :]
 
     with own_randomness(run.threads), quiet():
-        student = trainee(
-            source,
-            names,
-            settings,
-            quantization,
-            device=run.device,
-            dtype=run.dtype,
-            gradient_checkpointing=run.gradient_checkpointing,
-            keep_zeros=zeros,
-        )
+        goal = objective(settings.distill, run.kept, work, run.device, run.dtype)
+        student = _student(settings, quantization, source, names, run, zeros)
         state = State.load(work.scratch, key)
         if "before" not in state.held_out:
             before = held_out_loss(student.model, held_out, 1, run.device, kept_back)
             state = dataclasses.replace(state, held_out={"before": before})
         with left_out(student.model, student.blocks(arch), settings.layerdrop):
             state = train(
-                student, windows, settings, run, state, work=work, key=key, counted=counted
+                student,
+                windows,
+                settings,
+                run,
+                state,
+                work=work,
+                key=key,
+                counted=counted,
+                objective=goal,
             )
+        del goal
         losses = dict(state.held_out)
         losses["trained"] = held_out_loss(student.model, held_out, 1, run.device, kept_back)
         refuse_diverged(losses["trained"], settings.steps, settings)  # by the last step of all
         began = time.monotonic()
-        edits = merged(
-            source,
-            student.factors(),
-            scaling=settings.scaling,
-            transposed=student.transposed,
-            base=student.dequantized() if whole else {},
-            keep_zeros=zeros,
-        )
+        edits: Iterable[Edit]
+        if isinstance(student, Whole):
+            edits = student.edits(source, zeros)
+        else:
+            assert isinstance(settings, Settings)
+            edits = merged(
+                source,
+                student.factors(),
+                scaling=settings.scaling,
+                transposed=student.transposed,
+                base=student.dequantized() if rebased else {},
+                keep_zeros=zeros,
+            )
         written_to = _written(source, arch, edits, out, work)
         patterns = refuse_filled(source, written_to, arch, zeros)
         del student, edits
@@ -123,7 +133,7 @@ def heal(
         log={
             "loss": [list(row) for row in state.losses],
             "held_out": {"windows": run.held_out, "loss": losses},
-            "training": _arguments(settings, quantization, run, names, arch),
+            "training": _arguments(settings, quantization, run, names, source, arch),
             "kept_zeros": {
                 "weights": len(zeros),
                 "zeros": sum(zeros.values()),
@@ -133,8 +143,44 @@ def heal(
     )
 
 
+def _trained(settings: Training, arch: Arch) -> tuple[Tensor, ...]:
+    """The stored weights that get an adapter, or are trained themselves."""
+    if isinstance(settings, Settings):
+        return targets(settings.targets, arch)
+    return trained_tensors(arch, getattr(settings, "train_embeddings", False))
+
+
+def _student(
+    settings: Training,
+    quantization: Quantization | None,
+    source: Checkpoint,
+    names: list[str],
+    run: Run,
+    zeros: Mapping[str, int],
+) -> Trainee | Whole:
+    if not isinstance(settings, Settings):
+        return whole_model(
+            source,
+            names,
+            device=run.device,
+            dtype=run.dtype,
+            gradient_checkpointing=run.gradient_checkpointing,
+            keep_zeros=zeros,
+        )
+    return trainee(
+        source,
+        names,
+        settings,
+        quantization,
+        device=run.device,
+        dtype=run.dtype,
+        gradient_checkpointing=run.gradient_checkpointing,
+        keep_zeros=zeros,
+    )
+
+
 def _decided(
-    settings: Settings,
+    settings: Training,
     quantization: Quantization | None,
     source: Checkpoint,
     arch: Arch,
@@ -152,12 +198,14 @@ def _decided(
         )
     dtype = compute_dtype(settings.compute_dtype, work.machine)
     about = {
-        "settings": dataclasses.asdict(settings),
+        "settings": settings.described(),
         "quantization": dataclasses.asdict(quantization) if quantization else None,
         "tokens": tokens.fingerprint,
         "model": {name: [e.dtype, list(e.shape)] for name, e in source.entries.items()},
         "device": work.machine.device,
     }
+    if settings.distill is not None and work.teacher is not None:
+        about["teacher"] = work.teacher.id
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     work.scratch.mkdir(parents=True, exist_ok=True)
     file = work.scratch / _RUN
@@ -165,8 +213,22 @@ def _decided(
         known = json.loads(file.read_text(encoding="utf-8"))
         if known.pop("key") == key:
             return Run(**known), key
+    beside, kept = 0, None
+    if settings.distill is not None and work.teacher is not None:
+        opened = Checkpoint.open(work.teacher.path)
+        teacher = opened.arch(ignore_keys=opened.full_config())
+        kept = answers_to_keep(
+            arch, teacher, settings, quantization, work.machine, samples, tokens.length
+        )
+        beside = 0 if kept else teacher.parameters() * dtype.itemsize
     fitted = fit(
-        arch, settings, quantization, work.machine, length=tokens.length, item=dtype.itemsize
+        arch,
+        settings,
+        quantization,
+        work.machine,
+        length=tokens.length,
+        item=dtype.itemsize,
+        beside=beside,
     )
     run = Run(
         device=work.machine.device,
@@ -175,6 +237,7 @@ def _decided(
         micro_batch=fitted.micro_batch,
         gradient_checkpointing=fitted.gradient_checkpointing,
         held_out=max(1, min(_MOST_HELD_OUT, samples // 10)),
+        kept=kept,
     )
     write_whole(file, json.dumps({**dataclasses.asdict(run), "key": key}).encode())
     return run, key
@@ -230,21 +293,30 @@ def _refuse_mismatch(
 
 
 def _arguments(
-    settings: Settings,
+    settings: Training,
     quantization: Quantization | None,
     run: Run,
     names: list[str],
+    source: Checkpoint,
     arch: Arch,
 ) -> dict[str, Any]:
     """Lists every number that the training used, for the record."""
+    trained: dict[str, Any] = {
+        "targets": list(dict.fromkeys(arch.by_name[name].role for name in names))
+    }
+    if isinstance(settings, Settings):
+        trained |= {
+            "alpha": settings.scaling * settings.rank,
+            "adapted_weights": len(names),
+            "adapter_parameters": sum(
+                settings.rank * sum(arch.shape(arch.by_name[name])) for name in names
+            ),
+        }
+    else:
+        trained["trained_parameters"] = sum(prod(source.entries[name].shape) for name in names)
     return {
-        **dataclasses.asdict(settings),
-        "alpha": settings.scaling * settings.rank,
-        "targets": list(dict.fromkeys(arch.by_name[name].role for name in names)),
-        "adapted_weights": len(names),
-        "adapter_parameters": sum(
-            settings.rank * sum(arch.shape(arch.by_name[name])) for name in names
-        ),
+        **settings.described(),
+        **trained,
         "warmup": settings.warmup_steps,
         "optimizer": "AdamW, betas 0.9 and 0.999, float32",
         "quantization": dataclasses.asdict(quantization) if quantization else None,

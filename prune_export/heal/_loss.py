@@ -32,6 +32,20 @@ def predictions(ids: torch.Tensor, counted: torch.Tensor | None) -> int:
     return ids.shape[0] * (ids.shape[1] - 1) if counted is None else int(counted[:, 1:].sum())
 
 
+def counted_weights(ids: torch.Tensor, marks: torch.Tensor | None) -> torch.Tensor:
+    """The share of each position `[windows * length]` in a mean over the tokens that count."""
+    counted = torch.ones_like(ids, dtype=torch.float32)
+    if marks is not None:
+        counted = torch.roll(marks, -1, dims=1).float()
+    counted[:, -1] = 0
+    return counted.reshape(-1) / max(1, predictions(ids, marks))
+
+
+def rows_at_once(logits: torch.Tensor) -> int:
+    """How many rows of logits are worked on at a time."""
+    return max(1, _ROWS_ELEMENTS.get(logits.device.type, 1 << 20) // logits.shape[-1])
+
+
 class _NextToken(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -40,14 +54,10 @@ class _NextToken(torch.autograd.Function):
         vocab = logits.shape[-1]
         flat = logits.reshape(-1, vocab)
         following = torch.roll(ids, -1, dims=1).reshape(-1)
-        counted = torch.ones_like(ids, dtype=torch.float32)
-        if marks is not None:
-            counted = torch.roll(marks, -1, dims=1).float()
-        counted[:, -1] = 0
-        weight = counted.reshape(-1) / max(1, predictions(ids, marks))
+        weight = counted_weights(ids, marks)
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         grad = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
-        rows = max(1, _ROWS_ELEMENTS.get(logits.device.type, 1 << 20) // vocab)
+        rows = rows_at_once(logits)
         for start in range(0, len(flat), rows):
             part = slice(start, start + rows)
             log_p = torch.log_softmax(flat[part].float(), dim=-1)  # [rows, vocab]

@@ -51,6 +51,11 @@ class Trainee:
     adapted: Mapping[str, Any]
     transposed: frozenset[str]
 
+    @property
+    def masks(self) -> Mapping[str, torch.Tensor]:
+        """None: an adapter computes with zeros in its forward pass."""
+        return {}
+
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The adapters' parameters by name, in the order of the model."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

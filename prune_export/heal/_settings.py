@@ -1,14 +1,16 @@
-"""The recipe keys that `lora` and `qlora` share."""
+"""The keys that healers share, and what follows from them alone."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
 from prune_export.errors import PlanError
+from prune_export.heal._objective import NEXT_TOKEN, Distill, Objective, distill_of
 from prune_export.heal._zeros import KeepZeros
 
 _WARMUP_SHARE: Final = 0.1
@@ -16,26 +18,9 @@ _WARMUP_SHARE: Final = 0.1
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a low-rank adapter is trained. Defaults are those of Gromov et al. (2403.17887)."""
+class Training:
+    """How a model is trained, whatever of it. Defaults are those of Gromov et al. (2403.17887)."""
 
-    rank: Annotated[
-        int, Field(gt=0, description="Rank of the adapters. If healing overfits, sweep it down.")
-    ] = 64
-    alpha: Annotated[
-        float | None,
-        Field(gt=0, description="The update is scaled by alpha / rank; null means alpha = rank."),
-    ] = None
-    dropout: Annotated[
-        float, Field(ge=0, lt=1, description="Dropout on what enters an adapter.")
-    ] = 0.05
-    targets: Annotated[
-        Literal["ffn", "all"] | tuple[str, ...],
-        Field(
-            description="Which weights get an adapter: `ffn` (the feed-forward ones), `all` (every "
-            "linear weight of the blocks), or a list of roles such as `[q, v, down]`."
-        ),
-    ] = "ffn"
     steps: Annotated[int, Field(gt=0, description="Optimizer steps.")] = 5000
     batch: Annotated[int, Field(gt=0, description="Windows in an optimizer step.")] = 16
     micro_batch: Annotated[
@@ -60,11 +45,11 @@ class Settings:
         ),
     ] = 100
     weight_decay: Annotated[
-        float, Field(ge=0, description="AdamW's weight decay, on the adapters alone.")
+        float, Field(ge=0, description="AdamW's weight decay, on what is trained alone.")
     ] = 0.0
     seed: Annotated[
         int,
-        Field(ge=0, description="Decides the adapters' start, the order of the data, dropout."),
+        Field(ge=0, description="Decides the order of the data, dropout, and adapters' start."),
     ] = 0
     max_grad_norm: Annotated[
         float, Field(gt=0, description="Gradients are clipped to this norm.")
@@ -79,7 +64,7 @@ class Settings:
     compute_dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Field(
-            description="What the frozen model computes in; adapters are float32 always. `auto` is "
+            description="What the model computes in; what is trained is float32 always. `auto` is "
             "bfloat16 where the hardware has it (CUDA, or a CPU with AMX), else float32."
         ),
     ] = "auto"
@@ -108,20 +93,25 @@ class Settings:
             "numbers; null saves about twice a minute.",
         ),
     ] = None
+    # Left out where it has its default: keys are part of what names an artifact, and what was
+    # healed before there were others is to be found.
+    objective: Annotated[
+        Objective,
+        Field(
+            description="What it is trained for: `next_token`, or `distill`, to say what a teacher "
+            "says; `{distill: {…}}` has the keys below.",
+            exclude_if=lambda value: value == NEXT_TOKEN,
+        ),
+    ] = NEXT_TOKEN
 
     def __post_init__(self) -> None:
         """Refuses values that contradict each other.
 
         Raises:
-            PlanError: `micro_batch` does not divide `batch`, or the list of targets is empty.
+            PlanError: `micro_batch` does not divide `batch`, or a value is out of bounds.
         """
-        for name in ("rank", "steps", "batch", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise PlanError(
-                    name, f"got {getattr(self, name)}, expected more than 0", f"raise `{name}`"
-                )
-        if not 0 <= self.dropout < 1:
-            raise PlanError("dropout", f"got {self.dropout}, expected a fraction in [0, 1)")
+        for name in ("steps", "batch", "learning_rate", "max_grad_norm"):
+            refuse_not_positive(self, name)
         if not 0 <= self.layerdrop < 1:
             raise PlanError("layerdrop", f"got {self.layerdrop}, expected a fraction in [0, 1)")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
@@ -131,15 +121,30 @@ class Settings:
                 f"got {self.micro_batch}, which does not divide batch = {self.batch}",
                 f"write one of {', '.join(map(str, fitting))}, or null to choose what fits",
             )
-        if not self.targets:
-            raise PlanError(
-                "targets", "got an empty list", "write `ffn`, `all`, or roles such as `[q, v]`"
-            )
 
     @property
-    def scaling(self) -> float:
-        """The factor alpha / rank of an adapter's product."""
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
+    def distill(self) -> Distill | None:
+        """How it distils; None where it is trained on next tokens."""
+        return distill_of(self.objective)
+
+    @property
+    def taught(self) -> bool:
+        """Whether it learns from a teacher."""
+        return self.distill is not None
+
+    @property
+    def teacher(self) -> str | None:
+        """A directory below the data root, or a Hub id; None: the model the recipe starts from."""
+        return self.distill.teacher if self.distill else None
+
+    def described(self) -> dict[str, Any]:
+        """The keys as plain data, that of the objective only where there was none before."""
+        known = dataclasses.asdict(self)
+        if self.distill is None:
+            known.pop("objective")
+        else:
+            known["objective"] = {"distill": self.distill.model_dump(mode="json")}
+        return known
 
     @property
     def warmup_steps(self) -> int:
@@ -159,6 +164,61 @@ class Settings:
                 return self.learning_rate * (1 - gone)
             case "constant":
                 return self.learning_rate
+
+
+@dataclass(frozen=True)
+class Settings(Training):
+    """How a low-rank adapter is trained."""
+
+    rank: Annotated[
+        int, Field(gt=0, description="Rank of the adapters. If healing overfits, sweep it down.")
+    ] = 64
+    alpha: Annotated[
+        float | None,
+        Field(gt=0, description="The update is scaled by alpha / rank; null means alpha = rank."),
+    ] = None
+    dropout: Annotated[
+        float, Field(ge=0, lt=1, description="Dropout on what enters an adapter.")
+    ] = 0.05
+    targets: Annotated[
+        Literal["ffn", "all"] | tuple[str, ...],
+        Field(
+            description="Which weights get an adapter: `ffn` (the feed-forward ones), `all` (every "
+            "linear weight of the blocks), or a list of roles such as `[q, v, down]`."
+        ),
+    ] = "ffn"
+
+    def __post_init__(self) -> None:
+        """Refuses values that contradict each other.
+
+        Raises:
+            PlanError: the list of targets is empty, or what `Training` refuses.
+        """
+        super().__post_init__()
+        refuse_not_positive(self, "rank")
+        if not 0 <= self.dropout < 1:
+            raise PlanError("dropout", f"got {self.dropout}, expected a fraction in [0, 1)")
+        if not self.targets:
+            raise PlanError(
+                "targets", "got an empty list", "write `ffn`, `all`, or roles such as `[q, v]`"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """The factor alpha / rank of an adapter's product."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+
+def refuse_not_positive(settings: Training, name: str) -> None:
+    """Refuses a key that must be more than 0.
+
+    Raises:
+        PlanError: it is not.
+    """
+    if not getattr(settings, name) > 0:
+        raise PlanError(
+            name, f"got {getattr(settings, name)}, expected more than 0", f"raise `{name}`"
+        )
 
 
 @dataclass(frozen=True)

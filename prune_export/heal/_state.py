@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +38,7 @@ class State:
 
     def save(self, scratch: Path, key: str) -> None:
         """Saves it over the last save, atomically."""
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         known = {
             item.name: getattr(self, item.name)
@@ -48,7 +49,9 @@ class State:
         tensors = {
             name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()
         }
-        write_whole(scratch / _FILE, save(tensors, metadata=meta))
+        # Written from where they are: all weights in training would else be in memory once more.
+        with _whole(scratch / _FILE) as partial:
+            save_file(tensors, partial, metadata=meta)
 
     @staticmethod
     def load(scratch: Path, key: str) -> State:
@@ -69,9 +72,15 @@ class State:
 
 def write_whole(file: Path, content: bytes) -> None:
     """Writes a file atomically."""
+    with _whole(file) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """A place to write to, which takes that of `file` once it is on the disk."""
     partial = file.with_name(f".{file.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
+    yield partial
+    with partial.open("rb+") as stream:
         os.fsync(stream.fileno())
     partial.replace(file)

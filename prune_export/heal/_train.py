@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ import torch
 from prune_export.contracts import Work
 from prune_export.errors import StageError
 from prune_export.heal._loss import next_token_loss, predictions
-from prune_export.heal._model import Trainee
-from prune_export.heal._settings import Settings
+from prune_export.heal._settings import Training
 from prune_export.heal._state import State
+from prune_export.heal._teacher import NextToken, Objective
 
 _LEAST_PAUSE_SECONDS: Final = 30.0
 _PAUSE_TO_SAVE: Final = 50
@@ -45,6 +45,8 @@ class Run:
     micro_batch: int
     gradient_checkpointing: bool
     held_out: int
+    kept: int | None = None
+    """Tokens of which a teacher's answers are kept; None where it runs beside, or there is none."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,28 +54,39 @@ class Run:
         return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
 
 
+class Student(Protocol):
+    """A model in training; `masks` are where parameters stay zero, by their names."""
+
+    @property
+    def model(self) -> torch.nn.Module: ...
+    @property
+    def masks(self) -> Mapping[str, torch.Tensor]: ...
+    def trained(self) -> dict[str, torch.nn.Parameter]: ...
+
+
 def train(
-    trainee: Trainee,
+    trainee: Student,
     windows: torch.Tensor,
-    settings: Settings,
+    settings: Training,
     run: Run,
     state: State,
     *,
     work: Work,
     key: str,
     counted: torch.Tensor | None = None,
+    objective: Objective | None = None,
 ) -> State:
     """Trains from `state` to the last step, saving it on the way under `key`.
 
     `windows` is int64 `[samples, length]`, trained on in full, or on the tokens that `counted` bool
-    of the same shape marks.
+    of the same shape marks. Without an `objective` it is the next token.
 
     Raises:
         StageError: the loss is not finite any more.
     """
     from accelerate import Accelerator
 
-    parameters = trainee.trained()
+    parameters, goal = trainee.trained(), objective or NextToken()
     if state.step:
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -108,11 +121,13 @@ def train(
             batch, marks = windows[picked], None if counted is None else counted[picked]
             total = predictions(batch, marks)
             for place, (ids, own) in enumerate(_split(batch, marks, run.micro_batch, run.device)):
+                at = picked[place * run.micro_batch :][: len(ids)]
+                answers = goal.answers(ids, at)
                 _seed(settings.seed, "step", step, place)
                 logits = model(input_ids=ids, use_cache=False).logits
                 share = len(ids) / settings.batch if own is None else predictions(ids, own) / total
-                part = next_token_loss(logits, ids, own) * share
-                del logits
+                part = goal.loss(logits, ids, own, answers) * share
+                del logits, answers
                 accelerator.backward(part)
                 loss += part.item()
             refuse_diverged(loss, step + 1, settings)
@@ -120,9 +135,14 @@ def train(
                 # That of a block which every micro-batch left out.
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
+            for name, zero in trainee.masks.items():
+                # Before they are clipped: what cannot move has no part in how far the rest does.
+                parameters[name].grad.masked_fill_(zero, 0)  # type: ignore[union-attr]
             accelerator.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+            for name, zero in trainee.masks.items():
+                parameters[name].data.masked_fill_(zero, 0)
             losses.append((step + 1, loss, rate))
             now = time.monotonic()
             elapsed = now - began
@@ -158,7 +178,7 @@ class _Pause:
         return _Pause(self.every, ended, least)
 
 
-def refuse_diverged(loss: float, step: int, settings: Settings) -> None:
+def refuse_diverged(loss: float, step: int, settings: Training) -> None:
     """Refuses a loss that is not finite, seen in or after a step.
 
     Raises:
@@ -220,7 +240,7 @@ def _snapshot(
     return tensors
 
 
-def _picked(step: int, samples: int, settings: Settings) -> torch.Tensor:
+def _picked(step: int, samples: int, settings: Training) -> torch.Tensor:
     """Draws the windows of a step: each epoch visits all of them in an order of its own."""
     first = step * settings.batch
     places = range(first, first + settings.batch)
@@ -238,7 +258,7 @@ def _split(
         yield windows[start : start + count].to(device), own
 
 
-def trained_tokens(windows: torch.Tensor, counted: torch.Tensor | None, settings: Settings) -> int:
+def trained_tokens(windows: torch.Tensor, counted: torch.Tensor | None, settings: Training) -> int:
     """Counts the tokens that all steps train on."""
     if counted is None:
         return settings.steps * settings.batch * windows.shape[1]

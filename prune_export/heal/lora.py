@@ -42,6 +42,12 @@ class Lora(Settings):
         del tokens
         return _memory.cost(arch, self, None, machine, length=length)
 
+    def taught_cost(
+        self, arch: Arch, teacher: Arch, samples: int, length: int, machine: Machine
+    ) -> tuple[Cost, str]:
+        """What healing takes with a teacher, and in a few words what is done with it."""
+        return _memory.taught_cost(arch, teacher, self, None, machine, samples, length)
+
     def heal(self, checkpoint: Path, tokens: TokenSet, out: Path, work: Work) -> HealRecord:
         """Heals `checkpoint` into the directory `out`, resuming from `work.scratch`."""
         return _heal.heal(self, None, checkpoint, tokens, out, work)

@@ -80,6 +80,14 @@ class Qlora(Settings):
         del tokens
         return _memory.cost(arch, self, self._quantization, machine, length=length)
 
+    def taught_cost(
+        self, arch: Arch, teacher: Arch, samples: int, length: int, machine: Machine
+    ) -> tuple[Cost, str]:
+        """What healing takes with a teacher, and in a few words what is done with it."""
+        return _memory.taught_cost(
+            arch, teacher, self, self._quantization, machine, samples, length
+        )
+
     def heal(self, checkpoint: Path, tokens: TokenSet, out: Path, work: Work) -> HealRecord:
         """Heals `checkpoint` into the directory `out`, resuming from `work.scratch`."""
         return _heal.heal(self, self._quantization, checkpoint, tokens, out, work)

@@ -24,6 +24,7 @@ from prune_export.planning.limits import what_does_not_fit, windows_of
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
+from prune_export.planning.teacher import teacher_of
 from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates, unreached
 from prune_export.units import MIB
 from prune_export.verify.generation import refuse_unknown_prompts
@@ -64,7 +65,7 @@ def make_plan(
         UnsupportedArch: the model is not one that the tables describe.
     """
     arch = checkpoint.arch(ignore_keys=ignore_keys)
-    planner = _Planner(recipe, checkpoint, machine, Rates.measure(machine))
+    planner = _Planner(recipe, checkpoint, machine, Rates.measure(machine), arch, ignore_keys)
     stages, archs = [], [arch]
     ablated = Ablated()
     if imported:
@@ -100,6 +101,8 @@ class _Planner:
     checkpoint: Checkpoint
     machine: Machine
     rates: Rates
+    dense: Arch
+    ignore_keys: tuple[str, ...] = ()
 
     def size(self, arch: Arch) -> Size:
         return Size(arch.layers, arch.parameters(), arch.parameters() * self.item_bytes())
@@ -211,6 +214,15 @@ class _Planner:
         samples = windows_of(source, self.recipe.root)
         cost = stage.entry.cost(arch, samples * source.length, source.length, self.machine)
         note = f"up to {samples} x {source.length} tokens"
+        teacher = teacher_of(
+            self.recipe, stage.entry, self.checkpoint, self.dense, self.ignore_keys
+        )
+        if teacher is not None:
+            refuse_long_text(f"data.{stage.data}.length", source.length, teacher.config)
+            cost, told = stage.entry.taught_cost(
+                arch, teacher, samples, source.length, self.machine
+            )
+            note = f"{note}; {told}"
         return self.planned("heal", stage.name, stage.parameters(), arch, arch, cost, note), arch
 
     def _search(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:

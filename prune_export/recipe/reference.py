@@ -129,6 +129,7 @@ def markdown() -> str:
     lines += ["## Sections", "", "| key | meaning |", "|---|---|"]
     for key, body in json_schema()["properties"].items():
         lines.append(f"| `{key}` | {body.get('description') or _SECTIONS[key]} |")
+    inner: dict[str, Any] = {}
     for title, group in (
         ("stages: prune", "methods"),
         ("stages: heal", "heal"),
@@ -138,6 +139,11 @@ def markdown() -> str:
             entry = described(group, name)  # type: ignore[arg-type]
             lines += ["", f"## {title}: `{name}`", "", entry.text, ""]
             lines += _key_table(entry.keys)
+            if group == "heal":
+                inner |= _schema_of(registry.find("heal", name)).get("$defs", {})
+    for name, body in sorted(inner.items()):
+        lines += ["", f"### heal: {name.lower()}", "", body.get("description", ""), ""]
+        lines += _key_table(_property_keys(body))
     lines += ["", "## stages: `search`", "", inspect.cleandoc(Search.__doc__ or ""), ""]
     lines += _key_table(_property_keys(_schema_of(Search)))
     lines += ["", "### search: target", "", *_key_table(_model_keys(Target))]

@@ -17,7 +17,7 @@ StageKind = Literal["prune", "heal", "search"]
 
 @dataclass(frozen=True)
 class Workload:
-    """A request: `prompt` tokens in, `new` tokens out, for `batch` sequences."""
+    """A workload to time: `prompt` tokens in, `new` tokens out, for `batch` sequences."""
 
     # What a recipe asks for and what a measurement says that it was made on are this one value.
     __pydantic_config__ = ConfigDict(extra="forbid")

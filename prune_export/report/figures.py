@@ -137,7 +137,7 @@ def _plan(report: Report) -> list[_Planned]:
 
 
 def draw_inspection(log: StageLog, model: str, path: Path) -> None:
-    """Writes one PNG of what was found before any cut: the distance map beside the block scores.
+    """Draws the distance map beside the block scores, as found before any cut, in one PNG.
 
     `log` has `distance_map`, `block_scores` and `block_score_name`, as a method's decision does.
     """
@@ -152,7 +152,7 @@ def draw_inspection(log: StageLog, model: str, path: Path) -> None:
 
 
 def has_map(log: StageLog) -> bool:
-    """Whether a stage's log holds a distance map with something in it."""
+    """Whether a stage's log holds a distance map that is not empty."""
     table = log.get("distance_map") or ()
     return len(table) > 1 and any(value is not None for row in table for value in row)
 

@@ -27,7 +27,7 @@ LOG_SPREAD = 12.0
 
 
 def distance_map(axes: Axes, stage: StageReading, *, compact: bool = False) -> None:
-    """Angular distance across every block run, start x size, with the chosen cut ringed."""
+    """Draws the angular distance across every run of blocks, start x size, with the cut ringed."""
     table = stage.log["distance_map"] or []
     layers = len(table) - 1
     values = np.full((layers, layers), np.nan)
@@ -91,7 +91,7 @@ def _point_at_cut(axes: Axes, cut: tuple[int, int], values: np.ndarray, *, compa
 
 
 def block_scores(axes: Axes, stage: StageReading, *, compact: bool = False) -> None:
-    """One stem a block, the removed ones coloured."""
+    """Draws one stem a block, the removed ones coloured."""
     scores = [math.nan if one is None else float(one) for one in stage.log["block_scores"] or ()]
     name = str(stage.log.get("block_score_name") or "score")
     gone = set(stage.dropped)

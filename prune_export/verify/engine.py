@@ -65,7 +65,7 @@ class Engine:
 
     @property
     def runs_code(self) -> bool:
-        """Whether opening it runs machine code that its files hold."""
+        """Whether opening it runs machine code from its files."""
         return ExporterFacts.of(self._kind).runs_code
 
     def runs_on(self, machine: Machine) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prune_export.arch.table import table_for
-from prune_export.calibrate import TokenSet
-from prune_export.contracts import HealRecord, Work
+from prune_export.calibrate import TokenSet, keep_answers
+from prune_export.checkpoint import Checkpoint
+from prune_export.contracts import HealRecord, Teacher, Work
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 
@@ -46,6 +48,23 @@ def windows(samples: int = 40, length: int = 16, vocab: int = 64) -> TokenSet:
     return TokenSet.of((start + 3 * torch.arange(length)) % vocab)
 
 
+def teacher_at(path: Path, tokens: TokenSet, kept: Path) -> Teacher:
+    """The model of a directory as a teacher, whose answers are kept below `kept`."""
+
+    def answers(outcomes: int, temperature: float) -> Path:
+        out = kept / f"answers-{outcomes}-{temperature}"
+        if not out.exists():
+            out.mkdir(parents=True)
+            opened = Checkpoint.open(path)
+            keep_answers(
+                opened, tokens, out, outcomes=outcomes, temperature=temperature,
+                arch=opened.arch(), machine=MACHINE,
+            )  # fmt: skip
+        return out
+
+    return Teacher(path, path.name, answers)
+
+
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(torch.arange(24).reshape(2, 12), use_cache=False).logits
@@ -63,11 +82,15 @@ def heal(tmp_path: Path) -> Callable[..., tuple[HealRecord, Path]]:
         scratch: Path | None = None,
         tokens: TokenSet | None = None,
         progress: Any = None,
+        teacher: Path | None = None,
     ) -> tuple[HealRecord, Path]:
         nonlocal count
         count += 1
         out = tmp_path / f"out{count}"
+        tokens = tokens or windows()
         work = Work(MACHINE, progress or Silent(), scratch or tmp_path / f"scratch{count}")
-        return healer.heal(checkpoint, tokens or windows(), out, work), out
+        if teacher is not None:
+            work = replace(work, teacher=teacher_at(teacher, tokens, tmp_path / "kept"))
+        return healer.heal(checkpoint, tokens, out, work), out
 
     return run

@@ -22,7 +22,14 @@ import torch
 from prune_export.arch import Arch
 from prune_export.calibrate.data.token_set import TokenSet
 from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
-from prune_export.calibrate.statistics.api import Collector, Listener, Scope, Statistic, Stepper
+from prune_export.calibrate.statistics.api import (
+    Collector,
+    Listener,
+    Reader,
+    Scope,
+    Statistic,
+    Stepper,
+)
 from prune_export.calibrate.streaming.block_loader import loaded, threads
 from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
 from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
@@ -209,6 +216,18 @@ class _Stream:
             if statistic.skipped:
                 collector.hear(losses[None], own)
 
+    @property
+    def readers(self) -> list[Reader]:
+        """The collectors that read predictions."""
+        return [one for one in self.collectors.values() if isinstance(one, Reader)]
+
+    def tell(self, layerwise: LayerwiseModel) -> None:
+        """Lets the readers read what the whole model predicts."""
+        for start, stop in self._batches():
+            for number, at, logits in layerwise.predictions(self.states.read(start, stop)):
+                for reader in self.readers:
+                    reader.read(start + number, at, logits)
+
     def forget(self) -> None:
         """Removes the files of the states, if there are any."""
         for buffer in (self.states, self.spare):
@@ -333,11 +352,14 @@ class _Pass:
                 if layer + 1 < self.arch.layers and (spooled or self.saves.due()):
                     self.saves.save(layer + 1, self._states | self._kept, self._collected())
             hearing = [stream for stream in self.streams if len(stream.lanes) > 1]
-            if hearing:
+            reading = [stream for stream in self.streams if stream.readers]
+            if hearing or reading:
                 self.layerwise.load_head()
             for stream in hearing:
                 stream.finish(self.layerwise)
-        if self.saves.any or self.saves.due():
+            for stream in reading:
+                stream.tell(self.layerwise)
+        if not reading and (self.saves.any or self.saves.due()):
             # What follows may be killed as well; by then the states themselves are of no use.
             self.saves.save(self.arch.layers, self._kept, self._collected())
             for stream in self.streams:

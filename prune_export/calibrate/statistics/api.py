@@ -79,6 +79,17 @@ class Stepper(Collector, Protocol):
         """Adds residual states `[batch, length, residual]` before and after the part's output."""
 
 
+@runtime_checkable
+class Reader(Collector, Protocol):
+    """A collector that reads what the whole model predicts, and itself keeps what it makes of it.
+
+    It is not saved with the pass: one that is killed reads all predictions again.
+    """
+
+    def read(self, sample: int, start: int, logits: torch.Tensor) -> None:
+        """Reads logits float32 `[positions, vocab]` of a window from a position on."""
+
+
 class Statistic(Protocol):
     """What a method wants of a calibration pass; equal specifications are gathered once.
 

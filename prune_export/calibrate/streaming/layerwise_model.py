@@ -220,6 +220,16 @@ class LayerwiseModel:
                 total += float(self._loss_of(part, target))
         return total
 
+    def predictions(self, states: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """The logits float32 `[positions, vocab]` of windows whose last block gave `states`.
+
+        With each the number of its window and of its first position; the last one of a window,
+        which predicts nothing that is in it, is left out.
+        """
+        for number, window in enumerate(states):
+            for start, stop in self._parts(len(window)):
+                yield number, start, self._logits(window[None, start:stop].to(self.device))
+
     def loss_gradient(self, states: torch.Tensor, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
         """The sum over windows of the mean loss a token, and its gradient by `states`."""
         total, gradient = 0.0, torch.zeros_like(states, device=self.device)
@@ -239,13 +249,17 @@ class LayerwiseModel:
             yield start, min(start + step, length - 1)
 
     def _loss_of(self, part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self._logits(part), target, reduction="sum")
+
+    def _logits(self, part: torch.Tensor) -> torch.Tensor:
+        """`[positions, vocab]` float32, of the last block's states `[1, positions, residual]`."""
         # Never read: only its shape matters, for the positions it is mapped to.
         width = int(self._embedding.weight.shape[-1])
         blank = torch.zeros(1, part.shape[1], width, dtype=self.dtype, device=self.device)
         self._places[0].carried = part
-        logits = self.model(inputs_embeds=blank, use_cache=False).logits[0].float()
+        logits: torch.Tensor = self.model(inputs_embeds=blank, use_cache=False).logits[0].float()
         self._places[0].carried = None
-        return nn.functional.cross_entropy(logits, target, reduction="sum")
+        return logits
 
     def _module(self, tensor: Tensor) -> nn.Module | None:
         if tensor.layer is not None:

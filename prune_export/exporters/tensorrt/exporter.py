@@ -300,7 +300,7 @@ def _short(ids: np.ndarray) -> np.ndarray:
 
 
 def _carried(graph: Path, scratch: Path) -> Iterator[Path]:
-    """Config and tokenizer, the build log and what was timed: all but the graph."""
+    """Copies config, tokenizer, build log and timing cache: all but the graph."""
     for file in (*graph.iterdir(), scratch / "build.log", scratch / "timing.cache"):
         if file.is_file() and not file.name.startswith("model.onnx"):
             yield file

@@ -20,7 +20,7 @@ from prune_export.pruning.sparse.masks import Compare
 
 @dataclass(frozen=True)
 class Ria(sparse_method.CalibratedSparseMethod):
-    """Zero the weights with the least relative importance times a power of their input's norm.
+    """Zero the weights with the least relative importance x (norm of input)^a.
 
     Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large
     Language Models", ICLR 2024, section 3.1.

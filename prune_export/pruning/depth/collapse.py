@@ -10,7 +10,7 @@ from typing import Final, Literal
 from prune_export.calibrate import Chain, MergeSimilarity
 
 Runs = tuple[tuple[int, int], ...]
-"""Where runs begin, and how many layers of each are folded."""
+"""Where runs begin, and how many layers of each are merged."""
 
 Merge = Literal["rdsc", "last", "drop"]
 
