@@ -44,12 +44,15 @@ from prune_export.execution import Options, run
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
 
-TIMES: Final = frozenset({"seconds", "stamp", "machine", "toolchain", "train_seconds"})
-"""Keys of JSON that say when, how long or on what: left out wherever they stand."""
+TIMES: Final = frozenset({"seconds", "stamp", "machine", "toolchain", "train_seconds", "sum"})
+"""Keys of JSON that say when, how long or on what: left out wherever they stand.
+
+`sum` is a manifest's hash over them."""
 
 LOOSE: Final[dict[str, str]] = {
     "model.engine": "TensorRT picks kernels by timing them",
     "build.log": "it says how long each was",
+    "SHA256SUMS": "it sums the files with times in them, too",
     "model.pt2": "a zip of what the compiler wrote, with its times and temporary names",
 }
 """Files that hold more than their input decides, and why; that they are there is compared."""
