@@ -2,7 +2,7 @@
 
 Each is a frozen dataclass in one file; its fields are its keys in the recipe, its docstring is its
 help, and `VERSION` is raised whenever the same input would give other bytes. `docs/your-own.md`
-shows a complete method.
+shows one of each but the healer, and `plugins` has all of it in one place.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import torch
 import prune_export
 from prune_export import Machine, Options, Recipe, plan, plugins, registry, run
 from prune_export.checkpoint import Checkpoint
+from prune_export.cli.listing import methods
 from prune_export.errors import PlanError, StageError
 from tests.contracts import test_methods as contracts
 from tests.contracts.made import plain_view
@@ -180,6 +181,16 @@ def test_the_contracts_of_ours_hold_for_them(
         contracts.test_a_method_leaves_what_it_predicted_and_it_reloads(
             name, None, family, tiny, folder
         )
+
+
+def test_the_command_that_the_page_names_lists_them(
+    installed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "`prune-export methods` shows them" in TEXT
+    methods(json=True)
+    said = capsys.readouterr().out
+    for name in ("odd_influence", "power_wanda", "fluctuation", "program"):
+        assert name in said
 
 
 def test_the_contract_of_entries_holds_for_the_exporter(installed: Path) -> None:
