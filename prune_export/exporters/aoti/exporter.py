@@ -22,8 +22,9 @@ from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_model
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
-from prune_export.errors import PlanError, StageError
+from prune_export.errors import PlanError
 from prune_export.exporter_facts import SparseNote
+from prune_export.exporters._shared.logit_check import PROMPT, refuse_other_logits
 from prune_export.exporters._shared.rope import refuse_rope
 from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.machine import Machine
@@ -33,8 +34,6 @@ _BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2}
 _TORCH: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _TOLERANCE: Final = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
 """Largest logit error allowed, as a fraction of the largest logit."""
-
-_PROMPT: Final = 5
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Aoti:
         opened = Checkpoint.open(checkpoint)
         out.mkdir(parents=True, exist_ok=True)
         model = self._loaded(checkpoint, work.machine)
-        ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, _PROMPT + 1))
+        ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, PROMPT + 1))
         with torch.no_grad():
             fed = torch.from_numpy(ids).to(work.machine.device)
             expected = model(fed, use_cache=False).logits.float().cpu().numpy()
@@ -213,20 +212,10 @@ class Aoti:
         self, out: Path, ids: np.ndarray, expected: np.ndarray, machine: Machine
     ) -> float:
         """The largest logit error of a prompt and a cached step, as a fraction of the largest."""
-        worst, scale = 0.0, float(np.abs(expected).max())
         with self.open(out, machine) as runner:
-            for first, end in ((0, _PROMPT), (_PROMPT, _PROMPT + 1)):
-                got, _ = runner.step(ids[:, first:end])
-                wanted = expected[:, end - got.shape[1] : end]
-                worst = max(worst, float(np.abs(got - wanted).max()) / scale)
-        if not worst <= _TOLERANCE[self.precision]:
-            raise StageError(
-                str(out / "model.pt2"),
-                f"logits differ from PyTorch's by {worst:.2g} of the largest one, "
-                f"expected at most {_TOLERANCE[self.precision]:g}",
-                "this is a bug of the exporter or the compiler: report it with the model's config",
+            return refuse_other_logits(
+                out / "model.pt2", runner, ids, expected, _TOLERANCE[self.precision]
             )
-        return worst
 
 
 def _refuse_without_headers() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prune_export.errors import StageError
+from prune_export.exporters._shared.logit_check import PROMPT, refuse_other_logits
 from prune_export.exporters._shared.ort_runner import OrtRunner
 from prune_export.exporters.onnx.merge import parts
 from prune_export.exporters.onnx.replicate import Weight
@@ -25,8 +25,6 @@ TOLERANCE: Final = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e
 
 INT8_TOLERANCE: Final = 5e-1
 """With int8 weights the runtime rounds activations to int8 as well, which random models magnify."""
-
-PROMPT: Final = 5
 
 
 def reference_logits(
@@ -109,32 +107,8 @@ def compare(
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, PROMPT + 1))
     expected = reference_logits(config, source, ids, dtype, weights)
     with OrtRunner(graph, machine, prepack=prepack, fuse=not int8) as runner:
-        worst = _error(graph, runner, ids, expected, TOLERANCE[dtype])
+        worst = refuse_other_logits(graph, runner, ids, expected, TOLERANCE[dtype])
     if int8:  # once more as it will be used, with the runtime's own rounding of activations
         with OrtRunner(graph, machine, prepack=prepack) as runner:
-            worst = _error(graph, runner, ids, expected, INT8_TOLERANCE)
-    return worst
-
-
-def _error(
-    graph: Path, runner: OrtRunner, ids: np.ndarray, expected: np.ndarray, tolerance: float
-) -> float:
-    prompt, _ = runner.step(ids[:, :PROMPT])
-    step, _ = runner.step(ids[:, PROMPT:])
-    scale = float(np.abs(expected).max())
-    found = (
-        ("the prompt", prompt, expected[:, PROMPT - prompt.shape[1] : PROMPT]),
-        ("a cached step", step, expected[:, PROMPT:]),
-    )
-    worst = 0.0
-    for what, got, wanted in found:
-        error = float(np.abs(got - wanted).max()) / scale
-        if not error <= tolerance:
-            raise StageError(
-                f"{graph}  {what}",
-                f"logits differ from PyTorch's by {error:.2g} of the largest one, "
-                f"expected at most {tolerance:g}",
-                "this is a bug of the exporter or the runtime: report it with the model's config",
-            )
-        worst = max(worst, error)
+            worst = refuse_other_logits(graph, runner, ids, expected, INT8_TOLERANCE)
     return worst
