@@ -98,6 +98,9 @@ def _one(args: argparse.Namespace, what: str) -> dict[str, Any]:
     machine = Machine.detect(device="cpu", threads=args.threads)
     arch = Checkpoint.open(args.pruned).arch()
     cost = healer.cost(arch, tokens.ids.numel(), args.length, machine)
+    if healer.taught:
+        dense = Checkpoint.open(args.dense).arch()
+        cost, _ = healer.taught_cost(arch, dense, tokens.samples, args.length, machine)
     with tempfile.TemporaryDirectory() as folder:
 
         def healed(entry: Any, name: str) -> tuple[HealRecord, float]:
