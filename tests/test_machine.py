@@ -54,7 +54,7 @@ stages: [{heal: {method: lora, rank: 2, steps: 1, batch: 1}}]
     full = replace(on_cpu, device="cuda", gpu_bytes=1 << 20)
     taken = replace(heal, cost=replace(heal.cost, gpu_bytes=5 << 20))
     lacking = what_does_not_fit(
-        replace(planned, stages=(taken,), machine=full), 8 << 30, options.store, options.out
+        replace(planned, stages=(taken,), machine=full), 8 << 30, options.store, options.out, {}
     )
     assert str(next(lacking)) == (
         "GPU\n  needs about 5.00 MiB, and 1.00 MiB of its memory are free\n"

@@ -95,4 +95,4 @@ def test_a_report_that_is_none_or_shows_nothing(
     assert "nothing to draw" in capsys.readouterr().err
     report.write_text("{", encoding="utf-8")
     assert script.main(place) == 2
-    assert "cannot be read as JSON" in capsys.readouterr().err
+    assert "is not JSON" in capsys.readouterr().err
