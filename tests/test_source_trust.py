@@ -17,7 +17,7 @@ PASSED_ON = {
     ("verify/reload_child.py", "AutoConfig.from_pretrained"),
     ("verify/reload_child.py", "AutoModelForCausalLM.from_pretrained"),
 }
-WRAPPED = {("exporters/_genai_build.py", "AutoModelForCausalLM.from_pretrained")}
+WRAPPED = {("exporters/ort_genai/build.py", "AutoModelForCausalLM.from_pretrained")}
 """Taken as a value, to be called with the same arguments; its own test is in test_loading."""
 
 

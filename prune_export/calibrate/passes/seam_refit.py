@@ -10,8 +10,6 @@ loss on them says whether the cut model is better with the changes than without.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
@@ -40,6 +38,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.header import TORCH
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent, Task
+from prune_export.temporary import Temporary
 
 SEAM_STATES: Final = 3
 """Arrays of states that are held at most: the dense model's, the cut one's, and a goal inside of a
@@ -108,8 +107,10 @@ def repair(
     """
     arch = arch or checkpoint.arch()
     check(arch, tokens)
-    temporary = scratch is None
-    scratch = scratch or Path(tempfile.mkdtemp(prefix="seams-"))
+    temporary = None
+    if scratch is None:
+        temporary = Temporary()
+        scratch = temporary.path
     with ExitStack() as stack:
         stack.enter_context(threads(machine.threads))
         stack.enter_context(torch.inference_mode())
@@ -130,7 +131,7 @@ def repair(
     counts = made.fitted * tokens.length, made.held * tokens.length
     repaired = Repaired(folder, tuple(logs), names, heard, *counts)
     if temporary:
-        weakref.finalize(repaired, shutil.rmtree, scratch, ignore_errors=True)
+        weakref.finalize(repaired, temporary.close)
     return repaired
 
 
