@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +11,10 @@ from prune_export import __version__
 from prune_export.cli import console, options
 from prune_export.cli.help import Command, Group
 from prune_export.cli.listing import methods, recipes, schema
+from prune_export.cli.publishing import destination, publish, upload
 from prune_export.cli.showing import show_plan, show_report
 from prune_export.cli.storing import store_app
-from prune_export.errors import PlanError, VerifyError
+from prune_export.errors import VerifyError
 from prune_export.units import text_from_bytes, text_from_seconds
 
 app = typer.Typer(
@@ -95,7 +95,7 @@ def run(
     from prune_export.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
-    repo = _destination(loaded.publish.repo, push_to, publish=publish)
+    repo = destination(loaded.publish.repo, push_to, publish=publish)
     chosen = Options(
         out=out,
         store=options.store_directory(store),
@@ -115,7 +115,7 @@ def run(
     if repo:
         # The recipe's own word for it counts only where its repository was asked for.
         open_to_all = public or (not push_to and not loaded.publish.private)
-        _publish(result.out, repo, private=not open_to_all, force=False, quiet=quiet)
+        upload(result.out, repo, private=not open_to_all, force=False, quiet=quiet)
     elif loaded.publish.repo and not (quiet or json):
         console.output.put(
             f"not published: the recipe proposes {loaded.publish.repo} (`--publish`)"
@@ -351,68 +351,4 @@ def compare(
         show_verification(found)
 
 
-@app.command(cls=Command)
-def publish(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A result directory.")],
-    repo: Annotated[str, typer.Option(metavar="REPO", help="`owner/name` on the Hub.")],
-    public: Annotated[
-        bool, typer.Option("--public", help="Create the repository as public.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Publish although verification failed.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list what would be uploaded.")
-    ] = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Upload a result directory to the Hub: checkpoint, engines, recipe, lock, card, report.
-
-    prune-export publish out/ --repo me/SmolLM2-135M-depth24
-
-    The token is taken from the environment or the Hub's login, and written nowhere.
-    """
-    _publish(
-        directory, repo, private=not public, force=force, quiet=quiet, dry_run=dry_run, as_json=json
-    )
-
-
-def _destination(proposed: str | None, push_to: str | None, *, publish: bool) -> str | None:
-    """Chooses the repository to publish to; None unless the command line asks for it.
-
-    Raises:
-        PlanError: `--publish`, and the recipe proposes none.
-        PublishError: it is no name of a repository.
-    """
-    from prune_export.hub import check_names
-
-    repo = push_to or (proposed if publish else None)
-    if publish and repo is None:
-        raise PlanError(
-            "--publish", "the recipe proposes no repository", "write `--push-to owner/name`"
-        )
-    if repo is not None:
-        check_names(repo)
-    return repo
-
-
-def _publish(
-    directory: Path,
-    repo: str,
-    *,
-    private: bool,
-    force: bool,
-    quiet: bool,
-    dry_run: bool = False,
-    as_json: bool = False,
-) -> None:
-    from prune_export.hub import publish as upload
-
-    found = upload(directory, repo, private=private, force=force, dry_run=dry_run,
-                   progress=console.progress(quiet=quiet or as_json))  # fmt: skip
-    if as_json:
-        console.print_json(dataclasses.asdict(found))
-    else:
-        console.output.put(str(found))
+app.command(cls=Command)(publish)

@@ -33,7 +33,7 @@ from prune_export.calibrate.streaming.block_loader import loaded, threads
 from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
 from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 from prune_export.calibrate.streaming.linear_groups import Weights, inputs_of
-from prune_export.calibrate.streaming.offload import Buffer
+from prune_export.calibrate.streaming.offload import Buffer, Lane
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.header import TORCH
 from prune_export.machine import Machine
@@ -141,18 +141,6 @@ def held_out(samples: int) -> list[int]:
     return found or ([samples - 1] if samples > 1 else [])
 
 
-class _Lane:
-    """The hidden states of one model between two blocks, in memory or in files."""
-
-    def __init__(self, make: Callable[[str], Buffer], name: str, *, spooled: bool) -> None:
-        self.name = name
-        self.states = make(name)
-        self.spare = make(f"{name}-spare") if spooled else self.states
-
-    def swap(self) -> None:
-        self.states, self.spare = self.spare, self.states
-
-
 class _Pass:
     def __init__(
         self,
@@ -205,9 +193,9 @@ class _Pass:
             return stack.enter_context(made)
 
         everywhere = partial(buffer, tokens.samples)
-        self.dense = _Lane(everywhere, "dense", spooled=self.spooled)
-        self.edited = _Lane(everywhere, "edited", spooled=self.spooled)
-        self.plain = _Lane(partial(buffer, self.held), "plain", spooled=self.spooled)
+        self.dense = Lane(everywhere, "dense", spooled=self.spooled)
+        self.edited = Lane(everywhere, "edited", spooled=self.spooled)
+        self.plain = Lane(partial(buffer, self.held), "plain", spooled=self.spooled)
         self.goal = everywhere("goal") if self.inside else None
         self.saves.layout = tuple(sorted(self._in_memory()))
 
@@ -277,7 +265,7 @@ class _Pass:
                 self.dense.spare.write(start, outputs)
         self.dense.swap()
 
-    def _advance(self, lane: _Lane, layer: int, call: Call, start: int, stop: int) -> None:
+    def _advance(self, lane: Lane, layer: int, call: Call, start: int, stop: int) -> None:
         for first, last in self._batches(start, stop):
             inputs = lane.states.read(first, last).to(self.layerwise.device)
             lane.spare.write(first, self.layerwise.run(layer, inputs, call))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -118,3 +119,16 @@ class Buffer:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data).cast("B")
+
+
+class Lane:
+    """The hidden states of one model between two blocks, in memory or in files."""
+
+    def __init__(self, make: Callable[[str], Buffer], name: str, *, spooled: bool) -> None:
+        self.name = name
+        self.states = make(name)
+        self.spare = make(f"{name}-spare") if spooled else self.states
+
+    def swap(self) -> None:
+        """Makes what was written last what is read next."""
+        self.states, self.spare = self.spare, self.states

@@ -1,0 +1,79 @@
+"""The command `publish`, and what `run` shares with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prune_export.cli import console, options
+from prune_export.errors import PlanError
+
+
+def publish(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A result directory.")],
+    repo: Annotated[str, typer.Option(metavar="REPO", help="`owner/name` on the Hub.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Create the repository as public.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Publish although verification failed.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be uploaded.")
+    ] = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Upload a result directory to the Hub: checkpoint, engines, recipe, lock, card, report.
+
+    prune-export publish out/ --repo me/SmolLM2-135M-depth24
+
+    The token is taken from the environment or the Hub's login, and written nowhere.
+    """
+    upload(
+        directory, repo, private=not public, force=force, quiet=quiet, dry_run=dry_run, as_json=json
+    )
+
+
+def destination(proposed: str | None, push_to: str | None, *, publish: bool) -> str | None:
+    """Chooses the repository to publish to; None unless the command line asks for it.
+
+    Raises:
+        PlanError: `--publish`, and the recipe proposes none.
+        PublishError: it is no name of a repository.
+    """
+    from prune_export.hub import check_names
+
+    repo = push_to or (proposed if publish else None)
+    if publish and repo is None:
+        raise PlanError(
+            "--publish", "the recipe proposes no repository", "write `--push-to owner/name`"
+        )
+    if repo is not None:
+        check_names(repo)
+    return repo
+
+
+def upload(
+    directory: Path,
+    repo: str,
+    *,
+    private: bool,
+    force: bool,
+    quiet: bool,
+    dry_run: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Uploads a result directory and shows what went where."""
+    from prune_export.hub import publish as publish_result
+
+    found = publish_result(directory, repo, private=private, force=force, dry_run=dry_run,
+                   progress=console.progress(quiet=quiet or as_json))  # fmt: skip
+    if as_json:
+        console.print_json(dataclasses.asdict(found))
+    else:
+        console.output.put(str(found))
