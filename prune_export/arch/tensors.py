@@ -14,6 +14,9 @@ from prune_export.arch.table import Table, TensorRow
 from prune_export.errors import UnsupportedArch
 
 MOST_EXPERTS: Final = 4_096
+"""In a block."""
+MOST_OF_A_MODEL: Final = 50_000
+"""Experts of all blocks: the largest models known have 31,000, and each takes time to describe."""
 
 parse = lru_cache(maxsize=None)(Dims.parse)
 
@@ -109,6 +112,12 @@ class Binding:
         if experts > MOST_EXPERTS:
             raise UnsupportedArch(
                 "config.json", f"got {experts:,} experts a block, expected at most {MOST_EXPERTS:,}"
+            )
+        if experts * self.layers > MOST_OF_A_MODEL:
+            raise UnsupportedArch(
+                "config.json",
+                f"got {experts:,} experts in each of {self.layers:,} blocks, expected at most "
+                f"{MOST_OF_A_MODEL:,} in all",
             )
         for expert in range(experts):
             axes = self.table.axes.items()

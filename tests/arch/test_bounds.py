@@ -34,6 +34,7 @@ def opened(path: Path, **said: Any) -> Checkpoint:
         {"vocab_size": 2**50},
         {"model_type": "gpt2", "n_layer": 10**9},
         {"model_type": "qwen3_moe", "num_experts": 10**8},
+        {"model_type": "qwen3_moe", "num_experts": 4_000, "num_hidden_layers": 24},
         {"model_type": "qwen3_moe", "num_experts": 4, "decoder_sparse_step": 0},
         {"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [[1]]},
     ],

@@ -253,7 +253,7 @@ def _run(
     Raises:
         StageError: it failed; the message has the end of its log.
     """
-    name = program.strip("_").replace("_", "-")
+    name = f"genai-{program}"
     work.scratch.mkdir(parents=True, exist_ok=True)
     written = work.scratch / f"{name}.json"
     written.write_text(json.dumps(request, sort_keys=True), encoding="utf-8")
