@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_hub import GOOD, READ_ONLY, WRONG, FakeHub, Repo
 from safetensors.numpy import save_file
 
 from prune_export import credentials, hub
@@ -20,6 +19,7 @@ from prune_export.errors import PublishError
 from prune_export.hub import publish
 from prune_export.modeling import FOLDER
 from prune_export.report import write_report
+from tests.fake_hub import GOOD, READ_ONLY, WRONG, FakeHub, Repo
 
 FULL = Path(__file__).parent / "report" / "full.json"
 CALLS = Path(__file__).parent / "hub_calls.py"

@@ -11,8 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from saved_models import maker
-from surgery_calls import DOWN, Saved, cut, loaded, logits
 
 from prune_export.checkpoint import Checkpoint, Planned, write_checkpoint
 from prune_export.errors import CheckpointError, PlanError
@@ -24,6 +22,8 @@ from prune_export.surgery import (
     Untie,
     _Cut,
 )
+from tests.saved_models import maker
+from tests.surgery_calls import DOWN, Saved, cut, loaded, logits
 
 
 @pytest.fixture(scope="module")

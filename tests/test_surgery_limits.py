@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from saved_models import maker
-from surgery_calls import DOWN, RAM, Saved, cut, loaded
 
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError, PlanError
@@ -23,6 +21,8 @@ from prune_export.surgery import (
     _refuse_unsayable,
     rewrite,
 )
+from tests.saved_models import maker
+from tests.surgery_calls import DOWN, RAM, Saved, cut, loaded
 
 
 @pytest.fixture(scope="module")

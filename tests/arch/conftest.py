@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tiny_models import Tiny, random_model
+
+from tests.arch.tiny_models import Tiny, random_model
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import tiny_config
 from transformers import AutoConfig
 
 from prune_export.arch import Arch
 from prune_export.errors import PlanError, UnsupportedArch
+from tests.arch.tiny_models import tiny_config
 
 # config.json as the Hub has it, written by many releases of transformers, and the known count.
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import PROMPT, Tiny, headers, logits, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prune_export.arch import Arch
 from prune_export.arch.table import tables
 from prune_export.errors import PlanError
+from tests.arch.tiny_models import PROMPT, Tiny, headers, logits, tiny_config
 
 VARIANTS = [
     pytest.param(model_type, changes, id=f"{model_type}-{name}")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import Tiny, logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prune_export.arch import Arch
+from tests.arch.tiny_models import Tiny, logits
 
 State = dict[str, torch.Tensor]
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from saved_models import maker
+
+from tests.saved_models import maker
 
 
 @pytest.fixture(scope="session")

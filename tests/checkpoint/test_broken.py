@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raw_safetensors import parts, write
 
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.header import nbytes
 from prune_export.errors import CheckpointError, PruneExportError, UnsupportedArch
+from tests.checkpoint.raw_safetensors import parts, write
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -13,7 +13,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from gguf_files import tiny_model, vocabulary, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prune_export.arch import Arch
@@ -27,6 +26,7 @@ from prune_export.errors import (
     UnsupportedArch,
 )
 from prune_export.progress import Silent
+from tests.checkpoint.gguf_files import tiny_model, vocabulary, write_gguf
 
 PROMPT = torch.tensor([[5, 9, 40, 3, 17, 22, 8, 61]])
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from raw_safetensors import parts, write
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError
+from tests.checkpoint.raw_safetensors import parts, write
 
 Saved = Callable[..., Path]
 LLAMA = {"model_type": "llama"}

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_hub import COMMIT, Models, model_hub
 
 from prune_export.checkpoint import resolve_model
 from prune_export.errors import CheckpointError, PlanError
+from tests.checkpoint.model_hub import COMMIT, Models, model_hub
 
 CALLS = Path(__file__).parent / "resolve_calls.py"
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_offline_says_so() -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    from saved_models import maker
+    from tests.saved_models import maker
 
     saved: Callable[..., Path] = maker(tmp_path_factory.mktemp)
 

@@ -19,7 +19,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from raw_safetensors import parts
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -28,6 +27,7 @@ from prune_export.checkpoint import Checkpoint, Planned, write_checkpoint
 from prune_export.checkpoint.header import TORCH
 from prune_export.checkpoint.writer import lay_out
 from prune_export.errors import CheckpointError, PlanError
+from tests.checkpoint.raw_safetensors import parts
 
 Saved = Callable[..., Path]
 CONFIG = {"model_type": "llama"}

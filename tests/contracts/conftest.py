@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from tiny_models import random_model
 
 from prune_export.checkpoint import Checkpoint
+from tests.arch.tiny_models import random_model
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from tiny_models import PROMPT
 
 from prune_export import registry
 from prune_export.arch.table import tables
@@ -21,6 +20,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.pruning.width.width_method import WidthMethod
 from prune_export.surgery import Overwrite, rewrite
+from tests.arch.tiny_models import PROMPT
 from tests.contracts.made import plain_view
 
 METHODS = [

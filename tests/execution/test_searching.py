@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
-from tiny_models import random_model
 
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError, StageError
@@ -29,6 +28,7 @@ from prune_export.report import style
 from prune_export.report.pareto import frontier, pareto
 from prune_export.report.reading import CandidateReading, SearchReading
 from prune_export.store import Store
+from tests.arch.tiny_models import random_model
 from tests.execution.test_run import SEARCH, STABLE, hashes
 
 GRID = """\

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export import registry
@@ -18,6 +17,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import rewrite
+from tests.arch.tiny_models import random_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export import registry
@@ -19,6 +18,7 @@ from prune_export.execution import Options, plan
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe
+from tests.arch.tiny_models import random_model
 
 MACHINE = Machine("cpu", 4 << 30, 0, 1)
 POSITIONS = 64

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from variants import VARIANTS, made
 
 from prune_export.report import write_report
+from tests.report.variants import VARIANTS, made
 
 QUICK = {"full", "hostile", "no_verification", "least"}
 """The variants that are drawn in the default run; drawing takes a second each."""

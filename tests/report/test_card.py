@@ -14,11 +14,11 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from onnx import TensorProto, helper
-from variants import made
 
 from prune_export import registry
 from prune_export.report.card import card_data, fenced, model_card, papers, sources, spanned
 from prune_export.report.reading import Report
+from tests.report.variants import made
 
 
 def front(text: str) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from variants import made
 
 from prune_export.exporters.ort_genai.tokens import DIFFERENT
 from prune_export.report.caveats import caveats, failed
 from prune_export.report.reading import Report
+from tests.report.variants import made
 
 
 def said(name: str) -> list[str]:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from PIL import Image
-from variants import made
 
 from prune_export.report import draw_figures, draw_inspection, draw_summary, panels, style
 from prune_export.report.figures import figure_names, figure_title, names_by_stage
 from prune_export.report.reading import Report
+from tests.report.variants import made
 
 
 def axes_of(report: dict[str, Any], draw: str, **extra: Any) -> Axes:

@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from variants import made
 
 from prune_export.report.html import figure_of, render_page, scalars, value_text, what_was_done
 from prune_export.report.reading import Report
+from tests.report.variants import made
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 TAGS = {

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from variants import FULL, made
 
 from prune_export.contracts import StageLog
 from prune_export.errors import CheckpointError
@@ -17,6 +16,7 @@ from prune_export.report import door
 from prune_export.report.card import model_card
 from prune_export.report.reading import Change, Report, perplexity_change
 from prune_export.verify.results import Perplexity
+from tests.report.variants import FULL, made
 
 
 def entry(losses: list[float], length: int = 128) -> Perplexity:

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from variants import made
+
+from tests.report.variants import made
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "readme_table.py"
 

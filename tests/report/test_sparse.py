@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from variants import grid, made
 
 from prune_export.report import caveats, summary_rows, sweeps
 from prune_export.report import style as styles
@@ -13,6 +12,7 @@ from prune_export.report.figures import figure_names
 from prune_export.report.reading import Report
 from prune_export.report.sparse import kernels_text, pays_text, stray_text, weights_text
 from prune_export.verify.results import Sparsity, Speed, from_json
+from tests.report.variants import grid, made
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from variants import HOSTILE, made
 
 from prune_export.report.reading import Report, StageReading, runs, shorten, text_from_blocks
 from prune_export.report.table import (
@@ -20,6 +19,7 @@ from prune_export.report.table import (
     times,
     where_to_look,
 )
+from tests.report.variants import HOSTILE, made
 
 
 def row(name: str, label: str) -> Row:

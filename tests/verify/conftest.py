@@ -2,9 +2,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_checkpoint import save_tiny
 
 from prune_export.machine import Machine
+from tests.verify.tiny_checkpoint import save_tiny
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import save_tiny
 from transformers import AutoTokenizer
 
 from prune_export.machine import Machine
@@ -15,6 +14,7 @@ from prune_export.verify.generation import (
     measure_generation,
     repeated_share,
 )
+from tests.verify.tiny_checkpoint import save_tiny
 
 VARIED = list(range(64))
 

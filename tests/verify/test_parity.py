@@ -2,7 +2,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_checkpoint import save_tiny
 
 from prune_export.errors import VerifyError
 from prune_export.machine import Machine
@@ -15,6 +14,7 @@ from prune_export.verify.parity import (
     judged,
     measure_parity,
 )
+from tests.verify.tiny_checkpoint import save_tiny
 
 
 def test_deviation_by_hand() -> None:

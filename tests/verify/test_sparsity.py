@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from tiny_checkpoint import save_tiny
 
 from prune_export.contracts import BuildRecord, Work
 from prune_export.exporters.onnx import Onnx
@@ -23,6 +22,7 @@ from prune_export.verify import (
     not_from_rounding,
 )
 from prune_export.verify.results import Placed, Sparsity, WeightPattern, from_json, to_json
+from tests.verify.tiny_checkpoint import save_tiny
 
 
 def record(graph: str = "model.onnx", exporter: str = "onnx", **sparsity: Any) -> BuildRecord:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 
 from prune_export.arch import Arch
@@ -15,6 +14,7 @@ from prune_export.arch.table import tables
 from prune_export.calibrate import AngularDistance, pass_cost
 from prune_export.machine import Machine
 from prune_export.methods.depth.greedy_loss import GreedyLoss
+from tests.arch.tiny_models import tiny_config
 
 VARIANTS = [
     pytest.param(model_type, {**changes, "tie_word_embeddings": tied}, id=f"{model_type}-{name}")

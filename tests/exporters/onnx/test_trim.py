@@ -9,7 +9,6 @@ from typing import Any
 import onnx
 import pytest
 from transformers import AutoModelForCausalLM
-from zeroed_models import Zeroed
 
 from prune_export.checkpoint import Checkpoint
 from prune_export.exporters._shared.ort_runner import OrtRunner
@@ -25,6 +24,7 @@ from tests.exporters.onnx.test_onnx import (
     saved,
     stepped,
 )
+from tests.zeroed_models import Zeroed
 
 KINDS = {
     "gemma2": 2, "gemma3_text": 2, "qwen2": 2, "qwen3": 2, "qwen3_moe": 2, "sliced_qwen2": 2,

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from zeroed_models import Zeroed
 
 from prune_export.exporters.ort_genai import OrtGenai
 from tests.exporters.ort_genai.test_ort_genai import MACHINE, export, logits_of, model_in, some_ids
+from tests.zeroed_models import Zeroed
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export.arch.table import tables
@@ -22,6 +21,7 @@ from prune_export.machine import Machine
 from prune_export.methods.depth.greedy_loss import GreedyLoss
 from prune_export.pruning.depth.greedy import greedy
 from prune_export.surgery import Drop, Overwrite, rewrite
+from tests.arch.tiny_models import random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export.calibrate import (
@@ -28,6 +27,7 @@ from prune_export.machine import Machine
 from prune_export.methods.depth.laco import Laco
 from prune_export.pruning.depth.collapse import FoldSearch, combinations, folded
 from prune_export.surgery import rewrite
+from tests.arch.tiny_models import random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 

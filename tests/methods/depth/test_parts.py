@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Tiny, random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export import registry
@@ -21,6 +20,7 @@ from prune_export.methods.depth.angular_distance import AngularDistanceDrop
 from prune_export.methods.depth.block_influence import BlockInfluenceDrop
 from prune_export.methods.depth.taylor import Taylor
 from prune_export.surgery import Overwrite, rewrite
+from tests.arch.tiny_models import Tiny, random_model
 from tests.exporters.onnx.test_onnx import error, expected_logits, exported, padded, stepped
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)

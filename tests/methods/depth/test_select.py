@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_model
 
 from prune_export import registry
 from prune_export.arch.table import tables
@@ -25,6 +24,7 @@ from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.pruning.depth.selection import iterative
 from prune_export.surgery import Drop, rewrite
+from tests.arch.tiny_models import random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 SELECTING = ("block_influence", "perplexity", "taylor")

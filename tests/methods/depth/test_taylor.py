@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import random_model
 
 from prune_export.calibrate import CalibrationContext, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.methods.depth.taylor import Taylor
+from tests.arch.tiny_models import random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 

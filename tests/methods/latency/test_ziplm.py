@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Tiny, random_model
 
 from prune_export.arch import Arch
 from prune_export.calibrate import CalibrationContext, ModelView, TokenSet, run_sequential
@@ -20,6 +19,7 @@ from prune_export.methods.latency.ziplm import ZipLM
 from prune_export.pruning.latency import narrowing, width_costs
 from prune_export.recipe.search import Target
 from prune_export.surgery import Edits, Keep, Overwrite, rewrite
+from tests.arch.tiny_models import Tiny, random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 IDS = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(3))

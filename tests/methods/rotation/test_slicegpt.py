@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Tiny, logits, random_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prune_export.arch.table import tables
@@ -23,6 +22,7 @@ from prune_export.machine import Machine
 from prune_export.methods.rotation.slicegpt import SliceGPT
 from prune_export.pruning.rotation import residual_bases
 from prune_export.surgery import rewrite
+from tests.arch.tiny_models import Tiny, logits, random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 ABLE = ("granite", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import Tiny, random_model
 
 from prune_export.calibrate import (
     CalibrationContext,
@@ -26,6 +25,7 @@ from prune_export.methods.sparse.gblm import Gblm, Norms, score
 from prune_export.methods.sparse.wanda import Wanda
 from prune_export.pruning.sparse.masks import zeros
 from prune_export.sparsity.nm import Nm
+from tests.arch.tiny_models import Tiny, random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 IDS = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Tiny, random_model
 
 from prune_export.calibrate import CalibrationContext, ModelView, TokenSet, as_matrix, linears
 from prune_export.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from prune_export.methods.sparse.iterative_magnitude import IterativeMagnitude
 from prune_export.pruning.sparse import lottery_ticket
 from prune_export.pruning.sparse.lottery_ticket import Schedule, _batch
 from prune_export.sparsity.nm import Nm
+from tests.arch.tiny_models import Tiny, random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 IDS = (torch.arange(20)[:, None] * 5 + 3 * torch.arange(12)) % 60 + 2

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_model
 
 from prune_export.calibrate import CalibrationContext, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
@@ -18,6 +17,7 @@ from prune_export.methods.sparse.gblm import Gblm
 from prune_export.methods.sparse.sparsegpt import SparseGpt
 from prune_export.methods.sparse.wanda import Wanda
 from prune_export.sparsity.nm import Nm
+from tests.arch.tiny_models import random_model
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prune_export import registry
@@ -37,6 +36,7 @@ from prune_export.methods.sparse.wanda import Wanda
 from prune_export.pruning.sparse import owl, sparse_method
 from prune_export.pruning.sparse.masks import zeros
 from prune_export.sparsity.nm import Nm
+from tests.arch.tiny_models import random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 METHODS: list[Any] = [Magnitude, Wanda, Ria, SparseGpt]

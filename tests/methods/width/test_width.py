@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import Tiny, logits, random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export.arch import Arch
@@ -26,6 +25,7 @@ from prune_export.pruning.width.unit_choice import chosen, chosen_everywhere
 from prune_export.pruning.width.width_passes import Measure, added
 from prune_export.pruning.width.width_sizes import usual_multiple
 from prune_export.surgery import Overwrite, rewrite
+from tests.arch.tiny_models import Tiny, logits, random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 IDS = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Tiny, random_model
 
 from prune_export.calibrate import CalibrationContext, ModelView, TokenSet
 from prune_export.calibrate.streaming.linear_groups import as_matrix
@@ -22,6 +21,7 @@ from prune_export.methods.width.structured_wanda import StructuredWanda
 from prune_export.pruning.width.activation_scores import Activations
 from prune_export.pruning.width.unit_scores import UnitReader
 from prune_export.pruning.width.width_passes import Measure, added
+from tests.arch.tiny_models import Tiny, random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 IDS = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))

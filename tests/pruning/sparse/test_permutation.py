@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import random_model
 from transformers import AutoModelForCausalLM
 
 from prune_export.arch.table import tables
@@ -27,6 +26,7 @@ from prune_export.methods.sparse.wanda import Wanda
 from prune_export.pruning.sparse import free_channels, permutation
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import rewrite
+from tests.arch.tiny_models import random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 IDS = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))
