@@ -272,7 +272,9 @@ class Masker:
         if not seen.tokens:
             return weight.abs()
         scores = self.score(weight, seen, tensor)
-        if scores.shape != weight.shape or scores.data_ptr() == weight.data_ptr():
+        at = weight.data_ptr()  # 0 of a tensor whose memory is none of the process's
+        written = scores is weight or (at != 0 and scores.data_ptr() == at)
+        if scores.shape != weight.shape or written:
             raise StageError(
                 f"score of {tensor.name}",
                 f"got {list(scores.shape)}, expected new values {list(weight.shape)}: one of each "
