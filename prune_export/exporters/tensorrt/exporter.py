@@ -132,6 +132,7 @@ class Tensorrt:
             MissingExtra: onnx, onnxscript, onnxruntime or the flavor's library is not installed.
             PlanError: this machine cannot build it, or this GPU cannot run it.
         """
+        refuse_rope("export: tensorrt", arch.config)
         for package in _PACKAGES:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: tensorrt", package, "onnx")
@@ -148,7 +149,6 @@ class Tensorrt:
             sparse=self.sparse,
             precision=self.precision,
         )
-        refuse_rope("export: tensorrt", arch.config)
 
     def longest(self, config: Mapping[str, Any]) -> int:
         """The longest context that the engine is built for."""
