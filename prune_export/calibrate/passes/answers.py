@@ -8,7 +8,6 @@ pass computes it, with one block of the model in memory.
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError
 from prune_export.files import open_regular
 from prune_export.machine import Machine
+from prune_export.platforms import write_at
 from prune_export.progress import Progress
 
 _FILE: Final = "answers.safetensors"
@@ -216,5 +216,5 @@ def _row_bytes(vocab: int, outcomes: int) -> dict[str, int]:
 def _write(file: int, content: bytes, offset: int) -> None:
     view = memoryview(content)
     while view:
-        count = os.pwrite(file, view, offset)
+        count = write_at(file, view, offset)
         view, offset = view[count:], offset + count
