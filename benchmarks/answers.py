@@ -23,9 +23,9 @@ from heal import _windows
 
 from prune_export.calibrate import KeptAnswers, TokenSet, keep_answers
 from prune_export.checkpoint import Checkpoint
-from prune_export.heal._distill_loss import Answers, distill_loss
-from prune_export.heal._objective import Distill
 from prune_export.machine import Machine
+from prune_export.training.distill_loss import Answers, distill_loss
+from prune_export.training.objective import Distill
 
 
 def main() -> None:

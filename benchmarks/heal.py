@@ -163,8 +163,8 @@ def _is_number(value: object) -> bool:
 def _perplexity(path: Path, args: argparse.Namespace) -> float:
     from transformers import AutoModelForCausalLM
 
-    from prune_export.heal._model import quiet
-    from prune_export.heal._train import held_out_loss
+    from prune_export.training.loop import held_out_loss
+    from prune_export.training.model import quiet
 
     torch.set_num_threads(args.threads)
     windows = _windows(args.evaluation, args.dense, 1024)[: args.windows]

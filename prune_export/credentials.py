@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from prune_export.errors import PublishError
-from prune_export.files import open_regular
+from prune_export.system.files import open_regular
 
 _BEGIN: Final = rb"(?:\b|(?<=\n[\x10-\x7f]))"
 """Where a word begins; in a vocabulary of protobuf the length of the text stands before it."""

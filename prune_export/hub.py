@@ -19,15 +19,15 @@ from pydantic import ValidationError
 from prune_export.checkpoint import Checkpoint
 from prune_export.credentials import refuse_secrets
 from prune_export.errors import CheckpointError, PublishError
-from prune_export.files import (
+from prune_export.modeling import FOLDER
+from prune_export.progress import Progress, Silent
+from prune_export.system.files import (
     CARD_BYTES,
     REPORT_BYTES,
     open_regular,
     read_json_object,
     read_regular,
 )
-from prune_export.modeling import FOLDER
-from prune_export.progress import Progress, Silent
 from prune_export.units import text_from_bytes
 from prune_export.verify.results import Verification
 

@@ -16,7 +16,7 @@ from typing import Final, Literal
 import psutil
 
 from prune_export.exporter_facts import packages_of_exporters
-from prune_export.platforms import usable_cores
+from prune_export.system.platforms import usable_cores
 
 _COMPUTING: Final = ("torch", "transformers")
 _HEALING: Final = ("peft", "bitsandbytes")

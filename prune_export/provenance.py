@@ -10,10 +10,10 @@ from typing import Any
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_model
 from prune_export.errors import CheckpointError
-from prune_export.files import REPORT_BYTES, read_json_object
 from prune_export.recipe import PUBLISHED_NAME, Recipe
 from prune_export.store import sha256_of_file
-from prune_export.written import LOCK, listed
+from prune_export.system.files import REPORT_BYTES, read_json_object
+from prune_export.system.written import LOCK, listed
 
 
 @dataclass(frozen=True)

@@ -412,7 +412,7 @@ def test_gc_touches_only_what_is_a_stores(tmp_path: Path) -> None:
 _HOLD = """
 import sys, time
 from pathlib import Path
-from prune_export.locking import locked
+from prune_export.system.locking import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

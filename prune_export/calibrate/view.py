@@ -24,7 +24,7 @@ from prune_export.calibrate.streaming.skip import OUTPUTS, Unit
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
-from prune_export.temporary import Temporary
+from prune_export.system.temporary import Temporary
 
 
 class Engines(Protocol):

@@ -8,7 +8,7 @@ from typing import Final
 import yaml
 
 from prune_export.errors import CheckpointError
-from prune_export.files import is_regular, open_regular
+from prune_export.system.files import is_regular, open_regular
 
 _HEAD_BYTES: Final = 64 * 1024
 """A card's metadata is at its beginning; the rest of a README is never read."""

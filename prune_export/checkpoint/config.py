@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
-from prune_export.files import read_json_object
 from prune_export.modeling import register
+from prune_export.system.files import read_json_object
 
 _MOST_LAYERS: Final = 10_000
 _MOST_LABELS: Final = 100_000

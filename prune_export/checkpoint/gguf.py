@@ -24,7 +24,7 @@ from prune_export.checkpoint.reader import Checkpoint
 from prune_export.checkpoint.writer import SHARD_BYTES, Planned, write_checkpoint
 from prune_export.errors import CheckpointError, MissingExtra, PlanError, UnsupportedArch
 from prune_export.progress import Progress, Silent, Task
-from prune_export.temporary import Temporary
+from prune_export.system.temporary import Temporary
 from prune_export.units import text_from_bytes
 
 _DEAD_KEYS: Final = ("_name_or_path", "_model_name_or_path", "quantization_config")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from prune_export.errors import CheckpointError, MissingExtra
-from prune_export.files import open_regular
+from prune_export.system.files import open_regular
 
 MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)

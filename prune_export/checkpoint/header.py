@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.errors import CheckpointError, did_you_mean
-from prune_export.files import open_regular
+from prune_export.system.files import open_regular
 
 BITS: Final[Mapping[str, int]] = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16,

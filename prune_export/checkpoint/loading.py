@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from prune_export.checkpoint.side import side_files
 from prune_export.errors import CheckpointError
-from prune_export.files import is_regular, read_json_object
 from prune_export.modeling import register
+from prune_export.system.files import is_regular, read_json_object
 
 NO_ADAPTER: Final[Mapping[str, str]] = {"subfolder": "\0"}
 """Where transformers is to look for an adapter: in a folder whose name no folder can have.

@@ -24,7 +24,7 @@ from prune_export.checkpoint.header import FLOATS, TORCH, Entry, read_header
 from prune_export.checkpoint.side import refuse_adapter, side_files
 from prune_export.checkpoint.tied import refuse_two_heads, with_one_name
 from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
-from prune_export.files import is_regular, open_regular, shown
+from prune_export.system.files import is_regular, open_regular, shown
 
 if TYPE_CHECKING:
     import torch

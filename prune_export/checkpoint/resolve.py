@@ -14,7 +14,7 @@ from prune_export.checkpoint.config import read_json
 from prune_export.checkpoint.reader import CONVERT, INDEX, PICKLES, SINGLE
 from prune_export.checkpoint.side import ADAPTER, MERGE, SIDE_NAMES, SIDE_STEMS
 from prune_export.errors import CheckpointError, PlanError, PruneExportError
-from prune_export.files import shown
+from prune_export.system.files import shown
 
 _ID: Final = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@\s]+))?")
 _SIDE: Final = ("config.json", *sorted(SIDE_NAMES), *(f"{stem}*" for stem in SIDE_STEMS))

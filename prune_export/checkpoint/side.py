@@ -10,9 +10,9 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from prune_export.cached import is_within
 from prune_export.errors import CheckpointError
-from prune_export.files import CARD_BYTES, JSON_BYTES, TOKENIZER_BYTES, open_regular
+from prune_export.system.cached import is_within
+from prune_export.system.files import CARD_BYTES, JSON_BYTES, TOKENIZER_BYTES, open_regular
 
 SIDE_NAMES: Final = frozenset({
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",

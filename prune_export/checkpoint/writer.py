@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Final
 from prune_export.checkpoint.header import BITS, TORCH, Entry, nbytes
 from prune_export.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from prune_export.errors import CheckpointError, PlanError
-from prune_export.files import open_regular
-from prune_export.platforms import open_flags, read_at
 from prune_export.progress import Progress, Silent, Task
+from prune_export.system.files import open_regular
+from prune_export.system.platforms import open_flags, read_at
 from prune_export.units import text_from_bytes
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from prune_export.execution.engines import export_engine
 from prune_export.execution.inputs import open_base
 from prune_export.execution.result import Result, alone, mend
 from prune_export.machine import Machine, describe
-from prune_export.places import judged
 from prune_export.planning.positions import refuse_long_request, refuse_long_text
 from prune_export.progress import Progress
 from prune_export.recipe import Export, LocalText, Recipe
@@ -29,6 +28,7 @@ from prune_export.report import Report
 from prune_export.report.reading import ExportReading
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.store import Store
+from prune_export.system.places import judged
 from prune_export.verify import (
     Effort,
     Engine,

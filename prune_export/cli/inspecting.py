@@ -13,11 +13,11 @@ from prune_export.execution.context import RunContext
 from prune_export.execution.inputs import make_tokens, open_base
 from prune_export.inspect import SOURCE, Inspection, draw, inspect_model
 from prune_export.machine import Machine
-from prune_export.places import judged_picture
 from prune_export.progress import Progress
 from prune_export.recipe import LocalText
 from prune_export.store import Store
-from prune_export.temporary import Temporary
+from prune_export.system.places import judged_picture
+from prune_export.system.temporary import Temporary
 
 
 def inspected(

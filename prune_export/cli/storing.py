@@ -9,7 +9,7 @@ import typer
 
 from prune_export.cli import console, options
 from prune_export.cli.help import Command, Group
-from prune_export.places import named
+from prune_export.system.places import named
 from prune_export.units import text_from_bytes
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def store_gc(
 
     What cannot be read goes too, and so do locks and temporary files that killed runs left.
     """
-    from prune_export.temporary import sweep
+    from prune_export.system.temporary import sweep
 
     opened = _opened(store)
     sizes, doomed, broken, left = {}, [], [], []

@@ -31,7 +31,7 @@ from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage, heal_of
 from prune_export.report import write_report
 from prune_export.store import Artifact, Store
-from prune_export.temporary import sweep
+from prune_export.system.temporary import sweep
 from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
 

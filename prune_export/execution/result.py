@@ -25,10 +25,10 @@ from typing import Any, Final
 
 import prune_export
 from prune_export.errors import PlanError, StageError
-from prune_export.locking import locked, sweep_lock, write_atomically
-from prune_export.places import is_lock, lock_beside, partial_of, refuse_strangers
 from prune_export.store import Artifact, place
-from prune_export.written import (
+from prune_export.system.locking import locked, sweep_lock, write_atomically
+from prune_export.system.places import is_lock, lock_beside, partial_of, refuse_strangers
+from prune_export.system.written import (
     ABOUT,
     HELD,
     JOURNAL,

@@ -13,11 +13,12 @@ from typing import ClassVar
 from prune_export.arch import Arch
 from prune_export.calibrate import TokenSet
 from prune_export.contracts import Cost, HealRecord, Work
-from prune_export.heal import _heal, _memory
-from prune_export.heal._model import require
-from prune_export.heal._settings import Settings
-from prune_export.heal._targets import targets
 from prune_export.machine import Machine
+from prune_export.training import heal as training
+from prune_export.training import memory
+from prune_export.training.model import require
+from prune_export.training.settings import Settings
+from prune_export.training.targets import targets
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class Lora(Settings):
     def cost(self, arch: Arch, tokens: int, length: int, machine: Machine | None = None) -> Cost:
         """Estimates the cost; every step trains whole windows, however many `tokens` there are."""
         del tokens
-        return _memory.cost(arch, self, None, machine, length=length)
+        return memory.cost(arch, self, None, machine, length=length)
 
     def taught_cost(
         self, arch: Arch, teacher: Arch, samples: int, length: int, machine: Machine
     ) -> tuple[Cost, str]:
         """What healing takes with a teacher, and in a few words what is done with it."""
-        return _memory.taught_cost(arch, teacher, self, None, machine, samples, length)
+        return memory.taught_cost(arch, teacher, self, None, machine, samples, length)
 
     def heal(self, checkpoint: Path, tokens: TokenSet, out: Path, work: Work) -> HealRecord:
         """Heals `checkpoint` into the directory `out`, resuming from `work.scratch`."""
-        return _heal.heal(self, None, checkpoint, tokens, out, work)
+        return training.heal(self, None, checkpoint, tokens, out, work)

@@ -10,11 +10,11 @@ from typing import Final
 
 from prune_export.calibrate import inside
 from prune_export.errors import PlanError
-from prune_export.files import shown
-from prune_export.places import judged
 from prune_export.planning.planned import Plan
 from prune_export.recipe import Source, TokenFile
 from prune_export.store import refuse_foreign_store
+from prune_export.system.files import shown
+from prune_export.system.places import judged
 from prune_export.units import GIB, text_from_bytes
 
 _CHARACTERS_PER_TOKEN: Final = 4

@@ -10,8 +10,8 @@ from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
 from prune_export.contracts import Taught
 from prune_export.errors import PlanError
-from prune_export.files import is_regular, read_json_object
 from prune_export.recipe import Recipe
+from prune_export.system.files import is_regular, read_json_object
 
 _WHERE: Final = "objective.distill.teacher"
 _TOKENIZER: Final = "tokenizer.json"

@@ -15,7 +15,7 @@ from typing import Any, Final
 import yaml
 
 from prune_export.errors import RecipeError
-from prune_export.files import read_regular_text
+from prune_export.system.files import read_regular_text
 
 MAX_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 24

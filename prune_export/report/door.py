@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from prune_export.contracts import StageLog
 from prune_export.errors import CheckpointError
-from prune_export.files import DEEPEST, is_deeper
+from prune_export.system.files import DEEPEST, is_deeper
 
 LARGEST: Final = 10**18
 """No number of a report is larger: a model of 2026 has 10**13 parameters."""

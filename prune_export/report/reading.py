@@ -17,7 +17,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prune_export.contracts import StageLog
 from prune_export.errors import CheckpointError, RecipeError
-from prune_export.files import REPORT_BYTES, read_json_object
 from prune_export.recipe import document
 from prune_export.report.door import (
     Count,
@@ -28,6 +27,7 @@ from prune_export.report.door import (
     Target,
     refuse_unbounded,
 )
+from prune_export.system.files import REPORT_BYTES, read_json_object
 from prune_export.verify.results import Perplexity, Verification
 
 

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from prune_export.cached import is_within
 from prune_export.errors import CheckpointError
-from prune_export.files import read_regular
+from prune_export.system.cached import is_within
+from prune_export.system.files import read_regular
 
 _LONGEST_GRAPH: Final = 2**31
 """Protobuf's own bound."""

@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.errors import PlanError, StageError
-from prune_export.locking import held_if_free, locked, sweep_lock, write_atomically
-from prune_export.platforms import sync_directory
 from prune_export.store.mark import is_artifact, is_store, leave_mark, refuse_foreign_store
 from prune_export.store.notes import manifest_of, root_of, seen_in, summed
 from prune_export.store.placing import place
+from prune_export.system.locking import held_if_free, locked, sweep_lock, write_atomically
+from prune_export.system.platforms import sync_directory
 
 __all__ = [
     "Artifact", "Key", "Store", "canonical_json", "locked", "place",

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from prune_export.errors import PlanError
-from prune_export.locking import write_atomically
-from prune_export.places import judging, named
+from prune_export.system.locking import write_atomically
+from prune_export.system.places import judging, named
 
 MARK: Final = ".prune-export-store"
 VERSION: Final = 1

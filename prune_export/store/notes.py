@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from prune_export.platforms import open_flags
+from prune_export.system.platforms import open_flags
 from prune_export.units import MIB
 
 _MANIFEST_BYTES: Final = 512 * MIB

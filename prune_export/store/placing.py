@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from prune_export.platforms import share_blocks
+from prune_export.system.platforms import share_blocks
 
 
 def place(source: Path, target: Path) -> None:

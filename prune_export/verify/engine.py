@@ -14,8 +14,8 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Bounded, BuildRecord, Runner
 from prune_export.errors import CheckpointError, UnsupportedArch, VerifyError
 from prune_export.exporter_facts import ExporterFacts, calibrates
-from prune_export.files import open_regular
 from prune_export.machine import Machine
+from prune_export.system.files import open_regular
 from prune_export.verify.pytorch import PyTorch
 
 PYTORCH: Final = "pytorch"

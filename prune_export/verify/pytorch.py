@@ -16,7 +16,7 @@ from prune_export.checkpoint.loading import load_config, load_model
 from prune_export.contracts import Runner
 from prune_export.errors import MissingExtra
 from prune_export.machine import Machine
-from prune_export.temporary import Temporary
+from prune_export.system.temporary import Temporary
 
 _DTYPES = {
     "float32": torch.float32,

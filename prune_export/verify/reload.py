@@ -16,12 +16,12 @@ from typing import Any
 from prune_export.arch.table import tables
 from prune_export.checkpoint.config import read_config
 from prune_export.errors import VerifyError
-from prune_export.files import CARD_BYTES, read_regular
 from prune_export.machine import Machine
 from prune_export.modeling import FOLDER
-from prune_export.platforms import inherited
 from prune_export.progress import Progress, Silent
-from prune_export.temporary import Temporary
+from prune_export.system.files import CARD_BYTES, read_regular
+from prune_export.system.platforms import inherited
+from prune_export.system.temporary import Temporary
 from prune_export.verify import reload_child
 from prune_export.verify.results import Reload
 

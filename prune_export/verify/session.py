@@ -22,9 +22,9 @@ import prune_export
 from prune_export import errors
 from prune_export.errors import PruneExportError, StageError, VerifyError
 from prune_export.machine import Machine
-from prune_export.platforms import resume, suspend
 from prune_export.progress import Task
-from prune_export.temporary import Temporary
+from prune_export.system.platforms import resume, suspend
+from prune_export.system.temporary import Temporary
 from prune_export.verify.engine import Engine
 
 TIMEOUT_SECONDS: Final = 1800.0

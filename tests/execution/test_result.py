@@ -15,8 +15,8 @@ import pytest
 
 from prune_export.errors import PlanError, StageError
 from prune_export.execution.result import Result, alone, mend
-from prune_export.places import judged
-from prune_export.written import HELD, LOCK, SUMS, WORK
+from prune_export.system.places import judged
+from prune_export.system.written import HELD, LOCK, SUMS, WORK
 
 OLD = {"config.json": "old", "model.safetensors": "old", "gone.txt": "old", "onnx/a.onnx": "old"}
 NEW = {"config.json": "new", "model.safetensors": "new", "genai/b.onnx": "new", "onnx/c": "new"}

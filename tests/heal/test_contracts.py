@@ -14,12 +14,12 @@ from prune_export.arch.table import tables
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HealRecord, Taught
 from prune_export.errors import PlanError
-from prune_export.heal._objective import Distill, Distilled
-from prune_export.heal._settings import Training
-from prune_export.heal._targets import linear_weights
 from prune_export.heal.full import Full
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
+from prune_export.training.objective import Distill, Distilled
+from prune_export.training.settings import Training
+from prune_export.training.targets import linear_weights
 
 from .conftest import MACHINE, save_tiny
 

@@ -17,19 +17,19 @@ from prune_export import registry
 from prune_export.calibrate import TokenSet
 from prune_export.contracts import HealRecord, Taught
 from prune_export.errors import StageError
-from prune_export.heal._memory import answers_to_keep
-from prune_export.heal._objective import Distill, Distilled
-from prune_export.heal._settings import Training
 from prune_export.heal.full import Full
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
 from prune_export.recipe.stages import Stage
 from prune_export.store import Key
+from prune_export.training.memory import answers_to_keep
+from prune_export.training.objective import Distill, Distilled
+from prune_export.training.settings import Training
 from prune_export.units import GIB
+from tests.training.test_memory import CPU, SMOLLM2_24, arch_of
 
 from .conftest import QUICK, save_tiny, windows
-from .test_memory import CPU, SMOLLM2_24, arch_of
 from .test_resume import Killed, KilledAt, files
 
 Heal = Callable[..., tuple[HealRecord, Path]]

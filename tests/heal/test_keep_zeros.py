@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HealRecord
 from prune_export.errors import StageError
-from prune_export.heal._loss import next_token_loss
-from prune_export.heal._masked import Base, _MaskedLinear
-from prune_export.heal._memory import fit
-from prune_export.heal._model import Trainee, quiet, trainee
-from prune_export.heal._settings import Quantization
-from prune_export.heal._zeros import Packed, kept_zeros, refuse_filled
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
+from prune_export.training.loss import next_token_loss
+from prune_export.training.masked import Base, _MaskedLinear
+from prune_export.training.memory import fit
+from prune_export.training.model import Trainee, quiet, trainee
+from prune_export.training.settings import Quantization
+from prune_export.training.zeros import Packed, kept_zeros, refuse_filled
+from tests.training.test_memory import SMOLLM2_24, arch_of
 
 from .conftest import QUICK, save_tiny, windows
-from .test_memory import SMOLLM2_24, arch_of
 from .test_resume import Killed, KilledAt, files
 
 Heal = Callable[..., tuple[HealRecord, Path]]

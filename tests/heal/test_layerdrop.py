@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from prune_export.arch.table import table_for, tables
 from prune_export.contracts import HealRecord
 from prune_export.errors import PlanError
-from prune_export.heal._layerdrop import left_out, skipped
 from prune_export.heal.lora import Lora
+from prune_export.training.layerdrop import left_out, skipped
 
 from .conftest import QUICK, save_tiny
 from .test_resume import Killed, KilledAt, files

@@ -16,10 +16,10 @@ import pytest
 from safetensors import safe_open
 
 from prune_export.contracts import HealRecord
-from prune_export.heal._state import State
-from prune_export.heal._train import _Pause
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
+from prune_export.training.loop import _Pause
+from prune_export.training.state import State
 
 from .conftest import QUICK, save_tiny
 

@@ -10,10 +10,10 @@ from prune_export.arch import Arch
 from prune_export.arch.table import tables
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
-from prune_export.heal._model import trainee
-from prune_export.heal._targets import is_expert, linear_weights, targets
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
+from prune_export.training.model import trainee
+from prune_export.training.targets import is_expert, linear_weights, targets
 
 from .conftest import MACHINE, save_tiny
 

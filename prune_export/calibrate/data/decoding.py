@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from prune_export.errors import PlanError
-from prune_export.files import open_regular
+from prune_export.system.files import open_regular
 
 LONGEST_DOCUMENT_BYTES: Final = 256 * 1024**2
 """No honest document is longer; a file that is would otherwise fill the memory."""

@@ -17,8 +17,8 @@ from prune_export.calibrate.data.conversations import (
 )
 from prune_export.calibrate.data.decoding import LONGEST_DOCUMENT_BYTES, lines, whole
 from prune_export.errors import MissingExtra, PlanError, did_you_mean
-from prune_export.files import open_regular
 from prune_export.recipe.sources import CONVERSATIONS, HubDataset, LocalText
+from prune_export.system.files import open_regular
 
 SHUFFLE_BUFFER: Final = 10_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from prune_export.errors import PlanError
-from prune_export.files import open_regular, shown
 from prune_export.recipe.sources import LocalText
+from prune_export.system.files import open_regular, shown
 
 SUFFIXES: Final = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 _OTHER_COMPRESSION: Final = (".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")

@@ -27,9 +27,9 @@ from prune_export.calibrate.data.reading import First, Reader
 from prune_export.calibrate.data.token_set import TokenSet
 from prune_export.calibrate.data.tokenizer import Tokenizer, refuse_unknown_tokens
 from prune_export.errors import PlanError
-from prune_export.files import shown
 from prune_export.progress import Progress, Silent, SilentTask, Task
 from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
+from prune_export.system.files import shown
 
 POOL: Final = 10_000
 """Local text is read up to this many windows, or as many as are wanted; then some are drawn."""

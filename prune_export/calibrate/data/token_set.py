@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 import torch
 
 from prune_export.errors import CheckpointError
-from prune_export.files import open_regular
+from prune_export.system.files import open_regular
 
 _KEY: Final = "prune_export.tokens"
 _COUNTED: Final = "counted"

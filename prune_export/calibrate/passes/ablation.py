@@ -32,7 +32,7 @@ from prune_export.calibrate.streaming.skip import Part, Unit, skipped
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
-from prune_export.temporary import Temporary
+from prune_export.system.temporary import Temporary
 
 Removed = tuple[Unit, ...]
 """What a model goes without, in the order of the model."""

@@ -24,10 +24,10 @@ from prune_export.calibrate.statistics.api import Scope
 from prune_export.calibrate.streaming.skip import Unit
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError
-from prune_export.files import open_regular
 from prune_export.machine import Machine
-from prune_export.platforms import write_at
 from prune_export.progress import Progress
+from prune_export.system.files import open_regular
+from prune_export.system.platforms import write_at
 
 _FILE: Final = "answers.safetensors"
 _LEAST_IDS: Final = 1 << 16

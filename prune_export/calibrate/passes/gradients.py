@@ -29,7 +29,7 @@ from prune_export.calibrate.streaming.offload import Buffer
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent, Task
-from prune_export.temporary import Temporary
+from prune_export.system.temporary import Temporary
 
 Kind = Literal["sum", "abs", "square"]
 """Over windows, each with the gradient g of its own mean-token loss: sum g, sum |g|, sum g^2."""

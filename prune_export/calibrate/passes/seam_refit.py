@@ -38,7 +38,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.header import TORCH
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent, Task
-from prune_export.temporary import Temporary
+from prune_export.system.temporary import Temporary
 
 SEAM_STATES: Final = 3
 """Arrays of states that are held at most: the dense model's, the cut one's, and a goal inside of a

@@ -42,7 +42,7 @@ from prune_export.calibrate.streaming.offload import Buffer
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
-from prune_export.temporary import Temporary
+from prune_export.system.temporary import Temporary
 
 Order = Literal["sequential", "block"]
 

@@ -39,7 +39,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent, Task
-from prune_export.temporary import Temporary
+from prune_export.system.temporary import Temporary
 
 
 def gather(

@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from prune_export.platforms import open_flags, read_at, write_at
+from prune_export.system.platforms import open_flags, read_at, write_at
 
 
 class Buffer:

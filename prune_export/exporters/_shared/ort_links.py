@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from prune_export.cached import is_within
 from prune_export.errors import CheckpointError
 from prune_export.sparsity.onnx_weights import load
+from prune_export.system.cached import is_within
 
 _FOLDER: Final = "session.model_external_initializers_file_folder_path"
 

@@ -14,8 +14,8 @@ from typing_extensions import TypedDict
 
 from prune_export.errors import CheckpointError, StageError
 from prune_export.exporters.aoti.graph import Cache, empty_cache
-from prune_export.files import read_json_object
 from prune_export.machine import Machine
+from prune_export.system.files import read_json_object
 
 PACKAGE: Final = "model.pt2"
 ABOUT: Final = "aoti.json"

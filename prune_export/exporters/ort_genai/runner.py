@@ -18,8 +18,8 @@ from prune_export.contracts import Placement, Runner
 from prune_export.errors import CheckpointError
 from prune_export.exporters._shared.ort_providers import NAMES, Provider, placement
 from prune_export.exporters._shared.ort_runner import OrtRunner, session_for
-from prune_export.files import read_json_object
 from prune_export.machine import Machine
+from prune_export.system.files import read_json_object
 
 GRAPH: Final = "model.onnx"
 CONFIG: Final = "genai_config.json"

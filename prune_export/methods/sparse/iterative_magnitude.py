@@ -28,7 +28,7 @@ from prune_export.pruning.sparse.lottery_ticket import TOKENS, Schedule, Student
 from prune_export.pruning.sparse.masks import count_of, smallest, summary, zeros
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Overwrite
-from prune_export.temporary import Temporary
+from prune_export.system.temporary import Temporary
 
 _HELD_OUT_SHARE: Final = 10
 

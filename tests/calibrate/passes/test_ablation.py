@@ -146,7 +146,7 @@ def test_bfloat16_only_where_a_gpu_multiplies_it(
     native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch says yes of older GPUs as well, which it lets emulate it."""
-    from prune_export.heal._model import compute_dtype
+    from prune_export.training.model import compute_dtype
 
     monkeypatch.setattr(
         torch.cuda,

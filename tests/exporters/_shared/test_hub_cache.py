@@ -13,13 +13,13 @@ import onnx
 import onnxruntime
 import pytest
 
-from prune_export.cached import is_within
 from prune_export.errors import CheckpointError, StageError
 from prune_export.exporters._shared.ort_links import openable
 from prune_export.exporters._shared.ort_runner import OrtRunner
 from prune_export.machine import Machine
 from prune_export.sparsity.onnx_weights import array_of, load
 from prune_export.sparsity.patterns import patterns
+from prune_export.system.cached import is_within
 
 MACHINE = Machine(device="cpu", ram_bytes=4 << 30, gpu_bytes=0, threads=1)
 COMMIT = "a" * 40

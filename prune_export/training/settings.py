@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from prune_export.errors import PlanError
-from prune_export.heal._objective import NEXT_TOKEN, Distill, Objective, distill_of
-from prune_export.heal._zeros import KeepZeros
+from prune_export.training.objective import NEXT_TOKEN, Distill, Objective, distill_of
+from prune_export.training.zeros import KeepZeros
 
 _WARMUP_SHARE: Final = 0.1
 """The most of a run that warm-up may take: 100 steps of warm-up in 120 would train nothing."""

@@ -5,12 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from prune_export.heal import _loss
-from prune_export.heal._distill_loss import Answers, distill_loss
-from prune_export.heal._loss import next_token_loss
-from prune_export.heal._objective import Distill
-
-from .test_divergence import KINDS, defined
+from prune_export.training import loss as _loss
+from prune_export.training.distill_loss import Answers, distill_loss
+from prune_export.training.loss import next_token_loss
+from prune_export.training.objective import Distill
+from tests.training.test_divergence import KINDS, defined
 
 VOCAB = 50
 HOWS = [

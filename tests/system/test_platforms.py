@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import prune_export
-from prune_export import platforms
 from prune_export.calibrate.streaming.offload import Buffer
-from prune_export.locking import held_if_free, locked, sweep_lock, write_atomically
-from prune_export.temporary import Temporary
+from prune_export.system import platforms
+from prune_export.system.locking import held_if_free, locked, sweep_lock, write_atomically
+from prune_export.system.temporary import Temporary
 
 _MISSING_MODULES = ("fcntl", "grp", "pwd", "resource", "termios")
 _MISSING = {
@@ -31,8 +31,8 @@ _MISSING = {
 _GUARDED = {
     ("checkpoint/writer.py", "copy_file_range"),
     ("checkpoint/writer.py", "sendfile"),
-    ("platforms.py", "preadv"),
-    ("platforms.py", "pwrite"),
+    ("system/platforms.py", "preadv"),
+    ("system/platforms.py", "pwrite"),
 }
 """Asked for with `hasattr` before they are called."""
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from prune_export import registry
 from prune_export.errors import PruneExportError
-from prune_export.platforms import open_flags
+from prune_export.system.platforms import open_flags
 from prune_export.units import MIB
 
 LOCK: Final = "prune_recipe.lock.json"

@@ -10,7 +10,7 @@ from typing import IO, Final
 
 from filelock import lock_descriptor
 
-from prune_export import platforms
+from prune_export.system import platforms
 
 _QUIETLY: Final = platforms.open_flags("O_NOFOLLOW", "O_CLOEXEC")
 

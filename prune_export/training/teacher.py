@@ -12,9 +12,9 @@ from prune_export.calibrate import KeptAnswers
 from prune_export.checkpoint.loading import load_model
 from prune_export.contracts import Work
 from prune_export.errors import StageError
-from prune_export.heal._distill_loss import Answers, distill_loss
-from prune_export.heal._loss import next_token_loss
-from prune_export.heal._objective import Distill
+from prune_export.training.distill_loss import Answers, distill_loss
+from prune_export.training.loss import next_token_loss
+from prune_export.training.objective import Distill
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from prune_export.calibrate import native_dtype
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_model
 from prune_export.errors import MissingExtra, StageError
-from prune_export.heal._masked import Base, mask
-from prune_export.heal._settings import Quantization, Settings
-from prune_export.heal._zeros import Packed
 from prune_export.machine import Machine
+from prune_export.training.masked import Base, mask
+from prune_export.training.settings import Quantization, Settings
+from prune_export.training.zeros import Packed
 
 _ADAPTER: Final = "default"
 _NOISY: Final = ("transformers", "peft", "accelerate", "bitsandbytes")

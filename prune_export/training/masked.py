@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from prune_export.heal._zeros import Packed
+from prune_export.training.zeros import Packed
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from transformers import AutoConfig
 
 from prune_export.arch import Arch
 from prune_export.arch.table import table_for
-from prune_export.heal._memory import fit
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
+from prune_export.training.memory import fit
 from prune_export.units import GIB
 
 CPU = Machine("cpu", 64 * GIB, 0, 2)

@@ -25,10 +25,10 @@ import torch
 
 from prune_export.contracts import Work
 from prune_export.errors import StageError
-from prune_export.heal._loss import next_token_loss, predictions
-from prune_export.heal._settings import Training
-from prune_export.heal._state import State
-from prune_export.heal._teacher import NextToken, Objective
+from prune_export.training.loss import next_token_loss, predictions
+from prune_export.training.settings import Training
+from prune_export.training.state import State
+from prune_export.training.teacher import NextToken, Objective
 
 _LEAST_PAUSE_SECONDS: Final = 30.0
 _PAUSE_TO_SAVE: Final = 50

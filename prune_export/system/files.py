@@ -15,8 +15,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
-from prune_export import platforms
 from prune_export.errors import CheckpointError, PruneExportError
+from prune_export.system import platforms
 
 JSON_BYTES: Final = 100_000_000
 """config.json, an index, a tokenizer's settings, a manifest: what is parsed as a whole."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prune_export.heal._state import State
+from prune_export.training.state import State
 
 SAVED = State(
     step=3,

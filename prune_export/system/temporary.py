@@ -21,8 +21,8 @@ from typing import Final
 
 from filelock import lock_descriptor
 
-from prune_export import platforms
-from prune_export.locking import held_if_free, unlink_held
+from prune_export.system import platforms
+from prune_export.system.locking import held_if_free, unlink_held
 
 PREFIX: Final = "prune-export-"
 _LOCK: Final = ".lock"

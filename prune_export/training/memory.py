@@ -10,10 +10,10 @@ from typing import Final
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import answer_bytes, answers_cost
 from prune_export.contracts import Cost
-from prune_export.heal._full import trained_tensors
-from prune_export.heal._settings import Quantization, Settings, Training
-from prune_export.heal._targets import linear_weights, targets
 from prune_export.machine import Machine
+from prune_export.training.full_weights import trained_tensors
+from prune_export.training.settings import Quantization, Settings, Training
+from prune_export.training.targets import linear_weights, targets
 from prune_export.units import GIB, MIB, text_from_bytes
 
 PROCESS_BYTES: Final = 620 * MIB
@@ -213,7 +213,7 @@ def cost(
     Without a machine both a CPU's memory and a GPU's are given as if each did the work alone.
     `beside` are the bytes of a teacher.
     """
-    from prune_export.heal._model import compute_dtype
+    from prune_export.training.model import compute_dtype
 
     size = Size.of(arch, settings)
     planned = machine or Machine("cpu", 1 << 62, 0, 1)
@@ -287,7 +287,7 @@ def answers_to_keep(
     Left to us, it runs beside where that takes no more passes than keeping does, and where there
     is room for it without recomputing what the student would otherwise hold.
     """
-    from prune_export.heal._model import compute_dtype
+    from prune_export.training.model import compute_dtype
 
     how = settings.distill
     assert how is not None
@@ -315,7 +315,7 @@ def taught_cost(
     length: int,
 ) -> tuple[Cost, str]:
     """What healing takes with a teacher, and what is done with it."""
-    from prune_export.heal._model import compute_dtype
+    from prune_export.training.model import compute_dtype
 
     kept = answers_to_keep(arch, teacher, settings, quantization, machine, samples, length)
     item = compute_dtype(settings.compute_dtype, machine).itemsize

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.errors import PlanError
-from prune_export.units import MIB
-from prune_export.written import (
+from prune_export.system.written import (
     FIGURES,
     HELD,
     LOCK,
@@ -34,6 +33,7 @@ from prune_export.written import (
     listed,
     sha256_of,
 )
+from prune_export.units import MIB
 
 _OF_THE_FILE_SYSTEM: Final = "lost+found"
 """What is in a file system of its own accord, where `out` is the root of one."""

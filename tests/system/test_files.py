@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prune_export.errors import CheckpointError, RecipeError
-from prune_export.files import (
+from prune_export.system.files import (
     DEEPEST,
     is_regular,
     open_regular,

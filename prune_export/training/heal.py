@@ -20,16 +20,10 @@ from prune_export.calibrate import TokenSet, refuse_unknown
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HEALING_WINDOWS, HealRecord, Work
 from prune_export.errors import StageError
-from prune_export.heal._full import Whole, trained_tensors, whole_model
-from prune_export.heal._layerdrop import left_out
-from prune_export.heal._memory import answers_to_keep, fit
-from prune_export.heal._merge import merged
-from prune_export.heal._model import Trainee, compute_dtype, plain, quiet, trainee
-from prune_export.heal._settings import Quantization, Settings, Training
-from prune_export.heal._state import State, write_whole
-from prune_export.heal._targets import linear_weights, targets
-from prune_export.heal._teacher import objective
-from prune_export.heal._train import (
+from prune_export.surgery import Edit, rewrite
+from prune_export.training.full_weights import Whole, trained_tensors, whole_model
+from prune_export.training.layerdrop import left_out
+from prune_export.training.loop import (
     Run,
     held_out_loss,
     own_randomness,
@@ -37,8 +31,14 @@ from prune_export.heal._train import (
     train,
     trained_tokens,
 )
-from prune_export.heal._zeros import kept_zeros, refuse_filled
-from prune_export.surgery import Edit, rewrite
+from prune_export.training.memory import answers_to_keep, fit
+from prune_export.training.merge import merged
+from prune_export.training.model import Trainee, compute_dtype, plain, quiet, trainee
+from prune_export.training.settings import Quantization, Settings, Training
+from prune_export.training.state import State, write_whole
+from prune_export.training.targets import linear_weights, targets
+from prune_export.training.teacher import objective
+from prune_export.training.zeros import kept_zeros, refuse_filled
 
 _RUN: Final = "run.json"
 _MOST_HELD_OUT: Final = 8

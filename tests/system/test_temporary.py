@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 import prune_export
-from prune_export.temporary import Temporary, sweep
+from prune_export.system.temporary import Temporary, sweep
 
 _OWNER = """
 import sys, time
-from prune_export.temporary import Temporary
+from prune_export.system.temporary import Temporary
 kept = Temporary()
 (kept.path / "large").write_text("states")
 print(kept.path, flush=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from prune_export.errors import PlanError
-from prune_export.places import judged, judged_picture, named
-from prune_export.written import LOCK, SUMS, sha256_of, sums_text
+from prune_export.system.places import judged, judged_picture, named
+from prune_export.system.written import LOCK, SUMS, sha256_of, sums_text
 
 
 def result(out: Path, **files: str) -> Path:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from prune_export.heal._divergence import divergence
-from prune_export.heal._loss import counted_weights, rows_at_once
-from prune_export.heal._objective import Distill
+from prune_export.training.divergence import divergence
+from prune_export.training.loss import counted_weights, rows_at_once
+from prune_export.training.objective import Distill
 
 
 @dataclass(frozen=True)
