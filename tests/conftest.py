@@ -20,6 +20,7 @@ import torch
 from hypothesis import settings
 
 from prune_export.modeling import register
+from tests.measured_here import install
 
 torch.set_num_threads(1)
 
@@ -114,3 +115,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "healing.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (root / "evaluation.txt").write_text(prose(3, 30), encoding="utf-8")
     return root
+
+
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines answer from threads of this process (`tests.measured_here`)."""
+    install(monkeypatch)

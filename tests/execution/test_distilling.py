@@ -27,6 +27,8 @@ from prune_export.surgery import Drop, rewrite
 from tests.execution.test_run import hashes
 from tests.heal.conftest import windows
 
+pytestmark = pytest.mark.usefixtures("measured_here")
+
 RECIPE = """\
 recipe: 1
 data:
