@@ -105,6 +105,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_graph(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's fp32 graph, all logits."""
+    from prune_export.contracts import Work
+    from prune_export.exporters.onnx import Onnx
+    from prune_export.machine import Machine
+    from prune_export.progress import Silent
+
+    machine = Machine(device="cpu", ram_bytes=8 << 30, gpu_bytes=0, threads=1)
+    out = tmp_path_factory.mktemp("graph")
+    Onnx().export(tiny_llama, out, Work(machine, Silent(), out.parent))
+    return out / "model.onnx"
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with calibration.txt, healing.jsonl and evaluation.txt, none overlapping."""
     import json
