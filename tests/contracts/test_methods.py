@@ -20,6 +20,7 @@ from prune_export.recipe.reference import described
 from prune_export.report.reading import StageReading
 from prune_export.surgery import rewrite
 from tests.contracts.made import alike, an_instance, units_of, view_for
+from tests.contracts.refused import REFUSED, refuses
 
 ENTRIES = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
 
@@ -40,19 +41,38 @@ def test_an_entry_is_a_frozen_dataclass_that_explains_itself(kind: Any, name: st
     assert all(key.help for key in text.keys), "every key says what it means"
 
 
-@pytest.mark.parametrize("model_type", sorted(tables()))
 @pytest.mark.parametrize(("name", "unit"), UNITS)
+def test_a_method_refuses_these_families_and_no_others(
+    name: str, unit: str | None, tiny: Callable[[str], Checkpoint]
+) -> None:
+    refused = set()
+    for model_type in tables():
+        try:
+            an_instance(registry.find("methods", name), unit).predict(tiny(model_type).arch())
+        except PlanError as refusal:
+            assert refusal.fix, (
+                "a family that a method cannot do is refused with what to do instead"
+            )
+            refused.add(model_type)
+    assert refused == REFUSED.get(name, set())
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "model_type"),
+    [
+        (name, unit, model_type)
+        for name, unit in UNITS
+        for model_type in sorted(tables())
+        if not refuses(name, model_type)
+    ],
+)
 def test_a_method_leaves_what_it_predicted_and_it_reloads(
     name: str, unit: str | None, model_type: str, tiny: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:
     checkpoint = tiny(model_type)
     arch = checkpoint.arch()
     method = an_instance(registry.find("methods", name), unit)
-    try:
-        predicted = method.predict(arch)
-    except PlanError as refusal:
-        assert refusal.fix, "a family that a method cannot do is refused with what to do instead"
-        return
+    predicted = method.predict(arch)
     decision = method.decide(view_for(method, checkpoint, tmp_path))
     after = rewrite(checkpoint, arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
     assert after.arch().layers == predicted.layers
