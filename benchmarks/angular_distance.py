@@ -158,7 +158,7 @@ def _time(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from prune_export.calibrate.passes.cost import BATCH_TOKENS
+    from prune_export.calibrate.streaming.driver import BATCH_TOKENS
 
     torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(options.at, dtype=torch.float32).eval()

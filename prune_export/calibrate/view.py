@@ -6,11 +6,12 @@ import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from prune_export.arch import Arch
+from prune_export.calibrate.context import CalibrationContext
 from prune_export.calibrate.data.token_set import TokenSet
 from prune_export.calibrate.passes.ablation import Ablations
 from prune_export.calibrate.passes.gradients import GradientReader, Gradients, gradients
@@ -22,42 +23,7 @@ from prune_export.calibrate.passes.statistics import gather
 from prune_export.calibrate.statistics.api import Statistic
 from prune_export.calibrate.streaming.skip import OUTPUTS, Unit
 from prune_export.checkpoint import Checkpoint
-from prune_export.machine import Machine
-from prune_export.progress import Progress, Silent
 from prune_export.system.temporary import Temporary
-
-
-class Engines(Protocol):
-    """Measures the speed of engines of narrower models, whose weights do not matter."""
-
-    def speedup(
-        self, sizes: Mapping[str, int], engine: str, request: tuple[int, int, int]
-    ) -> float:
-        """Measures the decode speedup of an engine over the dense one.
-
-        `sizes` are the axes that are cut, such as `{"mlp.0": 512}`, `engine` is an exporter's name,
-        `request` is the batch, the prompt's tokens and the new ones.
-        """
-
-
-@dataclass(frozen=True)
-class CalibrationContext:
-    """What calibration passes need: the windows, the machine, and a scratch folder.
-
-    `scratch` outlives a killed run; a pass that is asked for again goes on from there. `engines`
-    measures the speed of model shapes that a method considers.
-    """
-
-    tokens: TokenSet
-    machine: Machine
-    scratch: Path | None = None
-    progress: Progress | None = None
-    engines: Engines | None = None
-
-    @property
-    def told(self) -> Progress:
-        """Where progress is told."""
-        return self.progress or Silent()
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ import torch
 
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS
-from prune_export.calibrate.passes.statistics import check, compute_dtype
 from prune_export.calibrate.streaming.block_loader import loaded, threads
 from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
+from prune_export.calibrate.streaming.driver import BATCH_TOKENS, check, compute_dtype
 from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 from prune_export.calibrate.streaming.linear_groups import as_matrix, linears, part_of
 from prune_export.calibrate.streaming.offload import Buffer

@@ -19,10 +19,9 @@ import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
-from prune_export.calibrate.passes.statistics import check, compute_dtype
 from prune_export.calibrate.streaming.block_loader import threads
 from prune_export.calibrate.streaming.checkpointing import pass_key
+from prune_export.calibrate.streaming.driver import BATCH_TOKENS, block_bytes, check, compute_dtype
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine

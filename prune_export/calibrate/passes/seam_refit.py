@@ -24,13 +24,12 @@ from torch import nn
 
 from prune_export.arch import Arch
 from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
 from prune_export.calibrate.passes.dense_reference import ResidualTracker, added_times
 from prune_export.calibrate.passes.seam_fit import Mended, Moments, mended
 from prune_export.calibrate.passes.seams import Seam, steps
-from prune_export.calibrate.passes.statistics import check, compute_dtype
 from prune_export.calibrate.streaming.block_loader import loaded, threads
 from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
+from prune_export.calibrate.streaming.driver import BATCH_TOKENS, block_bytes, check, compute_dtype
 from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 from prune_export.calibrate.streaming.linear_groups import Weights, inputs_of
 from prune_export.calibrate.streaming.offload import Buffer, Lane

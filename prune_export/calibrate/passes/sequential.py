@@ -24,7 +24,7 @@ import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes, suspended_bytes
+from prune_export.calibrate.passes.cost import suspended_bytes
 from prune_export.calibrate.passes.dense_reference import (
     DENSE_STATES,
     TARGETED,
@@ -33,9 +33,9 @@ from prune_export.calibrate.passes.dense_reference import (
 )
 from prune_export.calibrate.passes.norm_correction import PREFIX_TOKENS
 from prune_export.calibrate.passes.sequential_block import Block, Editor
-from prune_export.calibrate.passes.statistics import check, compute_dtype
 from prune_export.calibrate.streaming.block_loader import loaded, threads
 from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
+from prune_export.calibrate.streaming.driver import BATCH_TOKENS, block_bytes, check, compute_dtype
 from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 from prune_export.calibrate.streaming.linear_groups import Weights
 from prune_export.calibrate.streaming.offload import Buffer

@@ -21,7 +21,6 @@ import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
 from prune_export.calibrate.statistics.api import (
     Collector,
     Listener,
@@ -32,11 +31,11 @@ from prune_export.calibrate.statistics.api import (
 )
 from prune_export.calibrate.streaming.block_loader import loaded, threads
 from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
+from prune_export.calibrate.streaming.driver import BATCH_TOKENS, block_bytes, check, compute_dtype
 from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 from prune_export.calibrate.streaming.offload import Buffer
 from prune_export.calibrate.streaming.skip import Steps, Unit, after, skipped
 from prune_export.checkpoint import Checkpoint
-from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent, Task
 from prune_export.system.temporary import Temporary
@@ -79,44 +78,6 @@ def gather(
             for stream in a_pass.streams
             for statistic, collector in stream.collectors.items()
         }
-
-
-def check(arch: Arch, tokens: TokenSet) -> None:
-    """Refuses windows that do not fit the model.
-
-    Raises:
-        PlanError: they are longer than its positions, or hold ids that it does not know.
-    """
-    positions = arch.config.get("max_position_embeddings") or arch.config.get("n_positions")
-    if positions and tokens.length > int(positions):
-        raise PlanError(
-            "data  length",
-            f"got {tokens.length}, but the model has {positions} positions",
-            f"write `length: {positions}` or less",
-        )
-    refuse_unknown(arch, tokens)
-
-
-def refuse_unknown(arch: Arch, tokens: TokenSet) -> None:
-    """Refuses tokens for which the model has no embedding.
-
-    Raises:
-        PlanError: there is one.
-    """
-    last = int(tokens.ids.max()) if tokens.ids.numel() else -1
-    if last >= arch.sizes["vocab"]:
-        raise PlanError(
-            "data",
-            f"holds token id {last}, but the model knows {arch.sizes['vocab']} ids",
-            "make the tokens with this model's tokenizer; if a token was added to it, resize the "
-            "embedding",
-        )
-
-
-def compute_dtype(checkpoint: Checkpoint, machine: Machine) -> torch.dtype:
-    """Chooses the dtype that a pass computes in."""
-    bfloat16 = machine.device == "cuda" and checkpoint.dtype == "bfloat16"
-    return torch.bfloat16 if bfloat16 else torch.float32
 
 
 @dataclass
