@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -43,3 +43,10 @@ class CalibrationContext:
     def told(self) -> Progress:
         """Where progress is told."""
         return self.progress or Silent()
+
+    def of_first(self, samples: int | None = None, length: int | None = None) -> CalibrationContext:
+        """The same with the first `samples` windows, cut to their first `length` tokens."""
+        if samples is None and length is None:
+            return self
+        ids = self.tokens.ids[:samples, :length]
+        return replace(self, tokens=TokenSet.of(ids, provenance=self.tokens.provenance))

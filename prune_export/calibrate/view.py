@@ -12,7 +12,6 @@ import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.context import CalibrationContext
-from prune_export.calibrate.data.token_set import TokenSet
 from prune_export.calibrate.passes.ablation import Ablations
 from prune_export.calibrate.passes.gradients import GradientReader, Gradients, gradients
 from prune_export.calibrate.passes.seam_refit import CutModel, Repaired, repair
@@ -49,16 +48,7 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        context = self.calibration()
-        return gather(
-            self.checkpoint,
-            statistics,
-            context.tokens,
-            context.machine,
-            context.told,
-            context.scratch,
-            arch=self.arch,
-        )
+        return gather(self.checkpoint, statistics, self.calibration(), arch=self.arch)
 
     def sequential(
         self,
@@ -75,14 +65,10 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        context = self.calibration()
         return run_sequential(
             self.checkpoint,
             editor,
-            context.tokens,
-            context.machine,
-            context.told,
-            context.scratch,
+            self.calibration(),
             arch=self.arch,
             order=order,
             loss=loss,
@@ -95,17 +81,7 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        context = self.calibration()
-        return repair(
-            self.checkpoint,
-            seams,
-            cut,
-            context.tokens,
-            context.machine,
-            context.told,
-            context.scratch,
-            arch=self.arch,
-        )
+        return repair(self.checkpoint, seams, cut, self.calibration(), arch=self.arch)
 
     def gradients(self, reader: GradientReader) -> Gradients:
         """Computes gradients of the loss over the calibration windows; `reader` says what is kept.
@@ -113,16 +89,7 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        context = self.calibration()
-        return gradients(
-            self.checkpoint,
-            reader,
-            context.tokens,
-            context.machine,
-            context.told,
-            context.scratch,
-            arch=self.arch,
-        )
+        return gradients(self.checkpoint, reader, self.calibration(), arch=self.arch)
 
     def ablations(
         self,
@@ -137,17 +104,8 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        context = self.calibration()
-        ids = context.tokens.ids[:samples, :length]
-        return Ablations(
-            self.checkpoint,
-            TokenSet.of(ids, provenance=context.tokens.provenance),
-            context.machine,
-            context.told,
-            context.scratch,
-            arch=self.arch,
-            dtype=dtype,
-        )
+        context = self.calibration().of_first(samples, length)
+        return Ablations(self.checkpoint, context, arch=self.arch, dtype=dtype)
 
     def without(self, layers: Collection[int]) -> ModelView:
         """A view of the model without some blocks; no weight is read or copied.

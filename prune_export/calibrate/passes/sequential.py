@@ -11,7 +11,6 @@ group instead.
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import psutil
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate.data.token_set import TokenSet
+from prune_export.calibrate.context import CalibrationContext
 from prune_export.calibrate.passes.cost import suspended_bytes
 from prune_export.calibrate.passes.dense_reference import (
     DENSE_STATES,
@@ -33,16 +31,14 @@ from prune_export.calibrate.passes.dense_reference import (
 )
 from prune_export.calibrate.passes.norm_correction import PREFIX_TOKENS
 from prune_export.calibrate.passes.sequential_block import Block, Editor
-from prune_export.calibrate.streaming.block_loader import loaded, threads
-from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
-from prune_export.calibrate.streaming.driver import BATCH_TOKENS, block_bytes, check, compute_dtype
-from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
+from prune_export.calibrate.streaming.block_loader import loaded
+from prune_export.calibrate.streaming.checkpointing import Saves
+from prune_export.calibrate.streaming.driver import PassDriver, batches
+from prune_export.calibrate.streaming.layerwise_model import Call
 from prune_export.calibrate.streaming.linear_groups import Weights
 from prune_export.calibrate.streaming.offload import Buffer
 from prune_export.checkpoint import Checkpoint
-from prune_export.machine import Machine
-from prune_export.progress import Progress, Silent
-from prune_export.system.temporary import Temporary
+from prune_export.progress import Progress
 
 Order = Literal["sequential", "block"]
 
@@ -79,10 +75,7 @@ class SequentialResult:
 def run_sequential(
     checkpoint: Checkpoint,
     editor: Editor,
-    tokens: TokenSet,
-    machine: Machine,
-    progress: Progress | None = None,
-    scratch: Path | None = None,
+    context: CalibrationContext,
     *,
     arch: Arch | None = None,
     order: Order = "sequential",
@@ -95,36 +88,30 @@ def run_sequential(
     `block` (all layers of a block see the dense block; it is then computed a second time), as the
     reference codes of Wanda and SparseGPT have it. With `dense`, the dense model's hidden states
     are computed beside, and a `TargetAccumulator` gets the target outputs that follow from them.
-    With `scratch`, a pass that is killed goes on from there, and ends in the same matrices bit for
-    bit.
+    With `context.scratch`, a pass that is killed goes on from there, and ends in the same matrices
+    bit for bit.
 
     Raises:
         PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
         ValueError: `dense`, of a model for which `added_times` is None.
     """
-    arch = arch or checkpoint.arch()
-    check(arch, tokens)
-    temporary = Temporary() if scratch is None else None
-    scratch = scratch or Path(temporary.path if temporary else "")
+    driver = PassDriver.of(checkpoint, context, arch)
+    own = [editor.key, order, *(["loss"] if loss else []), *(["dense"] if dense else [])]
+    made_in = driver.folder("sweep", *own)
+    folder = made_in.path
     with ExitStack() as stack:
-        stack.enter_context(threads(machine.threads))
-        stack.enter_context(torch.inference_mode())
-        own = [editor.key, order, *(["loss"] if loss else []), *(["dense"] if dense else [])]
-        folder = scratch / f"sweep-{pass_key(checkpoint, arch, tokens, machine, *own)}"
-        made = SequentialPass(
-            checkpoint, arch, editor, tokens, machine, order, Saves(folder), stack, dense
-        )
+        stack.enter_context(driver.computing())
+        made = SequentialPass(driver, editor, order, Saves(folder), stack, dense)
         made.asks_loss = loss
-        made.run(progress or Silent())
+        made.run(context.told)
     logs, names = [], {}
-    for layer in range(arch.layers):
+    for layer in range(driver.arch.layers):
         logs.append(json.loads((folder / f"{layer}.json").read_text(encoding="utf-8")))
         file = folder / f"{layer}.safetensors"
         names.update(dict.fromkeys(logs[-1].pop("tensors"), file))
     heard = float((folder / _LOSS).read_text(encoding="ascii")) if loss else None
     swept = SequentialResult(folder, tuple(logs), names, heard)
-    if temporary:
-        weakref.finalize(swept, temporary.close)
+    made_in.live_as_long_as(swept)
     return swept
 
 
@@ -133,44 +120,36 @@ class SequentialPass:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        arch: Arch,
+        driver: PassDriver,
         editor: Editor,
-        tokens: TokenSet,
-        machine: Machine,
         order: Order,
         saves: Saves,
         stack: ExitStack,
         dense: bool,
     ) -> None:
+        arch, dtype = driver.arch, driver.dtype
         self.arch, self.editor, self.saves, self.order = arch, editor, saves, order
-        self.ids = tokens.ids
+        self.ids = driver.ids
         self.asks_loss = False
         self.prefix_calls: list[Call] = []
-        dtype = compute_dtype(checkpoint, machine)
-        self.layerwise = LayerwiseModel(checkpoint, arch, dtype=dtype, device=machine.device)
+        self.layerwise = driver.layerwise()
         self.weights = Weights(self.layerwise)
         samples, length = self.ids.shape
-        self.batch = max(1, BATCH_TOKENS[machine.device] // length)
-        free = machine.ram_bytes - psutil.Process().memory_info().rss
-        free -= 3 * block_bytes(arch, torch.float32)
+        self.batch = driver.batch()
         states = self.ids.numel() * arch.sizes["residual"] * dtype.itemsize
         held_states = states * (1 + (DENSE_STATES if dense else 0))
         suspended = suspended_bytes(arch, self.ids.numel(), dtype, dense)
-        if machine.device == "cuda":
-            room = machine.gpu_bytes // 2 - 3 * block_bytes(arch, dtype)
-            self.suspends = suspended + held_states <= room
-            held = "cuda" if held_states <= room // 2 else "cpu"
-        else:
-            self.suspends = suspended + held_states <= free
-            held = "cpu"
+        on_gpu = driver.device == "cuda"
+        free = driver.free_gpu_bytes() if on_gpu else driver.free_ram_bytes()
+        self.suspends = suspended + held_states <= free
         shape = (length, arch.sizes["residual"])
-        in_memory = held_states <= free // 2 or held == "cuda"
+        held_on = driver.place_of(held_states)
+        in_memory = held_on is not None
 
         def buffer(name: str) -> Buffer:
             path = None if in_memory else saves.folder / f"{name}.spool"
-            device = held if in_memory else "cpu"
-            return stack.enter_context(Buffer(samples, shape, dtype, path=path, device=device))
+            made = Buffer(samples, shape, dtype, path=path, device=held_on or "cpu")
+            return stack.enter_context(made)
 
         self.states = buffer("states")
         self.spare = self.states if in_memory else buffer("spare")
@@ -249,5 +228,4 @@ class SequentialPass:
 
     def batches(self) -> Iterator[tuple[int, int]]:
         """Yields the first and last window (exclusive) of each batch that a block is run on."""
-        for start in range(0, len(self.ids), self.batch):
-            yield start, min(start + self.batch, len(self.ids))
+        return batches(len(self.ids), self.batch)
