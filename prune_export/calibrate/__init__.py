@@ -36,8 +36,8 @@ from prune_export.calibrate.passes.seam_refit import (
     repair,
 )
 from prune_export.calibrate.passes.seams import Seam, seams_of
-from prune_export.calibrate.passes.sequential import Order, SequentialResult, run_sequential
-from prune_export.calibrate.passes.sequential_block import Edited, Editor
+from prune_export.calibrate.passes.sequential import SequentialResult, run_sequential
+from prune_export.calibrate.passes.sequential_state import Edited, Editor, Order
 from prune_export.calibrate.passes.statistics import gather
 from prune_export.calibrate.statistics.angular_distance import AngularDistance
 from prune_export.calibrate.statistics.api import Collector, ExtraPass, Scope, Statistic

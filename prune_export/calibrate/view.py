@@ -16,8 +16,8 @@ from prune_export.calibrate.passes.ablation import Ablations
 from prune_export.calibrate.passes.gradients import GradientReader, Gradients, gradients
 from prune_export.calibrate.passes.seam_refit import CutModel, Repaired, repair
 from prune_export.calibrate.passes.seams import Seam
-from prune_export.calibrate.passes.sequential import Order, SequentialResult, run_sequential
-from prune_export.calibrate.passes.sequential_block import Editor
+from prune_export.calibrate.passes.sequential import SequentialResult, run_sequential
+from prune_export.calibrate.passes.sequential_state import Editor, Order
 from prune_export.calibrate.passes.statistics import gather
 from prune_export.calibrate.statistics.api import Statistic
 from prune_export.calibrate.streaming.skip import OUTPUTS, Unit
