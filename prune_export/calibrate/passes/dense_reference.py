@@ -126,7 +126,15 @@ class DenseReference:
         outputs = (goal - before) / self.times
         if bias is not None:
             outputs -= bias
-        return outputs, goal.float().square().mean(-1).clamp_min(_LEAST).reciprocal()
+        return outputs, inverse_mean_square(goal)
+
+
+def inverse_mean_square(states: torch.Tensor) -> torch.Tensor:
+    """The weight of each token in a fit: one over the mean square of `[…, residual]`, float32.
+
+    The norms that read the residual states divide by it.
+    """
+    return states.float().square().mean(-1).clamp_min(_LEAST).reciprocal()
 
 
 class ResidualTracker:

@@ -22,7 +22,11 @@ from torch import nn
 
 from prune_export.arch import Arch
 from prune_export.calibrate.context import CalibrationContext
-from prune_export.calibrate.passes.dense_reference import ResidualTracker, added_times
+from prune_export.calibrate.passes.dense_reference import (
+    ResidualTracker,
+    added_times,
+    inverse_mean_square,
+)
 from prune_export.calibrate.passes.seam_fit import Mended, Moments, mended
 from prune_export.calibrate.passes.seams import Seam, steps
 from prune_export.calibrate.streaming.block_loader import loaded
@@ -42,7 +46,6 @@ block. What is held out of them goes through the cut model a second time, withou
 _HELD_OUT: Final = 8
 """Every eighth window is held out; of fewer, the last one."""
 
-_LEAST: Final = 1e-20
 _LOSS: Final = "loss.json"
 
 
@@ -95,7 +98,7 @@ def repair(
 
     Raises:
         PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
-        ValueError: of a model for which `added_times` is None.
+        ValueError: of a model for which `added_times` is None, or no seam has a projection before.
     """
     driver = PassDriver.of(checkpoint, context, arch)
     own = ["seams-1", repr(tuple(seams)), sorted(cut.dropped), sorted(cut.values), cut.key]
@@ -128,6 +131,8 @@ def held_out(samples: int) -> list[int]:
 
 
 class _Pass:
+    """One pass: hidden states of the dense model, of the cut one, and of that with refits."""
+
     def __init__(
         self,
         driver: PassDriver,
@@ -140,6 +145,8 @@ class _Pass:
         times = added_times(arch)
         if times is None:
             raise ValueError(f"{arch.family}: outputs are not simply added to the states")
+        if all(seam.site is None for seam in seams):
+            raise ValueError("no seam has a projection before it that could be refitted")
         self.arch, self.cut, self.saves, self.times = arch, cut, saves, times
         out = held_out(tokens.samples)
         fitted = [row for row in range(tokens.samples) if row not in set(out)]
@@ -268,6 +275,7 @@ class _Pass:
         bias = getattr(module, "bias", None)
         moments = self._moments(seam, module, call)
         weight = self.weights.read(tensor)
+        old_bias = None if bias is None else bias.detach().clone()
         found = mended(weight, moments)
         stored = dict[str, torch.Tensor]()
         if found.change is not None:
@@ -280,8 +288,8 @@ class _Pass:
         if not all(bool(value.isfinite().all()) for value in stored.values()):
             # Too large for the dtype: as it was.
             self.weights.write(tensor, weight)
-            if bias is not None and found.bias is not None:
-                bias.data.copy_(bias.float() - found.bias)
+            if bias is not None:
+                bias.data.copy_(old_bias)
             stored, found = {}, Mended(None, None, None, found.before, found.before)
         folder = self.saves.folder
         save_file({k: v.contiguous() for k, v in stored.items()}, folder / f"{number}.safetensors")
@@ -307,19 +315,20 @@ class _Pass:
             bias=getattr(module, "bias", None) is not None,
             held_tokens=self.held * self.ids.shape[1],
         )
-        handle = module.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
         goals = self.goal if seam.goal.part == "attention" else self.dense.states
         assert goals is not None
-        for start, stop in self._batches(0, len(self.ids)):
-            inputs = self.edited.states.read(start, stop).to(self.layerwise.device)
-            outputs = self.layerwise.run(seam.site.layer, inputs, call).float()
-            goal = goals.read(start, stop).to(self.layerwise.device).float()
-            weights = goal.square().mean(-1).clamp_min(_LEAST).reciprocal().flatten()
-            lacks = ((goal - outputs) / self.times).flatten(0, 1)
-            states = caught.pop().reshape(-1, width)
-            see = moments.see if start < self.fitted else moments.hold
-            see(states, lacks, weights)
-        handle.remove()
+        with ExitStack() as hooks:
+            hear = module.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
+            hooks.callback(hear.remove)
+            for start, stop in self._batches(0, len(self.ids)):
+                inputs = self.edited.states.read(start, stop).to(self.layerwise.device)
+                outputs = self.layerwise.run(seam.site.layer, inputs, call).float()
+                goal = goals.read(start, stop).to(self.layerwise.device).float()
+                weights = inverse_mean_square(goal).flatten()
+                lacks = ((goal - outputs) / self.times).flatten(0, 1)
+                states = caught.pop().reshape(-1, width)
+                see = moments.see if start < self.fitted else moments.hold
+                see(states, lacks, weights)
         return moments
 
     def _hear(self) -> None:

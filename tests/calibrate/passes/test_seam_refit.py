@@ -16,7 +16,7 @@ from prune_export.arch.table import tables
 from prune_export.calibrate import CalibrationContext, TokenSet
 from prune_export.calibrate.passes import seam_fit, seam_refit
 from prune_export.calibrate.passes.dense_reference import added_times
-from prune_export.calibrate.passes.seam_fit import Moments, mended
+from prune_export.calibrate.passes.seam_fit import Mended, Moments, mended
 from prune_export.calibrate.passes.seam_refit import CutModel, held_out, repair
 from prune_export.calibrate.passes.seams import seams_of
 from prune_export.calibrate.streaming import checkpointing, driver
@@ -211,6 +211,34 @@ def test_one_window_is_fitted_and_none_held_out(
     assert (found.loss, found.held_out_tokens) == (None, 0)
     assert found.logs[0]["ridge"] == 0.1
     assert found.logs[0]["state_error"] == [None, None]
+
+
+def test_a_refit_beyond_the_dtype_leaves_weight_and_bias_as_they_were(
+    twin: Callable[..., Any], tokens: TokenSet, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, units = twin("gpt2"), (Unit(2),)
+
+    def too_large(weight: torch.Tensor, moments: Moments) -> Mended:
+        assert moments.bias
+        much = torch.full_like(weight, torch.inf)
+        return Mended(much, much[:, 0], 1.0, 2.0, 1.0)
+
+    monkeypatch.setattr(seam_refit, "mended", too_large)
+    seams = seams_of(made.arch, units, lambda *_: False)
+    context = CalibrationContext(tokens, machine)
+    found = repair(made.checkpoint, seams, cut_of(made, units), context)
+    assert not found.names
+    assert found.loss is not None
+    assert found.loss[0] == found.loss[1]
+
+
+def test_seams_with_nothing_before_them_are_refused(
+    twin: Callable[..., Any], tokens: TokenSet, machine: Machine
+) -> None:
+    made, units = twin("llama"), (Unit(0),)
+    seams = seams_of(made.arch, units, lambda *_: False)
+    with pytest.raises(ValueError, match="no seam has a projection before it"):
+        repair(made.checkpoint, seams, cut_of(made, units), CalibrationContext(tokens, machine))
 
 
 def test_which_windows_are_held_out() -> None:
