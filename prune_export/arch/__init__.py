@@ -110,11 +110,7 @@ class Arch:
 
     @cached_property
     def _parameters(self) -> int:
-        return sum(
-            prod(self.shape(tensor))
-            for tensor in self.stored()
-            if not tensor.role.startswith("buffer.")
-        )
+        return sum(prod(self.shape(tensor)) for tensor in self.stored() if not tensor.is_buffer)
 
     def block_parameters(self) -> int:
         """The number of parameters of all blocks, without embeddings and head."""
