@@ -116,14 +116,11 @@ def answers(
         opened = Checkpoint.open(teacher.path)
         keep_answers(
             opened,
-            tokens,
+            CalibrationContext(tokens, work.machine, work.scratch, work.progress),
             files,
             outcomes=outcomes,
             temperature=temperature,
             arch=opened.arch(context.ignore_keys),
-            machine=work.machine,
-            progress=work.progress,
-            scratch=work.scratch,
         )
         return {"teacher": teacher.name, "bytes": sum(f.stat().st_size for f in files.iterdir())}
 
