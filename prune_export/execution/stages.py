@@ -102,7 +102,7 @@ def run_prune(
             "bytes": after.nbytes,
         }
 
-    return context.make(key, f"prune: {stage.name}", build)
+    return context.make(key, f"prune: {stage.title}", build)
 
 
 def answers(
@@ -162,7 +162,7 @@ def run_heal(
             "parameters": after.arch(context.ignore_keys).parameters(),
         }
 
-    return context.make(key, f"heal: {stage.name}", build)
+    return context.make(key, f"heal: {stage.title}", build)
 
 
 def _teaching(context: RunContext, teacher: Base, tokens: TokenSet) -> Teacher:

@@ -146,10 +146,13 @@ class _Planner:
         return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
 
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
+        how = {"prune": self._prune, "heal": self._heal, "search": self._search}[stage.kind]
         with self._named(index, stage):
-            return {"prune": self._prune, "heal": self._heal, "search": self._search}[stage.kind](
-                stage, arch
-            )
+            planned, after = how(stage, arch)
+        if stage.round is not None:
+            note = f"{stage.round}; {planned.note}".removesuffix("; ")
+            planned = dataclasses.replace(planned, note=note)
+        return planned, after
 
     def ablated(self, index: int, stage: Stage, arch: Arch, known: Ablated) -> Ablated:
         """The parts of blocks that are zeroed after a stage, as far as is known.
@@ -170,7 +173,7 @@ class _Planner:
         try:
             yield
         except PlanError as error:
-            where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.name}"
+            where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.title}"
             raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
 
     def _prune(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:

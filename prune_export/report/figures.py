@@ -208,7 +208,7 @@ def _summary(report: Report, path: Path, source: str = "") -> bool:
 def _headline(report: Report) -> str:
     from prune_export.report import style
 
-    done = " and ".join(style.label(stage.name, 24) for stage in report.stages)
+    done = " and ".join(dict.fromkeys(style.label(stage.name, 24) for stage in report.stages))
     name = style.label(report.base.name, 40)
     blocks = f"{name}: {report.base.layers} → {report.result.layers} blocks"
     return f"{blocks} by {done}" if done else blocks

@@ -152,7 +152,7 @@ def loss_curve(axes: Axes, stage: StageReading) -> None:
     count = len(stage.losses)
     note = f"{count} logged steps; line: running mean" if count > 1 else "one logged step"
     note += f"; {broken} losses were not numbers" if broken else ""
-    style.title(axes, f"Healing with {style.label(stage.name)}", note)
+    style.title(axes, f"Healing with {style.label(stage.name)}{stage.round_text}", note)
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
