@@ -1,6 +1,7 @@
 """Calibration: token sets, and passes over them with one transformer block in memory at a time."""
 
 from prune_export.calibrate.data.files import inside, local_files
+from prune_export.calibrate.data.plenty import Wanted, is_plenty
 from prune_export.calibrate.data.sources import (
     changed_since_first,
     refuse_short,
@@ -8,7 +9,7 @@ from prune_export.calibrate.data.sources import (
     token_set,
 )
 from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.data.tokenizer import Tokenizer, refuse_unknown_tokens
+from prune_export.calibrate.data.tokenizer import Tokenizer, largest_id, refuse_unknown_tokens
 from prune_export.calibrate.passes.ablation import Ablations, native_dtype
 from prune_export.calibrate.passes.answers import (
     KeptAnswers,
@@ -102,6 +103,7 @@ __all__ = [
     "TokenSet",
     "Tokenizer",
     "Unit",
+    "Wanted",
     "added_times",
     "answer_bytes",
     "answers_cost",
@@ -115,7 +117,9 @@ __all__ = [
     "inputs_last",
     "inputs_of",
     "inside",
+    "is_plenty",
     "keep_answers",
+    "largest_id",
     "linear_groups",
     "linears",
     "local_files",
