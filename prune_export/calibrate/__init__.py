@@ -2,6 +2,7 @@
 
 from prune_export.calibrate.context import CalibrationContext, Engines
 from prune_export.calibrate.data.files import inside, local_files
+from prune_export.calibrate.data.plenty import Wanted, is_plenty
 from prune_export.calibrate.data.sources import (
     changed_since_first,
     refuse_short,
@@ -9,7 +10,7 @@ from prune_export.calibrate.data.sources import (
     token_set,
 )
 from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.data.tokenizer import Tokenizer, refuse_unknown_tokens
+from prune_export.calibrate.data.tokenizer import Tokenizer, largest_id, refuse_unknown_tokens
 from prune_export.calibrate.passes.ablation import Ablations, native_dtype
 from prune_export.calibrate.passes.answers import (
     KeptAnswers,
@@ -104,6 +105,7 @@ __all__ = [
     "TokenSet",
     "Tokenizer",
     "Unit",
+    "Wanted",
     "added_times",
     "answer_bytes",
     "answers_cost",
@@ -117,7 +119,9 @@ __all__ = [
     "inputs_last",
     "inputs_of",
     "inside",
+    "is_plenty",
     "keep_answers",
+    "largest_id",
     "linear_groups",
     "linears",
     "local_files",
