@@ -147,9 +147,13 @@ class _Planner:
 
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         with self._named(index, stage):
-            return {"prune": self._prune, "heal": self._heal, "search": self._search}[stage.kind](
-                stage, arch
-            )
+            made = {
+                "prune": self._prune,
+                "quantize": self._prune,
+                "heal": self._heal,
+                "search": self._search,
+            }
+            return made[stage.kind](stage, arch)
 
     def ablated(self, index: int, stage: Stage, arch: Arch, known: Ablated) -> Ablated:
         """The parts of blocks that are zeroed after a stage, as far as is known.
@@ -158,6 +162,8 @@ class _Planner:
             PlanError: the stage is to zero more than can be left.
         """
         if stage.kind == "heal" and getattr(stage.entry, "keep_zeros", False) is not False:
+            return known
+        if stage.kind == "quantize":
             return known
         if stage.kind == "prune" and isinstance(stage.entry, TracksAblations):
             with self._named(index, stage):
@@ -205,7 +211,8 @@ class _Planner:
             disk_bytes=cost.disk_bytes + written,
             moved_bytes=cost.moved_bytes + 2 * written,
         )
-        return self.planned("prune", stage.name, stage.parameters(), arch, after, cost, note), after
+        keys = stage.parameters()
+        return self.planned(stage.kind, stage.name, keys, arch, after, cost, note), after
 
     def _heal(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         source = self._source(stage)

@@ -99,6 +99,7 @@ def json_schema() -> dict[str, Any]:
                 "items": {
                     "oneOf": [
                         stage("prune", "methods"),
+                        stage("quantize", "quantize"),
                         stage("heal", "heal"),
                         _search(definitions),
                     ]
@@ -132,6 +133,7 @@ def markdown() -> str:
     inner: dict[str, Any] = {}
     for title, group in (
         ("stages: prune", "methods"),
+        ("stages: quantize", "quantize"),
         ("stages: heal", "heal"),
         ("export", "exporters"),
     ):
@@ -163,7 +165,7 @@ def markdown() -> str:
 
 _SECTIONS = {
     "data": "Named sources of text or tokens: a Hub dataset, local files, or saved token ids.",
-    "stages": "What is done to the checkpoint, in order: `prune`, `heal` and `search`.",
+    "stages": "What is done to the checkpoint, in order: `prune`, `quantize`, `heal` and `search`.",
     "export": "Engines that are made of the last checkpoint.",
     "verify": "What is measured, and what must hold.",
     "publish": "Where the result may go; nothing is uploaded unless the command line asks for it.",

@@ -33,10 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edited:
-    """The edit of a linear group: new matrices `[out, in]` by stored name, and its log (JSON)."""
+    """The edit of a linear group: new matrices `[out, in]` by stored name, and its log (JSON).
+
+    `beside` are tensors to keep that are no weights, such as scales, by names of the editor's own.
+    """
 
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     log: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Editor(Protocol):
@@ -68,6 +72,7 @@ class Block:
         """By kind: one group, or those of all experts, which get their tokens together."""
         self.logs: dict[str, Any] = {}
         self.made: dict[str, torch.Tensor] = {}
+        self.beside: dict[str, torch.Tensor] = {}
         self.edited: set[str] = set()
         self.here: set[str] = set()
         """The kinds whose inputs of the current windows have been added."""
@@ -245,6 +250,7 @@ class Block:
                 if tensor.name in result.weights:
                     value = result.weights[tensor.name]
                     self.made[tensor.name] = self.sequential.weights.write(tensor, value)
+            self.beside |= {name: kept.cpu() for name, kept in result.beside.items()}
             self.logs[site.name] = dict(result.log)
         self.edited.add(kind)
 
@@ -252,6 +258,6 @@ class Block:
         from safetensors.torch import save_file
 
         folder = self.sequential.saves.folder
-        save_file(self.made, folder / f"{self.layer}.safetensors")
-        known = self.logs | {"tensors": list(self.made)}
+        save_file(self.made | self.beside, folder / f"{self.layer}.safetensors")
+        known = self.logs | {"tensors": list(self.made), "beside": list(self.beside)}
         (folder / f"{self.layer}.json").write_text(json.dumps(known), encoding="utf-8")
