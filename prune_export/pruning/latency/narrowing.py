@@ -167,7 +167,7 @@ class Scorer:
         (tensor,) = site.tensors
         groups = groups_of(self.arch, tensor, axis)
         levels = self.levels[axis.split(".")[0]]
-        result = removed(weights[tensor.name], seen.sums, groups, levels)
+        result = removed(weights[tensor.name], seen.sums, groups, levels, tensor.name)
         return Edited(log={"errors": [result.errors[size] for size in levels]})
 
 
@@ -189,6 +189,6 @@ class Narrower:
         axis = str(_axis_of(site))
         (tensor,) = site.tensors
         groups = groups_of(self.arch, tensor, axis)
-        result = removed(weights[tensor.name], seen.sums, groups, [self.sizes[axis]])
+        result = removed(weights[tensor.name], seen.sums, groups, [self.sizes[axis]], tensor.name)
         log: dict[str, Any] = {"kept": result.kept, "error": result.errors[self.sizes[axis]]}
         return Edited({tensor.name: result.weight}, log)
