@@ -147,8 +147,8 @@ class Table(_Frozen):
 
     `tuple_blocks` says that the model takes the first of what a block returns, not all of it.
 
-    `per_sample` names arguments of a block whose first dimension is samples times something (ALiBi's
-    bias, a slope for each head), so that they do not broadcast from one sample to many.
+    `per_sample` names arguments of a block whose first dimension is samples times heads (ALiBi's
+    bias), so that they do not broadcast from one sample to many.
 
     `bundled` is the code that a checkpoint of a model type of ours brings along.
 
