@@ -1,6 +1,13 @@
 """Calibration: token sets, and passes over them with one transformer block in memory at a time."""
 
 from prune_export.calibrate.data.files import inside, local_files
+from prune_export.calibrate.data.generated import (
+    Sample,
+    read_samples,
+    tokens_of_samples,
+    windows_of_samples,
+    write_samples,
+)
 from prune_export.calibrate.data.sources import (
     changed_since_first,
     refuse_short,
@@ -92,6 +99,7 @@ __all__ = [
     "Part",
     "PassCost",
     "Repaired",
+    "Sample",
     "Scope",
     "Seam",
     "SequentialResult",
@@ -122,6 +130,7 @@ __all__ = [
     "native_dtype",
     "offloaded_bytes",
     "pass_cost",
+    "read_samples",
     "refuse_short",
     "refuse_unknown",
     "refuse_unknown_tokens",
@@ -131,4 +140,7 @@ __all__ = [
     "seams_of",
     "suspended_bytes",
     "token_set",
+    "tokens_of_samples",
+    "windows_of_samples",
+    "write_samples",
 ]
