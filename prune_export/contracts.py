@@ -21,6 +21,7 @@ from prune_export.calibrate import ExtraPass, ModelView, Statistic, TokenSet
 from prune_export.machine import Machine
 from prune_export.progress import Progress
 from prune_export.surgery import Edit
+from prune_export.system.processes import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Work:
     `scratch` is a directory that outlives a killed run: long work keeps its checkpoints there and
     goes on from them. It is removed when the stage is complete. `tokens` is calibration data, for
     exporters that ask for it and where the recipe has it; `teacher` is there for healers that are
-    `Taught`.
+    `Taught`. `team` are the processes that were started with this one, which may share the work.
     """
 
     machine: Machine
@@ -69,6 +70,7 @@ class Work:
     scratch: Path
     tokens: TokenSet | None = None
     teacher: Teacher | None = None
+    team: Team = ALONE
 
 
 class RefitLog(TypedDict, total=False):

@@ -124,6 +124,7 @@ def answers(
             machine=work.machine,
             progress=work.progress,
             scratch=work.scratch,
+            team=work.team,
         )
         return {"teacher": teacher.name, "bytes": sum(f.stat().st_size for f in files.iterdir())}
 

@@ -119,6 +119,11 @@ def compute_dtype(checkpoint: Checkpoint, machine: Machine) -> torch.dtype:
     return torch.bfloat16 if bfloat16 else torch.float32
 
 
+def batch_windows(device: str, length: int) -> int:
+    """How many windows a pass computes at once; where they are grouped so, bits are the same."""
+    return max(1, BATCH_TOKENS[device] // length)
+
+
 @dataclass
 class _Stream:
     """The hidden states between two blocks: of the whole model, and of variants without one unit.
@@ -304,7 +309,7 @@ class _Pass:
         if states.path is not None:
             path = self.saves.folder / f"{number}-spare.spool"
             spare = self._stack.enter_context(Buffer(rows, shape, self.dtype, path=path))
-        batch = max(1, BATCH_TOKENS[self.device] // length)
+        batch = batch_windows(self.device, length)
         return _Stream(ids, collectors, lanes, states, spare, batch)
 
     def _buffer(
