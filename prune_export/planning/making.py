@@ -146,7 +146,12 @@ class _Planner:
         return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
 
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
-        how = {"prune": self._prune, "heal": self._heal, "search": self._search}[stage.kind]
+        how = {
+            "prune": self._prune,
+            "quantize": self._prune,
+            "heal": self._heal,
+            "search": self._search,
+        }[stage.kind]
         with self._named(index, stage):
             planned, after = how(stage, arch)
         if stage.round is not None:
@@ -161,6 +166,8 @@ class _Planner:
             PlanError: the stage is to zero more than can be left.
         """
         if stage.kind == "heal" and getattr(stage.entry, "keep_zeros", False) is not False:
+            return known
+        if stage.kind == "quantize":
             return known
         if stage.kind == "prune" and isinstance(stage.entry, TracksAblations):
             with self._named(index, stage):
@@ -208,7 +215,8 @@ class _Planner:
             disk_bytes=cost.disk_bytes + written,
             moved_bytes=cost.moved_bytes + 2 * written,
         )
-        return self.planned("prune", stage.name, stage.parameters(), arch, after, cost, note), after
+        keys = stage.parameters()
+        return self.planned(stage.kind, stage.name, keys, arch, after, cost, note), after
 
     def _heal(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         source = self._source(stage)

@@ -100,6 +100,7 @@ def json_schema() -> dict[str, Any]:
                 "items": {
                     "oneOf": [
                         stage("prune", "methods"),
+                        stage("quantize", "quantize"),
                         stage("heal", "heal"),
                         _search(definitions),
                         _iterate(stage("prune", "methods"), stage("heal", "heal")),
@@ -149,6 +150,7 @@ def markdown() -> str:
     inner: dict[str, Any] = {}
     for title, group in (
         ("stages: prune", "methods"),
+        ("stages: quantize", "quantize"),
         ("stages: heal", "heal"),
         ("export", "exporters"),
     ):
@@ -182,7 +184,7 @@ def markdown() -> str:
 
 _SECTIONS = {
     "data": "Named sources of text or tokens: a Hub dataset, local files, or saved token ids.",
-    "stages": "What is done to the checkpoint, in order: `prune`, `heal`, `search`, `iterate`.",
+    "stages": "What is done, in order: `prune`, `quantize`, `heal`, `search`, `iterate`.",
     "export": "Engines that are made of the last checkpoint.",
     "verify": "What is measured, and what must hold.",
     "publish": "Where the result may go; nothing is uploaded unless the command line asks for it.",

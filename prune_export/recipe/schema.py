@@ -27,11 +27,15 @@ from prune_export.recipe.stages import Stage, Sweep, Workload, checker, plain
 
 VERSION = 1
 
-_REGISTRY: Mapping[str, registry.Kind] = {"prune": "methods", "heal": "heal"}
+_REGISTRY: Mapping[str, registry.Kind] = {
+    "prune": "methods",
+    "quantize": "quantize",
+    "heal": "heal",
+}
 _NAME = re.compile(r"[^\W_][\w .+-]{0,63}")
 """Of a data source; an artifact's directory is called by it."""
 
-_DEFAULT_DATA = {"prune": "calibration", "heal": "healing"}
+_DEFAULT_DATA = {"prune": "calibration", "quantize": "calibration", "heal": "healing"}
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -12,7 +12,7 @@ from prune_export.recipe.sources import Frozen
 
 _MOST_REQUESTS: Final = 1000
 
-StageKind = Literal["prune", "heal", "search"]
+StageKind = Literal["prune", "quantize", "heal", "search"]
 
 
 @dataclass(frozen=True)

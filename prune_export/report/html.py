@@ -29,7 +29,6 @@ from prune_export.report.reading import (
     text_from_blocks,
 )
 from prune_export.report.sparse import kernels_text, pays_text, stray_text, weights_text
-from prune_export.report.style import DPI
 from prune_export.units import text_from_bytes, text_from_count, text_from_seconds
 from prune_export.verify.results import Parity, Perplexity, Speed
 
@@ -88,6 +87,8 @@ def figure_of(path: Path) -> Figure:
     Raises:
         ValueError: the file is not a PNG.
     """
+    from prune_export.report.style import DPI  # matplotlib with it
+
     data = path.read_bytes()
     if not data.startswith(_PNG_MAGIC):
         raise ValueError(f"{path} is not a PNG file")

@@ -73,7 +73,7 @@ class StageReading:
     """One stage as it ran; `log` is the method's or the healer's own account."""
 
     index: int
-    kind: Literal["prune", "heal"]
+    kind: Literal["prune", "quantize", "heal"]
     name: str
     parameters: dict[str, Any] = field(default_factory=dict)
     id: str = ""

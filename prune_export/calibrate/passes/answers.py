@@ -10,22 +10,23 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
 import torch
 
 from prune_export.arch import Arch
+from prune_export.calibrate.context import CalibrationContext
 from prune_export.calibrate.data.token_set import TokenSet
 from prune_export.calibrate.passes.cost import PassCost, pass_cost
-from prune_export.calibrate.passes.statistics import batch_windows, gather
+from prune_export.calibrate.passes.statistics import gather
 from prune_export.calibrate.statistics.api import Scope
+from prune_export.calibrate.streaming.driver import batch_windows
 from prune_export.calibrate.streaming.skip import Unit
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError
 from prune_export.machine import Machine
-from prune_export.progress import Progress
 from prune_export.system.files import open_regular
 from prune_export.system.platforms import write_at
 from prune_export.system.processes import ALONE, Team, refuse_absent, shares
@@ -62,22 +63,20 @@ def answers_cost(
 
 def keep_answers(
     checkpoint: Checkpoint,
-    tokens: TokenSet,
+    context: CalibrationContext,
     out: Path,
     *,
     outcomes: int,
     temperature: float,
     arch: Arch,
-    machine: Machine,
-    progress: Progress | None = None,
-    scratch: Path | None = None,
     team: Team = ALONE,
 ) -> None:
-    """Writes what a model says to `tokens`, `outcomes` tokens a position, into the directory `out`.
+    """Writes a model's likeliest `outcomes` next tokens at each position of the windows into `out`.
 
-    Log-probabilities are those of the logits divided by `temperature`. With `scratch`, a pass that
-    is killed goes on from there, and ends in the same bytes. A `team` shares the windows; others
-    send the leader what they find, which writes it, and a killed pass begins again.
+    Log-probabilities are those of the logits divided by `temperature`; `out` is a directory. With
+    `context.scratch`, a pass that is killed goes on from there, and ends in the same bytes. A
+    `team` shares the windows; others send the leader what they find, which writes it, and a killed
+    pass begins again.
 
     Raises:
         PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
@@ -85,46 +84,39 @@ def keep_answers(
     """
     kept = min(outcomes, arch.sizes["vocab"])
     with Path(out, _FILE).open("wb") as file:
+        tokens, machine = context.tokens, context.machine
         writer = _File(file.fileno(), tokens.ids.shape, kept, temperature)
         if team.size == 1:
-            asked = _Said(kept, temperature, writer)
-            gather(checkpoint, (asked,), tokens, machine, progress, scratch, arch=arch)
+            gather(checkpoint, (_Said(kept, temperature, writer),), context, arch=arch)
             return
         parts = shares(tokens.samples, batch_windows(machine.device, tokens.length), team.size)
-        ids, own = tokens.ids.int(), machine.share(team.here)
-        job = _Job(checkpoint.path, ids, tuple(parts), kept, temperature, own)
+        own = replace(context, machine=machine.share(team.here), engines=None)
+        told = replace(own, tokens=TokenSet.of(tokens.ids), scratch=None, progress=None)
+        job = _Job(checkpoint.path, told, tuple(parts), kept, temperature)
         team.call(_say_part, job)
-        job.gather(0, checkpoint, arch, writer, progress, scratch)
+        replace(job, context=own).gather(0, checkpoint, arch, writer)
         for (at, vocab, rows), content in team.received():
             writer.write(at, vocab, rows, content)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A pass over windows `ids` that several processes share; `parts` are the windows of each."""
+    """A pass that several processes share; `parts` are the windows of each."""
 
     path: Path
-    ids: torch.Tensor
+    context: CalibrationContext
     parts: tuple[range, ...]
     outcomes: int
     temperature: float
-    machine: Machine
 
-    def gather(
-        self,
-        number: int,
-        checkpoint: Checkpoint,
-        arch: Arch,
-        sink: Sink,
-        progress: Progress | None = None,
-        scratch: Path | None = None,
-    ) -> None:
+    def gather(self, number: int, checkpoint: Checkpoint, arch: Arch, sink: Sink) -> None:
         """One process's part; what it finds goes to `sink`."""
         part = self.parts[number]
         if part:
-            own = TokenSet.of(self.ids[part.start : part.stop])
+            ids = self.context.tokens.ids[part.start : part.stop]
+            own = replace(self.context, tokens=TokenSet.of(ids))
             asked = _Said(self.outcomes, self.temperature, sink, first=part.start)
-            gather(checkpoint, (asked,), own, self.machine, progress, scratch, arch=arch)
+            gather(checkpoint, (asked,), own, arch=arch)
 
 
 def _say_part(team: Team, job: _Job) -> None:
