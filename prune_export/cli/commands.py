@@ -88,13 +88,15 @@ def run(
     prune-export run depth40-angular-qlora --model meta-llama/Llama-3.1-8B --out out/
     prune-export run my.yaml -m ./checkpoint -o out/ -s stages.0.prune.remove=6
 
-    Killed or interrupted, the same command goes on where it was.
+    Killed or interrupted, the same command goes on where it was. Started by torchrun or accelerate
+    launch, all processes heal together; the first does all else.
     """
     from prune_export.execution import Options
     from prune_export.execution import plan as plan_of
     from prune_export.execution import run as run_recipe
     from prune_export.recipe import Recipe
 
+    team = options.team()
     loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
     repo = destination(loaded.publish.repo, push_to, publish=publish)
     chosen = Options(
@@ -104,11 +106,14 @@ def run(
         force=frozenset(force or ()),
         ignore_keys=tuple(ignore_config_key or ()),
         command=options.command_line(),
+        team=team,
     )
     if dry_run:
         show_plan(plan_of(loaded, model, chosen), as_json=json)
+        team.dismiss()
         return
     result = run_recipe(loaded, model, chosen, console.progress(quiet=quiet or json))
+    team.dismiss()
     if json:
         console.print_json(result.report)
     else:

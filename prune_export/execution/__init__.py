@@ -31,6 +31,7 @@ from prune_export.planning import CALIBRATION, Plan, make_plan, refuse_other_voc
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage, heal_of
 from prune_export.store import Artifact, Store
+from prune_export.system.processes import ALONE, Team
 from prune_export.system.temporary import sweep
 from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
@@ -69,6 +70,7 @@ class Options:
     force: frozenset[str] = frozenset()
     ignore_keys: tuple[str, ...] = ()
     command: str = ""
+    team: Team = ALONE
 
 
 def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
@@ -128,6 +130,7 @@ def run(
         options.force,
         options.ignore_keys,
         options.command,
+        options.team,
     )
     base = open_base(context, *_model(recipe, model))
     data = _data(context, recipe, base)

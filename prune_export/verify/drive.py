@@ -176,6 +176,8 @@ def _drawn_together(
     ends: Collection[int],
 ) -> list[list[int]]:
     """Draws texts in one batch without padding, as `continuations` has it."""
+    import torch
+
     dice, texts = Dice(seeds), [list(prompt) for prompt in prompts]
     wanted = [len(prompt) + new for prompt in prompts]
     position = min(map(len, prompts))
