@@ -2,6 +2,14 @@
 
 from prune_export.calibrate.context import CalibrationContext, Engines
 from prune_export.calibrate.data.files import inside, local_files
+from prune_export.calibrate.data.generated import (
+    Sample,
+    read_samples,
+    tokens_of_samples,
+    windows_of_samples,
+    write_samples,
+)
+from prune_export.calibrate.data.plenty import Wanted, is_plenty
 from prune_export.calibrate.data.sources import (
     changed_since_first,
     refuse_short,
@@ -9,7 +17,7 @@ from prune_export.calibrate.data.sources import (
     token_set,
 )
 from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.data.tokenizer import Tokenizer, refuse_unknown_tokens
+from prune_export.calibrate.data.tokenizer import Tokenizer, largest_id, refuse_unknown_tokens
 from prune_export.calibrate.passes.ablation import Ablations, native_dtype
 from prune_export.calibrate.passes.answers import (
     KeptAnswers,
@@ -94,6 +102,7 @@ __all__ = [
     "Part",
     "PassCost",
     "Repaired",
+    "Sample",
     "Scope",
     "Seam",
     "SequentialResult",
@@ -104,6 +113,7 @@ __all__ = [
     "TokenSet",
     "Tokenizer",
     "Unit",
+    "Wanted",
     "added_times",
     "answer_bytes",
     "answers_cost",
@@ -117,13 +127,16 @@ __all__ = [
     "inputs_last",
     "inputs_of",
     "inside",
+    "is_plenty",
     "keep_answers",
+    "largest_id",
     "linear_groups",
     "linears",
     "local_files",
     "native_dtype",
     "offloaded_bytes",
     "pass_cost",
+    "read_samples",
     "refuse_short",
     "refuse_unknown",
     "refuse_unknown_tokens",
@@ -133,4 +146,7 @@ __all__ = [
     "seams_of",
     "suspended_bytes",
     "token_set",
+    "tokens_of_samples",
+    "windows_of_samples",
+    "write_samples",
 ]

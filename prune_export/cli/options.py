@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -12,6 +14,7 @@ import typer
 
 from prune_export.errors import PlanError
 from prune_export.machine import Machine, user_cache
+from prune_export.system.processes import Team, joined, started_team
 from prune_export.units import bytes_from_text
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -121,6 +124,21 @@ def machine(ram: str | None, threads: int | None, device: str | None) -> Machine
     import torch
 
     torch.set_num_threads(found.threads)
+    return found
+
+
+def team() -> Team:
+    """The processes that a launcher started with this one; does not return in those that follow.
+
+    Raises:
+        PlanError: the launcher asks for what is not there.
+        Exit: this process followed, and is done.
+    """
+    stack = ExitStack()
+    found = stack.enter_context(started_team())
+    atexit.register(stack.close)
+    if not found.leads:
+        raise typer.Exit(joined(found))
     return found
 
 

@@ -19,18 +19,19 @@ from prune_export.contracts import HasSparsity, Taught
 from prune_export.errors import PlanError, StageError
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
-from prune_export.execution.inputs import Base, make_tokens, open_base
+from prune_export.execution.inputs import Base, open_base
 from prune_export.execution.measure import measure_run
 from prune_export.execution.record import report_of
 from prune_export.execution.result import Result, alone, lock_of, mend, versions
+from prune_export.execution.said import make_data
 from prune_export.execution.search import run_search
 from prune_export.execution.stages import run_stage
 from prune_export.machine import Machine
 from prune_export.planning import CALIBRATION, Plan, make_plan, refuse_other_vocabulary, sets_of
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage, heal_of
-from prune_export.report import write_report
 from prune_export.store import Artifact, Store
+from prune_export.system.processes import ALONE, Team
 from prune_export.system.temporary import sweep
 from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
@@ -51,6 +52,12 @@ class RunResult:
         """The gates of the recipe that were not met."""
         return tuple(gate for gate in self.verification.gates if not gate.ok)
 
+    def _repr_html_(self) -> str:
+        """The summary of the report in a notebook."""
+        from prune_export.report import summary_html
+
+        return summary_html(self.report)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -63,6 +70,7 @@ class Options:
     force: frozenset[str] = frozenset()
     ignore_keys: tuple[str, ...] = ()
     command: str = ""
+    team: Team = ALONE
 
 
 def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
@@ -122,6 +130,7 @@ def run(
         options.force,
         options.ignore_keys,
         options.command,
+        options.team,
     )
     base = open_base(context, *_model(recipe, model))
     data = _data(context, recipe, base)
@@ -188,7 +197,7 @@ def _data(context: RunContext, recipe: Recipe, base: Base) -> dict[str, tuple[Ar
     data = {}
     seen: tuple[str, ...] = ()
     for name, judges in sets_of(recipe):
-        data[name] = make_tokens(context, name, recipe.data[name], recipe.root, base, seen)
+        data[name] = make_data(context, name, recipe.data[name], recipe.root, base, seen)
         if judges:
             seen = (*seen, *data[name][1].documents)
     return data
@@ -249,6 +258,9 @@ class _Made:
 
 
 def _finished(context: RunContext, recipe: Recipe, out: Path, made: _Made) -> dict[str, Any]:
+    # Imported here: it brings matplotlib, which a plan has no use for.
+    from prune_export.report import write_report
+
     base, data, stages, exports = made.base, made.data, made.stages, made.exports
     report = report_of(context, recipe, base, data, stages, exports, made.found)
     report["recipe"]["text"] = made.asked
@@ -274,6 +286,7 @@ def _finished(context: RunContext, recipe: Recipe, out: Path, made: _Made) -> di
     write_report(report, result.partial)
     result.write_lists(lock_of(origin, used, named, digest, versions()))
     every = [*named.values(), *(artifact for artifact, _ in data.values())]
-    context.store.remember(out, [artifact.id for artifact in every] + [base.id])
+    said = [one.record["answers"] for one in every if "answers" in one.record]
+    context.store.remember(out, [artifact.id for artifact in every] + said + [base.id])
     result.finish()
     return report

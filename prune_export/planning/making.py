@@ -17,15 +17,25 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
-from prune_export.errors import MissingExtra, PlanError
+from prune_export.errors import MissingExtra, PlanError, PruneExportError
+from prune_export.generated import talk_of
 from prune_export.machine import Machine
-from prune_export.planning.data import refuse_too_little
+from prune_export.planning.data import refuse_too_little, sets_of
 from prune_export.planning.limits import what_does_not_fit, windows_of
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
 from prune_export.planning.teacher import teacher_of
-from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates, unreached
+from prune_export.recipe import (
+    Generated,
+    Recipe,
+    Search,
+    Source,
+    Stage,
+    heal_of,
+    templates,
+    unreached,
+)
 from prune_export.units import MIB
 from prune_export.verify.generation import refuse_unknown_prompts
 
@@ -70,6 +80,7 @@ def make_plan(
     ablated = Ablated()
     if imported:
         stages.append(planner.imported(arch))
+    stages += planner.generated()
     for index, stage in enumerate(recipe.stages):
         before = arch
         planned, arch = planner.stage(index, stage, before)
@@ -145,11 +156,35 @@ class _Planner:
         )
         return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
 
+    def generated(self) -> Iterator[PlannedStage]:
+        """What models are to say: the data that are none yet."""
+        for name, _ in sets_of(self.recipe):
+            source = self.recipe.data[name]
+            if not isinstance(source, Generated):
+                continue
+            refuse_long_text(f"data.{name}.length", source.length, self.dense.config)
+            try:
+                talk = talk_of(source, self.checkpoint, self.dense, self.recipe.root, self.machine)
+            except PruneExportError as error:
+                where = f"{self.recipe.name}  data.{name}"
+                raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
+            keys = source.generated.model_dump(mode="json")
+            yield self.planned("ask", talk.name, keys, talk.arch, talk.arch, talk.cost,
+                               f"{name}: {talk.note}")  # fmt: skip
+
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
+        how = {
+            "prune": self._prune,
+            "quantize": self._prune,
+            "heal": self._heal,
+            "search": self._search,
+        }[stage.kind]
         with self._named(index, stage):
-            return {"prune": self._prune, "heal": self._heal, "search": self._search}[stage.kind](
-                stage, arch
-            )
+            planned, after = how(stage, arch)
+        if stage.round is not None:
+            note = f"{stage.round}; {planned.note}".removesuffix("; ")
+            planned = dataclasses.replace(planned, note=note)
+        return planned, after
 
     def ablated(self, index: int, stage: Stage, arch: Arch, known: Ablated) -> Ablated:
         """The parts of blocks that are zeroed after a stage, as far as is known.
@@ -158,6 +193,8 @@ class _Planner:
             PlanError: the stage is to zero more than can be left.
         """
         if stage.kind == "heal" and getattr(stage.entry, "keep_zeros", False) is not False:
+            return known
+        if stage.kind == "quantize":
             return known
         if stage.kind == "prune" and isinstance(stage.entry, TracksAblations):
             with self._named(index, stage):
@@ -170,7 +207,7 @@ class _Planner:
         try:
             yield
         except PlanError as error:
-            where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.name}"
+            where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.title}"
             raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
 
     def _prune(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
@@ -205,7 +242,8 @@ class _Planner:
             disk_bytes=cost.disk_bytes + written,
             moved_bytes=cost.moved_bytes + 2 * written,
         )
-        return self.planned("prune", stage.name, stage.parameters(), arch, after, cost, note), after
+        keys = stage.parameters()
+        return self.planned(stage.kind, stage.name, keys, arch, after, cost, note), after
 
     def _heal(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         source = self._source(stage)

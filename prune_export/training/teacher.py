@@ -70,22 +70,42 @@ class Lessons:
 Objective = NextToken | Lessons
 
 
-def objective(
-    distill: Distill | None, kept: int | None, work: Work, device: str, dtype: torch.dtype
-) -> Objective:
-    """What a student is trained for; answers are made first where `kept` says how many tokens."""
+def lessons(
+    distill: Distill | None, kept: int | None, work: Work
+) -> tuple[KeptAnswers | None, Path | None]:
+    """A teacher's answers, made first where `kept` says of how many tokens, or where its model is.
+
+    Neither where there is no teacher.
+
+    Raises:
+        StageError: there is to be one, and none was given.
+    """
     if distill is None:
-        return NextToken()
-    teacher = work.teacher
-    if teacher is None:
+        return None, None
+    if work.teacher is None:
         raise StageError(
             "healing  objective",
             "is `distill`, and no teacher was given",
             "give `Work` a `teacher`, as a recipe's run does",
         )
-    if kept is not None:
-        return Lessons(distill, kept=KeptAnswers.open(teacher.answers(kept, distill.temperature)))
-    return Lessons(distill, model=_beside(teacher.path, device, dtype))
+    if kept is None:
+        return None, work.teacher.path
+    return KeptAnswers.open(work.teacher.answers(kept, distill.temperature)), None
+
+
+def objective_of(
+    distill: Distill | None,
+    answers: KeptAnswers | None,
+    teacher: Path | None,
+    device: str,
+    dtype: torch.dtype,
+) -> Objective:
+    """What a student is trained for, by answers that were kept or a teacher that is loaded."""
+    if distill is None:
+        return NextToken()
+    if answers is not None or teacher is None:
+        return Lessons(distill, kept=answers)
+    return Lessons(distill, model=_beside(teacher, device, dtype))
 
 
 def _beside(path: Path, device: str, dtype: torch.dtype) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -48,20 +48,22 @@ class SequentialResult:
     """The edited matrices of a whole model, in files, and each block's logs by linear group.
 
     `loss` is the edited model's mean next-token loss in nats over the windows, where it was asked
-    for.
+    for; `beside` are the files of what the editor kept that is no weight.
     """
 
     folder: Path
     logs: tuple[Mapping[str, Any], ...]
     names: Mapping[str, Path]
     loss: float | None = None
+    beside: Mapping[str, Path] = field(default_factory=dict)
 
     def read(self, name: str) -> torch.Tensor:
-        """Reads an edited tensor, in the dtype and layout of the checkpoint."""
+        """Reads an edited tensor, in the dtype and layout of the checkpoint, or what is beside."""
         from safetensors import safe_open
 
-        with safe_open(self.names[name], framework="pt") as file:
-            found: torch.Tensor = file.get_tensor(name)
+        file = self.names[name] if name in self.names else self.beside[name]
+        with safe_open(file, framework="pt") as opened:
+            found: torch.Tensor = opened.get_tensor(name)
         return found
 
     def values(self) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
@@ -102,13 +104,14 @@ def run_sequential(
         saves = Saves(folder)
         made = SequentialPass(driver, editor, order, saves, stack, loss=loss, dense=dense)
         made.run(context.told)
-    logs, names = [], {}
+    logs, names, beside = [], {}, {}
     for layer in range(driver.arch.layers):
         logs.append(json.loads((folder / f"{layer}.json").read_text(encoding="utf-8")))
         file = folder / f"{layer}.safetensors"
         names.update(dict.fromkeys(logs[-1].pop("tensors"), file))
+        beside.update(dict.fromkeys(logs[-1].pop("beside", ()), file))
     heard = float((folder / _LOSS).read_text(encoding="ascii")) if loss else None
-    swept = SequentialResult(folder, tuple(logs), names, heard)
+    swept = SequentialResult(folder, tuple(logs), names, heard, beside)
     made_in.live_as_long_as(swept)
     return swept
 

@@ -46,6 +46,7 @@ class Block:
         """By kind: one group, or those of all experts, which get their tokens together."""
         self.logs: dict[str, Any] = {}
         self.made: dict[str, torch.Tensor] = {}
+        self.beside: dict[str, torch.Tensor] = {}
         self.edited: set[str] = set()
         self.here: set[str] = set()
         """The kinds whose inputs of the current windows have been added."""
@@ -223,6 +224,7 @@ class Block:
                 if tensor.name in result.weights:
                     value = result.weights[tensor.name]
                     self.made[tensor.name] = self.given.weights.write(tensor, value)
+            self.beside |= {name: kept.cpu() for name, kept in result.beside.items()}
             self.logs[site.name] = dict(result.log)
         self.edited.add(kind)
 
@@ -230,6 +232,6 @@ class Block:
         from safetensors.torch import save_file
 
         folder = self.given.folder
-        save_file(self.made, folder / f"{self.layer}.safetensors")
-        known = self.logs | {"tensors": list(self.made)}
+        save_file(self.made | self.beside, folder / f"{self.layer}.safetensors")
+        known = self.logs | {"tensors": list(self.made), "beside": list(self.beside)}
         (folder / f"{self.layer}.json").write_text(json.dumps(known), encoding="utf-8")

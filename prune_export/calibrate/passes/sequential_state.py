@@ -23,10 +23,14 @@ Order = Literal["sequential", "block"]
 
 @dataclass(frozen=True)
 class Edited:
-    """The edit of a linear group: new matrices `[out, in]` by stored name, and its log (JSON)."""
+    """The edit of a linear group: new matrices `[out, in]` by stored name, and its log (JSON).
+
+    `beside` are tensors to keep that are no weights, such as scales, by names of the editor's own.
+    """
 
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     log: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Editor(Protocol):

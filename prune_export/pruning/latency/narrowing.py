@@ -105,7 +105,7 @@ def uniform(arch: Arch, sizes: Mapping[str, int]) -> Arch:
     """The model's shapes with `sizes` of axes in every block."""
     for axis, size in sizes.items():
         for layer in range(arch.layers):
-            if arch.sizes[f"{axis}.{layer}"] != size:
+            if arch.sizes.get(f"{axis}.{layer}", size) != size:
                 arch = arch.resized(f"{axis}.{layer}", size)
     return arch
 
@@ -113,7 +113,7 @@ def uniform(arch: Arch, sizes: Mapping[str, int]) -> Arch:
 def in_all(arch: Arch, sizes: Mapping[str, int]) -> dict[str, int]:
     """Spells out `sizes` for each block, for the axes that are cut."""
     every = {f"{axis}.{i}": size for axis, size in sizes.items() for i in range(arch.layers)}
-    return {axis: size for axis, size in every.items() if size != arch.sizes[axis]}
+    return {axis: size for axis, size in every.items() if size != arch.sizes.get(axis, size)}
 
 
 def groups_of(arch: Arch, tensor: Tensor, axis: str) -> list[list[int]]:
