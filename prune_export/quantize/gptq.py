@@ -190,6 +190,6 @@ class _Rounding:
                 beside[f"{name}:zeros"] = found.grid.zeros
             log[name] = {"loss": found.loss}
             if method.asked.amount is not None:
-                log[name] |= summary(found.weight, found.scores, found.mask)
+                log[name] |= summary(found.weight, found.scores, kept=~found.mask)
         more = {"damping": factor.damping}
         return Edited(made, {"tensors": log, "tokens": seen.tokens, **more}, beside)

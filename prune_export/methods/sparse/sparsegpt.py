@@ -116,7 +116,7 @@ class _Compensating:
         for name, pruned in zip(
             chosen, obs_unstructured.prune(own, factor, amount, self.columns), strict=True
         ):
-            log[name] = summary(pruned.weight, pruned.scores, pruned.mask)
+            log[name] = summary(pruned.weight, pruned.scores, kept=pruned.kept)
             made[name] = pruned.weight
             if places is not None:
                 made[name] = torch.empty_like(pruned.weight)

@@ -32,7 +32,7 @@ from prune_export.contracts import Decision
 from prune_export.errors import PlanError, StageError, did_you_mean
 from prune_export.pruning.sparse import free_channels, owl, sequential_cost
 from prune_export.pruning.sparse.free_channels import Channels
-from prune_export.pruning.sparse.masks import Amount, Compare, put_zeros, summary
+from prune_export.pruning.sparse.masks import Amount, Compare, keep_only, summary
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Edit, Overwrite
 
@@ -225,11 +225,11 @@ class Masker:
                 channels = self.channels.get(tensor.name)
                 weight = weights[tensor.name]
                 scores = self._scores(weight, seen, tensor)
-                mask, orders[tensor.name] = free_channels.mask(
+                kept, orders[tensor.name] = free_channels.mask(
                     channels, scores, self.amounts[site.layer], self.compare
                 )
-                made[tensor.name] = put_zeros(weight, mask)
-                log[tensor.name] = summary(weight, scores, mask)
+                made[tensor.name] = keep_only(weight, kept)
+                log[tensor.name] = summary(weight, scores, kept=kept)
         return Edited(made, {"tensors": log, "tokens": seen.tokens, "orders": orders})
 
     def _scores(self, weight: torch.Tensor, seen: InputNorms, tensor: Tensor) -> torch.Tensor:

@@ -112,7 +112,7 @@ def test_the_pruned_model_is_the_masked_one_in_another_order(tmp_path: Path) -> 
         weight = source.read(tensor.name)
         channels = method.channels(tiny.arch).get(tensor.name)
         mask, _ = free_channels.mask(channels, weight.abs(), HALF, "row")
-        masked[tensor.name] = weight.masked_fill(mask, 0)
+        masked[tensor.name] = weight.masked_fill(~mask, 0)
     model = AutoModelForCausalLM.from_pretrained(tiny.path, dtype=torch.float64).eval()
     with torch.no_grad():
         for name, value in masked.items():
