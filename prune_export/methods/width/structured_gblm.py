@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
+from prune_export.arch.roles import OUTPUT_PROJECTIONS
 from prune_export.calibrate import (
     LINEAR_GROUPS,
     ExtraPass,
@@ -25,8 +26,6 @@ from prune_export.pruning.width.width_method import WidthMethod
 
 _WINDOWS: Final = 128
 """The number of windows that alpha was published for."""
-
-_BACK: Final = frozenset({"o", "down", "expert.down"})
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class _Gblm:
             f"structured_gblm-1 {self.norm} {self.alpha} {samples} {length} {' '.join(axes)}",
             ("abs",) if self.norm == "l1" else ("square",),
             _Value(self.norm, samples, self.alpha * of_sum / sqrt(length)),
-            roles=frozenset(LINEAR_GROUPS) if "residual" in axes else _BACK,
+            roles=frozenset(LINEAR_GROUPS) if "residual" in axes else OUTPUT_PROJECTIONS,
         )
         scores = unit_scores.of_gradients(model.gradients(reader), axes)
         unit_scores.complete(model.arch, axes, scores)
