@@ -184,10 +184,19 @@ class Ablations:
         return runs, uses
 
 
+_AMPERE: Final = 80
+"""The first compute capability that multiplies bfloat16."""
+
+
 def native_dtype(machine: Machine) -> torch.dtype:
     """Chooses bfloat16 where the hardware multiplies it (CUDA, a CPU with AMX), else float32."""
     if machine.device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        # A machine that is only planned for says what its GPU is; a real one is asked.
+        native = (
+            machine.capability >= _AMPERE
+            if machine.capability
+            else torch.cuda.is_bf16_supported(including_emulation=False)
+        )
         return torch.bfloat16 if native else torch.float32
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return torch.bfloat16 if amx() else torch.float32
