@@ -45,10 +45,10 @@ RECIPE: Final = """\
 recipe: 1
 data:
   calibration: {dataset: allenai/c4, config: en, split: train, samples: 256, length: 2048}
-  healing: {dataset: allenai/c4, config: en, split: train, samples: 20000, length: 2048, seed: 1}
+  healing: {dataset: allenai/c4, config: en, split: train, samples: 8000, length: 2048, seed: 1}
 stages:
-  - prune: {method: block_influence, sparsity: 0.40}
-  - heal: {method: METHOD, steps: 5000, batch: 64, objective: {distill: {cache: 128}}}
+  - prune: {method: angular_distance, sparsity: 0.40}
+  - heal: {method: METHOD, steps: 1000, batch: 64, objective: {distill: {cache: 128}}}
 verify: {generation: false}
 """
 CASES: Final = (
