@@ -150,12 +150,16 @@ def plan(
     threads: options.Threads = None,
     device: options.Device = None,
     ignore_config_key: options.IgnoreKeys = None,
+    devices: options.Devices = 1,
+    device_memory: options.DeviceMemory = None,
+    device_tflops: options.DeviceTflops = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Say what a recipe would do to a model and what it would take; read no weights, write nothing.
 
     prune-export plan depth40-angular-qlora --model ./Llama-3.1-70B --ram 64GiB
+    prune-export plan depth40-angular-qlora -m ./Llama-3.1-70B --devices 8 --device-memory 80GiB
 
     The model may be a directory that holds only a config.json.
     """
@@ -169,6 +173,8 @@ def plan(
         store=options.store_directory(store),
         machine=options.machine(ram, threads, device),
         ignore_keys=tuple(ignore_config_key or ()),
+        ram_limit=options.size(ram, "--ram") if device_memory else None,
+        devices=options.planned_devices(devices, device_memory, device_tflops),
     )
     show_plan(plan_of(loaded, model, chosen), as_json=json)
 

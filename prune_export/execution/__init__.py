@@ -27,7 +27,14 @@ from prune_export.execution.said import make_data
 from prune_export.execution.search import run_search
 from prune_export.execution.stages import run_stage
 from prune_export.machine import Machine
-from prune_export.planning import CALIBRATION, Plan, make_plan, refuse_other_vocabulary, sets_of
+from prune_export.planning import (
+    CALIBRATION,
+    Devices,
+    Plan,
+    make_plan,
+    refuse_other_vocabulary,
+    sets_of,
+)
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage, heal_of
 from prune_export.store import Artifact, Store
@@ -71,6 +78,8 @@ class Options:
     ignore_keys: tuple[str, ...] = ()
     command: str = ""
     team: Team = ALONE
+    devices: Devices | None = None
+    """What a plan is for, where it is not for this machine and team."""
 
 
 def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
@@ -102,6 +111,7 @@ def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
         ram_limit=options.ram_limit,
         ignore_keys=options.ignore_keys,
         imported=path.suffix == ".gguf",
+        devices=options.devices or Devices(options.team.size, options.team.here),
     )
 
 

@@ -44,15 +44,23 @@ def windows_of(source: Source, root: Path) -> int:
     return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
 
 
-def what_does_not_fit(
-    plan: Plan, ram_limit: int, store: Path, out: Path, reads: Mapping[str, Path]
-) -> Iterator[PlanError]:
-    """Lists what this machine lacks for a plan: places to write to, memory, GPU memory, disk.
+def what_devices_lack(plan: Plan, ram_limit: int | None) -> Iterator[PlanError]:
+    """Lists what devices lack for a plan that are not here: their memory, and the host's limit."""
+    yield from _too_much_memory(plan, ram_limit) if ram_limit else ()
+    for stage in plan.stages:
+        if stage.cost.gpu_bytes > plan.machine.gpu_bytes:
+            yield PlanError(
+                f"{stage.kind} {stage.name}",
+                f"needs about {text_from_bytes(stage.cost.gpu_bytes)} on each device, and "
+                f"{text_from_bytes(plan.machine.gpu_bytes)} are there",
+                "each process holds the whole model in training: use `qlora`, shorter windows, "
+                "more removed before, or devices with more"
+                if stage.kind == "heal"
+                else "use fewer or shorter samples, or devices with more",
+            )
 
-    `reads` are the places that the work reads or keeps, by name.
-    """
-    refusals = list(_refusals(store, out, reads))
-    yield from refusals
+
+def _too_much_memory(plan: Plan, ram_limit: int) -> Iterator[PlanError]:
     heaviest = max(plan.stages, key=lambda stage: stage.cost.ram_bytes)
     if heaviest.cost.ram_bytes > ram_limit:
         yield PlanError(
@@ -62,6 +70,18 @@ def what_does_not_fit(
             "use fewer or shorter samples, a smaller batch, or a machine with more; "
             "`--ram` sets the limit",
         )
+
+
+def what_does_not_fit(
+    plan: Plan, ram_limit: int, store: Path, out: Path, reads: Mapping[str, Path]
+) -> Iterator[PlanError]:
+    """Lists what this machine lacks for a plan: places to write to, memory, GPU memory, disk.
+
+    `reads` are the places that the work reads or keeps, by name.
+    """
+    refusals = list(_refusals(store, out, reads))
+    yield from refusals
+    yield from _too_much_memory(plan, ram_limit)
     if plan.peak_gpu_bytes > plan.machine.gpu_bytes and plan.machine.device == "cuda":
         yield PlanError(
             "GPU",
