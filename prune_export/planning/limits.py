@@ -38,6 +38,8 @@ def windows_of(source: Source, root: Path) -> int:
     )
     if source.samples is not None:
         return source.samples
+    part = getattr(source, "part", None)
+    size = round(size * (part.stop - part.start)) if part else size
     return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
 
 

@@ -21,6 +21,7 @@ from prune_export.errors import MissingExtra, PlanError
 from prune_export.machine import Machine
 from prune_export.planning.data import refuse_too_little
 from prune_export.planning.limits import what_does_not_fit, windows_of
+from prune_export.planning.own_data import data_notes
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
@@ -92,7 +93,7 @@ def make_plan(
         "the data root": recipe.root,
     } | ({"the recipe": recipe.file} if recipe.file else {})
     lacking = tuple(what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out, reads))
-    return dataclasses.replace(plan, lacking=lacking)
+    return dataclasses.replace(plan, lacking=lacking, notes=data_notes(recipe))
 
 
 @dataclass(frozen=True)

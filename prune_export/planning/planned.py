@@ -48,6 +48,7 @@ class Plan:
     machine: Machine
     archs: tuple[Arch, ...]
     lacking: tuple[PlanError, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuses a plan for which this machine lacks memory or disk.
@@ -89,6 +90,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "seconds": round(self.seconds, 1),
             "machine": dataclasses.asdict(self.machine),
+            "notes": list(self.notes),
             "lacking": [f"{error.where}: {error.problem}" for error in self.lacking],
             "stages": [
                 dataclasses.asdict(stage) | {"parameters": dict(stage.parameters)}
