@@ -1,5 +1,6 @@
 """Calibration: token sets, and passes over them with one transformer block in memory at a time."""
 
+from prune_export.calibrate.context import CalibrationContext, Engines
 from prune_export.calibrate.data.documents import column_of, texts_of
 from prune_export.calibrate.data.files import SUFFIXES, inside, local_files
 from prune_export.calibrate.data.parting import part_sizes
@@ -19,7 +20,7 @@ from prune_export.calibrate.passes.answers import (
     answers_cost,
     keep_answers,
 )
-from prune_export.calibrate.passes.cost import PassCost, block_bytes, pass_cost, suspended_bytes
+from prune_export.calibrate.passes.cost import PassCost, pass_cost, suspended_bytes
 from prune_export.calibrate.passes.dense_reference import DENSE_STATES, added_times, has_target
 from prune_export.calibrate.passes.gradients import (
     GradientReader,
@@ -38,15 +39,16 @@ from prune_export.calibrate.passes.seam_refit import (
     repair,
 )
 from prune_export.calibrate.passes.seams import Seam, seams_of
-from prune_export.calibrate.passes.sequential import Order, SequentialResult, run_sequential
-from prune_export.calibrate.passes.sequential_block import Edited, Editor
-from prune_export.calibrate.passes.statistics import gather, refuse_unknown
+from prune_export.calibrate.passes.sequential import SequentialResult, run_sequential
+from prune_export.calibrate.passes.sequential_state import Edited, Editor, Order
+from prune_export.calibrate.passes.statistics import gather
 from prune_export.calibrate.statistics.angular_distance import AngularDistance
 from prune_export.calibrate.statistics.api import Collector, ExtraPass, Scope, Statistic
 from prune_export.calibrate.statistics.block_influence import BlockInfluence
 from prune_export.calibrate.statistics.norm_energy import EnergyShares, NormEnergy
 from prune_export.calibrate.statistics.norm_input_covariance import Covariances, NormInputCovariance
 from prune_export.calibrate.statistics.skip_loss import SkipLoss, SkipLosses
+from prune_export.calibrate.streaming.driver import block_bytes, refuse_unknown
 from prune_export.calibrate.streaming.linear_groups import (
     LINEAR_GROUPS,
     Hessian,
@@ -59,7 +61,7 @@ from prune_export.calibrate.streaming.linear_groups import (
     linears,
 )
 from prune_export.calibrate.streaming.skip import OUTPUTS, Part, Unit
-from prune_export.calibrate.view import CalibrationContext, Engines, ModelView
+from prune_export.calibrate.view import ModelView
 
 __all__ = [
     "DENSE_STATES",

@@ -58,6 +58,12 @@ class RunResult:
         """The gates of the recipe that were not met."""
         return tuple(gate for gate in self.verification.gates if not gate.ok)
 
+    def _repr_html_(self) -> str:
+        """The summary of the report in a notebook."""
+        from prune_export.report import summary_html
+
+        return summary_html(self.report)
+
 
 @dataclass(frozen=True)
 class Options:
