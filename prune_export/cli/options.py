@@ -46,6 +46,15 @@ DataRoot = Annotated[
         metavar="DIR", help="Directory below which the recipe's files lie; its own unless given."
     ),
 ]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--data",
+        "-d",
+        metavar="FILE",
+        help="Text to use for everything, split by documents; a file or a directory. Repeatable.",
+    ),
+]
 StoreDir = Annotated[
     Path | None,
     typer.Option(

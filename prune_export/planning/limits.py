@@ -41,6 +41,8 @@ def windows_of(source: Source, root: Path) -> int:
     if isinstance(source, Generated):
         said = (source.generated.answers or 0) * source.generated.new_tokens
         return max(1, said // source.length) if said else _UNKNOWN_WINDOWS
+    part = getattr(source, "part", None)
+    size = round(size * (part.stop - part.start)) if part else size
     return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
 
 

@@ -23,6 +23,7 @@ from prune_export.machine import Machine
 from prune_export.planning.data import refuse_too_little, sets_of
 from prune_export.planning.devices import HERE, Devices
 from prune_export.planning.limits import what_devices_lack, what_does_not_fit, windows_of
+from prune_export.planning.own_data import data_notes
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
@@ -113,7 +114,7 @@ def make_plan(
     else:
         limit = ram_limit or machine.ram_bytes
         lacking = tuple(what_does_not_fit(plan, limit, store, out, reads))
-    return dataclasses.replace(plan, lacking=lacking)
+    return dataclasses.replace(plan, lacking=lacking, notes=data_notes(recipe))
 
 
 @dataclass(frozen=True)
