@@ -26,6 +26,9 @@ from prune_export.errors import PlanError, PruneExportError, StageError
 if TYPE_CHECKING:
     import torch
 
+_TO_COME: Final = timedelta(minutes=10)
+"""How long processes are waited for that were to be started together."""
+
 _FOR_EVER: Final = timedelta(days=365)
 """Others wait for the leader as long as it does what only it does; who dies closes its socket."""
 
@@ -52,8 +55,9 @@ class Team:
     rank: int = 0
     size: int = 1
     here: int = 1
+    cpus: Any = None
     gpus: Any = None
-    """The group in which tensors on GPUs are added, where there are any."""
+    """The groups in which tensors are exchanged, by where they are."""
 
     @property
     def leads(self) -> bool:
@@ -106,7 +110,7 @@ class Team:
         with self._together():
             for bucket in _buckets(tensors):
                 flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-                dist.all_reduce(flat, group=self.gpus if flat.is_cuda else None)
+                dist.all_reduce(flat, group=self._group(flat))
                 parts = torch.split(flat, [tensor.numel() for tensor in bucket])
                 for tensor, part in zip(bucket, parts, strict=True):
                     tensor.copy_(part.view_as(tensor))
@@ -123,7 +127,7 @@ class Team:
             return
         with self._together():
             for tensor in tensors:
-                dist.broadcast(tensor, 0, group=self.gpus if tensor.is_cuda else None)
+                dist.broadcast(tensor, 0, group=self._group(tensor))
 
     def told(self, value: Any) -> Any:
         """The leader's value of a small object, in all processes.
@@ -147,9 +151,10 @@ class Team:
 
         with self._together():
             header = torch.tensor([*place, len(content)], dtype=torch.int64)
-            dist.send(header, 0, tag=_HEADER)
+            dist.send(header, 0, self.cpus, _HEADER)
             if content:
-                dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), 0, tag=_PAYLOAD)
+                sent = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                dist.send(sent, 0, self.cpus, _PAYLOAD)
 
     def end(self) -> None:
         """Tells the leader that this process has sent all."""
@@ -168,20 +173,23 @@ class Team:
         while left:
             with self._together():
                 header = torch.empty(4, dtype=torch.int64)
-                sender = dist.recv(header, tag=_HEADER)
+                sender = dist.recv(header, None, self.cpus, _HEADER)
                 first, second, third, size = header.tolist()
                 if first == _END:
                     left -= 1
                     continue
                 content = torch.empty(size, dtype=torch.uint8)
-                dist.recv(content, sender, tag=_PAYLOAD)
+                dist.recv(content, sender, self.cpus, _PAYLOAD)
             yield (first, second, third), content.numpy().tobytes()
+
+    def _group(self, tensor: torch.Tensor) -> Any:
+        return self.gpus if tensor.is_cuda else self.cpus
 
     def _tell(self, value: Any) -> Any:
         import torch.distributed as dist
 
         told = [value]
-        dist.broadcast_object_list(told, 0)
+        dist.broadcast_object_list(told, 0, self.cpus)
         return told[0]
 
     @contextmanager
@@ -251,11 +259,12 @@ def started_team() -> Iterator[Team]:
     team = Team(rank, size, here)
     _see_one_gpu(local, here)
     with team._together():
-        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=_FOR_EVER)
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=_TO_COME)
+        cpus = dist.new_group(backend="gloo", timeout=_FOR_EVER)
     for name in [*_LAUNCHERS_OWN, *(key for key in os.environ if _is_a_launchers(key))]:
         os.environ.pop(name, None)
     try:
-        yield replace(team, gpus=_gpu_group())
+        yield replace(team, cpus=cpus, gpus=_gpu_group())
     finally:
         dist.destroy_process_group()
 

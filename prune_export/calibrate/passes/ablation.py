@@ -184,6 +184,10 @@ class Ablations:
         return runs, uses
 
 
+_AMPERE: Final = 80
+"""The first compute capability that multiplies bfloat16."""
+
+
 def native_dtype(machine: Machine) -> torch.dtype:
     """Chooses bfloat16 where the hardware multiplies it, else float32.
 
@@ -192,7 +196,12 @@ def native_dtype(machine: Machine) -> torch.dtype:
     float32.
     """
     if machine.device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        # A machine that is only planned for says what its GPU is; a real one is asked.
+        native = (
+            machine.capability >= _AMPERE
+            if machine.capability
+            else torch.cuda.is_bf16_supported(including_emulation=False)
+        )
     else:
         asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         native = any(getattr(torch.cpu, name, bool)() for name in asked)
