@@ -112,7 +112,7 @@ class Gptq(QuantizeMethod):
 
     def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         """The pass that `decide` runs; beside what SparseGPT's holds, the codes' errors."""
-        own = sequential_cost.of(arch, self.order, grams=True)
+        own = sequential_cost.of(arch, self.order, hessians=True)
         return (replace(own, ram_bytes=own.ram_bytes + 2**25),)
 
     def decide(self, model: ModelView) -> Decision:

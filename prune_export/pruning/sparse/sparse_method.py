@@ -207,26 +207,26 @@ class Masker:
     channels: Mapping[str, Channels] = field(default_factory=dict)
     corrects: bool = False
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> InputNorms | None:
+    def watch(self, group: LinearGroup, width: int, device: str) -> InputNorms | None:
         """Accumulates input norms for a linear group of which a matrix is pruned."""
-        if not any(tensor.name in self.targets for tensor in site.tensors):
+        if not any(tensor.name in self.targets for tensor in group.tensors):
             return None
         # To an expert, other tokens would be routed.
-        corrected = self.corrects and site.kind in _CORRECTED and site.expert is None
+        corrected = self.corrects and group.kind in _CORRECTED and group.expert is None
         return CorrectedNorms(width, device) if corrected else InputNorms(width, device)
 
     def edit(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
     ) -> Edited:
         """Masks the matrices of a linear group."""
         made, log, orders = {}, {}, {}
-        for tensor in site.tensors:
+        for tensor in group.tensors:
             if tensor.name in self.targets:
                 channels = self.channels.get(tensor.name)
                 weight = weights[tensor.name]
                 scores = self._scores(weight, seen, tensor)
                 kept, orders[tensor.name] = free_channels.mask(
-                    channels, scores, self.amounts[site.layer], self.compare
+                    channels, scores, self.amounts[group.layer], self.compare
                 )
                 made[tensor.name] = keep_only(weight, kept)
                 log[tensor.name] = summary(weight, scores, kept=kept)
@@ -279,14 +279,14 @@ def sequential_decision(
     why: Mapping[str, Any],
 ) -> Decision:
     """Makes the decision from the result of a sequential pass: edits and log."""
-    sites = [site for log in swept.logs for site in log.values()]
-    logs = {name: own for site in sites for name, own in site["tensors"].items()}
-    unseen = [name for site in sites if not site["tokens"] for name in site["tensors"]]
+    groups = [group for log in swept.logs for group in log.values()]
+    logs = {name: own for group in groups for name, own in group["tensors"].items()}
+    unseen = [name for group in groups if not group["tokens"] for name in group["tensors"]]
     more = {"order": method.order, **why}
     if unseen:
         more["by_magnitude_for_want_of_tokens"] = unseen
     edits = tuple(Overwrite(name, read) for name, read in swept.values())
-    orders = {name: own for site in sites for name, own in site["orders"].items() if own}
+    orders = {name: own for group in groups for name, own in group["orders"].items() if own}
     return permuted(method, model, edits, logs, more, orders)
 
 
