@@ -33,7 +33,7 @@ from prune_export.pruning.quantize.method import QuantizeMethod, decision
 from prune_export.pruning.quantize.sweep import Asked, processing_order, quantize
 from prune_export.pruning.sparse import obs_unstructured, sequential_cost
 from prune_export.pruning.sparse.masks import summary
-from prune_export.pruning.sparse.sparse_method import check_widths
+from prune_export.pruning.sparse.targets import check_widths
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Overwrite
 

@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 
 from prune_export.errors import VerifyError
-from prune_export.logits import largest_error, mean_kl
 from prune_export.machine import Machine
+from prune_export.numeric.logits import largest_error, mean_kl
 from prune_export.progress import Progress, Silent
 from prune_export.verify.engine import Engine
 from prune_export.verify.results import Parity

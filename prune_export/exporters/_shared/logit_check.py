@@ -9,7 +9,7 @@ import numpy as np
 
 from prune_export.contracts import Runner
 from prune_export.errors import StageError
-from prune_export.logits import largest_error
+from prune_export.numeric.logits import largest_error
 
 PROMPT: Final = 5
 """Tokens before the cached step."""

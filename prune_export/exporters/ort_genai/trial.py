@@ -18,8 +18,8 @@ import numpy as np
 from prune_export.checkpoint.loading import load_config, load_model, load_tokenizer
 from prune_export.exporters.ort_genai.runner import OgRunner, open_runner
 from prune_export.exporters.ort_genai.tokens import compared
-from prune_export.logits import largest_error, mean_kl
 from prune_export.machine import Machine
+from prune_export.numeric.logits import largest_error, mean_kl
 
 _TEXT: Final = (
     "The lighthouse stood at the end of a long pier, and every evening the keeper climbed its "

@@ -16,7 +16,7 @@ from typing import Final
 
 import torch
 
-from prune_export.cholesky import damped_cholesky
+from prune_export.numeric.cholesky import damped_cholesky
 from prune_export.pruning.sparse.masks import Amount, count_of, keep_only, smallest, smallest_lanes
 from prune_export.sparsity.nm import Nm
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from prune_export.logits import largest_error, log_softmax, mean_kl
+from prune_export.numeric.logits import largest_error, log_softmax, mean_kl
 
 
 def test_they_are_those_of_torch() -> None:
