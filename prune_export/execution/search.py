@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, log
-from pathlib import Path
 from typing import Any, Final
 
 from prune_export import registry
@@ -22,6 +21,7 @@ from prune_export.execution.engines import export_engine
 from prune_export.execution.executor import Job
 from prune_export.execution.inputs import Base
 from prune_export.execution.measure import dense_latency_ms, engine_speed
+from prune_export.execution.shapes import checkpoint_of_shapes
 from prune_export.recipe import (
     Candidate,
     Export,
@@ -33,12 +33,11 @@ from prune_export.recipe import (
     templates,
     unreached,
 )
-from prune_export.store import Artifact, Key
-from prune_export.surgery import Drop, Edit, Keep, rewrite
+from prune_export.store import Artifact
+from prune_export.surgery import Drop, Edit, Keep
 
 Data = Mapping[str, tuple[Artifact, TokenSet]]
 
-_SHAPES_VERSION: Final = "1"
 _TRIALS: Final = 5
 """Engines built, at most, to bring one candidate to a speed."""
 
@@ -337,25 +336,19 @@ def _shaped(context: RunContext, source: Base | Artifact, arch: Arch, after: Arc
         own = ".".join((name, *(str(kept[int(numbers[0])]), *numbers[1:]))) if numbers else name
         if arch.sizes[own] != size:
             sizes[own] = size
-    key = Key(
-        "shapes", "shapes", _SHAPES_VERSION, {"kept": list(kept), "sizes": sizes}, (source.id,)
+    edits: list[Edit] = [Keep(axis, tuple(range(size))) for axis, size in sizes.items()]
+    if drop:
+        edits.append(Drop(drop))
+    return checkpoint_of_shapes(
+        context,
+        "shapes",
+        {"kept": list(kept), "sizes": sizes},
+        source.path,
+        source.id,
+        arch,
+        edits,
+        title="search: a model of these shapes",
     )
-
-    def build(files: Path, work: Any) -> Mapping[str, Any]:
-        edits: list[Edit] = [Keep(axis, tuple(range(size))) for axis, size in sizes.items()]
-        if drop:
-            edits.append(Drop(drop))
-        rewrite(
-            Checkpoint.open(source.path),
-            arch,
-            edits,
-            files,
-            ram_bytes=work.machine.ram_bytes,
-            progress=work.progress,
-        )
-        return {}
-
-    return context.make(key, "search: a model of these shapes", build)
 
 
 def _alike(arch: Arch, after: Arch) -> tuple[int, ...]:
