@@ -26,7 +26,7 @@ def rope_kinds(config: Mapping[str, Any]) -> set[str]:
 
 
 def refuse_untraceable(where: str, arch: Arch) -> None:
-    """Refuses what torch.export cannot follow: dynamic rotary scaling, and models of the first hour.
+    """Refuses what torch.export cannot follow: dynamic rotary scaling, and models of old code.
 
     Raises:
         PlanError: with what is the same, or runs it.
