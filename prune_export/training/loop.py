@@ -57,7 +57,7 @@ class Run:
 
 
 class Student(Protocol):
-    """A model in training; `masks` are where parameters stay zero, by their names."""
+    """A model in training; `masks` are False where parameters stay zero, by their names."""
 
     @property
     def model(self) -> torch.nn.Module: ...
@@ -137,14 +137,14 @@ def train(
                     parameter.grad = torch.zeros_like(parameter)
             loss = _added(loss, parameters, team)
             refuse_diverged(loss, step + 1, settings)
-            for name, zero in trainee.masks.items():
+            for name, kept in trainee.masks.items():
                 # Before they are clipped: what cannot move has no part in how far the rest does.
-                parameters[name].grad.masked_fill_(zero, 0)  # type: ignore[union-attr]
+                parameters[name].grad.masked_fill_(~kept, 0)  # type: ignore[union-attr]
             torch.nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
             adam.step()
             adam.zero_grad()
-            for name, zero in trainee.masks.items():
-                parameters[name].data.masked_fill_(zero, 0)
+            for name, kept in trainee.masks.items():
+                parameters[name].data.masked_fill_(~kept, 0)
             losses.append((step + 1, loss, rate))
             now = time.monotonic()
             elapsed = now - began
