@@ -20,6 +20,7 @@ from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, Tr
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.machine import Machine
 from prune_export.planning.data import refuse_too_little
+from prune_export.planning.grid_rules import refuse_lost_grids
 from prune_export.planning.limits import what_does_not_fit, windows_of
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
@@ -78,6 +79,7 @@ def make_plan(
         archs.append(arch)
     whole = Planned(recipe, tuple(archs), machine)
     refuse_impossible(whole)
+    refuse_lost_grids(recipe)
     refuse_long_requests(recipe, (archs[0], archs[-1]))
     stages += planner.exports(whole)
     stages += planner.verification(archs[0], arch)

@@ -125,6 +125,7 @@ class Onnx:
     EXAMPLE: ClassVar[str] = "example.md.j2"
 
     calibrates: ClassVar[bool] = False
+    WRITES_CODES: ClassVar[bool] = True
     LATER: ClassVar[Mapping[str, Any]] = {"block_size": 32, "head": "same", "accuracy_level": 4}
 
     def __post_init__(self) -> None:

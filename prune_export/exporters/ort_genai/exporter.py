@@ -67,6 +67,7 @@ class OrtGenai:
     EXAMPLE: ClassVar[str] = "example.md.j2"
 
     calibrates: ClassVar[bool] = False
+    WRITES_CODES: ClassVar[bool] = True
     LATER: ClassVar[Mapping[str, Any]] = {"head": "same"}
 
     precision: Annotated[
@@ -227,8 +228,8 @@ class OrtGenai:
         with work.progress.task("ort_genai: comparing with PyTorch"):
             _run("trial", request, work, lambda line: None)
         found = json.loads(answer.read_text(encoding="utf-8"))
-        exact = self.precision == "int8" or Grids.of(Checkpoint.open(checkpoint)) is not None
-        if problem := self._problem(found, rounded=self.precision == "int4" and not exact):
+        exact = Grids.of(Checkpoint.open(checkpoint)) is not None
+        if problem := self._problem(found, exact=exact):
             fix = "use the exporter `onnx` for this model, and report this one"
             if self.precision == "int8":
                 fix = (
@@ -243,11 +244,12 @@ class OrtGenai:
         )
         return tried, str(found["tokenizer"])
 
-    def _problem(self, found: Mapping[str, Any], *, rounded: bool) -> str:
+    def _problem(self, found: Mapping[str, Any], *, exact: bool = False) -> str:
         """Says what is wrong with a trial's findings; empty when nothing is.
 
-        With `rounded`, weights are in 4 bits and PyTorch's are not: anything may have come of it.
+        `exact` says that the engine's 4 bits are PyTorch's weights; else anything may come of them.
         """
+        rounded = self.precision == "int4" and not exact
         if not found["finite"]:
             return "the engine's logits are not finite"
         limit = _MAX_RELATIVE_ERROR.get(self.precision)
