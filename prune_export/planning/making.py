@@ -22,6 +22,7 @@ from prune_export.generated import talk_of
 from prune_export.machine import Machine
 from prune_export.planning.data import refuse_too_little, sets_of
 from prune_export.planning.devices import HERE, Devices
+from prune_export.planning.grid_rules import refuse_lost_grids
 from prune_export.planning.limits import what_devices_lack, what_does_not_fit, windows_of
 from prune_export.planning.own_data import data_notes
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
@@ -95,6 +96,7 @@ def make_plan(
         archs.append(arch)
     whole = Planned(recipe, tuple(archs), machine)
     refuse_impossible(whole)
+    refuse_lost_grids(recipe)
     refuse_long_requests(recipe, (archs[0], archs[-1]))
     stages += planner.exports(whole)
     stages += planner.verification(archs[0], arch)
