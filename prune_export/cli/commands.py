@@ -58,6 +58,7 @@ def run(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The result directory.")],
     model: options.Model = None,
     data: options.Data = None,
+    time: options.Time = None,
     data_root: options.DataRoot = None,
     sets: options.Sets = None,
     store: options.StoreDir = None,
@@ -104,6 +105,7 @@ def run(
         store=options.store_directory(store),
         machine=options.machine(ram, threads, device),
         force=frozenset(force or ()),
+        seconds=options.seconds(time),
         ignore_keys=tuple(ignore_config_key or ()),
         command=options.command_line(),
     )
@@ -123,6 +125,7 @@ def plan(
         Path, typer.Option("--out", "-o", metavar="DIR", help="The result directory.")
     ] = Path("out"),
     data: options.Data = None,
+    time: options.Time = None,
     data_root: options.DataRoot = None,
     sets: options.Sets = None,
     store: options.StoreDir = None,
@@ -149,6 +152,7 @@ def plan(
         out=out,
         store=options.store_directory(store),
         machine=options.machine(ram, threads, device),
+        seconds=options.seconds(time),
         ignore_keys=tuple(ignore_config_key or ()),
     )
     show_plan(plan_of(loaded, model, chosen), as_json=json)

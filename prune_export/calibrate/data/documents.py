@@ -66,7 +66,7 @@ def column_of(files: Iterable[Path]) -> str:
 
 
 def _column_in(path: Path) -> str:
-    row = next(_rows(path), {})
+    row: Any = next(_rows(path), {})
     if not isinstance(row, Mapping):
         return "text"
     named = [name for name in ("text", CONVERSATIONS) if name in row]
