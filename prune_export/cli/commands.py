@@ -14,6 +14,7 @@ from prune_export.cli.comparing import compare
 from prune_export.cli.doctoring import doctor
 from prune_export.cli.help import Command, Group
 from prune_export.cli.listing import methods, recipes, schema
+from prune_export.cli.others import commands_of_others
 from prune_export.cli.publishing import destination, publish
 from prune_export.cli.running import carry_out
 from prune_export.cli.showing import show_plan
@@ -305,3 +306,6 @@ def verify(
 
 for last in (compare, publish, doctor):
     app.command(cls=Command)(last)
+
+for entry in commands_of_others():
+    app.command(entry.name, cls=Command)(entry.command)
