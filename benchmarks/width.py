@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM
 
 from prune_export.arch import Arch
 from prune_export.calibrate import LINEAR_GROUPS, CalibrationContext, ModelView, TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS
+from prune_export.calibrate.streaming.driver import BATCH_TOKENS
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.methods.depth.taylor import Taylor

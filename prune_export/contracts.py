@@ -18,6 +18,7 @@ import numpy as np
 from prune_export.ablated import Ablated
 from prune_export.arch import Arch
 from prune_export.calibrate import ExtraPass, ModelView, Statistic, TokenSet
+from prune_export.grids import Grid
 from prune_export.machine import Machine
 from prune_export.progress import Progress
 from prune_export.surgery import Edit
@@ -107,11 +108,13 @@ class StageLog(TypedDict, total=False):
 class Decision:
     """The result of a method: the edits to make, and a log of why, for manifest and report.
 
-    `log` is JSON; what a report can show of it are the keys of `StageLog`.
+    `log` is JSON; what a report can show of it are the keys of `StageLog`. `grids` gives, for each
+    matrix that the edits put on a quantization grid, a function that reads its grid.
     """
 
     edits: Iterable[Edit]
     log: Mapping[str, Any] = field(default_factory=dict)
+    grids: Mapping[str, Callable[[], Grid]] = field(default_factory=dict)
 
 
 class Method(Protocol):

@@ -243,6 +243,11 @@ class Common(_Frozen):
         return frozenset({*self.known, *self.accepts, *self.refuses})
 
 
+def _yaml(text: str) -> Any:
+    """Parses YAML data, by libyaml where it is there: it takes a tenth of the time."""
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 @cache
 def tables() -> Mapping[str, Table]:
     """Every table, by model type.
@@ -265,7 +270,7 @@ def parse_table(text: str, name: str) -> Table:
         UnsupportedArch: it is malformed.
     """
     try:
-        return Table.model_validate(yaml.safe_load(text))
+        return Table.model_validate(_yaml(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"])
@@ -282,7 +287,7 @@ def parse_table(text: str, name: str) -> Table:
 def common() -> Common:
     """Loads the rules of `families/_common.yaml` for config keys that any family may carry."""
     text = files("prune_export.arch").joinpath("families/_common.yaml").read_text(encoding="utf-8")
-    return Common.model_validate(yaml.safe_load(text))
+    return Common.model_validate(_yaml(text))
 
 
 def table_for(model_type: str) -> Table:

@@ -1,5 +1,6 @@
 """Calibration: token sets, and passes over them with one transformer block in memory at a time."""
 
+from prune_export.calibrate.context import CalibrationContext, Engines
 from prune_export.calibrate.data.files import inside, local_files
 from prune_export.calibrate.data.generated import (
     Sample,
@@ -8,6 +9,7 @@ from prune_export.calibrate.data.generated import (
     windows_of_samples,
     write_samples,
 )
+from prune_export.calibrate.data.plenty import Wanted, is_plenty
 from prune_export.calibrate.data.sources import (
     changed_since_first,
     refuse_short,
@@ -15,7 +17,7 @@ from prune_export.calibrate.data.sources import (
     token_set,
 )
 from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.data.tokenizer import Tokenizer, refuse_unknown_tokens
+from prune_export.calibrate.data.tokenizer import Tokenizer, largest_id, refuse_unknown_tokens
 from prune_export.calibrate.passes.ablation import Ablations, native_dtype
 from prune_export.calibrate.passes.answers import (
     KeptAnswers,
@@ -23,7 +25,7 @@ from prune_export.calibrate.passes.answers import (
     answers_cost,
     keep_answers,
 )
-from prune_export.calibrate.passes.cost import PassCost, block_bytes, pass_cost, suspended_bytes
+from prune_export.calibrate.passes.cost import PassCost, pass_cost, suspended_bytes
 from prune_export.calibrate.passes.dense_reference import DENSE_STATES, added_times, has_target
 from prune_export.calibrate.passes.gradients import (
     GradientReader,
@@ -42,15 +44,16 @@ from prune_export.calibrate.passes.seam_refit import (
     repair,
 )
 from prune_export.calibrate.passes.seams import Seam, seams_of
-from prune_export.calibrate.passes.sequential import Order, SequentialResult, run_sequential
-from prune_export.calibrate.passes.sequential_block import Edited, Editor
-from prune_export.calibrate.passes.statistics import gather, refuse_unknown
+from prune_export.calibrate.passes.sequential import SequentialResult, run_sequential
+from prune_export.calibrate.passes.sequential_state import Edited, Editor, Order
+from prune_export.calibrate.passes.statistics import gather
 from prune_export.calibrate.statistics.angular_distance import AngularDistance
 from prune_export.calibrate.statistics.api import Collector, ExtraPass, Scope, Statistic
 from prune_export.calibrate.statistics.block_influence import BlockInfluence
 from prune_export.calibrate.statistics.norm_energy import EnergyShares, NormEnergy
 from prune_export.calibrate.statistics.norm_input_covariance import Covariances, NormInputCovariance
 from prune_export.calibrate.statistics.skip_loss import SkipLoss, SkipLosses
+from prune_export.calibrate.streaming.driver import block_bytes, refuse_unknown
 from prune_export.calibrate.streaming.linear_groups import (
     LINEAR_GROUPS,
     Hessian,
@@ -63,7 +66,7 @@ from prune_export.calibrate.streaming.linear_groups import (
     linears,
 )
 from prune_export.calibrate.streaming.skip import OUTPUTS, Part, Unit
-from prune_export.calibrate.view import CalibrationContext, Engines, ModelView
+from prune_export.calibrate.view import ModelView
 
 __all__ = [
     "DENSE_STATES",
@@ -110,6 +113,7 @@ __all__ = [
     "TokenSet",
     "Tokenizer",
     "Unit",
+    "Wanted",
     "added_times",
     "answer_bytes",
     "answers_cost",
@@ -123,7 +127,9 @@ __all__ = [
     "inputs_last",
     "inputs_of",
     "inside",
+    "is_plenty",
     "keep_answers",
+    "largest_id",
     "linear_groups",
     "linears",
     "local_files",

@@ -1,4 +1,4 @@
-"""The commands `run`, `plan`, `inspect`, `export`, `verify`, `compare` and `publish`."""
+"""The commands `run`, `plan`, `inspect`, `export`, `verify` and `compare`; others join here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from prune_export import __version__
 from prune_export.cli import console, options
+from prune_export.cli.doctoring import doctor
 from prune_export.cli.help import Command, Group
 from prune_export.cli.listing import methods, recipes, schema
 from prune_export.cli.publishing import destination, publish, upload
@@ -351,4 +352,5 @@ def compare(
         show_verification(found)
 
 
-app.command(cls=Command)(publish)
+for last in (publish, doctor):
+    app.command(cls=Command)(last)

@@ -30,7 +30,6 @@ from prune_export.machine import Machine
 from prune_export.planning import CALIBRATION, Plan, make_plan, refuse_other_vocabulary, sets_of
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage, heal_of
-from prune_export.report import write_report
 from prune_export.store import Artifact, Store
 from prune_export.system.temporary import sweep
 from prune_export.verify import Engine, check_tasks
@@ -51,6 +50,12 @@ class RunResult:
     def failed(self) -> tuple[Gate, ...]:
         """The gates of the recipe that were not met."""
         return tuple(gate for gate in self.verification.gates if not gate.ok)
+
+    def _repr_html_(self) -> str:
+        """The summary of the report in a notebook."""
+        from prune_export.report import summary_html
+
+        return summary_html(self.report)
 
 
 @dataclass(frozen=True)
@@ -250,6 +255,9 @@ class _Made:
 
 
 def _finished(context: RunContext, recipe: Recipe, out: Path, made: _Made) -> dict[str, Any]:
+    # Imported here: it brings matplotlib, which a plan has no use for.
+    from prune_export.report import write_report
+
     base, data, stages, exports = made.base, made.data, made.stages, made.exports
     report = report_of(context, recipe, base, data, stages, exports, made.found)
     report["recipe"]["text"] = made.asked

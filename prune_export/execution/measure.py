@@ -135,7 +135,9 @@ def _points(recipe: Recipe, base: Base, stages: Sequence[Artifact]) -> list[Poin
     points = [Point("dense", base.path, base.id)]
     kinds = [stage.kind for stage in recipe.stages]
     if "heal" in kinds:
-        before = kinds.index("heal") - 1
+        heals = [place for place, kind in enumerate(kinds) if kind == "heal"]
+        # Of rounds the last: the model before that has the shapes of the result.
+        before = heals[-1 if recipe.stages[heals[0]].round else 0] - 1
         if before >= 0:
             points.append(Point("pruned", stages[before].path, stages[before].id))
         points.append(Point("healed", stages[-1].path, stages[-1].id))

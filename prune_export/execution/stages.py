@@ -18,6 +18,7 @@ from prune_export.calibrate import (
     keep_answers,
 )
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.grid_file import write_grids
 from prune_export.contracts import Refitting, Teacher, TimesMachine, Work
 from prune_export.errors import PlanError
 from prune_export.execution.context import RunContext
@@ -59,12 +60,15 @@ def run_prune(
     source_id: str,
     data: tuple[Artifact, TokenSet] | None,
 ) -> Artifact:
-    """Prunes a checkpoint; `record["log"]` of the artifact says what was removed and why."""
+    """Prunes or quantizes a checkpoint; the artifact's `record["log"]` says how and why.
+
+    Where the weights lie on grids, these lie beside them.
+    """
     parameters = stage.parameters()
     if isinstance(stage.entry, TimesMachine) and stage.entry.times_machine:
         parameters["timed on"] = context.machine.timing_identity()
     key = Key(
-        "prune",
+        stage.kind,
         stage.name,
         stage.entry.VERSION,
         parameters,
@@ -96,13 +100,15 @@ def run_prune(
             ram_bytes=work.machine.ram_bytes,
             progress=work.progress,
         )
+        if decision.grids:
+            write_grids(files, decision.grids)
         return {
             "log": dict(decision.log),
             "parameters": after.arch(context.ignore_keys).parameters(),
             "bytes": after.nbytes,
         }
 
-    return context.make(key, f"prune: {stage.name}", build)
+    return context.make(key, f"{stage.kind}: {stage.title}", build)
 
 
 def answers(
@@ -116,14 +122,11 @@ def answers(
         opened = Checkpoint.open(teacher.path)
         keep_answers(
             opened,
-            tokens,
+            CalibrationContext(tokens, work.machine, work.scratch, work.progress),
             files,
             outcomes=outcomes,
             temperature=temperature,
             arch=opened.arch(context.ignore_keys),
-            machine=work.machine,
-            progress=work.progress,
-            scratch=work.scratch,
         )
         return {"teacher": teacher.name, "bytes": sum(f.stat().st_size for f in files.iterdir())}
 
@@ -165,7 +168,7 @@ def run_heal(
             "parameters": after.arch(context.ignore_keys).parameters(),
         }
 
-    return context.make(key, f"heal: {stage.name}", build)
+    return context.make(key, f"heal: {stage.title}", build)
 
 
 def _teaching(context: RunContext, teacher: Base, tokens: TokenSet) -> Teacher:

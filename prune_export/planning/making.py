@@ -173,10 +173,18 @@ class _Planner:
                                f"{name}: {talk.note}")  # fmt: skip
 
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
+        how = {
+            "prune": self._prune,
+            "quantize": self._prune,
+            "heal": self._heal,
+            "search": self._search,
+        }[stage.kind]
         with self._named(index, stage):
-            return {"prune": self._prune, "heal": self._heal, "search": self._search}[stage.kind](
-                stage, arch
-            )
+            planned, after = how(stage, arch)
+        if stage.round is not None:
+            note = f"{stage.round}; {planned.note}".removesuffix("; ")
+            planned = dataclasses.replace(planned, note=note)
+        return planned, after
 
     def ablated(self, index: int, stage: Stage, arch: Arch, known: Ablated) -> Ablated:
         """The parts of blocks that are zeroed after a stage, as far as is known.
@@ -185,6 +193,8 @@ class _Planner:
             PlanError: the stage is to zero more than can be left.
         """
         if stage.kind == "heal" and getattr(stage.entry, "keep_zeros", False) is not False:
+            return known
+        if stage.kind == "quantize":
             return known
         if stage.kind == "prune" and isinstance(stage.entry, TracksAblations):
             with self._named(index, stage):
@@ -197,7 +207,7 @@ class _Planner:
         try:
             yield
         except PlanError as error:
-            where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.name}"
+            where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.title}"
             raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
 
     def _prune(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
@@ -232,7 +242,8 @@ class _Planner:
             disk_bytes=cost.disk_bytes + written,
             moved_bytes=cost.moved_bytes + 2 * written,
         )
-        return self.planned("prune", stage.name, stage.parameters(), arch, after, cost, note), after
+        keys = stage.parameters()
+        return self.planned(stage.kind, stage.name, keys, arch, after, cost, note), after
 
     def _heal(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         source = self._source(stage)

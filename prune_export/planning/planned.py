@@ -12,6 +12,8 @@ from prune_export.arch import Arch
 from prune_export.contracts import Cost
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
+from prune_export.notebook import html_table
+from prune_export.planning.rows import COLUMNS, rows_of, sums_of, title_of
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Plan:
     def seconds(self) -> float:
         """The estimated time of all steps."""
         return sum(stage.seconds for stage in self.stages)
+
+    def _repr_html_(self) -> str:
+        """The plan in a notebook: a row a step, and what this machine lacks."""
+        note = ". ".join([sums_of(self), *(f"{e.where}: {e.problem}" for e in self.lacking)])
+        return html_table(title_of(self), COLUMNS, rows_of(self), note)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""

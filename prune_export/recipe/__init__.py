@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from prune_export.errors import RecipeError, did_you_mean
 from prune_export.recipe import document as yaml_document
 from prune_export.recipe import schema
 from prune_export.recipe.document import Document
+from prune_export.recipe.iterate import together
 from prune_export.recipe.schema import Export, Publish, Quality, Speed, Verify
 from prune_export.recipe.search import (
     Candidate,
@@ -153,12 +155,12 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in."""
         stages = []
-        for stage in self.stages:
-            body = stage.parameters()
-            if stage.kind != "search":
-                named = {"data": stage.data} if stage.data in self.data else {}
-                body = {"method": stage.name} | named | body
-            stages.append({stage.kind: body})
+        for group, found in groupby(self.stages, key=lambda one: one.round and one.round.group):
+            written = [(stage, self._body(stage)) for stage in found]
+            if group is not None:
+                stages.append(together(written))
+            else:
+                stages += [{stage.kind: body} for stage, body in written]
         return {
             "recipe": schema.VERSION,
             "description": self.description,
@@ -169,6 +171,13 @@ class Recipe:
             "verify": self.verify.model_dump(mode="json"),
             "publish": self.publish.model_dump(mode="json"),
         }
+
+    def _body(self, stage: Stage) -> dict[str, Any]:
+        """A stage's keys as plain data."""
+        if stage.kind == "search":
+            return stage.parameters()
+        named = {"data": stage.data} if stage.data in self.data else {}
+        return {"method": stage.name} | named | stage.parameters()
 
 
 def bundled() -> dict[str, Path]:

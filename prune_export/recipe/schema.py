@@ -19,6 +19,7 @@ from prune_export.errors import PlanError, RecipeError, did_you_mean
 from prune_export.exporter_facts import calibrates
 from prune_export.recipe.document import Document, Path_
 from prune_export.recipe.grid import TO_TARGET
+from prune_export.recipe.iterate import Iterate, rounded, written_out
 from prune_export.recipe.refusals import translated
 from prune_export.recipe.search import Search, marks
 from prune_export.recipe.sources import SOURCES, Frozen, Source
@@ -26,11 +27,15 @@ from prune_export.recipe.stages import Stage, Sweep, Workload, checker, plain
 
 VERSION = 1
 
-_REGISTRY: Mapping[str, registry.Kind] = {"prune": "methods", "heal": "heal"}
+_REGISTRY: Mapping[str, registry.Kind] = {
+    "prune": "methods",
+    "quantize": "quantize",
+    "heal": "heal",
+}
 _NAME = re.compile(r"[^\W_][\w .+-]{0,63}")
 """Of a data source; an artifact's directory is called by it."""
 
-_DEFAULT_DATA = {"prune": "calibration", "heal": "healing"}
+_DEFAULT_DATA = {"prune": "calibration", "quantize": "calibration", "heal": "healing"}
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -146,8 +151,10 @@ def _stages(document: Document, known_data: Mapping[str, Source]) -> Iterator[St
         path: Path_ = ("stages", i)
         if isinstance(item, dict) and set(item) == {"search"}:
             yield _search(document, (*path, "search"), item["search"], known_data)
+        elif isinstance(item, dict) and set(item) == {"iterate"}:
+            yield from _iterate(document, (*path, "iterate"), item["iterate"], known_data)
         else:
-            yield _stage(document, path, item, (*_REGISTRY, "search"), known_data)
+            yield _stage(document, path, item, (*_REGISTRY, "search", "iterate"), known_data)
 
 
 def _stage(
@@ -170,6 +177,16 @@ def _stage(
         )
     entry = _entry(document, (*path, kind), _REGISTRY[kind], name, body, "method")
     return Stage(kind, name, entry, str(data))  # type: ignore[arg-type]
+
+
+def _iterate(
+    document: Document, path: Path_, body: Any, known_data: Mapping[str, Source]
+) -> Iterator[Stage]:
+    """Reads rounds of prune and heal as the stages that they are."""
+    asked: Iterate = entry_from(Iterate, _body(document, path, body), document, path)
+    for number, where, item in written_out(asked, document, path):
+        stage = _stage(document, where, item, tuple(_REGISTRY), known_data)
+        yield rounded(stage, number, asked, int(path[1]))
 
 
 def _search(document: Document, path: Path_, body: Any, known_data: Mapping[str, Source]) -> Stage:

@@ -73,7 +73,7 @@ class StageReading:
     """One stage as it ran; `log` is the method's or the healer's own account."""
 
     index: int
-    kind: Literal["prune", "heal"]
+    kind: Literal["prune", "quantize", "heal"]
     name: str
     parameters: dict[str, Any] = field(default_factory=dict)
     id: str = ""
@@ -81,6 +81,13 @@ class StageReading:
     parameters_after: Count | None = None
     bytes_after: Count | None = None
     log: Log = field(default_factory=StageLog)
+    round: tuple[int, int] | None = None
+    """Which round of how many it was, where prune and heal were repeated."""
+
+    @property
+    def round_text(self) -> str:
+        """Which round it was, in words after its name; empty where there was one."""
+        return f", round {self.round[0]} of {self.round[1]}" if self.round else ""
 
     @property
     def dropped(self) -> tuple[int, ...]:

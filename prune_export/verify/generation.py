@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from prune_export.calibrate import Tokenizer, refuse_unknown_tokens
+from prune_export.calibrate import Tokenizer, largest_id, refuse_unknown_tokens
 from prune_export.checkpoint.loading import load_ends, load_tokenizer
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
@@ -80,6 +80,9 @@ def refuse_unknown_prompts(tokenizer: Path, vocabulary: int) -> None:
         PlanError: a token was added, and the embedding not resized.
     """
     try:
+        last = largest_id(tokenizer)
+        if last is not None and last < vocabulary:
+            return
         backend = Tokenizer.load(tokenizer).backend
         fed = [_encoded(backend, prompt) for prompt in PROMPTS]
     except Exception:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prune_export.arch.table import table_for
-from prune_export.calibrate import TokenSet, keep_answers
+from prune_export.calibrate import CalibrationContext, TokenSet, keep_answers
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HealRecord, Teacher, Work
 from prune_export.machine import Machine
@@ -57,8 +57,8 @@ def teacher_at(path: Path, tokens: TokenSet, kept: Path) -> Teacher:
             out.mkdir(parents=True)
             opened = Checkpoint.open(path)
             keep_answers(
-                opened, tokens, out, outcomes=outcomes, temperature=temperature,
-                arch=opened.arch(), machine=MACHINE,
+                opened, CalibrationContext(tokens, MACHINE), out, outcomes=outcomes,
+                temperature=temperature, arch=opened.arch(),
             )  # fmt: skip
         return out
 

@@ -23,6 +23,7 @@ from prune_export.calibrate.data.documents import (
 )
 from prune_export.calibrate.data.files import inside, local_files
 from prune_export.calibrate.data.packing import Windows
+from prune_export.calibrate.data.plenty import LONG_TOKEN, READ
 from prune_export.calibrate.data.reading import First, Reader
 from prune_export.calibrate.data.token_set import TokenSet
 from prune_export.calibrate.data.tokenizer import Tokenizer, refuse_unknown_tokens
@@ -33,12 +34,6 @@ from prune_export.system.files import shown
 
 POOL: Final = 10_000
 """Local text is read up to this many windows, or as many as are wanted; then some are drawn."""
-
-READ: Final = 4_000_000
-"""Characters of a source that are read at most to see whether it has enough: a few seconds."""
-
-_LONG_TOKEN: Final = 5
-"""Characters that tokens of prose, code and numbers stay below on average."""
 
 _FURTHER: Final = 8
 """How many times as much is read where that was not enough: documents are short, or left out."""
@@ -97,7 +92,7 @@ def refuse_short(
     needed = source.samples or least
     pool = None if source.samples is None else max(needed, POOL)
     read_all = documents and not (source.packing == "stream" and source.samples)
-    most = READ if read_all else min(READ, _LONG_TOKEN * needed * source.length)
+    most = READ if read_all else min(READ, LONG_TOKEN * needed * source.length)
     if needed * source.length > READ and _is_long(local_texts(files, source)):
         return frozenset()
     while True:

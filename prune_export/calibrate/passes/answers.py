@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate.data.token_set import TokenSet
+from prune_export.calibrate.context import CalibrationContext
 from prune_export.calibrate.passes.cost import PassCost, pass_cost
 from prune_export.calibrate.passes.statistics import gather
 from prune_export.calibrate.statistics.api import Scope
@@ -25,7 +25,6 @@ from prune_export.calibrate.streaming.skip import Unit
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError
 from prune_export.machine import Machine
-from prune_export.progress import Progress
 from prune_export.system.files import open_regular
 from prune_export.system.platforms import write_at
 
@@ -61,27 +60,24 @@ def answers_cost(
 
 def keep_answers(
     checkpoint: Checkpoint,
-    tokens: TokenSet,
+    context: CalibrationContext,
     out: Path,
     *,
     outcomes: int,
     temperature: float,
     arch: Arch,
-    machine: Machine,
-    progress: Progress | None = None,
-    scratch: Path | None = None,
 ) -> None:
-    """Writes what a model says to `tokens`, `outcomes` tokens a position, into the directory `out`.
+    """Writes a model's likeliest `outcomes` next tokens at each position of the windows into `out`.
 
-    Log-probabilities are those of the logits divided by `temperature`. With `scratch`, a pass that
-    is killed goes on from there, and ends in the same bytes.
+    Log-probabilities are those of the logits divided by `temperature`; `out` is a directory. With
+    `context.scratch`, a pass that is killed goes on from there, and ends in the same bytes.
 
     Raises:
         PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
     """
     with Path(out, _FILE).open("wb") as file:
         statistic = _Said(min(outcomes, arch.sizes["vocab"]), temperature, file.fileno())
-        gather(checkpoint, (statistic,), tokens, machine, progress, scratch, arch=arch)
+        gather(checkpoint, (statistic,), context, arch=arch)
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Final
 
 import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.statistics.api import ExtraPass, Statistic
+from prune_export.calibrate.streaming.driver import BATCH_TOKENS, block_bytes
 from prune_export.calibrate.streaming.skip import after
 from prune_export.machine import Machine
-
-BATCH_TOKENS: Final[Mapping[str, int]] = {"cpu": 2048, "cuda": 16384}
-"""Tokens that go through a block at once: enough for full speed, little to hold."""
 
 _REPEATED: Final = 2.5
 """Forward passes where nothing is suspended: up to each of four linear groups, and to the end."""
@@ -84,14 +81,6 @@ def pass_cost(
     seconds = sum(one.seconds for one in statistics if isinstance(one, ExtraPass))
     on_gpu = ram if machine.device == "cuda" else 0
     return PassCost(ram, on_gpu, disk, flops, moved, seconds)
-
-
-def block_bytes(arch: Arch, dtype: torch.dtype) -> int:
-    """The size of the largest block in bytes."""
-    return max(
-        sum(prod(arch.shape(tensor)) for tensor in arch.block(layer)) * dtype.itemsize
-        for layer in range(arch.layers)
-    )
 
 
 def suspended_bytes(arch: Arch, tokens: int, dtype: torch.dtype, dense: bool = False) -> int:

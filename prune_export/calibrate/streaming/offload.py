@@ -122,10 +122,14 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class Lane:
-    """The hidden states of one model between two blocks, in memory or in files."""
+    """The hidden states of one model between two blocks, in memory or in files.
+
+    In files (`spooled`), a block's outputs are written beside its inputs: a killed pass reads these
+    again.
+    """
 
     def __init__(self, make: Callable[[str], Buffer], name: str, *, spooled: bool) -> None:
-        self.name = name
+        self.name, self.spooled = name, spooled
         self.states = make(name)
         self.spare = make(f"{name}-spare") if spooled else self.states
 

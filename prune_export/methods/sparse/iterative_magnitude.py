@@ -5,7 +5,6 @@ It takes `rounds` + 1 trainings of the whole model in memory: for small models.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from pydantic import Field
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import ExtraPass, ModelView
 from prune_export.calibrate.streaming.block_loader import threads
-from prune_export.calibrate.streaming.checkpointing import pass_key
+from prune_export.calibrate.streaming.driver import PassDriver
 from prune_export.calibrate.streaming.linear_groups import part_of
 from prune_export.checkpoint.header import TORCH
 from prune_export.contracts import Decision
@@ -28,7 +27,6 @@ from prune_export.pruning.sparse.lottery_ticket import TOKENS, Schedule, Student
 from prune_export.pruning.sparse.masks import count_of, smallest, summary, zeros
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Overwrite
-from prune_export.system.temporary import Temporary
 
 _HELD_OUT_SHARE: Final = 10
 
@@ -118,9 +116,9 @@ class IterativeMagnitude(sparse_method.SparseMethod):
                 "train on, one to measure with",
                 "raise `samples` in `data.calibration`",
             )
-        temporary = Temporary() if context.scratch is None else None
-        key = pass_key(model.checkpoint, model.arch, context.tokens, context.machine, repr(self))
-        folder = Path(temporary.path if temporary else str(context.scratch)) / f"ticket-{key}"
+        driver = PassDriver.of(model.checkpoint, context, model.arch)
+        made_in = driver.folder("ticket", repr(self))
+        folder = made_in.path
         folder.mkdir(parents=True, exist_ok=True)
         with (
             threads(context.machine.threads),
@@ -135,8 +133,7 @@ class IterativeMagnitude(sparse_method.SparseMethod):
         read: list[Callable[[], torch.Tensor]] = [
             partial(_read, file, tensor.name) for tensor in model.arch.stored()
         ]
-        if temporary is not None:
-            weakref.finalize(read[0], temporary.close)
+        made_in.live_as_long_as(read[0])
         edits = tuple(
             Overwrite(tensor.name, value)
             for tensor, value in zip(model.arch.stored(), read, strict=True)

@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -50,6 +50,20 @@ Refit = Annotated[
 ]
 
 _NORMED: Final = "a {} model normalizes or turns what is added to its residual states"
+
+
+class KnowsSeams(Protocol):
+    """A depth method that says in the plan where its removed blocks will leave seams."""
+
+    @property
+    def refit(self) -> Literal["auto"] | bool:
+        """Its recipe key: whether projections are refitted."""
+
+    def seams_known(self, arch: Arch) -> tuple[Seam, ...] | None:
+        """The seams (places where blocks are removed) that are known without data, else None."""
+
+    def seams_at_most(self, arch: Arch) -> str:
+        """An upper bound on the number of seams, in words."""
 
 
 class Refits:
@@ -90,7 +104,7 @@ class Refits:
         head = 8 * arch.sizes["vocab"] * residual
         return (ExtraPass(forwards=1.5, ram_bytes=max(held, head), states=SEAM_STATES),)
 
-    def refit_note(self, arch: Arch) -> str:
+    def refit_note(self: KnowsSeams, arch: Arch) -> str:
         """Says in the plan what will be refitted where the stage has data."""
         if not self.refit:
             return ""
@@ -103,14 +117,6 @@ class Refits:
         if not blocks:
             return "no refit: no projection stands before what is removed"
         return f"refits {_count(len(blocks))}, block{'s' * (len(blocks) > 1)} {', '.join(blocks)}"
-
-    def seams_known(self, arch: Arch) -> tuple[Seam, ...] | None:
-        """The seams (places where blocks are removed) that are known without data, else None."""
-        raise NotImplementedError
-
-    def seams_at_most(self, arch: Arch) -> str:
-        """An upper bound on the number of seams, in words."""
-        raise NotImplementedError
 
     def refitted(self, model: ModelView, decision: Decision, removed: Collection[Unit]) -> Decision:
         """Adds refitted projections to a decision, where that is better, and logs what was done.

@@ -100,15 +100,7 @@ class SparseMethod:
                 "expected one of `sparsity` and `nm`",
                 "write `sparsity: 0.5`, or `nm: {keep: 2, of: 4}`",
             )
-        for key in ("include", "exclude"):
-            for role in getattr(self, key) or ():
-                if role not in LINEAR_GROUPS:
-                    raise PlanError(
-                        f"{key}: {role}",
-                        "is not a role that can be pruned, "
-                        f"expected some of {', '.join(f'`{known}`' for known in LINEAR_GROUPS)}",
-                        did_you_mean(role, LINEAR_GROUPS),
-                    )
+        refuse_unknown_roles(self.include, self.exclude)
         if self.allocation == "owl":
             self._check_owl()
         if self.permute and self.nm is None:
@@ -140,35 +132,7 @@ class SparseMethod:
         Raises:
             PlanError: a role or a block that the model does not have, or nothing is left.
         """
-        every = tuple(linears(arch))
-        roles = dict.fromkeys(tensor.role for tensor in every)
-        for key in ("include", "exclude"):
-            for role in getattr(self, key) or ():
-                if role not in roles:
-                    raise PlanError(
-                        f"{key}: {role}",
-                        f"this model has none, expected some of "
-                        f"{', '.join(f'`{known}`' for known in roles)}",
-                        did_you_mean(role, roles),
-                    )
-        for layer in self.layers or ():
-            if layer >= arch.layers:
-                raise PlanError(
-                    f"layers: {layer}",
-                    f"the model has {arch.layers} blocks",
-                    f"write numbers up to {arch.layers - 1}",
-                )
-        wanted = set(roles if self.include is None else self.include) - set(self.exclude)
-        found = tuple(
-            tensor
-            for tensor in every
-            if tensor.role in wanted and (self.layers is None or tensor.layer in self.layers)
-        )
-        if not found:
-            raise PlanError(
-                "include, exclude, layers", "leave nothing to prune", "exclude fewer roles"
-            )
-        return found
+        return chosen_matrices(arch, self.include, self.exclude, self.layers)
 
     def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         """The calibration pass of OWL, where it is used."""
@@ -362,6 +326,60 @@ def decision(
         "tensors": dict(tensors),
     }
     return Decision(edits, log)
+
+
+def refuse_unknown_roles(include: Roles | None, exclude: Roles) -> None:
+    """Refuses roles that no matrix of a linear group has.
+
+    Raises:
+        PlanError: the first of them.
+    """
+    for key, roles in (("include", include), ("exclude", exclude)):
+        for role in roles or ():
+            if role not in LINEAR_GROUPS:
+                raise PlanError(
+                    f"{key}: {role}",
+                    "is not a role that can be pruned, "
+                    f"expected some of {', '.join(f'`{known}`' for known in LINEAR_GROUPS)}",
+                    did_you_mean(role, LINEAR_GROUPS),
+                )
+
+
+def chosen_matrices(
+    arch: Arch, include: Roles | None, exclude: Roles, layers: tuple[int, ...] | None
+) -> tuple[Tensor, ...]:
+    """The matrices of the blocks that the keys `include`, `exclude` and `layers` choose.
+
+    Raises:
+        PlanError: a role or a block that the model does not have, or nothing is left.
+    """
+    every = tuple(linears(arch))
+    roles = dict.fromkeys(tensor.role for tensor in every)
+    for key, named in (("include", include), ("exclude", exclude)):
+        for role in named or ():
+            if role not in roles:
+                raise PlanError(
+                    f"{key}: {role}",
+                    f"this model has none, expected some of "
+                    f"{', '.join(f'`{known}`' for known in roles)}",
+                    did_you_mean(role, roles),
+                )
+    for layer in layers or ():
+        if layer >= arch.layers:
+            raise PlanError(
+                f"layers: {layer}",
+                f"the model has {arch.layers} blocks",
+                f"write numbers up to {arch.layers - 1}",
+            )
+    wanted = set(roles if include is None else include) - set(exclude)
+    found = tuple(
+        tensor
+        for tensor in every
+        if tensor.role in wanted and (layers is None or tensor.layer in layers)
+    )
+    if not found:
+        raise PlanError("include, exclude, layers", "leave nothing to prune", "exclude fewer roles")
+    return found
 
 
 def check_widths(nm: Nm, widths: Mapping[str, int]) -> None:

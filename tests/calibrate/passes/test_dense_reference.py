@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import Edited, LinearGroup, Order, TokenSet, run_sequential
+from prune_export.calibrate import (
+    CalibrationContext,
+    Edited,
+    LinearGroup,
+    Order,
+    TokenSet,
+    run_sequential,
+)
 from prune_export.calibrate.passes.dense_reference import added_times, has_target
 from prune_export.calibrate.streaming import checkpointing
 from prune_export.calibrate.streaming.linear_groups import linear_groups
@@ -115,13 +122,17 @@ def test_a_target_brings_the_states_back_to_the_dense_models(
     times = added_times(made.arch)
     if times is None:
         with pytest.raises(ValueError, match="not simply added"):
-            run_sequential(made.checkpoint, Bends(), tokens, machine, dense=True)
+            run_sequential(
+                made.checkpoint, Bends(), CalibrationContext(tokens, machine), dense=True
+            )
         return
     if mode == "spooled":
         machine = replace(machine, ram_bytes=0)
     order: Order = "block" if mode == "block" else "sequential"
     editor = Bends()
-    swept = run_sequential(made.checkpoint, editor, tokens, machine, order=order, dense=True)
+    swept = run_sequential(
+        made.checkpoint, editor, CalibrationContext(tokens, machine), order=order, dense=True
+    )
     arch, dense, edited = made.arch, made.model, deepcopy(made.model)
     aimed = 0
     for layer in range(arch.layers):
@@ -178,17 +189,26 @@ def test_a_killed_sweep_goes_on_beside_the_dense_model(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, tmp_path: Path
 ) -> None:
     made = twin("llama")
-    whole = run_sequential(made.checkpoint, Bends(), tokens, machine, dense=True)
-    plain = run_sequential(made.checkpoint, Bends(), tokens, machine)
+    whole = run_sequential(
+        made.checkpoint, Bends(), CalibrationContext(tokens, machine), dense=True
+    )
+    plain = run_sequential(made.checkpoint, Bends(), CalibrationContext(tokens, machine))
     assert whole.logs != plain.logs
     killed, scratch = Bends(fails_at=3), tmp_path / "scratch"
     for spooled in (machine, replace(machine, ram_bytes=0)):
         with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpointing, "INTERVAL_SECONDS", 0.0)
             patch.setattr(checkpointing, "_SHARE", 0)
-            run_sequential(made.checkpoint, killed, tokens, spooled, scratch=scratch, dense=True)
+            run_sequential(
+                made.checkpoint,
+                killed,
+                CalibrationContext(tokens, spooled, scratch=scratch),
+                dense=True,
+            )
         again = Bends()
-        found = run_sequential(made.checkpoint, again, tokens, spooled, scratch=scratch, dense=True)
+        found = run_sequential(
+            made.checkpoint, again, CalibrationContext(tokens, spooled, scratch=scratch), dense=True
+        )
         assert min(layer for layer, _ in again.seen) == 3, "it began again"
         for name, read in whole.values():
             assert torch.equal(read(), found.read(name))

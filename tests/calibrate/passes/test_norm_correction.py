@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from prune_export.calibrate import (
+    CalibrationContext,
     CorrectedNorms,
     Edited,
     InputNorms,
@@ -50,7 +51,7 @@ def first_block(
     made: Any, tokens: TokenSet, machine: Machine, kind: type[InputNorms], order: Order
 ) -> dict[str, torch.Tensor]:
     editor = Shrinks(kind)
-    run_sequential(made.checkpoint, editor, tokens, machine, order=order)
+    run_sequential(made.checkpoint, editor, CalibrationContext(tokens, machine), order=order)
     return {kind: sums for (layer, kind), sums in editor.sums.items() if layer == 0}
 
 
