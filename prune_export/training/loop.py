@@ -26,6 +26,7 @@ import torch
 from prune_export.contracts import Work
 from prune_export.errors import StageError
 from prune_export.training.loss import next_token_loss, predictions
+from prune_export.training.on_policy import said_by_student
 from prune_export.training.settings import Training
 from prune_export.training.state import State
 from prune_export.training.teacher import NextToken, Objective
@@ -86,7 +87,8 @@ def train(
     """
     from accelerate import Accelerator
 
-    parameters, goal = trainee.trained(), objective or NextToken()
+    goal = objective or NextToken()
+    parameters = {**trainee.trained(), **goal.parameters()}
     if state.step:
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -107,7 +109,7 @@ def train(
     accelerator = Accelerator(cpu=run.device == "cpu", device_placement=False)
     model, optimizer = accelerator.prepare(trainee.model, adam)
     model.train()
-    losses, spent = list(state.losses), state.seconds
+    losses, spent, learnt = list(state.losses), state.seconds, state.tokens
     began, first = time.monotonic(), state.step
     pause = _Pause(settings.save_every, began)
     with work.progress.task("healing", settings.steps) as task:
@@ -119,6 +121,9 @@ def train(
             loss = 0.0
             picked = _picked(step, len(windows), settings)
             batch, marks = windows[picked], None if counted is None else counted[picked]
+            batch, marks = said_by_student(
+                model, batch, marks, settings, step, rows=run.micro_batch, device=run.device
+            )
             total = predictions(batch, marks)
             for place, (ids, own) in enumerate(_split(batch, marks, run.micro_batch, run.device)):
                 at = picked[place * run.micro_batch :][: len(ids)]
@@ -144,6 +149,7 @@ def train(
             for name, zero in trainee.masks.items():
                 parameters[name].data.masked_fill_(zero, 0)
             losses.append((step + 1, loss, rate))
+            learnt += total
             now = time.monotonic()
             elapsed = now - began
             if pause.over(step + 1, now) or step + 1 == settings.steps:
@@ -153,6 +159,7 @@ def train(
                     losses=tuple(losses),
                     held_out=state.held_out,
                     seconds=spent + elapsed,
+                    tokens=learnt,
                 )
                 state.save(work.scratch, key)
                 pause = pause.after(now, time.monotonic())
