@@ -11,17 +11,29 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Final, Protocol, Self, TypedDict, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Final,
+    Protocol,
+    Self,
+    TypedDict,
+    runtime_checkable,
+)
 
 import numpy as np
 
-from prune_export.ablated import Ablated
-from prune_export.arch import Arch
-from prune_export.calibrate import ExtraPass, ModelView, Statistic, TokenSet
-from prune_export.grids import Grid
 from prune_export.machine import Machine
 from prune_export.progress import Progress
-from prune_export.surgery import Edit
+from prune_export.system.processes import ALONE, Team
+
+if TYPE_CHECKING:  # the process that times an engine imports this file, and needs no torch
+    from prune_export.ablated import Ablated
+    from prune_export.arch import Arch
+    from prune_export.calibrate import ExtraPass, ModelView, Statistic, TokenSet
+    from prune_export.grids import Grid
+    from prune_export.surgery import Edit
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class Work:
     `scratch` is a directory that outlives a killed run: long work keeps its checkpoints there and
     goes on from them. It is removed when the stage is complete. `tokens` is calibration data, for
     exporters that ask for it and where the recipe has it; `teacher` is there for healers that are
-    `Taught`.
+    `Taught`. `team` are the processes that were started with this one, which may share the work.
     """
 
     machine: Machine
@@ -72,6 +84,7 @@ class Work:
     scratch: Path
     tokens: TokenSet | None = None
     teacher: Teacher | None = None
+    team: Team = ALONE
 
 
 class RefitLog(TypedDict, total=False):

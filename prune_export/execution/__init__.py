@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from prune_export.calibrate import TokenSet
-from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
+from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.contracts import HasSparsity, Taught
-from prune_export.errors import PlanError, StageError
+from prune_export.errors import StageError
+from prune_export.execution.asked import config_of, model_of, with_data
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
 from prune_export.execution.inputs import Base, open_base
@@ -27,15 +28,24 @@ from prune_export.execution.said import make_data
 from prune_export.execution.search import run_search
 from prune_export.execution.stages import run_stage
 from prune_export.machine import Machine
-from prune_export.planning import CALIBRATION, Plan, make_plan, refuse_other_vocabulary, sets_of
+from prune_export.planning import (
+    CALIBRATION,
+    Devices,
+    Plan,
+    data_notes,
+    make_plan,
+    refuse_other_vocabulary,
+    sets_of,
+)
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage, heal_of
 from prune_export.store import Artifact, Store
+from prune_export.system.processes import ALONE, Team
 from prune_export.system.temporary import sweep
 from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
 
-__all__ = ["Plan", "RunResult", "make_plan", "plan", "run"]
+__all__ = ["Plan", "RunResult", "make_plan", "plan", "run", "with_data"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,9 @@ class Options:
     force: frozenset[str] = frozenset()
     ignore_keys: tuple[str, ...] = ()
     command: str = ""
+    team: Team = ALONE
+    devices: Devices | None = None
+    """What a plan is for, where it is not for this machine and team."""
 
 
 def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
@@ -84,15 +97,10 @@ def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
     """
     if recipe.verify.quality:
         check_tasks(recipe.verify.quality.tasks)
-    spec, path, _ = _model(recipe, model)
-    if path.suffix == ".gguf":
-        checkpoint = Checkpoint(path, gguf_config(path), {})
-    else:
-        weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
-        checkpoint = Checkpoint.open(path, weights=weights)
+    spec, path, _ = model_of(recipe, model)
     return make_plan(
         recipe,
-        checkpoint,
+        config_of(path),
         options.machine,
         model=spec,
         store=options.store,
@@ -100,6 +108,7 @@ def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
         ram_limit=options.ram_limit,
         ignore_keys=options.ignore_keys,
         imported=path.suffix == ".gguf",
+        devices=options.devices or Devices(options.team.size, options.team.here),
     )
 
 
@@ -128,8 +137,9 @@ def run(
         options.force,
         options.ignore_keys,
         options.command,
+        options.team,
     )
-    base = open_base(context, *_model(recipe, model))
+    base = open_base(context, *model_of(recipe, model))
     data = _data(context, recipe, base)
     asked = recipe.to_yaml()
     recipe, stages, searches = _stages(context, recipe, base, data, options.ignore_keys)
@@ -173,20 +183,6 @@ def _without_sparsity(
         return None
     twin = replace(export, entry=entry)
     return export_engine(context, twin, last.path, last.id, of=", sparsity off")
-
-
-def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
-    """Resolves the model: its name, its path, its commit on the Hub.
-
-    What the caller names may lie anywhere.
-
-    What the recipe names is below its data root or on the Hub.
-    """
-    if model is not None:
-        return model, *resolve_model(model)
-    if not recipe.model:
-        raise PlanError(recipe.name, "names no model", "pass `--model`, or write `model:`")
-    return recipe.model, *resolve_model(recipe.model, below=recipe.root, asker=recipe.name)
 
 
 def _data(context: RunContext, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
@@ -262,6 +258,7 @@ def _finished(context: RunContext, recipe: Recipe, out: Path, made: _Made) -> di
     report = report_of(context, recipe, base, data, stages, exports, made.found)
     report["recipe"]["text"] = made.asked
     report["searches"] = made.searches
+    report["notes"] = list(data_notes(recipe))
     result = Result(out)
     named: dict[str, Artifact] = {}
     for stage, artifact in zip(recipe.stages, stages, strict=True):

@@ -127,6 +127,7 @@ def answers(
             outcomes=outcomes,
             temperature=temperature,
             arch=opened.arch(context.ignore_keys),
+            team=work.team,
         )
         return {"teacher": teacher.name, "bytes": sum(f.stat().st_size for f in files.iterdir())}
 

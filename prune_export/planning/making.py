@@ -21,7 +21,9 @@ from prune_export.errors import MissingExtra, PlanError, PruneExportError
 from prune_export.generated import talk_of
 from prune_export.machine import Machine
 from prune_export.planning.data import refuse_too_little, sets_of
-from prune_export.planning.limits import what_does_not_fit, windows_of
+from prune_export.planning.devices import HERE, Devices
+from prune_export.planning.limits import what_devices_lack, what_does_not_fit, windows_of
+from prune_export.planning.own_data import data_notes
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
@@ -63,19 +65,23 @@ def make_plan(
     ram_limit: int | None = None,
     ignore_keys: tuple[str, ...] = (),
     imported: bool = False,
+    devices: Devices = HERE,
 ) -> Plan:
     """Plans a recipe for a model: resolves, costs and checks every stage.
 
     `checkpoint` may be only a config. `imported` says that it is to be made from a GGUF file first.
     `ram_limit` in bytes replaces the available memory as what must not be exceeded. What this
-    machine lacks is in `Plan.lacking`, so that the plan can be looked at all the same.
+    machine lacks is in `Plan.lacking`, so that the plan can be looked at all the same; for
+    `devices` that are not here it is what these lack, and of memory only a `ram_limit` is known.
 
     Raises:
         PlanError: something in it cannot work, with the stage and what to do.
         UnsupportedArch: the model is not one that the tables describe.
     """
     arch = checkpoint.arch(ignore_keys=ignore_keys)
-    planner = _Planner(recipe, checkpoint, machine, Rates.measure(machine), arch, ignore_keys)
+    rates = Rates.known(devices.flops) if devices.elsewhere else Rates.measure(machine)
+    machine = devices.machine(machine)
+    planner = _Planner(recipe, checkpoint, machine, rates, arch, ignore_keys, devices)
     stages, archs = [], [arch]
     ablated = Ablated()
     if imported:
@@ -97,13 +103,18 @@ def make_plan(
     if recipe.verify.generation and Tokenizer.lies_in(checkpoint.path):
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
+    plan = dataclasses.replace(plan, devices=devices)
     reads = {
         "the model": checkpoint.path,
         "the store": store,
         "the data root": recipe.root,
     } | ({"the recipe": recipe.file} if recipe.file else {})
-    lacking = tuple(what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out, reads))
-    return dataclasses.replace(plan, lacking=lacking)
+    if devices.elsewhere:
+        lacking = tuple(what_devices_lack(plan, ram_limit))
+    else:
+        limit = ram_limit or machine.ram_bytes
+        lacking = tuple(what_does_not_fit(plan, limit, store, out, reads))
+    return dataclasses.replace(plan, lacking=lacking, notes=data_notes(recipe))
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,7 @@ class _Planner:
     rates: Rates
     dense: Arch
     ignore_keys: tuple[str, ...] = ()
+    devices: Devices = HERE
 
     def size(self, arch: Arch) -> Size:
         return Size(arch.layers, arch.parameters(), arch.parameters() * self.item_bytes())
@@ -249,18 +261,20 @@ class _Planner:
         source = self._source(stage)
         refuse_long_text(f"data.{stage.data}.length", source.length, arch.config)
         stage.entry.check(arch, self.machine)
-        samples = windows_of(source, self.recipe.root)
-        cost = stage.entry.cost(arch, samples * source.length, source.length, self.machine)
+        samples, machine = windows_of(source, self.recipe.root), self.machine
+        machine = machine.share(self.devices.here)
+        cost = stage.entry.cost(arch, samples * source.length, source.length, machine)
         note = f"up to {samples} x {source.length} tokens"
         teacher = teacher_of(
             self.recipe, stage.entry, self.checkpoint, self.dense, self.ignore_keys
         )
         if teacher is not None:
             refuse_long_text(f"data.{stage.data}.length", source.length, teacher.config)
-            cost, told = stage.entry.taught_cost(
-                arch, teacher, samples, source.length, self.machine
-            )
+            cost, told = stage.entry.taught_cost(arch, teacher, samples, source.length, machine)
             note = f"{note}; {told}"
+        parts = int(getattr(stage.entry, "batch", self.devices.count))
+        cost = self.devices.shared(cost, parts)
+        note = "; ".join(part for part in (note, self.devices.note(parts)) if part)
         return self.planned("heal", stage.name, stage.parameters(), arch, arch, cost, note), arch
 
     def _search(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:

@@ -198,6 +198,7 @@ class Report:
     verification: Verification | None = None
     machine: dict[str, Any] = field(default_factory=dict)
     command: str = ""
+    notes: list[str] = field(default_factory=list)
 
     @staticmethod
     def of(source: Report | Mapping[str, Any]) -> Report:

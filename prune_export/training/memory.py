@@ -238,11 +238,13 @@ def cost(
         )
     )
     # What was written is loaded plain, and measured a window at a time.
-    measured = stored + length * arch.sizes["vocab"] * 2 * stored_item
+    measured = length * arch.sizes["vocab"] * 2 * stored_item
+    on_gpu = planned.device == "cuda"
+    # A GPU that it does not fit has a part of it (`model.plain`).
+    measured += min(stored, int(0.8 * planned.gpu_bytes)) if on_gpu else stored
     # Weights that are computed with as they are stored are the mapped file itself.
     as_stored = quantization is None and item == stored_item and not size.whole
     mapped = 0 if as_stored else min(stored, _MAPPED_BYTES)
-    on_gpu = planned.device == "cuda"
     host = mapped + 12 * size.largest if on_gpu else max(mapped + working, measured)
     trained = settings.steps * settings.batch * length
     return Cost(

@@ -18,8 +18,6 @@ from prune_export.errors import StageError
 from prune_export.sampling import Dice, Sampling, picked, seed_of
 from prune_export.training.settings import Training
 
-Marked = tuple[torch.Tensor, torch.Tensor | None]
-
 
 def is_on_policy(settings: Training, step: int) -> bool:
     """Whether the student speaks itself in a step, counted from 0."""
@@ -32,23 +30,21 @@ def is_on_policy(settings: Training, step: int) -> bool:
 def said_by_student(
     model: Any,
     windows: torch.Tensor,
-    counted: torch.Tensor | None,
     settings: Training,
     step: int,
     *,
     rows: int,
     device: str,
-) -> Marked:
-    """A step's windows `[batch, length]` and which tokens count, as the student has gone on with.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step's windows `[batch, length]` as the student has gone on with, and which tokens count.
 
-    They are as they were where it is not its turn. `rows` windows are worked on at once.
+    `rows` windows are worked on at once.
 
     Raises:
         StageError: the windows are no longer than what is to be said.
     """
     how = settings.distill
-    if how is None or not is_on_policy(settings, step):
-        return windows, counted
+    assert how is not None
     if windows.shape[1] <= how.new_tokens:
         raise StageError(
             "healing  objective.distill.new_tokens",

@@ -89,22 +89,42 @@ class Lessons:
 Objective = NextToken | Lessons
 
 
-def objective(
-    distill: Distill | None, kept: int | None, work: Work, device: str, dtype: torch.dtype
-) -> Objective:
-    """What a student is trained for; answers are made first where `kept` says how many tokens."""
+def lessons(
+    distill: Distill | None, kept: int | None, work: Work
+) -> tuple[KeptAnswers | None, Path | None]:
+    """A teacher's answers, made first where `kept` says of how many tokens, or where its model is.
+
+    Neither where there is no teacher.
+
+    Raises:
+        StageError: there is to be one, and none was given.
+    """
     if distill is None:
-        return NextToken()
-    teacher = work.teacher
-    if teacher is None:
+        return None, None
+    if work.teacher is None:
         raise StageError(
             "healing  objective",
             "is `distill`, and no teacher was given",
             "give `Work` a `teacher`, as a recipe's run does",
         )
-    if kept is not None:
-        return Lessons(distill, kept=KeptAnswers.open(teacher.answers(kept, distill.temperature)))
-    return Lessons(distill, model=_beside(teacher.path, device, dtype))
+    if kept is None:
+        return None, work.teacher.path
+    return KeptAnswers.open(work.teacher.answers(kept, distill.temperature)), None
+
+
+def objective_of(
+    distill: Distill | None,
+    answers: KeptAnswers | None,
+    teacher: Path | None,
+    device: str,
+    dtype: torch.dtype,
+) -> Objective:
+    """What a student is trained for, by answers that were kept or a teacher that is loaded."""
+    if distill is None:
+        return NextToken()
+    if answers is not None or teacher is None:
+        return Lessons(distill, kept=answers)
+    return Lessons(distill, model=_beside(teacher, device, dtype))
 
 
 @contextmanager
@@ -113,26 +133,28 @@ def comparing(
     student: Sequence[torch.nn.Module],
     arch: Arch,
     settings: Training,
-    work: Work,
+    dense: tuple[Path, tuple[int, ...] | None] | None,
     device: str,
 ) -> Iterator[Objective]:
     """An objective that compares hidden states too inside a `with`, where the settings ask for it.
 
-    `student` are the student's blocks, `arch` its shapes.
+    `student` are the student's blocks, `arch` its shapes, `dense` where its teacher is, and which
+    of that one's blocks they were.
 
     Raises:
         StageError: it is not known which blocks to compare.
     """
     how = settings.distill.hidden if settings.distill else None
-    if how is None or work.teacher is None or not isinstance(goal, Lessons):
+    if how is None or dense is None or not isinstance(goal, Lessons):
         yield goal
         return
-    opened = Checkpoint.open(work.teacher.path)
-    dense = opened.arch(ignore_keys=opened.full_config())
-    blocks = list(goal.model.get_submodule(dense.table.blocks))
-    widths = (arch.sizes["residual"], dense.sizes["residual"])
+    path, survived = dense
+    opened = Checkpoint.open(path)
+    other = opened.arch(ignore_keys=opened.full_config())
+    blocks = list(goal.model.get_submodule(other.table.blocks))
+    widths = (arch.sizes["residual"], other.sizes["residual"])
     with watched(
-        how, student, blocks, widths, work.teacher.blocks, seed=settings.seed, device=device
+        how, student, blocks, widths, survived, seed=settings.seed, device=device
     ) as states:
         yield replace(goal, states=states)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import torch
 
 from prune_export.contracts import LimitsBatch, Runner
 from prune_export.errors import VerifyError
@@ -84,6 +83,8 @@ def _returns_all(runner: Runner, ids: np.ndarray) -> bool:
 
 def _losses(logits: np.ndarray, targets: np.ndarray, marks: np.ndarray | None) -> np.ndarray:
     """Sums cross-entropy, float64 `[batch]`, of logits `[batch, new, vocab]`, where marked."""
+    import torch  # engines that are only timed do without it
+
     flat = torch.from_numpy(logits).flatten(0, 1)
     wanted = torch.from_numpy(np.ascontiguousarray(targets)).flatten()
     loss = torch.nn.functional.cross_entropy(flat, wanted, reduction="none")
@@ -175,6 +176,8 @@ def _drawn_together(
     ends: Collection[int],
 ) -> list[list[int]]:
     """Draws texts in one batch without padding, as `continuations` has it."""
+    import torch
+
     dice, texts = Dice(seeds), [list(prompt) for prompt in prompts]
     wanted = [len(prompt) + new for prompt in prompts]
     position = min(map(len, prompts))

@@ -33,7 +33,7 @@ def asked(**keys: Any) -> Training:
 
 
 def said(model: Any, batch: torch.Tensor, settings: Training, step: int = 0, rows: int = 4) -> Any:
-    return said_by_student(model, batch, None, settings, step, rows=rows, device="cpu")
+    return said_by_student(model, batch, settings, step, rows=rows, device="cpu")
 
 
 def test_the_student_goes_on_with_each_window(tmp_path: Path) -> None:

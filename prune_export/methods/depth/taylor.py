@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
+from prune_export.arch.roles import role
 from prune_export.calibrate import ExtraPass, ModelView, Part, Sums, block_bytes
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
@@ -115,18 +116,10 @@ class Taylor(part_choice.Amount):
         ]
 
 
-_ATTENTION: Final = frozenset({"q", "k", "v", "qkv", "o", "norm.q", "norm.k"})
-_AROUND: Final = ("norm.", "shortcut.")
-
-
-def _part(role: str | None) -> Part | None:
-    """The part (attention, MLP) whose weight a parameter is; None of neither."""
-    if role is None:
-        return "mlp"  # experts and their router, whose names in memory are not those on the disk
-    own = role.removesuffix(".bias")
-    if own in _ATTENTION:
-        return "attention"
-    return None if own.startswith(_AROUND) else "mlp"
+def _part(name: str | None) -> Part | None:
+    """The part (attention, MLP) whose weight a parameter of a role is; None of neither."""
+    # Experts and their router have no role here: their names in memory are not those on the disk.
+    return "mlp" if name is None else role(name).part
 
 
 @dataclass(frozen=True)
