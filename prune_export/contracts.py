@@ -59,12 +59,14 @@ class Teacher:
 
     `answers(tokens, temperature)` is the directory in which what it says to the healing data is
     kept, so many of its likeliest tokens a position (`calibrate.KeptAnswers`); where it is not
-    there yet, it is made, with one block of the teacher in memory.
+    there yet, it is made, with one block of the teacher in memory. `blocks` has the teacher's block
+    that each of the student's was; None where that is not known.
     """
 
     path: Path
     id: str
     answers: Callable[[int, float], Path]
+    blocks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
