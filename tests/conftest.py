@@ -13,12 +13,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from prune_export.checkpoint import filled
 from prune_export.modeling import register
 from tests.measured_here import install
 
@@ -28,6 +30,15 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 register()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps filled configs in a directory of these tests, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filled, "user_cache", lambda: folder)
+        folder = tmp_path_factory.mktemp("cache")
+        yield
 
 
 _module: list[object] = []

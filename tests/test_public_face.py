@@ -27,7 +27,7 @@ stages:
 def test_the_public_names_are_these() -> None:
     assert prune_export.__all__ == [
         "Loaded", "Machine", "Options", "Plan", "Provenance", "Recipe", "RunResult",
-        "__version__", "contracts", "errors", "load", "plan", "plugins", "run",
+        "__version__", "contracts", "engines", "errors", "load", "plan", "plugins", "run",
     ]  # fmt: skip
     for name in prune_export.__all__:
         assert getattr(prune_export, name) is not None

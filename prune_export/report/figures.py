@@ -61,6 +61,7 @@ _TITLES: Final = {
     "speed": "Speed of each engine against its dense twin",
     "sweep": "Speed against the dense engine, over prompt lengths",
     "sparse_gain": "Speed against the same engine with sparsity off, over prompt lengths",
+    "comparison": "Quality over decoding speed and over bytes of all that is compared",
     "summary": "What was removed, what it cost, what it gained",
 }
 
@@ -127,7 +128,7 @@ def _plan(report: Report) -> list[_Planned]:
         if any(one.pruned is not None for one in search.candidates):
             height = 1.3 + 0.42 * sum(one.pruned is not None for one in search.candidates)
             add("search", partial(panels.search, found=search), (7.2, height))
-        if len(search.timed) > 1:
+        if len(search.timed) > 1 or len(search.points) > 1:
             add("pareto", partial(pareto, found=search), (7.2, 3.9))
     checks = report.verification
     if checks and checks.perplexity:
@@ -208,7 +209,7 @@ def _summary(report: Report, path: Path, source: str = "") -> bool:
 def _headline(report: Report) -> str:
     from prune_export.report import style
 
-    done = " and ".join(style.label(stage.name, 24) for stage in report.stages)
+    done = " and ".join(dict.fromkeys(style.label(stage.name, 24) for stage in report.stages))
     name = style.label(report.base.name, 40)
     blocks = f"{name}: {report.base.layers} → {report.result.layers} blocks"
     return f"{blocks} by {done}" if done else blocks
