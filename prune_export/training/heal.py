@@ -150,6 +150,18 @@ def _trained(settings: Training, arch: Arch) -> tuple[Tensor, ...]:
     return trained_tensors(arch, getattr(settings, "train_embeddings", False))
 
 
+def student_of(
+    settings: Training, quantization: Quantization | None, source: Checkpoint, run: Run
+) -> Trainee | Whole:
+    """The model of `source` as `heal` trains it, for who measures training alone."""
+    arch = source.arch(ignore_keys=source.full_config())
+    names = [tensor.name for tensor in _trained(settings, arch)]
+    linear = [tensor.name for tensor in linear_weights(arch)]
+    written = names if isinstance(settings, Settings) else linear
+    zeros = kept_zeros(source, written, settings.keep_zeros)
+    return _student(settings, quantization, source, names, run, zeros)
+
+
 def _student(
     settings: Training,
     quantization: Quantization | None,
