@@ -28,16 +28,19 @@ from pydantic import TypeAdapter
 from prune_export import registry
 from prune_export.calibrate import token_set
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Teacher, Work
+from prune_export.contracts import Work
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import LocalText
-from prune_export.training.heal import student_of
+from prune_export.training.full_weights import trained_tensors
 from prune_export.training.loop import Run, held_out_loss, own_randomness, train
 from prune_export.training.model import quiet
 from prune_export.training.settings import Quantization
+from prune_export.training.shared import student_of
 from prune_export.training.state import State
-from prune_export.training.teacher import objective
+from prune_export.training.targets import linear_weights, targets
+from prune_export.training.teacher import objective_of
+from prune_export.training.zeros import kept_zeros
 
 
 def main() -> None:
@@ -86,15 +89,22 @@ def _measured(given: argparse.Namespace, setting: str) -> dict[str, Any]:
     dtype = "bfloat16" if healer.compute_dtype == "auto" else healer.compute_dtype
     run = Run("cpu", 1, dtype, healer.micro_batch or healer.batch, False, 0)
     with own_randomness(1), quiet(), tempfile.TemporaryDirectory() as scratch:
-        packed = None
+        source, packed = Checkpoint.open(given.pruned), None
+        arch = source.arch(ignore_keys=source.full_config())
+        if kind == "full":
+            own = trained_tensors(arch, healer.train_embeddings)
+            written = linear_weights(arch)
+        else:
+            own = written = targets(healer.targets, arch)
         if kind == "qlora":
             packed = Quantization(healer.double_quant, healer.merge_into)
-        student = student_of(healer, packed, Checkpoint.open(given.pruned), run)
+        zeros = kept_zeros(source, [tensor.name for tensor in written], healer.keep_zeros)
+        names = [tensor.name for tensor in own]
+        student = student_of(healer, packed, source, names, run, zeros)
         state, seconds = State(), 0.0
         if setting:
-            teacher = Teacher(given.dense, "dense", lambda _kept, _temperature: Path())
-            work = Work(machine, Silent(), Path(scratch), teacher=teacher)
-            goal = objective(healer.distill, None, work, "cpu", run.dtype)
+            work = Work(machine, Silent(), Path(scratch))
+            goal = objective_of(healer.distill, None, given.dense, "cpu", run.dtype)
             text = _windows(given.healing, given.dense, 512, None)
             began = time.process_time()
             state = train(

@@ -11,7 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prune_export.calibrate import KeptAnswers, TokenSet, answer_bytes, keep_answers
+from prune_export.calibrate import (
+    CalibrationContext,
+    KeptAnswers,
+    TokenSet,
+    answer_bytes,
+    keep_answers,
+)
 from prune_export.calibrate.streaming import checkpointing as saving
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError
@@ -25,8 +31,11 @@ FAMILIES = ["llama", "gpt2", "gemma2", "mixtral", "phi"]
 def kept(source: Path, out: Path, tokens: TokenSet, **options: Any) -> KeptAnswers:
     opened = Checkpoint.open(source)
     out.mkdir(exist_ok=True)
-    asked: dict[str, Any] = {"outcomes": 8, "temperature": 1.0, "machine": MACHINE} | options
-    keep_answers(opened, tokens, out, arch=opened.arch(), **asked)
+    asked: dict[str, Any] = {"outcomes": 8, "temperature": 1.0} | options
+    keys = ("scratch", "progress")
+    own = {key: asked.pop(key) for key in keys if key in asked}
+    given = CalibrationContext(tokens, asked.pop("machine", MACHINE), **own)
+    keep_answers(opened, given, out, arch=opened.arch(), **asked)
     return KeptAnswers.open(out)
 
 
