@@ -110,7 +110,7 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
     assert not loading["unexpected_keys"]
     told = json.loads(json.dumps(decision.log))
     assert told, "the log says what was decided, as JSON"
-    kind = "prune" if kind == "methods" else kind
+    kind = "quantize" if unit == "quantize" else "prune"
     stage = {"index": 0, "kind": kind, "name": name, "log": told}
     TypeAdapter(StageReading).validate_python(stage)  # what a report reads of it has its types
     refit = decision.log.get("refit", {})
