@@ -229,12 +229,12 @@ def work(view: ModelView, case: str, kind: str) -> None:
         elif case.startswith("taylor"):
             method(case).decide(view)
         else:
-            method(case).known(view)
+            method(case).scores_before(view)
     elif "gradients" in case:
         if kind == "floor":
             view.gradients(_NoGradients())
         else:
-            method(case).known(view)
+            method(case).scores_before(view)
     elif kind == "floor":
         view.sequential(_Nothing())
     elif "scores" in case:

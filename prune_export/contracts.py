@@ -11,18 +11,29 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Final, Protocol, Self, TypedDict, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Final,
+    Protocol,
+    Self,
+    TypedDict,
+    runtime_checkable,
+)
 
 import numpy as np
 
-from prune_export.ablated import Ablated
-from prune_export.arch import Arch
-from prune_export.calibrate import ExtraPass, ModelView, Statistic, TokenSet
-from prune_export.grids import Grid
 from prune_export.machine import Machine
 from prune_export.progress import Progress
-from prune_export.surgery import Edit
 from prune_export.system.processes import ALONE, Team
+
+if TYPE_CHECKING:  # the process that times an engine imports this file, and needs no torch
+    from prune_export.ablated import Ablated
+    from prune_export.arch import Arch
+    from prune_export.calibrate import ExtraPass, ModelView, Statistic, TokenSet
+    from prune_export.grids import Grid
+    from prune_export.surgery import Edit
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,13 @@
 
 from prune_export.calibrate.context import CalibrationContext, Engines
 from prune_export.calibrate.data.files import inside, local_files
+from prune_export.calibrate.data.generated import (
+    Sample,
+    read_samples,
+    tokens_of_samples,
+    windows_of_samples,
+    write_samples,
+)
 from prune_export.calibrate.data.plenty import Wanted, is_plenty
 from prune_export.calibrate.data.sources import (
     changed_since_first,
@@ -95,6 +102,7 @@ __all__ = [
     "Part",
     "PassCost",
     "Repaired",
+    "Sample",
     "Scope",
     "Seam",
     "SequentialResult",
@@ -128,6 +136,7 @@ __all__ = [
     "native_dtype",
     "offloaded_bytes",
     "pass_cost",
+    "read_samples",
     "refuse_short",
     "refuse_unknown",
     "refuse_unknown_tokens",
@@ -137,4 +146,7 @@ __all__ = [
     "seams_of",
     "suspended_bytes",
     "token_set",
+    "tokens_of_samples",
+    "windows_of_samples",
+    "write_samples",
 ]

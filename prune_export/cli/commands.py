@@ -1,4 +1,4 @@
-"""The commands `run`, `plan`, `inspect`, `export`, `verify` and `compare`; others join here."""
+"""The commands `run`, `plan`, `inspect`, `export` and `verify`; others join here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from prune_export import __version__
 from prune_export.cli import console, options
+from prune_export.cli.comparing import compare
 from prune_export.cli.doctoring import doctor
 from prune_export.cli.help import Command, Group
 from prune_export.cli.listing import methods, recipes, schema
@@ -313,55 +314,5 @@ def verify(
                           "export again, or run the recipe again")  # fmt: skip
 
 
-@app.command(cls=Command)
-def compare(
-    dense: Annotated[
-        Path, typer.Argument(metavar="DENSE", help="A checkpoint or result directory.")
-    ],
-    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The one to compare with it.")],
-    engine: Annotated[
-        str,
-        typer.Option(
-            metavar="EXPORTER", help="`pytorch`, or an exporter that both directories hold."
-        ),
-    ] = "pytorch",
-    data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", "-d", metavar="FILE", help="Text for perplexity. Repeatable."),
-    ] = None,
-    prompt: Annotated[int, typer.Option(min=1, metavar="N", help="Prompt tokens.")] = 128,
-    new: Annotated[int, typer.Option(min=1, metavar="N", help="New tokens.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once.")] = 1,
-    minutes: Annotated[
-        float, typer.Option(min=0.05, metavar="N", help="Time limit of the timing.")
-    ] = 2.0,
-    trust_engine: options.TrustEngine = False,
-    store: options.StoreDir = None,
-    ram: options.Ram = None,
-    threads: options.Threads = None,
-    device: options.Device = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Compare two models: speed in turns with a noise floor, and perplexity on your text.
-
-    prune-export compare ./Llama-3.1-8B out/ --data corpus.jsonl
-    prune-export compare out-a/ out-b/ --engine onnx
-    """
-    from prune_export.cli.engines import compared, show_verification
-
-    found = compared(
-        dense, other, engine, data or [], workload=(batch, prompt, new), minutes=minutes,
-        trust=trust_engine, store=options.store_directory(store),
-        machine=options.machine(ram, threads, device),
-        progress=console.progress(quiet=quiet or json),
-    )  # fmt: skip
-    if json:
-        console.print_json(found.to_json())
-    else:
-        show_verification(found)
-
-
-for last in (publish, doctor):
+for last in (compare, publish, doctor):
     app.command(cls=Command)(last)

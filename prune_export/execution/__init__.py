@@ -19,10 +19,11 @@ from prune_export.contracts import HasSparsity, Taught
 from prune_export.errors import PlanError, StageError
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
-from prune_export.execution.inputs import Base, make_tokens, open_base
+from prune_export.execution.inputs import Base, open_base
 from prune_export.execution.measure import measure_run
 from prune_export.execution.record import report_of
 from prune_export.execution.result import Result, alone, lock_of, mend, versions
+from prune_export.execution.said import make_data
 from prune_export.execution.search import run_search
 from prune_export.execution.stages import run_stage
 from prune_export.machine import Machine
@@ -206,7 +207,7 @@ def _data(context: RunContext, recipe: Recipe, base: Base) -> dict[str, tuple[Ar
     data = {}
     seen: tuple[str, ...] = ()
     for name, judges in sets_of(recipe):
-        data[name] = make_tokens(context, name, recipe.data[name], recipe.root, base, seen)
+        data[name] = make_data(context, name, recipe.data[name], recipe.root, base, seen)
         if judges:
             seen = (*seen, *data[name][1].documents)
     return data
@@ -295,6 +296,7 @@ def _finished(context: RunContext, recipe: Recipe, out: Path, made: _Made) -> di
     write_report(report, result.partial)
     result.write_lists(lock_of(origin, used, named, digest, versions()))
     every = [*named.values(), *(artifact for artifact, _ in data.values())]
-    context.store.remember(out, [artifact.id for artifact in every] + [base.id])
+    said = [one.record["answers"] for one in every if "answers" in one.record]
+    context.store.remember(out, [artifact.id for artifact in every] + said + [base.id])
     result.finish()
     return report

@@ -11,7 +11,7 @@ from typing import Final
 from prune_export.calibrate import inside
 from prune_export.errors import PlanError
 from prune_export.planning.planned import Plan
-from prune_export.recipe import Source, TokenFile
+from prune_export.recipe import Generated, Source, TokenFile
 from prune_export.store import refuse_foreign_store
 from prune_export.system.files import shown
 from prune_export.system.places import judged
@@ -38,6 +38,9 @@ def windows_of(source: Source, root: Path) -> int:
     )
     if source.samples is not None:
         return source.samples
+    if isinstance(source, Generated):
+        said = (source.generated.answers or 0) * source.generated.new_tokens
+        return max(1, said // source.length) if said else _UNKNOWN_WINDOWS
     return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
 
 

@@ -17,16 +17,26 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
-from prune_export.errors import MissingExtra, PlanError
+from prune_export.errors import MissingExtra, PlanError, PruneExportError
+from prune_export.generated import talk_of
 from prune_export.machine import Machine
-from prune_export.planning.data import refuse_too_little
+from prune_export.planning.data import refuse_too_little, sets_of
 from prune_export.planning.devices import HERE, Devices
 from prune_export.planning.limits import what_devices_lack, what_does_not_fit, windows_of
-from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
+from prune_export.planning.planned import Plan, PlannedStage, Rates, Size, together
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
 from prune_export.planning.teacher import teacher_of
-from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates, unreached
+from prune_export.recipe import (
+    Generated,
+    Recipe,
+    Search,
+    Source,
+    Stage,
+    heal_of,
+    templates,
+    unreached,
+)
 from prune_export.units import MIB
 from prune_export.verify.generation import refuse_unknown_prompts
 
@@ -75,6 +85,7 @@ def make_plan(
     ablated = Ablated()
     if imported:
         stages.append(planner.imported(arch))
+    stages += planner.generated()
     for index, stage in enumerate(recipe.stages):
         before = arch
         planned, arch = planner.stage(index, stage, before)
@@ -155,6 +166,22 @@ class _Planner:
             seconds=6,
         )
         return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
+
+    def generated(self) -> Iterator[PlannedStage]:
+        """What models are to say: the data that are none yet."""
+        for name, _ in sets_of(self.recipe):
+            source = self.recipe.data[name]
+            if not isinstance(source, Generated):
+                continue
+            refuse_long_text(f"data.{name}.length", source.length, self.dense.config)
+            try:
+                talk = talk_of(source, self.checkpoint, self.dense, self.recipe.root, self.machine)
+            except PruneExportError as error:
+                where = f"{self.recipe.name}  data.{name}"
+                raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
+            keys = source.generated.model_dump(mode="json")
+            yield self.planned("ask", talk.name, keys, talk.arch, talk.arch, talk.cost,
+                               f"{name}: {talk.note}")  # fmt: skip
 
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         how = {
@@ -277,7 +304,7 @@ class _Planner:
                 steps.append(planned)
             steps += [self._heal(healer, before)[0]] if healer else []
             for step in steps:
-                total = _together(total, step.cost)
+                total = together(total, step.cost)
             after = after or before
         if after is None:
             problem, fix = unreached(told, outside, arch)
@@ -289,7 +316,7 @@ class _Planner:
             entry.check(after, self.machine)
             each = entry.cost(after, self.size(after).bytes)
             count = (3 if search.target.timed else 1) * fitting + 1
-            total = _together(total, dataclasses.replace(each, seconds=(each.seconds + 90) * count))
+            total = together(total, dataclasses.replace(each, seconds=(each.seconds + 90) * count))
         workers = min(search.workers, fitting)
         total = dataclasses.replace(
             total, ram_bytes=total.ram_bytes * workers, gpu_bytes=total.gpu_bytes * workers
@@ -366,15 +393,3 @@ class _Planner:
                 f"add `data: {{{stage.data}: {{files: [...]}}}}`",
             )
         return self.recipe.data[stage.data]
-
-
-def _together(one: Cost, other: Cost) -> Cost:
-    """The cost of two pieces of work, one after the other."""
-    return Cost(
-        ram_bytes=max(one.ram_bytes, other.ram_bytes),
-        gpu_bytes=max(one.gpu_bytes, other.gpu_bytes),
-        disk_bytes=one.disk_bytes + other.disk_bytes,
-        flops=one.flops + other.flops,
-        moved_bytes=one.moved_bytes + other.moved_bytes,
-        seconds=one.seconds + other.seconds,
-    )

@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from prune_export.calibrate import Tokenizer, largest_id, refuse_unknown_tokens
 from prune_export.checkpoint.loading import load_ends, load_tokenizer
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
@@ -79,6 +78,8 @@ def refuse_unknown_prompts(tokenizer: Path, vocabulary: int) -> None:
     Raises:
         PlanError: a token was added, and the embedding not resized.
     """
+    from prune_export.calibrate import Tokenizer, largest_id
+
     try:
         last = largest_id(tokenizer)
         if last is not None and last < vocabulary:
@@ -92,6 +93,8 @@ def refuse_unknown_prompts(tokenizer: Path, vocabulary: int) -> None:
 
 
 def _refuse_unknown(backend: Any, fed: Sequence[Sequence[int]], vocabulary: int) -> None:
+    from prune_export.calibrate import refuse_unknown_tokens
+
     every = np.array([token for prompt in fed for token in prompt], np.int64)
     refuse_unknown_tokens(backend, every, vocabulary, "verify.generation  prompts")
 

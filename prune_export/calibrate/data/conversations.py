@@ -122,17 +122,49 @@ def encoded(
         PlanError: there is no template, it refuses the messages, or it cannot tell who says what.
     """
     text, spans = _rendered(backend, conversation, assistant_only=assistant_only)
-    found = backend(
-        text, add_special_tokens=False, verbose=False, return_offsets_mapping=assistant_only
-    )
-    ids = np.asarray(found["input_ids"], np.int32)
     if not assistant_only:
-        return ids, None
+        found = backend(text, add_special_tokens=False, verbose=False)
+        return np.asarray(found["input_ids"], np.int32), None
+    return _marked(backend, text, spans)
+
+
+def encoded_answer(
+    backend: Any, conversation: Conversation, *, ended: bool
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Tokenises a conversation, of which only the last message counts, an assistant's.
+
+    Where that was cut off (not `ended`), what the template closes it with does not count either.
+
+    Raises:
+        PlanError: as `encoded` does.
+    """
+    text, spans = _rendered(backend, conversation, assistant_only=True)
+    start, stop = spans[-1]
+    said = conversation.messages[-1]["content"].strip()
+    if not ended and (at := text.rfind(said, start, stop)) >= 0:
+        stop = at + len(said)
+    return _marked(backend, text, [(start, stop)])
+
+
+def _marked(backend: Any, text: str, spans: Spans) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Tokenises a text; tokens that begin in one of `spans` are marked."""
+    found = backend(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    ids = np.asarray(found["input_ids"], np.int32)
     said = np.zeros(len(ids), np.bool_)
     offsets = np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2)
     for start, stop in spans:
         said |= (offsets[:, 0] >= start) & (offsets[:, 0] < stop)
     return ids, said
+
+
+def prompt_text(backend: Any, messages: Sequence[Mapping[str, Any]], where: str) -> str:
+    """Renders messages by the chat template, up to where the assistant begins to answer.
+
+    Raises:
+        PlanError: there is no template, or it refuses them.
+    """
+    _template(backend, where)
+    return _render(backend, [dict(one) for one in messages], where, prompt=True)
 
 
 def refuse_untellable(backend: Any, where: str) -> None:

@@ -59,7 +59,7 @@ class GreedyLoss(part_choice.Amount):
         Literal["auto", "float32", "bfloat16"],
         Field(
             description="What losses are computed in. `auto` is bfloat16 where the hardware has it "
-            "(CUDA, or a CPU with AMX), which errs by some 0.001 nats, else float32."
+            "(CUDA, or a CPU with AMX or AVX512-BF16), which errs by some 0.001 nats, else float32."
         ),
     ] = "auto"
 

@@ -14,7 +14,8 @@ from prune_export.calibrate import InputNorms, LinearGroup, ModelView
 from prune_export.errors import PlanError
 from prune_export.pruning.width import head_residual as residual_of_heads
 from prune_export.pruning.width.activation_scores import Activations, Aggregation
-from prune_export.pruning.width.width_method import Scores, WidthMethod
+from prune_export.pruning.width.scorer import Scores
+from prune_export.pruning.width.width_method import WidthMethod
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class Minitron(WidthMethod):
     """
 
     VERSION: ClassVar[str] = "1"
-    WATCHES: ClassVar[bool] = True
 
     sequence: Annotated[
         Aggregation, Field(description="How sizes are summed up over the tokens of a window.")
@@ -74,6 +74,17 @@ class Minitron(WidthMethod):
                 )
         return found
 
+    @property
+    def scorer(self) -> _Activity:
+        return _Activity(self.sequence, self.batch, experts="experts" in self.fractions)
+
+
+@dataclass(frozen=True)
+class _Activity:
+    sequence: Aggregation
+    batch: Aggregation
+    experts: bool
+
     def watch(self, site: LinearGroup, units: int, width: int, device: str) -> _Sizes:
         return _Sizes(self, site, units, width, device)
 
@@ -98,7 +109,7 @@ class Minitron(WidthMethod):
 
 class _Sizes:
     def __init__(
-        self, own: Minitron, site: LinearGroup, units: int, width: int, device: str
+        self, own: _Activity, site: LinearGroup, units: int, width: int, device: str
     ) -> None:
         self.sizes = Activations(
             units,
@@ -109,7 +120,7 @@ class _Sizes:
             whole=site.expert is None,
         )
         self.squares = None
-        if site.expert is not None and "experts" in own.fractions:
+        if site.expert is not None and own.experts:
             self.squares = InputNorms(width, device)
 
     def see(self, states: torch.Tensor) -> None:

@@ -27,12 +27,20 @@ class StructuredWanda(WidthMethod):
     """
 
     VERSION: ClassVar[str] = "1"
-    WATCHES: ClassVar[bool] = True
 
     norm: Annotated[
         Literal["l1", "l2"],
         Field(description="How the weights of one input are put together: sizes or squares."),
     ] = "l2"
+
+    @property
+    def scorer(self) -> _Wanda:
+        return _Wanda(self.norm)
+
+
+@dataclass(frozen=True)
+class _Wanda:
+    norm: Literal["l1", "l2"]
 
     def watch(self, site: LinearGroup, units: int, width: int, device: str) -> InputNorms:
         del site, units

@@ -105,7 +105,7 @@ def uniform(arch: Arch, sizes: Mapping[str, int]) -> Arch:
     """The model's shapes with `sizes` of axes in every block."""
     for axis, size in sizes.items():
         for layer in range(arch.layers):
-            if arch.sizes[f"{axis}.{layer}"] != size:
+            if arch.sizes.get(f"{axis}.{layer}", size) != size:
                 arch = arch.resized(f"{axis}.{layer}", size)
     return arch
 
@@ -113,7 +113,7 @@ def uniform(arch: Arch, sizes: Mapping[str, int]) -> Arch:
 def in_all(arch: Arch, sizes: Mapping[str, int]) -> dict[str, int]:
     """Spells out `sizes` for each block, for the axes that are cut."""
     every = {f"{axis}.{i}": size for axis, size in sizes.items() for i in range(arch.layers)}
-    return {axis: size for axis, size in every.items() if size != arch.sizes[axis]}
+    return {axis: size for axis, size in every.items() if size != arch.sizes.get(axis, size)}
 
 
 def groups_of(arch: Arch, tensor: Tensor, axis: str) -> list[list[int]]:
@@ -167,7 +167,7 @@ class Scorer:
         (tensor,) = site.tensors
         groups = groups_of(self.arch, tensor, axis)
         levels = self.levels[axis.split(".")[0]]
-        result = removed(weights[tensor.name], seen.sums, groups, levels)
+        result = removed(weights[tensor.name], seen.sums, groups, levels, tensor.name)
         return Edited(log={"errors": [result.errors[size] for size in levels]})
 
 
@@ -189,6 +189,6 @@ class Narrower:
         axis = str(_axis_of(site))
         (tensor,) = site.tensors
         groups = groups_of(self.arch, tensor, axis)
-        result = removed(weights[tensor.name], seen.sums, groups, [self.sizes[axis]])
+        result = removed(weights[tensor.name], seen.sums, groups, [self.sizes[axis]], tensor.name)
         log: dict[str, Any] = {"kept": result.kept, "error": result.errors[self.sizes[axis]]}
         return Edited({tensor.name: result.weight}, log)

@@ -58,7 +58,8 @@ class Student:
         with _no_bars():
             self.model: Any = load_model(checkpoint.path, dtype=torch.float32).to(device)
         names = LayerwiseModel(checkpoint, arch, dtype=torch.float32, device="cpu").name_in_memory
-        own = dict(self.model.named_parameters(remove_duplicate=False))
+        own = dict(self.model.named_buffers())  # some families store buffers
+        own |= dict(self.model.named_parameters(remove_duplicate=False))
         self.places = {tensor.name: own[names(tensor)] for tensor in arch.stored()}
         self.masks: dict[str, torch.Tensor] = {}
         """By stored matrix, bool `[out, in]`: true where it is zero and stays zero."""

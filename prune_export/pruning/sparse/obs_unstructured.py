@@ -16,7 +16,7 @@ from typing import Final
 
 import torch
 
-from prune_export.errors import StageError
+from prune_export.cholesky import damped_cholesky
 from prune_export.pruning.sparse.masks import Amount, count_of, put_zeros, smallest, smallest_lanes
 from prune_export.sparsity.nm import Nm
 
@@ -25,8 +25,6 @@ _LEAF: Final = 16
 
 _TOGETHER: Final = 2**22
 """Weights of the small matrices that are worked on at once."""
-
-_MOST_DAMPING: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,20 +67,7 @@ def factor(hessian: torch.Tensor, damping: float, where: str) -> Factor:
     # With all indices reversed, G = L L^T, and U is the inverse of L, reversed again: one
     # factorization and a triangular inverse, where the textbook inverts G and factors that.
     diagonal.masked_fill_(dead, mean)
-    added = 0.0
-    while True:
-        diagonal += (damping - added) * mean
-        added = damping
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not int(failed) and bool(lower.diagonal().isfinite().all()):
-            break
-        if damping >= _MOST_DAMPING:
-            raise StageError(
-                where,
-                f"the Hessian of its inputs has no Cholesky factor with damping {damping:g}",
-                "look for calibration states that are not finite, or exclude its role",
-            )
-        damping = min(10 * damping, _MOST_DAMPING)
+    lower, damping = damped_cholesky(hessian, damping, mean, where, reverse=True)
     _invert(lower)
     return Factor(lower.flip(0, 1), dead, damping)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,11 +17,10 @@ from prune_export.calibrate import Edited, LinearGroup, SequentialResult, has_ta
 from prune_export.calibrate.streaming.linear_groups import Accumulator
 from prune_export.errors import StageError
 from prune_export.pruning.linalg.refit import Products, refit
+from prune_export.pruning.width.scorer import ExpertScorer, StateScorer
 from prune_export.pruning.width.unit_choice import chosen, units_cut
 from prune_export.pruning.width.unit_layout import spread, unit_axes, unit_shape
-
-if TYPE_CHECKING:
-    from prune_export.pruning.width.width_method import WidthMethod
+from prune_export.pruning.width.width_sizes import Part
 
 
 def axis_of(arch: Arch, site: LinearGroup) -> str | None:
@@ -58,10 +58,15 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Measure:
-    """An editor that scores every linear group that the method reads, and edits nothing."""
+    """An editor that scores every linear group with units to cut, and edits nothing.
 
-    method: WidthMethod
+    `parts` are the parts of the model that are cut; `method` identifies who asks.
+    """
+
+    scorer: StateScorer
+    parts: frozenset[Part]
     arch: Arch
+    method: str
 
     @property
     def key(self) -> str:
@@ -71,19 +76,21 @@ class Measure:
         units = self._units(site, width)
         if not units:
             return None
-        return _Seen(self.method.watch(site, units, width, device))
+        return _Seen(self.scorer.watch(site, units, width, device))
 
     def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
         width = next(iter(weights.values())).shape[1]
         units = self._units(site, width)
-        scores = _scored(self.method, site, weights, units, seen)
+        scores = _scored(self.scorer, site, weights, units, seen)
         log: dict[str, Any] = {"scores": scores.double().tolist()}
-        if site.kind == "experts.out" and "experts" in self.method.fractions:
-            log["expert"] = self.method.score_expert(site, weights, scores, seen.scored)
+        if site.kind == "experts.out" and "experts" in self.parts:
+            log["expert"] = float(scores.sum())
+            if isinstance(self.scorer, ExpertScorer):
+                log["expert"] = self.scorer.score_expert(site, weights, scores, seen.scored)
         return Edited(log=log)
 
     def _units(self, site: LinearGroup, width: int) -> int:
-        parts = self.method.fractions.keys()
+        parts = self.parts
         if site.kind.endswith(".in"):
             return width if "hidden" in parts else 0
         if site.kind == "attention.out":
@@ -131,20 +138,23 @@ class Cut:
     """An editor that zeroes the removed inputs of output projections, and refits these.
 
     `kept` is what has been chosen before; what is not there is chosen when its inputs have been
-    seen. `samples` and `length` are the windows'.
+    seen: then `scorer` is not None. `shape` is the samples and length of the windows. With `always`
+    a refit is kept unjudged; `method` identifies who asks.
     """
 
-    method: WidthMethod
+    scorer: StateScorer | None
     arch: Arch
     sizes: Mapping[str, int]
     known: Mapping[str, torch.Tensor]
     kept: Mapping[str, torch.Tensor]
-    samples: int
-    length: int
-    axes: frozenset[str] = field(init=False)
+    shape: Sequence[int]
+    always: bool
+    method: str
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "axes", frozenset(units_cut(self.arch, self.sizes)))
+    @cached_property
+    def axes(self) -> frozenset[str]:
+        """The axes along which units are cut."""
+        return frozenset(units_cut(self.arch, self.sizes))
 
     @property
     def key(self) -> str:
@@ -157,14 +167,14 @@ class Cut:
         if axis in self.kept and bool(self.kept[axis].all()):
             return None
         scored = None
-        if axis not in self.kept and self.method.WATCHES:
+        if axis not in self.kept and self.scorer is not None:
             units = prod(unit_shape(self.arch, axis))
-            scored = self.method.watch(site, units, width, device)
+            scored = self.scorer.watch(site, units, width, device)
         products = Products(
             width,
             device,
-            tokens=self.samples * self.length,
-            samples=self.samples,
+            tokens=prod(self.shape),
+            samples=self.shape[0],
             whole=site.expert is None,
         )
         return _Seen(scored, products)
@@ -183,7 +193,7 @@ class Cut:
             weight,
             columns.to(weight.device),
             seen.products,
-            always=self.method.compensate is True,
+            always=self.always,
         )
         log = {
             "kept": kept.flatten().nonzero().flatten().tolist(),
@@ -199,7 +209,8 @@ class Cut:
     ) -> torch.Tensor:
         shape = unit_shape(self.arch, axis)
         units = prod(shape)
-        scores = _scored(self.method, site, weights, units, seen).double().cpu().view(shape)
+        assert self.scorer is not None
+        scores = _scored(self.scorer, site, weights, units, seen).double().cpu().view(shape)
         return scores + self.known[axis] if axis in self.known else scores
 
 
@@ -236,22 +247,22 @@ def refit_bytes(arch: Arch, axes: Mapping[str, int], *, dense: bool) -> int:
 
 
 def _scored(
-    method: WidthMethod,
+    scorer: StateScorer,
     site: LinearGroup,
     weights: Mapping[str, torch.Tensor],
     units: int,
     seen: _Seen,
 ) -> torch.Tensor:
-    """`[units]`: the method's scores of a site's inputs.
+    """Scores a linear group's inputs, `[units]`.
 
     Raises:
         StageError: it gives another number of them, or some that are not numbers.
     """
-    scores = method.score(site, weights, units, seen.scored)
+    scores = scorer.score(site, weights, units, seen.scored)
     missing = int(scores.isnan().sum())
     if scores.shape != (units,) or missing:
         raise StageError(
-            f"{type(method).__name__}.score at {site.name} of block {site.layer}",
+            f"{type(scorer).__name__}.score at {site.name} of block {site.layer}",
             f"got scores {list(scores.shape)}, {missing} of them NaN, expected [{units}] numbers: "
             "one of each unit",
             "sum the scores of a unit's inputs: `scores.view(units, -1).sum(1)`",
@@ -259,11 +270,9 @@ def _scored(
     return scores
 
 
-def _key(kind: str, method: WidthMethod, scores: Mapping[str, torch.Tensor]) -> str:
-    name = f"{type(method).__module__}.{type(method).__qualname__}"
+def _key(kind: str, method: str, scores: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for axis, values in scores.items():
         digest.update(axis.encode())
         digest.update(values.contiguous().cpu().numpy().tobytes())
-    parts = [kind, name, type(method).VERSION, asdict(method), digest.hexdigest()]
-    return json.dumps(parts, sort_keys=True, default=str)
+    return json.dumps([kind, method, digest.hexdigest()])
