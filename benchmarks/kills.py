@@ -36,10 +36,10 @@ from prune_export.recipe import Recipe
 from prune_export.store import Store
 
 TEXT = "{files: [healing.jsonl], samples: 128, length: 64}"
-LONG = "{files: [healing.jsonl], samples: 1500, length: 64}"
-SAID = "{generated: {from: dense, prompts: none, new_tokens: 32}, samples: 24, length: 32}"
+LONG = "{files: [healing.jsonl], samples: 400, length: 64}"
+SAID = "{generated: {from: dense, prompts: none, new_tokens: 32}, samples: 8, length: 32}"
 ONCE = "{method: lora, rank: 2, batch: 2, steps: 1OBJECTIVE}"
-SHORT = "batch: 4, steps: 24, save_every: 2, learning_rate: 1.0e-3"
+SHORT = "batch: 4, steps: 14, save_every: 2, learning_rate: 1.0e-3"
 BESIDE, KEPT = (f"objective: {{distill: {{cache: {how}}}}}" for how in ("live", "16"))
 KINDS = {
     # what is killed: (healing data, heal stage)

@@ -238,7 +238,9 @@ def work(view: ModelView, case: str, kind: str) -> None:
     elif kind == "floor":
         view.sequential(_Nothing())
     elif "scores" in case:
-        view.sequential(width_passes.Measure(method(case), view.arch))
+        own = method(case)
+        parts = frozenset(own.fractions)
+        view.sequential(width_passes.Measure(own.scorer, parts, view.arch, repr(own)))
     else:
         method(case).decide(view)
 

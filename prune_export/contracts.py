@@ -59,12 +59,14 @@ class Teacher:
 
     `answers(tokens, temperature)` is the directory in which what it says to the healing data is
     kept, so many of its likeliest tokens a position (`calibrate.KeptAnswers`); where it is not
-    there yet, it is made, with one block of the teacher in memory.
+    there yet, it is made, with one block of the teacher in memory. `blocks` has the teacher's block
+    that each of the student's was; None where that is not known.
     """
 
     path: Path
     id: str
     answers: Callable[[int, float], Path]
+    blocks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -333,6 +335,7 @@ class Exporter(Protocol):
     PACKAGES: tuple[str, ...]         the distributions whose versions change what they do
     SPARSE_NOTE: SparseNote           what a report says beside their sparse weights
     EXAMPLE: str                      a template beside it: how to run one, for the model card
+    WRITES_CODES: bool                its int4 and int8 take a quantized checkpoint's codes exactly
     calibrates: bool                  it reads calibration data; may be a property of its keys
     """
 

@@ -1,7 +1,8 @@
 """Calibration: token sets, and passes over them with one transformer block in memory at a time."""
 
 from prune_export.calibrate.context import CalibrationContext, Engines
-from prune_export.calibrate.data.files import inside, local_files
+from prune_export.calibrate.data.documents import column_of, texts_of
+from prune_export.calibrate.data.files import SUFFIXES, inside, local_files
 from prune_export.calibrate.data.generated import (
     Sample,
     read_samples,
@@ -9,7 +10,8 @@ from prune_export.calibrate.data.generated import (
     windows_of_samples,
     write_samples,
 )
-from prune_export.calibrate.data.plenty import Wanted, is_plenty
+from prune_export.calibrate.data.parting import part_sizes
+from prune_export.calibrate.data.plenty import LONG_TOKEN, Wanted, is_plenty
 from prune_export.calibrate.data.sources import (
     changed_since_first,
     refuse_short,
@@ -71,8 +73,10 @@ from prune_export.calibrate.view import ModelView
 __all__ = [
     "DENSE_STATES",
     "LINEAR_GROUPS",
+    "LONG_TOKEN",
     "OUTPUTS",
     "SEAM_STATES",
+    "SUFFIXES",
     "Ablations",
     "AngularDistance",
     "BlockInfluence",
@@ -120,6 +124,7 @@ __all__ = [
     "as_matrix",
     "block_bytes",
     "changed_since_first",
+    "column_of",
     "gather",
     "gradients",
     "has_target",
@@ -135,6 +140,7 @@ __all__ = [
     "local_files",
     "native_dtype",
     "offloaded_bytes",
+    "part_sizes",
     "pass_cost",
     "read_samples",
     "refuse_short",
@@ -145,6 +151,7 @@ __all__ = [
     "run_sequential",
     "seams_of",
     "suspended_bytes",
+    "texts_of",
     "token_set",
     "tokens_of_samples",
     "windows_of_samples",

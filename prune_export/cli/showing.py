@@ -22,6 +22,8 @@ def show_plan(planned: Plan, *, as_json: bool) -> None:
             raise typer.Exit(2)
         return
     _show_stages(planned)
+    for note in planned.notes:
+        console.output.put(note)
     for error in planned.lacking[1:]:
         console.show_error(error, as_json=False)
     planned.check()

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from prune_export import registry
 from prune_export.arch import Arch
+from prune_export.arch.roles import OUTPUT_PROJECTIONS
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Work
 from prune_export.errors import PlanError
@@ -86,7 +87,7 @@ class TimedEngines:
         for axis, size in sizes.items():
             gone = range(size, self.arch.sizes[axis])
             for tensor in self.arch.using(axis):
-                if tensor.role in ("o", "down"):
+                if tensor.role in OUTPUT_PROJECTIONS:
                     ((dim, positions),) = tensor.dims.kept(axis, gone, self.arch.sizes)
                     yield Overwrite(tensor.name, partial(self._zeroed, tensor.name, dim, positions))
 

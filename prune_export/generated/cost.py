@@ -16,16 +16,11 @@ from prune_export.generated.prompts import Prompt, prompts_of
 from prune_export.generated.server import TERMS, count_of, refuse_unasked
 from prune_export.machine import Machine
 from prune_export.recipe import DENSE, Generated, Generation
+from prune_export.sampling import READ_BYTES_A_SECOND, STEP_SECONDS
 from prune_export.system.files import shown
 from prune_export.units import MIB
 
 _PROCESS_BYTES: Final = 700 * MIB
-_READ_BYTES_A_SECOND: Final = 8e9
-"""How fast weights are read for a step on a plain machine; on a GPU it is far more."""
-
-_STEP_SECONDS: Final = 0.0006
-"""What a step takes a block beside that: Python, and kernels that are started."""
-
 _SERVER_SECONDS: Final = 5.0
 _PROMPT_TOKENS: Final = 32
 
@@ -70,7 +65,7 @@ def talk_of(source: Generated, model: Checkpoint, arch: Arch, root: Path, machin
     kept = 2 * speaking.layers * speaking.sizes["residual"] * item * ROWS
     held = weights + kept * (generation.new_tokens + _PROMPT_TOKENS)
     held += 3 * 8 * ROWS * speaking.sizes["vocab"]
-    read = 0.0 if machine.device == "cuda" else weights / _READ_BYTES_A_SECOND
+    read = 0.0 if machine.device == "cuda" else weights / READ_BYTES_A_SECOND
     return Talk(
         "dense" if generation.speaker == DENSE else generation.speaker,
         speaking,
@@ -80,7 +75,7 @@ def talk_of(source: Generated, model: Checkpoint, arch: Arch, root: Path, machin
             disk_bytes=12 * texts,
             flops=2.0 * texts * speaking.parameters(),
             moved_bytes=weights,
-            seconds=8 + steps * (read + _STEP_SECONDS * speaking.layers),
+            seconds=8 + steps * (read + STEP_SECONDS * speaking.layers),
         ),
         f"up to {answers:,} answers of {generation.new_tokens} tokens to "
         f"{_asked(generation, prompts)}",

@@ -13,7 +13,8 @@ from typing import Any, Final
 from prune_export.calibrate import Tokenizer, local_files
 from prune_export.calibrate.data.conversations import prompt_text, refuse_half_pairs
 from prune_export.calibrate.data.decoding import lines
-from prune_export.calibrate.data.documents import Text, hash_of, local_texts
+from prune_export.calibrate.data.documents import Text, hash_of
+from prune_export.calibrate.data.parting import local_texts
 from prune_export.errors import PlanError
 from prune_export.recipe import Generation, LocalText
 

@@ -19,9 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Final
-
-import httpx2
+from typing import TYPE_CHECKING, Any, Final
 
 from prune_export.calibrate import Sample
 from prune_export.errors import PlanError, StageError
@@ -31,6 +29,9 @@ from prune_export.progress import Task
 from prune_export.recipe import Generation
 from prune_export.sampling import seed_of
 from prune_export.system.files import shown
+
+if TYPE_CHECKING:  # imported where a server is asked, which a plan seldom is about
+    import httpx2
 
 SEND_TO: Final = "PRUNE_EXPORT_SEND_TO"
 API_KEY: Final = "PRUNE_EXPORT_API_KEY"
@@ -62,6 +63,8 @@ def refuse_unasked(generation: Generation) -> None:
     Raises:
         PlanError: naming what to set.
     """
+    import httpx2
+
     where, address = "generated.from", shown(generation.speaker)
     try:
         url = httpx2.URL(generation.speaker)
@@ -93,6 +96,8 @@ def _origin(url: httpx2.URL) -> str:
 
 
 def _origin_of(text: str) -> str:
+    import httpx2
+
     try:
         return _origin(httpx2.URL(text))
     except httpx2.InvalidURL:
@@ -108,6 +113,8 @@ def ask_server(
         PlanError: the address may not be asked.
         StageError: the server refuses, fails again and again, or has counted too many tokens.
     """
+    import httpx2
+
     refuse_unasked(generation)
     known = {(one.draw, one.prompt) for one in journal.samples}
     turns = [divmod(place, len(prompts)) for place in range(count_of(generation, prompts))]
@@ -236,6 +243,8 @@ class _Server:
 
     def _posted(self, url: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Sends one request and reads its JSON, which may be slow, large or none."""
+        import httpx2
+
         until = time.monotonic() + self.generation.seconds
         try:
             with self.client.stream("POST", url, json=dict(body)) as response:

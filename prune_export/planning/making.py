@@ -20,9 +20,12 @@ from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, Tr
 from prune_export.errors import MissingExtra, PlanError, PruneExportError
 from prune_export.generated import talk_of
 from prune_export.machine import Machine
-from prune_export.planning.data import refuse_too_little, sets_of
+from prune_export.planning.choices import exported, left_of, tokens_judged
+from prune_export.planning.data import refuse_too_little, sets_of, source_of
 from prune_export.planning.devices import HERE, Devices
-from prune_export.planning.limits import what_devices_lack, what_does_not_fit, windows_of
+from prune_export.planning.grid_rules import refuse_lost_grids
+from prune_export.planning.limits import windows_of, with_lacking
+from prune_export.planning.own_data import data_notes
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size, together
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
@@ -31,8 +34,8 @@ from prune_export.recipe import (
     Generated,
     Recipe,
     Search,
-    Source,
     Stage,
+    engines_of,
     heal_of,
     templates,
     unreached,
@@ -45,6 +48,9 @@ _PROCESS_BYTES: Final = 700 * MIB
 
 _TO_COMPARE: Final = ", to compare with"
 """How the note of an engine ends that is only measured against."""
+
+_TIMING_S: Final = 35.0
+"""What timing an engine of a search takes: its limit is 45 s, and most end before it."""
 
 _LEAST_TIMED_S: Final = 30.0
 """What the fewest launches take that make an interval: nine processes, on a machine at rest."""
@@ -65,6 +71,7 @@ def make_plan(
     ignore_keys: tuple[str, ...] = (),
     imported: bool = False,
     devices: Devices = HERE,
+    rates: Rates | None = None,
 ) -> Plan:
     """Plans a recipe for a model: resolves, costs and checks every stage.
 
@@ -78,7 +85,8 @@ def make_plan(
         UnsupportedArch: the model is not one that the tables describe.
     """
     arch = checkpoint.arch(ignore_keys=ignore_keys)
-    rates = Rates.known(devices.flops) if devices.elsewhere else Rates.measure(machine)
+    if rates is None:
+        rates = Rates.known(devices.flops) if devices.elsewhere else Rates.measure(machine)
     machine = devices.machine(machine)
     planner = _Planner(recipe, checkpoint, machine, rates, arch, ignore_keys, devices)
     stages, archs = [], [arch]
@@ -94,6 +102,7 @@ def make_plan(
         archs.append(arch)
     whole = Planned(recipe, tuple(archs), machine)
     refuse_impossible(whole)
+    refuse_lost_grids(recipe)
     refuse_long_requests(recipe, (archs[0], archs[-1]))
     stages += planner.exports(whole)
     stages += planner.verification(archs[0], arch)
@@ -102,18 +111,8 @@ def make_plan(
     if recipe.verify.generation and Tokenizer.lies_in(checkpoint.path):
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
-    plan = dataclasses.replace(plan, devices=devices)
-    reads = {
-        "the model": checkpoint.path,
-        "the store": store,
-        "the data root": recipe.root,
-    } | ({"the recipe": recipe.file} if recipe.file else {})
-    if devices.elsewhere:
-        lacking = tuple(what_devices_lack(plan, ram_limit))
-    else:
-        limit = ram_limit or machine.ram_bytes
-        lacking = tuple(what_does_not_fit(plan, limit, store, out, reads))
-    return dataclasses.replace(plan, lacking=lacking)
+    plan = dataclasses.replace(plan, devices=devices, notes=data_notes(recipe))
+    return with_lacking(plan, recipe, checkpoint.path, store, out, ram_limit)
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ class _Planner:
             statistics += stage.entry.passes_with_data(arch)
             more = stage.entry.refit_note(arch)
         if statistics:
-            source = self._source(stage)
+            source = source_of(self.recipe, stage)
             samples, length = windows_of(source, self.recipe.root), source.length
             refuse_long_text(f"data.{stage.data}.length", length, arch.config)
             found = pass_cost(arch, statistics, samples, length, self.machine)
@@ -257,7 +256,7 @@ class _Planner:
         return self.planned(stage.kind, stage.name, keys, arch, after, cost, note), after
 
     def _heal(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
-        source = self._source(stage)
+        source = source_of(self.recipe, stage)
         refuse_long_text(f"data.{stage.data}.length", source.length, arch.config)
         stage.entry.check(arch, self.machine)
         samples, machine = windows_of(source, self.recipe.root), self.machine
@@ -280,9 +279,10 @@ class _Planner:
         """Plans a search: the cost of all candidates, and the shapes of the first."""
         search: Search = stage.entry
         # Until an engine is timed, a speed is taken to be in proportion to the parameters.
-        left = search.target.fraction(self.size(arch).bytes) or 1 / (search.target.speedup or 1.5)
+        left = left_of(search, self.size(arch).bytes)
         healer, total, after = heal_of(search), Cost(), None
-        near = inf if search.target.timed else search.target.tolerance
+        # Where engines are chosen among, pruning may be left to one that needs less of it.
+        near = inf if search.target.timed or search.engines else search.target.tolerance
         told: list[str] = []
         fixes: list[str] = []
         fitting = outside = 0
@@ -311,12 +311,26 @@ class _Planner:
             raise PlanError("search", problem, fixes[0] if fixes else fix)
         if search.executor == "ray" and find_spec("ray") is None:
             raise MissingExtra.of("search  executor", "ray", "ray")
+        engines = list(engines_of(search))
+        for option in engines:
+            # The dense model and the best pruned one; each is built, judged and timed.
+            each = option.export.entry.cost(arch, self.size(arch).bytes)
+            judged = 2.0 * arch.parameters() * tokens_judged(self.recipe, search)
+            each = dataclasses.replace(
+                each, flops=2 * (each.flops + judged), seconds=2 * (each.seconds + _TIMING_S)
+            )
+            total = together(total, each)
+        if engines:
+            engines[0].export.entry.check(arch, self.machine)
         if search.target.timed or search.measure_speed:
             entry = registry.find("exporters", search.target.engine)()
+            entry = engines[0].export.entry if engines else entry
             entry.check(after, self.machine)
             each = entry.cost(after, self.size(after).bytes)
             count = (3 if search.target.timed else 1) * fitting + 1
-            total = together(total, dataclasses.replace(each, seconds=(each.seconds + 90) * count))
+            total = together(
+                total, dataclasses.replace(each, seconds=(each.seconds + _TIMING_S) * count)
+            )
         workers = min(search.workers, fitting)
         total = dataclasses.replace(
             total, ram_bytes=total.ram_bytes * workers, gpu_bytes=total.gpu_bytes * workers
@@ -326,7 +340,7 @@ class _Planner:
 
     def exports(self, planned: Planned) -> Iterator[PlannedStage]:
         dense, arch = planned.archs[0], planned.after
-        for export in self.recipe.export:
+        for export in exported(self.recipe):
             compared = self.recipe.verify.speed is not None
             result = (arch, windows_note(planned, export))
             for which, note in [(dense, f"the dense model{_TO_COMPARE}"), result][not compared :]:
@@ -354,15 +368,15 @@ class _Planner:
             )
             tokens = windows_of(source, self.recipe.root) * source.length
             models = 2 + any(stage.kind == "heal" for stage in self.recipe.stages)
-            engines = len(self.recipe.export) if verify.quality.engines else 0
+            engines = len(exported(self.recipe)) if verify.quality.engines else 0
             flops = 2.0 * dense.parameters() * tokens * (models + engines)
         cost = Cost(ram_bytes=heaviest, flops=flops, seconds=20)
         yield self.planned("verify", "quality", {}, dense, arch, cost)
         if verify.speed:
-            pairs = len(self.recipe.export) + sum(
+            pairs = len(exported(self.recipe)) + sum(
                 isinstance(export.entry, HasSparsity)
                 and export.entry.without_sparsity() is not None
-                for export in self.recipe.export
+                for export in exported(self.recipe)
             )
             asked = 40 * verify.speed.minutes * len(verify.speed.workloads)
             seconds = max(asked, _LEAST_TIMED_S) * pairs
@@ -384,12 +398,3 @@ class _Planner:
         written = self.size(arch).bytes + exported + _REPORT_BYTES
         cost = Cost(ram_bytes=_PROCESS_BYTES, disk_bytes=written, moved_bytes=written, seconds=5)
         return self.planned("report", "report and card", {}, arch, arch, cost)
-
-    def _source(self, stage: Stage) -> Source:
-        if stage.data not in self.recipe.data:
-            raise PlanError(
-                "data",
-                f"the recipe defines no `{stage.data}`, which {stage.name} needs",
-                f"add `data: {{{stage.data}: {{files: [...]}}}}`",
-            )
-        return self.recipe.data[stage.data]

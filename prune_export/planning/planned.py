@@ -52,6 +52,7 @@ class Plan:
     archs: tuple[Arch, ...]
     lacking: tuple[PlanError, ...] = ()
     devices: Devices = HERE
+    notes: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuses a plan for which this machine lacks memory or disk.
@@ -99,6 +100,7 @@ class Plan:
             "seconds": round(self.seconds, 1),
             "machine": dataclasses.asdict(self.machine),
             "devices": dataclasses.asdict(self.devices),
+            "notes": list(self.notes),
             "lacking": [f"{error.where}: {error.problem}" for error in self.lacking],
             "stages": [
                 dataclasses.asdict(stage) | {"parameters": dict(stage.parameters)}

@@ -94,13 +94,37 @@ class HubDataset(_Text):
     revision: Annotated[str | None, Field(description="Commit, tag or branch.")] = None
 
 
+class Part(Frozen):
+    """A share of the documents of some files, in an order that a seed decides.
+
+    Shares that do not overlap have no document in common.
+    """
+
+    start: Annotated[float, Field(ge=0, lt=1, description="Where the share begins, from 0 to 1.")]
+    stop: Annotated[float, Field(gt=0, le=1, description="Where it ends, from 0 to 1.")]
+    seed: Annotated[int, Field(ge=0, description="Seed of the order.")] = 0
+
+    def model_post_init(self, context: Any) -> None:
+        del context
+        if self.stop <= self.start:
+            raise ValueError(f"ends at {self.stop:g}, expected more than {self.start:g}")
+
+
 class LocalText(_Text):
     """Text, JSON-lines or Parquet files below the data root."""
 
     files: Annotated[
         tuple[str, ...],
-        Field(min_length=1, description="Relative paths or globs: .txt .jsonl .parquet"),
+        Field(min_length=1, description="Relative paths or globs: .txt .md .jsonl .json .parquet"),
     ]
+    part: Annotated[
+        Part | None,
+        Field(
+            description="The share of the documents to read, so that several sources may split "
+            "the same files; a long text is cut into contiguous spans. Null reads all.",
+            exclude_if=lambda value: value is None,
+        ),
+    ] = None
     encoding: Annotated[
         str | None,
         AfterValidator(_encoding),

@@ -38,11 +38,14 @@ from prune_export.training.settings import Quantization, Settings, Training
 from prune_export.training.shared import Lesson, share_lesson, student_of
 from prune_export.training.state import State, write_whole
 from prune_export.training.targets import linear_weights, targets
-from prune_export.training.teacher import lessons
+from prune_export.training.teacher import comparing, lessons
 from prune_export.training.zeros import kept_zeros, refuse_filled
 
 _RUN: Final = "run.json"
 _MOST_HELD_OUT: Final = 8
+
+_MEASURED_SHARE: Final = 0.8
+"""Of the memory that a teacher may take to be measured; a larger one would be read each time."""
 
 _EXACT_NATS: Final = {torch.float32: 0.002, torch.bfloat16: 0.03}
 """How far the loss of what was written may be from that of what was trained, by compute dtype."""
@@ -96,6 +99,7 @@ def heal(
             counted,
             answers,
             teacher,
+            work.teacher.blocks if work.teacher else None,
         )
         share_lesson(work, lesson)
         goal = lesson.goal
@@ -104,7 +108,10 @@ def heal(
         if "before" not in state.held_out:
             before = held_out_loss(student.model, held_out, 1, run.device, kept_back)
             state = dataclasses.replace(state, held_out={"before": before})
-        with left_out(student.model, student.blocks(arch), settings.layerdrop):
+        with (
+            left_out(student.model, student.blocks(arch), settings.layerdrop),
+            comparing(goal, student.blocks(arch), arch, settings, lesson.dense, run.device) as goal,
+        ):
             state = train(
                 student,
                 windows,
@@ -140,10 +147,15 @@ def heal(
         gc.collect()
         result = plain(out, source.nbytes, work.machine, work.scratch)
         losses["merged"] = held_out_loss(result, held_out, 1, run.device, kept_back)
+        del result
+        if work.teacher is not None and (floor := _teachers(work, held_out, kept_back, run)):
+            losses["teacher"] = floor
     _refuse_mismatch(losses, run, quantization, source)
     return HealRecord(
         steps=settings.steps,
-        trained_tokens=trained_tokens(windows, counted, settings),
+        trained_tokens=state.tokens
+        if settings.distill and settings.distill.on_policy
+        else trained_tokens(windows, counted, settings),
         seconds=state.seconds + time.monotonic() - began,
         log={
             "loss": [list(row) for row in state.losses],
@@ -245,6 +257,19 @@ def _written(
         max_shard_bytes=max(by_file.values()),
         progress=work.progress,
     )
+
+
+def _teachers(
+    work: Work, held_out: torch.Tensor, counted: torch.Tensor | None, run: Run
+) -> float | None:
+    """The teacher's own held-out loss, below which its student hardly comes; None if too large."""
+    assert work.teacher is not None
+    opened, machine = Checkpoint.open(work.teacher.path), work.machine
+    room = machine.gpu_bytes if machine.device == "cuda" else machine.ram_bytes
+    if opened.nbytes > _MEASURED_SHARE * room:
+        return None
+    model = plain(opened.path, opened.nbytes, machine, work.scratch)
+    return held_out_loss(model, held_out, 1, run.device, counted)
 
 
 def _refuse_mismatch(

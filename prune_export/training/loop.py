@@ -28,6 +28,7 @@ from prune_export.contracts import Work
 from prune_export.errors import StageError
 from prune_export.system.processes import Team
 from prune_export.training.loss import next_token_loss, predictions
+from prune_export.training.on_policy import is_on_policy, said_by_student
 from prune_export.training.settings import Training
 from prune_export.training.state import State
 from prune_export.training.teacher import NextToken, Objective
@@ -57,7 +58,7 @@ class Run:
 
 
 class Student(Protocol):
-    """A model in training; `masks` are where parameters stay zero, by their names."""
+    """A model in training; `masks` are False where parameters stay zero, by their names."""
 
     @property
     def model(self) -> torch.nn.Module: ...
@@ -87,7 +88,8 @@ def train(
     Raises:
         StageError: the loss is not finite any more, or another process is gone.
     """
-    parameters, goal, team = trainee.trained(), objective or NextToken(), work.team
+    goal, team = objective or NextToken(), work.team
+    parameters = {**trainee.trained(), **goal.parameters()}
     if state.step:
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -106,7 +108,7 @@ def train(
                 "exp_avg_sq": state.tensors[f"{name}|square"].to(parameter.device),
             }
     model = trainee.model.train()
-    losses, spent = list(state.losses), state.seconds
+    losses, spent, learnt = list(state.losses), state.seconds, state.tokens
     began, first = time.monotonic(), state.step
     pause = _Pause(settings.save_every, began)
     with work.progress.task("healing", settings.steps) as task:
@@ -118,6 +120,11 @@ def train(
             loss = 0.0
             picked = _picked(step, len(windows), settings)
             batch, marks = windows[picked], None if counted is None else counted[picked]
+            if is_on_policy(settings, step):
+                batch, marks = said_by_student(
+                    model, batch, settings, step, rows=run.micro_batch, device=run.device
+                )
+                team.share([batch, marks])  # what the leader's says, however others round
             total = predictions(batch, marks)
             for place, (ids, own) in enumerate(_split(batch, marks, run.micro_batch, run.device)):
                 if place % team.size != team.rank:
@@ -137,15 +144,16 @@ def train(
                     parameter.grad = torch.zeros_like(parameter)
             loss = _added(loss, parameters, team)
             refuse_diverged(loss, step + 1, settings)
-            for name, zero in trainee.masks.items():
+            for name, kept in trainee.masks.items():
                 # Before they are clipped: what cannot move has no part in how far the rest does.
-                parameters[name].grad.masked_fill_(zero, 0)  # type: ignore[union-attr]
+                parameters[name].grad.masked_fill_(~kept, 0)  # type: ignore[union-attr]
             torch.nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
             adam.step()
             adam.zero_grad()
-            for name, zero in trainee.masks.items():
-                parameters[name].data.masked_fill_(zero, 0)
+            for name, kept in trainee.masks.items():
+                parameters[name].data.masked_fill_(~kept, 0)
             losses.append((step + 1, loss, rate))
+            learnt += total
             now = time.monotonic()
             elapsed = now - began
             if team.leads and (pause.over(step + 1, now) or step + 1 == settings.steps):
@@ -155,6 +163,7 @@ def train(
                     losses=tuple(losses),
                     held_out=state.held_out,
                     seconds=spent + elapsed,
+                    tokens=learnt,
                 )
                 state.save(work.scratch, key)
                 pause = pause.after(now, time.monotonic())

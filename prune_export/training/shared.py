@@ -24,7 +24,7 @@ from prune_export.training.loop import Run, own_randomness, train
 from prune_export.training.model import Trainee, quiet, trainee
 from prune_export.training.settings import Quantization, Settings, Training
 from prune_export.training.state import State
-from prune_export.training.teacher import Objective, objective_of
+from prune_export.training.teacher import Objective, comparing, objective_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Lesson:
 
     `windows` int32 `[samples, length]` and what `counted` of them are those that are trained on;
     `names` the stored weights that are trained, or get an adapter; `zeros` those that keep theirs;
-    `answers` are a teacher's, and `teacher` a model that runs beside the student.
+    `answers` are a teacher's, and `teacher` a model that runs beside the student, of whose blocks
+    the student's were `blocks`, where that is known.
     """
 
     settings: Training
@@ -46,6 +47,12 @@ class Lesson:
     counted: torch.Tensor | None
     answers: KeptAnswers | None
     teacher: Path | None
+    blocks: tuple[int, ...] | None = None
+
+    @property
+    def dense(self) -> tuple[Path, tuple[int, ...] | None] | None:
+        """The teacher that runs beside the student, and which of its blocks survived."""
+        return None if self.teacher is None else (self.teacher, self.blocks)
 
     @property
     def goal(self) -> Objective:
@@ -75,7 +82,11 @@ def _take_part(team: Team, lesson: Lesson) -> None:
         student = student_of(
             lesson.settings, lesson.quantization, source, lesson.names, lesson.run, lesson.zeros
         )
-        with left_out(student.model, student.blocks(arch), lesson.settings.layerdrop):
+        blocks, how = student.blocks(arch), lesson.settings
+        with (
+            left_out(student.model, blocks, how.layerdrop),
+            comparing(goal, blocks, arch, how, lesson.dense, lesson.run.device) as goal,
+        ):
             train(
                 student,
                 lesson.windows.long(),

@@ -15,8 +15,10 @@ from typing import Any, Final
 import numpy as np
 
 from prune_export.checkpoint.loading import load_ends, load_tokenizer
+from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
+from prune_export.system.bounded import SECONDS, TookTooMuch, bounded
 from prune_export.verify.engine import Engine
 from prune_export.verify.results import Generation
 from prune_export.verify.session import Session
@@ -40,6 +42,10 @@ _GRAM: Final = 4
 _REPETITIVE: Final = 0.5
 _LOOP_PERIOD: Final = 3
 _LOOP_TOKENS: Final = 24
+
+
+class EndlessTemplate(PlanError):
+    """A chat template that does not come to an end."""
 
 
 def measure_generation(
@@ -86,6 +92,8 @@ def refuse_unknown_prompts(tokenizer: Path, vocabulary: int) -> None:
             return
         backend = Tokenizer.load(tokenizer).backend
         fed = [_encoded(backend, prompt) for prompt in PROMPTS]
+    except EndlessTemplate:
+        raise
     except Exception:
         # Not about ids: whatever is wrong with it, those who need it say so.
         return
@@ -165,7 +173,17 @@ def _encoded(tokenizer: Any, prompt: str) -> list[int]:
     if not named or (isinstance(named, dict) and "default" not in named):
         return [int(token) for token in tokenizer(prompt)["input_ids"]]
     turns = [{"role": "user", "content": prompt}]
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    try:
+        with bounded():
+            ids = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_dict=False
+            )
+    except TookTooMuch:
+        raise EndlessTemplate(
+            "verify.generation  prompts",
+            f"the chat template did not end within {SECONDS:g} s, or filled the memory",
+            "use this model's own template, or write `verify: {generation: false}`",
+        ) from None
     return [int(token) for token in ids]
 
 

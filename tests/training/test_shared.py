@@ -27,7 +27,7 @@ from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.progress import Silent
 from prune_export.system.processes import ALONE, Team, joined, shares, started_team
-from prune_export.training.objective import Distill, Distilled
+from prune_export.training.objective import Distill, Distilled, Hidden
 from tests.heal.conftest import MACHINE, save_tiny, teacher_at, windows
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +42,13 @@ HEALERS = {
         **SHORT, rank=2, learning_rate=1e-2, objective=Distilled(distill=Distill(cache="live"))
     ),
     "full kept": Full(**SHORT, learning_rate=2e-3, objective=KEPT),
+    "full on-policy": Full(
+        **SHORT,
+        learning_rate=2e-3,
+        objective=Distilled(
+            distill=Distill(on_policy=0.5, new_tokens=6, hidden=Hidden(by="last_2"))
+        ),
+    ),
     "long": Lora(**SHORT | {"steps": 100}, rank=2, learning_rate=1e-3, save_every=3),
 }
 
@@ -116,7 +123,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_heal_as_one_does(place: Path) -> None:
-    names = ["lora", "qlora live", "full kept"]
+    names = ["lora", "qlora live", "full kept", "full on-policy"]
     processes = two(place, *names)
     for name in names:
         heal_here(name, place, ALONE)

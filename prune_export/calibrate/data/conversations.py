@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prune_export.errors import PlanError
+from prune_export.system.bounded import SECONDS, TookTooMuch, bounded
 
 _MARKED: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks what the assistant says; transformers looks for the same."""
@@ -215,9 +216,10 @@ def _template(backend: Any, where: str) -> str:
 
 def _render(backend: Any, messages: list[Any], where: str, *, prompt: bool = False) -> str:
     try:
-        return str(
-            backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        )
+        with bounded():
+            return str(
+                backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            )
     except Exception as error:
         # A template may raise what it likes; most say that roles must alternate.
         raise _refused(error, where) from error
@@ -227,12 +229,13 @@ def _with_marks(backend: Any, template: str, messages: list[Any], where: str) ->
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **backend.special_tokens_map,
-        )
+        with bounded():
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **backend.special_tokens_map,
+            )
     except Exception as error:
         raise _refused(error, where) from error
     return str(texts[0]), [(int(start), int(stop)) for start, stop in spans[0]]
@@ -262,6 +265,12 @@ def _by_prefixes(backend: Any, messages: list[Any], where: str) -> tuple[str, Sp
 
 
 def _refused(error: Exception, where: str) -> PlanError:
+    if isinstance(error, TookTooMuch):
+        return PlanError(
+            where,
+            f"the chat template did not end within {SECONDS:g} s, or filled the memory",
+            "use this model's own template, or write the conversations as text",
+        )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return PlanError(
         where,

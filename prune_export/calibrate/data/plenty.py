@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from prune_export.calibrate.data.conversations import Conversation
-from prune_export.calibrate.data.documents import hash_of, local_texts
+from prune_export.calibrate.data.documents import hash_of
 from prune_export.calibrate.data.files import local_files
+from prune_export.calibrate.data.parting import local_texts
 from prune_export.calibrate.data.tokenizer import largest_id
 from prune_export.recipe.sources import LocalText
 

@@ -19,10 +19,10 @@ from prune_export.calibrate.data.documents import (
     hash_of,
     hub_revision,
     hub_texts,
-    local_texts,
 )
 from prune_export.calibrate.data.files import inside, local_files
 from prune_export.calibrate.data.packing import Windows
+from prune_export.calibrate.data.parting import local_texts
 from prune_export.calibrate.data.plenty import LONG_TOKEN, READ
 from prune_export.calibrate.data.reading import First, Reader
 from prune_export.calibrate.data.token_set import TokenSet
@@ -200,6 +200,8 @@ def _protocol(
     found: dict[str, Any] = {}
     if isinstance(source, LocalText) and source.encoding:
         found["encoding"] = source.encoding
+    if isinstance(source, LocalText) and source.part:
+        found["part"] = source.part.model_dump()
     if conversations:
         template = str(tokenizer.backend.get_chat_template())
         found["chat_template"] = hashlib.sha256(template.encode()).hexdigest()

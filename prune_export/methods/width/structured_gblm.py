@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
+from prune_export.arch.roles import OUTPUT_PROJECTIONS
 from prune_export.calibrate import (
     LINEAR_GROUPS,
     ExtraPass,
@@ -25,8 +26,6 @@ from prune_export.pruning.width.width_method import WidthMethod
 
 _WINDOWS: Final = 128
 """The number of windows that alpha was published for."""
-
-_BACK: Final = frozenset({"o", "down", "expert.down"})
 
 
 @dataclass(frozen=True)
@@ -79,20 +78,20 @@ class _Gblm:
             f"structured_gblm-1 {self.norm} {self.alpha} {samples} {length} {' '.join(axes)}",
             ("abs",) if self.norm == "l1" else ("square",),
             _Value(self.norm, samples, self.alpha * of_sum / sqrt(length)),
-            roles=frozenset(LINEAR_GROUPS) if "residual" in axes else _BACK,
+            roles=frozenset(LINEAR_GROUPS) if "residual" in axes else OUTPUT_PROJECTIONS,
         )
         scores = unit_scores.of_gradients(model.gradients(reader), axes)
         unit_scores.complete(model.arch, axes, scores)
         return scores
 
-    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> InputNorms:
-        del site, units
+    def watch(self, group: LinearGroup, units: int, width: int, device: str) -> InputNorms:
+        del group, units
         return InputNorms(width, device)
 
     def score(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: InputNorms
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: InputNorms
     ) -> torch.Tensor:
-        del site
+        del group
         norms = (seen.sums / max(1, seen.tokens)).sqrt().double()
         total = torch.zeros_like(norms)
         for weight in weights.values():
