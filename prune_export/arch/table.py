@@ -145,6 +145,11 @@ class Table(_Frozen):
     `parallel` says, or on which condition, that a block adds its attention and its MLP to the same
     states, those that enter it; else its MLP reads what the attention was added to.
 
+    `tuple_blocks` says that the model takes the first of what a block returns, not all of it.
+
+    `per_sample` names arguments of a block whose first dimension is samples times heads (ALiBi's
+    bias), so that they do not broadcast from one sample to many.
+
     `bundled` is the code that a checkpoint of a model type of ours brings along.
 
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
@@ -169,6 +174,8 @@ class Table(_Frozen):
     final_norm_when: str | None = None
     norm: Literal["rms", "layer"]
     parallel: bool | str = False
+    tuple_blocks: bool = False
+    per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]
     axes: dict[str, Axis]
     layer_sets: dict[str, LayerSet] = Field(default_factory=dict)

@@ -3,6 +3,13 @@
 from prune_export.calibrate.context import CalibrationContext, Engines
 from prune_export.calibrate.data.documents import column_of, texts_of
 from prune_export.calibrate.data.files import SUFFIXES, inside, local_files
+from prune_export.calibrate.data.generated import (
+    Sample,
+    read_samples,
+    tokens_of_samples,
+    windows_of_samples,
+    write_samples,
+)
 from prune_export.calibrate.data.parting import part_sizes
 from prune_export.calibrate.data.plenty import LONG_TOKEN, Wanted, is_plenty
 from prune_export.calibrate.data.sources import (
@@ -99,6 +106,7 @@ __all__ = [
     "Part",
     "PassCost",
     "Repaired",
+    "Sample",
     "Scope",
     "Seam",
     "SequentialResult",
@@ -134,6 +142,7 @@ __all__ = [
     "offloaded_bytes",
     "part_sizes",
     "pass_cost",
+    "read_samples",
     "refuse_short",
     "refuse_unknown",
     "refuse_unknown_tokens",
@@ -144,4 +153,7 @@ __all__ = [
     "suspended_bytes",
     "texts_of",
     "token_set",
+    "tokens_of_samples",
+    "windows_of_samples",
+    "write_samples",
 ]

@@ -1,4 +1,4 @@
-"""The commands `run`, `plan`, `inspect`, `export`, `verify` and `compare`; others join here."""
+"""The commands `run`, `plan`, `inspect`, `export` and `verify`; others join here."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import typer
 from prune_export import __version__
 from prune_export.cli import console, options
 from prune_export.cli.asking import faster, smaller
+from prune_export.cli.comparing import compare
 from prune_export.cli.doctoring import doctor
 from prune_export.cli.help import Command, Group
 from prune_export.cli.listing import methods, recipes, schema
+from prune_export.cli.others import commands_of_others
 from prune_export.cli.publishing import destination, publish
 from prune_export.cli.running import carry_out
 from prune_export.cli.showing import show_plan
@@ -92,11 +94,13 @@ def run(
     prune-export run depth40-angular-qlora --model meta-llama/Llama-3.1-8B --out out/
     prune-export run my.yaml -m ./checkpoint -o out/ -s stages.0.prune.remove=6
 
-    Killed or interrupted, the same command goes on where it was.
+    Killed or interrupted, the same command goes on where it was. Started by torchrun or accelerate
+    launch, all processes heal together; the first does all else.
     """
     from prune_export.execution import Options, with_data
     from prune_export.recipe import Recipe
 
+    team = options.team()
     loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
     loaded, model = with_data(loaded, model, data or ())
     repo = destination(loaded.publish.repo, push_to, publish=publish)
@@ -108,6 +112,7 @@ def run(
         seconds=options.seconds(time),
         ignore_keys=tuple(ignore_config_key or ()),
         command=options.command_line(),
+        team=team,
     )
     # The recipe's own word for it counts only where its repository was asked for.
     open_to_all = public or (not push_to and not loaded.publish.private)
@@ -133,12 +138,16 @@ def plan(
     threads: options.Threads = None,
     device: options.Device = None,
     ignore_config_key: options.IgnoreKeys = None,
+    devices: options.Devices = 1,
+    device_memory: options.DeviceMemory = None,
+    device_tflops: options.DeviceTflops = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Say what a recipe would do to a model and what it would take; read no weights, write nothing.
 
     prune-export plan depth40-angular-qlora --model ./Llama-3.1-70B --ram 64GiB
+    prune-export plan depth40-angular-qlora -m ./Llama-3.1-70B --devices 8 --device-memory 80GiB
 
     The model may be a directory that holds only a config.json.
     """
@@ -154,6 +163,8 @@ def plan(
         machine=options.machine(ram, threads, device),
         seconds=options.seconds(time),
         ignore_keys=tuple(ignore_config_key or ()),
+        ram_limit=options.size(ram, "--ram") if device_memory else None,
+        devices=options.planned_devices(devices, device_memory, device_tflops),
     )
     show_plan(plan_of(loaded, model, chosen), as_json=json)
 
@@ -293,55 +304,8 @@ def verify(
                           "export again, or run the recipe again")  # fmt: skip
 
 
-@app.command(cls=Command)
-def compare(
-    dense: Annotated[
-        Path, typer.Argument(metavar="DENSE", help="A checkpoint or result directory.")
-    ],
-    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The one to compare with it.")],
-    engine: Annotated[
-        str,
-        typer.Option(
-            metavar="EXPORTER", help="`pytorch`, or an exporter that both directories hold."
-        ),
-    ] = "pytorch",
-    data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", "-d", metavar="FILE", help="Text for perplexity. Repeatable."),
-    ] = None,
-    prompt: Annotated[int, typer.Option(min=1, metavar="N", help="Prompt tokens.")] = 128,
-    new: Annotated[int, typer.Option(min=1, metavar="N", help="New tokens.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once.")] = 1,
-    minutes: Annotated[
-        float, typer.Option(min=0.05, metavar="N", help="Time limit of the timing.")
-    ] = 2.0,
-    trust_engine: options.TrustEngine = False,
-    store: options.StoreDir = None,
-    ram: options.Ram = None,
-    threads: options.Threads = None,
-    device: options.Device = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Compare two models: speed in turns with a noise floor, and perplexity on your text.
-
-    prune-export compare ./Llama-3.1-8B out/ --data corpus.jsonl
-    prune-export compare out-a/ out-b/ --engine onnx
-    """
-    from prune_export.cli.engines import compared, show_verification
-
-    found = compared(
-        dense, other, engine, data or [], workload=(batch, prompt, new), minutes=minutes,
-        trust=trust_engine, store=options.store_directory(store),
-        machine=options.machine(ram, threads, device),
-        progress=console.progress(quiet=quiet or json),
-    )  # fmt: skip
-    if json:
-        console.print_json(found.to_json())
-    else:
-        show_verification(found)
-
-
-for last in (publish, doctor):
+for last in (compare, publish, doctor):
     app.command(cls=Command)(last)
+
+for entry in commands_of_others():
+    app.command(entry.name, cls=Command)(entry.command)

@@ -34,8 +34,10 @@ def carry_out(
 
     if dry_run:
         show_plan(plan(recipe, model, chosen), as_json=json)
+        chosen.team.dismiss()
         return
     result = run(recipe, model, chosen, console.progress(quiet=quiet or json))
+    chosen.team.dismiss()
     if json:
         console.print_json(result.report)
     else:

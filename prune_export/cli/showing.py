@@ -30,9 +30,9 @@ def show_plan(planned: Plan, *, as_json: bool) -> None:
 
 
 def _show_stages(planned: Plan) -> None:
-    from prune_export.planning.rows import COLUMNS, rows_of, sums_of, title_of
+    from prune_export.planning.rows import columns_of, rows_of, sums_of, title_of
 
-    console.table(title_of(planned), COLUMNS, rows_of(planned))
+    console.table(title_of(planned), columns_of(planned), rows_of(planned))
     console.output.put(sums_of(planned))
 
 

@@ -23,16 +23,18 @@ from prune_export.execution.asked import config_of, model_of, with_data
 from prune_export.execution.choosing import run_choice
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
-from prune_export.execution.inputs import Base, dense_artifact, make_tokens, open_base
+from prune_export.execution.inputs import Base, dense_artifact, open_base
 from prune_export.execution.measure import measure_run
 from prune_export.execution.record import report_of
 from prune_export.execution.result import Result, alone, lock_of, mend, versions
+from prune_export.execution.said import make_data
 from prune_export.execution.search import run_search
 from prune_export.execution.stages import run_stage
 from prune_export.execution.watch import Watch
 from prune_export.machine import Machine
 from prune_export.planning import (
     CALIBRATION,
+    Devices,
     Plan,
     Rates,
     fit_time,
@@ -43,6 +45,7 @@ from prune_export.planning import (
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, EngineOption, Export, Recipe, Stage, heal_of
 from prune_export.store import Artifact, Store
+from prune_export.system.processes import ALONE, Team
 from prune_export.system.temporary import sweep
 from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
@@ -85,6 +88,9 @@ class Options:
     force: frozenset[str] = frozenset()
     ignore_keys: tuple[str, ...] = ()
     command: str = ""
+    team: Team = ALONE
+    devices: Devices | None = None
+    """What a plan is for, where it is not for this machine and team."""
 
 
 def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
@@ -106,7 +112,9 @@ def _fitted(recipe: Recipe, model: str | None, options: Options) -> tuple[Recipe
     if recipe.verify.quality:
         check_tasks(recipe.verify.quality.tasks)
     spec, path, _ = model_of(recipe, model)
-    checkpoint, rates = config_of(path), Rates.measure(options.machine)
+    checkpoint = config_of(path)
+    devices = options.devices or Devices(options.team.size, options.team.here)
+    rates = None if devices.elsewhere else Rates.measure(options.machine)
 
     def plan_of(one: Recipe) -> Plan:
         return make_plan(
@@ -119,6 +127,7 @@ def _fitted(recipe: Recipe, model: str | None, options: Options) -> tuple[Recipe
             ram_limit=options.ram_limit,
             ignore_keys=options.ignore_keys,
             imported=path.suffix == ".gguf",
+            devices=devices,
             rates=rates,
         )
 
@@ -154,6 +163,7 @@ def run(
         options.force,
         options.ignore_keys,
         options.command,
+        options.team,
         watch,
     )
     if options.seconds is not None:
@@ -221,7 +231,7 @@ def _data(context: RunContext, recipe: Recipe, base: Base) -> dict[str, tuple[Ar
     data = {}
     seen: tuple[str, ...] = ()
     for name, judges in sets_of(recipe):
-        data[name] = make_tokens(context, name, recipe.data[name], recipe.root, base, seen)
+        data[name] = make_data(context, name, recipe.data[name], recipe.root, base, seen)
         if judges:
             seen = (*seen, *data[name][1].documents)
     return data
@@ -378,6 +388,7 @@ def _finished(context: RunContext, recipe: Recipe, out: Path, made: _Made) -> di
     write_report(report, result.partial)
     result.write_lists(lock_of(origin, used, named, digest, versions()))
     every = [*named.values(), *(artifact for artifact, _ in data.values())]
-    context.store.remember(out, [artifact.id for artifact in every] + [base.id])
+    said = [one.record["answers"] for one in every if "answers" in one.record]
+    context.store.remember(out, [artifact.id for artifact in every] + said + [base.id])
     result.finish()
     return report

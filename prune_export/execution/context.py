@@ -1,4 +1,4 @@
-"""The context of a run: its store, machine and progress, handed on as one value."""
+"""The context of a run: its store, machine, progress, team, handed on as one value."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from prune_export.execution.watch import Watch
 from prune_export.machine import Machine
 from prune_export.progress import Progress
 from prune_export.store import Artifact, Key, Store
+from prune_export.system.processes import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class RunContext:
     force: frozenset[str] = frozenset()
     ignore_keys: tuple[str, ...] = ()
     command: str = ""
+    team: Team = ALONE
     watch: Watch | None = None
 
     def make(
@@ -40,7 +42,7 @@ class RunContext:
 
         def guarded(files: Path, scratch: Path) -> Mapping[str, Any]:
             try:
-                return build(files, Work(self.machine, self.progress, scratch))
+                return build(files, Work(self.machine, self.progress, scratch, team=self.team))
             except PruneExportError:
                 raise
             except MemoryError:

@@ -6,6 +6,7 @@ config. Whatever can be known to fail, fails here as a `PlanError`, with nothing
 """
 
 from prune_export.planning.data import CALIBRATION, sets_of
+from prune_export.planning.devices import TFLOPS, Devices
 from prune_export.planning.fitting import fit_time
 from prune_export.planning.making import make_plan
 from prune_export.planning.own_data import data_notes, with_own_samples, with_text
@@ -14,6 +15,8 @@ from prune_export.planning.teacher import refuse_other_vocabulary
 
 __all__ = [
     "CALIBRATION",
+    "TFLOPS",
+    "Devices",
     "Plan",
     "PlannedStage",
     "Rates",

@@ -62,7 +62,7 @@ def refuse_too_little(recipe: Recipe, model: Path, vocabulary: int) -> None:
     for name, judges in sets_of(recipe):
         source = recipe.data[name]
         if not isinstance(source, TokenFile | LocalText):
-            continue
+            continue  # the Hub's are not looked at, and what a model says is planned as a step
         try:
             if not (there or isinstance(source, TokenFile)):
                 refuse_unreadable(source, recipe.root)

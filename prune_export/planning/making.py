@@ -17,17 +17,21 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
-from prune_export.errors import MissingExtra, PlanError
+from prune_export.errors import MissingExtra, PlanError, PruneExportError
+from prune_export.generated import talk_of
 from prune_export.machine import Machine
 from prune_export.planning.choices import exported, left_of, tokens_judged
-from prune_export.planning.data import refuse_too_little
-from prune_export.planning.limits import what_does_not_fit, windows_of
+from prune_export.planning.data import refuse_too_little, sets_of
+from prune_export.planning.devices import HERE, Devices
+from prune_export.planning.grid_rules import refuse_lost_grids
+from prune_export.planning.limits import what_devices_lack, what_does_not_fit, windows_of
 from prune_export.planning.own_data import data_notes
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size, together
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
 from prune_export.planning.teacher import teacher_of
 from prune_export.recipe import (
+    Generated,
     Recipe,
     Search,
     Source,
@@ -67,25 +71,30 @@ def make_plan(
     ram_limit: int | None = None,
     ignore_keys: tuple[str, ...] = (),
     imported: bool = False,
+    devices: Devices = HERE,
     rates: Rates | None = None,
 ) -> Plan:
     """Plans a recipe for a model: resolves, costs and checks every stage.
 
     `checkpoint` may be only a config. `imported` says that it is to be made from a GGUF file first.
     `ram_limit` in bytes replaces the available memory as what must not be exceeded. What this
-    machine lacks is in `Plan.lacking`, so that the plan can be looked at all the same.
+    machine lacks is in `Plan.lacking`, so that the plan can be looked at all the same; for
+    `devices` that are not here it is what these lack, and of memory only a `ram_limit` is known.
 
     Raises:
         PlanError: something in it cannot work, with the stage and what to do.
         UnsupportedArch: the model is not one that the tables describe.
     """
     arch = checkpoint.arch(ignore_keys=ignore_keys)
-    rates = rates or Rates.measure(machine)
-    planner = _Planner(recipe, checkpoint, machine, rates, arch, ignore_keys)
+    if rates is None:
+        rates = Rates.known(devices.flops) if devices.elsewhere else Rates.measure(machine)
+    machine = devices.machine(machine)
+    planner = _Planner(recipe, checkpoint, machine, rates, arch, ignore_keys, devices)
     stages, archs = [], [arch]
     ablated = Ablated()
     if imported:
         stages.append(planner.imported(arch))
+    stages += planner.generated()
     for index, stage in enumerate(recipe.stages):
         before = arch
         planned, arch = planner.stage(index, stage, before)
@@ -94,6 +103,7 @@ def make_plan(
         archs.append(arch)
     whole = Planned(recipe, tuple(archs), machine)
     refuse_impossible(whole)
+    refuse_lost_grids(recipe)
     refuse_long_requests(recipe, (archs[0], archs[-1]))
     stages += planner.exports(whole)
     stages += planner.verification(archs[0], arch)
@@ -102,12 +112,17 @@ def make_plan(
     if recipe.verify.generation and Tokenizer.lies_in(checkpoint.path):
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
+    plan = dataclasses.replace(plan, devices=devices)
     reads = {
         "the model": checkpoint.path,
         "the store": store,
         "the data root": recipe.root,
     } | ({"the recipe": recipe.file} if recipe.file else {})
-    lacking = tuple(what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out, reads))
+    if devices.elsewhere:
+        lacking = tuple(what_devices_lack(plan, ram_limit))
+    else:
+        limit = ram_limit or machine.ram_bytes
+        lacking = tuple(what_does_not_fit(plan, limit, store, out, reads))
     return dataclasses.replace(plan, lacking=lacking, notes=data_notes(recipe))
 
 
@@ -119,6 +134,7 @@ class _Planner:
     rates: Rates
     dense: Arch
     ignore_keys: tuple[str, ...] = ()
+    devices: Devices = HERE
 
     def size(self, arch: Arch) -> Size:
         return Size(arch.layers, arch.parameters(), arch.parameters() * self.item_bytes())
@@ -160,6 +176,22 @@ class _Planner:
             seconds=6,
         )
         return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
+
+    def generated(self) -> Iterator[PlannedStage]:
+        """What models are to say: the data that are none yet."""
+        for name, _ in sets_of(self.recipe):
+            source = self.recipe.data[name]
+            if not isinstance(source, Generated):
+                continue
+            refuse_long_text(f"data.{name}.length", source.length, self.dense.config)
+            try:
+                talk = talk_of(source, self.checkpoint, self.dense, self.recipe.root, self.machine)
+            except PruneExportError as error:
+                where = f"{self.recipe.name}  data.{name}"
+                raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
+            keys = source.generated.model_dump(mode="json")
+            yield self.planned("ask", talk.name, keys, talk.arch, talk.arch, talk.cost,
+                               f"{name}: {talk.note}")  # fmt: skip
 
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         how = {
@@ -238,18 +270,20 @@ class _Planner:
         source = self._source(stage)
         refuse_long_text(f"data.{stage.data}.length", source.length, arch.config)
         stage.entry.check(arch, self.machine)
-        samples = windows_of(source, self.recipe.root)
-        cost = stage.entry.cost(arch, samples * source.length, source.length, self.machine)
+        samples, machine = windows_of(source, self.recipe.root), self.machine
+        machine = machine.share(self.devices.here)
+        cost = stage.entry.cost(arch, samples * source.length, source.length, machine)
         note = f"up to {samples} x {source.length} tokens"
         teacher = teacher_of(
             self.recipe, stage.entry, self.checkpoint, self.dense, self.ignore_keys
         )
         if teacher is not None:
             refuse_long_text(f"data.{stage.data}.length", source.length, teacher.config)
-            cost, told = stage.entry.taught_cost(
-                arch, teacher, samples, source.length, self.machine
-            )
+            cost, told = stage.entry.taught_cost(arch, teacher, samples, source.length, machine)
             note = f"{note}; {told}"
+        parts = int(getattr(stage.entry, "batch", self.devices.count))
+        cost = self.devices.shared(cost, parts)
+        note = "; ".join(part for part in (note, self.devices.note(parts)) if part)
         return self.planned("heal", stage.name, stage.parameters(), arch, arch, cost, note), arch
 
     def _search(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:

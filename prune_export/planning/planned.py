@@ -13,7 +13,8 @@ from prune_export.contracts import Cost
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.notebook import html_table
-from prune_export.planning.rows import COLUMNS, rows_of, sums_of, title_of
+from prune_export.planning.devices import HERE, Devices
+from prune_export.planning.rows import columns_of, rows_of, sums_of, title_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Plan:
     machine: Machine
     archs: tuple[Arch, ...]
     lacking: tuple[PlanError, ...] = ()
+    devices: Devices = HERE
     notes: tuple[str, ...] = ()
 
     def check(self) -> None:
@@ -84,7 +86,7 @@ class Plan:
     def _repr_html_(self) -> str:
         """The plan in a notebook: a row a step, and what this machine lacks."""
         note = ". ".join([sums_of(self), *(f"{e.where}: {e.problem}" for e in self.lacking)])
-        return html_table(title_of(self), COLUMNS, rows_of(self), note)
+        return html_table(title_of(self), columns_of(self), rows_of(self), note)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -97,6 +99,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "seconds": round(self.seconds, 1),
             "machine": dataclasses.asdict(self.machine),
+            "devices": dataclasses.asdict(self.devices),
             "notes": list(self.notes),
             "lacking": [f"{error.where}: {error.problem}" for error in self.lacking],
             "stages": [
@@ -112,6 +115,11 @@ class Rates:
 
     flops: float
     disk_bytes: float
+
+    @staticmethod
+    def known(flops: float) -> Rates:
+        """The rates of a device that is not here; the disk is taken at 400 MB/s."""
+        return Rates(flops, 400e6)
 
     @staticmethod
     def measure(machine: Machine) -> Rates:

@@ -33,15 +33,28 @@ from prune_export.recipe.search import (
     templates,
     unreached,
 )
-from prune_export.recipe.sources import CONVERSATIONS, HubDataset, LocalText, Source, TokenFile
+from prune_export.recipe.sources import (
+    CONVERSATIONS,
+    DENSE,
+    Generated,
+    Generation,
+    HubDataset,
+    LocalText,
+    Source,
+    TextSource,
+    TokenFile,
+)
 from prune_export.recipe.stages import Stage, Sweep, Workload
 from prune_export.units import text_from_name
 
 __all__ = [
     "CONVERSATIONS",
+    "DENSE",
     "Candidate",
     "EngineOption",
     "Export",
+    "Generated",
+    "Generation",
     "HubDataset",
     "LocalText",
     "Publish",
@@ -53,6 +66,7 @@ __all__ = [
     "Stage",
     "Sweep",
     "Template",
+    "TextSource",
     "TokenFile",
     "Verify",
     "Workload",
@@ -287,7 +301,7 @@ def _packed(document: Document, name: str, source: Source, measured: bool) -> So
     if isinstance(source, TokenFile):
         return source
     packing = source.packing or ("stream" if measured else "packed")
-    if source.prefix != "every" and packing != "stream":
+    if not isinstance(source, Generated) and source.prefix != "every" and packing != "stream":
         raise RecipeError(
             document.where(("data", name, "prefix")),
             f"got {source.prefix!r}, which is for `packing: stream`, and this one is `{packing}`",

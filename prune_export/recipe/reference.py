@@ -173,6 +173,9 @@ def markdown() -> str:
     for title, cls in SOURCES.items():
         lines += ["", f"## data: `{title}`", "", inspect.cleandoc(cls.__doc__ or ""), ""]
         lines += _key_table(_model_keys(cls))
+        for name, definition in cls.model_json_schema().get("$defs", {}).items():
+            lines += ["", f"### {title}: {name.lower()}", "", definition.get("description", ""), ""]
+            lines += _key_table(_property_keys(definition))
     for title, model in (("verify", Verify), ("publish", Publish)):
         lines += ["", f"## {title}", ""]
         lines += _key_table(_model_keys(model))
@@ -183,7 +186,7 @@ def markdown() -> str:
 
 
 _SECTIONS = {
-    "data": "Named sources of text or tokens: a Hub dataset, local files, or saved token ids.",
+    "data": "Named sources: a Hub dataset, local files, saved token ids, or what a model says.",
     "stages": "What is done, in order: `prune`, `quantize`, `heal`, `search`, `iterate`.",
     "export": "Engines that are made of the last checkpoint.",
     "verify": "What is measured, and what must hold.",

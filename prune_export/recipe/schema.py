@@ -112,7 +112,7 @@ def sources(document: Document) -> dict[str, Source]:
             raise RecipeError(
                 document.where(path),
                 f"names {len(kinds)} kinds of source, expected exactly one of `dataset`, `files`, "
-                "`tokens`",
+                "`tokens`, `generated`",
                 "write for example `files: [corpus/*.jsonl]`",
             )
         found[name] = model(document, path, SOURCES[kinds[0]], body)

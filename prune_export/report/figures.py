@@ -61,6 +61,7 @@ _TITLES: Final = {
     "speed": "Speed of each engine against its dense twin",
     "sweep": "Speed against the dense engine, over prompt lengths",
     "sparse_gain": "Speed against the same engine with sparsity off, over prompt lengths",
+    "comparison": "Quality over decoding speed and over bytes of all that is compared",
     "summary": "What was removed, what it cost, what it gained",
 }
 

@@ -61,7 +61,7 @@ def render_page(report: Report | Mapping[str, Any], figures: Path) -> str:
     """Renders the page of a report, with the PNG files of the directory `figures` inside it."""
     report = Report.of(report)
     found = caveats(report)
-    page = _environment().get_template("report.html.j2").render(
+    page = environment().get_template("report.html.j2").render(
         report=report,
         status=_status(report),
         sentence=what_was_done(report),
@@ -227,7 +227,8 @@ def value_text(value: Any) -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The template engine of all pages: it escapes every value."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prune_export.report"),
         autoescape=True,

@@ -123,7 +123,7 @@ def draw_pareto(
             color = _COLORS[place % len(_COLORS)]
             axes.plot([], [], "o", color=color, markersize=5, label=style.label(group or "other"))
         axes.legend(
-            loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(groups), 4),
+            loc="upper left", bbox_to_anchor=(-0.01, -0.13), ncols=min(len(groups), 4),
             handletextpad=0.2, columnspacing=1.0, borderaxespad=0.2,
         )  # fmt: skip
     axes.grid(axis="both")

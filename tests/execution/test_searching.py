@@ -29,8 +29,11 @@ from prune_export.report import style
 from prune_export.report.candidates import CandidateReading, SearchReading
 from prune_export.report.pareto import frontier, pareto
 from prune_export.store import Store
+from tests import measured_here
 from tests.arch.tiny_models import random_model
 from tests.execution.test_run import SEARCH, STABLE, hashes
+
+pytestmark = pytest.mark.usefixtures("measured_here")
 
 GRID = """\
       grid:
@@ -88,14 +91,27 @@ def searched(text: str, model: Path, corpus: Path, options: Options) -> tuple[di
     return table, result.out
 
 
+@pytest.fixture(scope="module")
+def alone(
+    tiny_llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    """What the search finds without workers, and its result."""
+    folder = tmp_path_factory.mktemp("alone")
+    machine = Machine.detect(device="cpu", threads=1)
+    with pytest.MonkeyPatch.context() as patch:
+        measured_here.install(patch)
+        return searched(
+            SHORT, tiny_llama, corpus, Options(folder / "out", folder / "store", machine)
+        )
+
+
 @pytest.mark.slow
-def test_workers_change_nothing(tiny_llama: Path, corpus: Path, options: Options) -> None:
-    one, out = searched(SHORT, tiny_llama, corpus, options)
+def test_workers_change_nothing(
+    tiny_llama: Path, corpus: Path, options: Options, alone: tuple[dict[str, Any], Path]
+) -> None:
+    one, out = alone
     several = SHORT.replace("validation:", "workers: 2\n      validation:")
-    elsewhere = replace(
-        options, out=options.out.with_name("again"), store=options.store.with_name("s")
-    )
-    two, again = searched(several, tiny_llama, corpus, elsewhere)
+    two, again = searched(several, tiny_llama, corpus, options)
     assert two == one
     stable = [pattern for pattern in STABLE if pattern != "prune_recipe*"]
     assert hashes(again, *stable) == hashes(out, *stable)
@@ -103,16 +119,17 @@ def test_workers_change_nothing(tiny_llama: Path, corpus: Path, options: Options
 
 @pytest.mark.slow
 def test_ray_changes_nothing(
-    tiny_llama: Path, corpus: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path,
+    corpus: Path,
+    options: Options,
+    alone: tuple[dict[str, Any], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine starves them
-    one, _ = searched(SHORT, tiny_llama, corpus, options)
+    one, _ = alone
     on_ray = SHORT.replace("validation:", "executor: ray\n      workers: 2\n      validation:")
-    elsewhere = replace(
-        options, out=options.out.with_name("again"), store=options.store.with_name("s")
-    )
-    two, _ = searched(on_ray, tiny_llama, corpus, elsewhere)
+    two, _ = searched(on_ray, tiny_llama, corpus, options)
     assert two == one
 
 

@@ -29,7 +29,7 @@ from prune_export.calibrate.data.token_set import TokenSet
 from prune_export.calibrate.data.tokenizer import Tokenizer, refuse_unknown_tokens
 from prune_export.errors import PlanError
 from prune_export.progress import Progress, Silent, SilentTask, Task
-from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
+from prune_export.recipe.sources import HubDataset, LocalText, TextSource, TokenFile
 from prune_export.system.files import shown
 
 POOL: Final = 10_000
@@ -40,7 +40,7 @@ _FURTHER: Final = 8
 
 
 def token_set(
-    source: Source,
+    source: TextSource,
     tokenizer: Path,
     root: Path,
     *,
@@ -120,7 +120,7 @@ def refuse_unreadable(source: LocalText, root: Path) -> None:
     next(local_texts(_seen(source, root), source), None)
 
 
-def changed_since_first(source: Source, tokenizer: Path, root: Path) -> bool:
+def changed_since_first(source: TextSource, tokenizer: Path, root: Path) -> bool:
     """Whether the first version of this package made other tokens from this source.
 
     That had a byte order mark in the text, and no prefix but in the first window of a stream.

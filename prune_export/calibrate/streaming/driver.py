@@ -69,7 +69,7 @@ class PassDriver:
 
     def batch(self, length: int | None = None) -> int:
         """How many windows of `length` tokens, by default their own, go through a block at once."""
-        return max(1, BATCH_TOKENS[self.device] // (length or self.context.tokens.length))
+        return batch_windows(self.device, length or self.context.tokens.length)
 
     def layerwise(self) -> LayerwiseModel:
         """Builds the model, with no block loaded."""
@@ -127,6 +127,11 @@ class PassFolder:
         """Removes the directory if it is temporary."""
         if self._temporary is not None:
             self._temporary.close()
+
+
+def batch_windows(device: str, length: int) -> int:
+    """How many windows go through a block at once; where they are grouped so, bits are the same."""
+    return max(1, BATCH_TOKENS[device] // length)
 
 
 def batches(stop: int, size: int, start: int = 0) -> Iterator[tuple[int, int]]:
