@@ -38,6 +38,7 @@ _CODE: Final = ("configuration_sliced.py", "modeling_sliced.py")
 _OURS: Final = (
     "README.md", "prune_recipe.yaml", "prune_recipe.lock.json", "report.json", "report.html",
     "verify.json", "model.safetensors.index.json", "config.json", "figures/*.png",
+    "quantization.grid",
     *_CODE,
 )  # fmt: skip
 _ENGINE: Final = (

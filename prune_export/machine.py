@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -64,6 +64,14 @@ class Machine:
     gpu_bytes: int
     threads: int
     capability: int = 0
+
+    def share(self, processes: int) -> Machine:
+        """What one of several processes may use; each has a GPU of its own, if there are any."""
+        return replace(
+            self,
+            ram_bytes=self.ram_bytes // processes,
+            threads=max(1, self.threads // processes),
+        )
 
     def timing_identity(self) -> dict[str, str]:
         """What a time that was measured here depends on: device, processor, GPU and threads."""

@@ -5,7 +5,8 @@
 - a depth method: a `Statistic` such as `BlockInfluence`, and `Drop`;
 - a sparse method: `CalibratedSparseMethod`, which brings the keys that all sparse methods share,
   and `zero_least` with a `Score`;
-- a width method: `WidthMethod`, which brings the keys that all width methods share, and scores;
+- a width method: `WidthMethod`, which brings the keys that all width methods share, and a scorer:
+  a `StateScorer`, or a `ModelScorer`;
 - a method of another kind: `ModelView` runs an `Editor` over the blocks, and any `Edit` is stored;
 - an exporter: `load_model`, `Checkpoint`, `BuildRecord` and a `Runner`; `Trim` leaves out what is
   zero in single blocks.
@@ -57,7 +58,8 @@ from prune_export.pruning.sparse.sparse_method import (
     Score,
     zero_least,
 )
-from prune_export.pruning.width.width_method import Scores, WidthMethod
+from prune_export.pruning.width.scorer import ModelScorer, Scores, StateScorer
+from prune_export.pruning.width.width_method import WidthMethod
 from prune_export.surgery import Drop, Edit, Keep, Overwrite
 
 __all__ = [
@@ -88,6 +90,7 @@ __all__ = [
     "Machine",
     "Method",
     "MissingExtra",
+    "ModelScorer",
     "ModelView",
     "Overwrite",
     "PlanError",
@@ -98,6 +101,7 @@ __all__ = [
     "SequentialResult",
     "SkipLoss",
     "StageError",
+    "StateScorer",
     "Statistic",
     "Tensor",
     "TokenSet",

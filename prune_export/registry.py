@@ -2,8 +2,8 @@
 
 Below `methods`, a package is a family and each module in it a method: `methods/sparse/wanda.py` is
 `method: wanda`. `exporters/onnx/` is `export: onnx`. A third party adds one through the entry-point
-groups `prune_export.methods`, `prune_export.heal` and `prune_export.exporters`, each entry naming
-the class. In a module or package of ours, the one public class with a `VERSION` is the entry.
+groups `prune_export.methods`, `.quantize`, `.heal` and `.exporters`, each entry naming the class.
+In a module or package of ours, the one public class with a `VERSION` is the entry.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, Final, Literal
 
 from prune_export.errors import PlanError, did_you_mean
 
-Kind = Literal["methods", "heal", "exporters"]
-KINDS: Final[tuple[Kind, ...]] = ("methods", "heal", "exporters")
+Kind = Literal["methods", "quantize", "heal", "exporters"]
+KINDS: Final[tuple[Kind, ...]] = ("methods", "quantize", "heal", "exporters")
 
 
 @cache

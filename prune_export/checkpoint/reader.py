@@ -241,6 +241,15 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
+def read_entry(entry: Entry, name: str) -> torch.Tensor:
+    """Reads a whole tensor of a safetensors file, which a message calls `name`.
+
+    Raises:
+        CheckpointError: the file has changed since its header was read.
+    """
+    return _read(entry, entry.shape, entry.start, name)
+
+
 def _read(entry: Entry, shape: tuple[int, ...], start: int, name: str) -> torch.Tensor:
     import torch
 

@@ -22,15 +22,17 @@ def show_plan(planned: Plan, *, as_json: bool) -> None:
             raise typer.Exit(2)
         return
     _show_stages(planned)
+    for note in planned.notes:
+        console.output.put(note)
     for error in planned.lacking[1:]:
         console.show_error(error, as_json=False)
     planned.check()
 
 
 def _show_stages(planned: Plan) -> None:
-    from prune_export.planning.rows import COLUMNS, rows_of, sums_of, title_of
+    from prune_export.planning.rows import columns_of, rows_of, sums_of, title_of
 
-    console.table(title_of(planned), COLUMNS, rows_of(planned))
+    console.table(title_of(planned), columns_of(planned), rows_of(planned))
     console.output.put(sums_of(planned))
 
 

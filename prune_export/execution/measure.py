@@ -135,7 +135,9 @@ def _points(recipe: Recipe, base: Base, stages: Sequence[Artifact]) -> list[Poin
     points = [Point("dense", base.path, base.id)]
     kinds = [stage.kind for stage in recipe.stages]
     if "heal" in kinds:
-        before = kinds.index("heal") - 1
+        heals = [place for place, kind in enumerate(kinds) if kind == "heal"]
+        # Of rounds the last: the model before that has the shapes of the result.
+        before = heals[-1 if recipe.stages[heals[0]].round else 0] - 1
         if before >= 0:
             points.append(Point("pruned", stages[before].path, stages[before].id))
         points.append(Point("healed", stages[-1].path, stages[-1].id))
@@ -196,6 +198,11 @@ def _perplexity(
 def perplexity_of(context: RunContext, name: str, artifact: Artifact, text: TokenSet) -> float:
     """Measures the perplexity of a search's candidate."""
     return _perplexity(context, name, Engine.pytorch(artifact.path), artifact.id, text).value
+
+
+def engine_perplexity(context: RunContext, name: str, engine: Artifact, text: TokenSet) -> float:
+    """Measures the perplexity of an engine of a search's point, on the engine itself."""
+    return _perplexity(context, name, _engine(engine), engine.id, text).value
 
 
 def engine_speed(

@@ -54,6 +54,7 @@ def report_of(
                 "parameters_after": artifact.record["parameters"],
                 "bytes_after": artifact.record["bytes"],
                 "log": artifact.record["log"],
+                **({"round": [stage.round.number, stage.round.of]} if stage.round else {}),
             }
             for index, (stage, artifact) in enumerate(zip(recipe.stages, stages, strict=True))
         ],

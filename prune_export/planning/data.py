@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from prune_export.calibrate import Tokenizer, refuse_short, refuse_unreadable
+from prune_export.calibrate import (
+    Tokenizer,
+    Wanted,
+    is_plenty,
+    refuse_short,
+    refuse_unreadable,
+)
 from prune_export.contracts import HEALING_WINDOWS
-from prune_export.errors import PlanError
+from prune_export.errors import CheckpointError, PlanError
 from prune_export.recipe import LocalText, Recipe, TokenFile, heal_of
 
 CALIBRATION: Final = "calibration"
@@ -50,11 +56,13 @@ def refuse_too_little(recipe: Recipe, model: Path, vocabulary: int) -> None:
                 f"write `samples: {HEALING_WINDOWS}` or more",
             )
     there = Tokenizer.lies_in(model)
+    if there and _plenty(recipe, model, vocabulary, heals):
+        return
     seen: frozenset[str] = frozenset()
     for name, judges in sets_of(recipe):
         source = recipe.data[name]
         if not isinstance(source, TokenFile | LocalText):
-            continue
+            continue  # the Hub's are not looked at, and what a model says is planned as a step
         try:
             if not (there or isinstance(source, TokenFile)):
                 refuse_unreadable(source, recipe.root)
@@ -72,6 +80,22 @@ def refuse_too_little(recipe: Recipe, model: Path, vocabulary: int) -> None:
             where = f"{recipe.name}  data.{name}"
             raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
         seen |= found if judges else frozenset()
+
+
+def _plenty(recipe: Recipe, model: Path, vocabulary: int, heals: frozenset[str]) -> bool:
+    """Whether a count of characters shows that all data suffice; False where it does not."""
+    wanted = []
+    for name, judges in sets_of(recipe):
+        source = recipe.data[name]
+        if isinstance(source, TokenFile):
+            return False
+        if isinstance(source, LocalText):
+            least = HEALING_WINDOWS if name in heals else 1
+            wanted.append(Wanted(source, source.samples or least, judges))
+    try:
+        return is_plenty(wanted, model, recipe.root, vocabulary)
+    except (PlanError, CheckpointError):
+        return False  # the careful look words it
 
 
 def _healing(recipe: Recipe) -> frozenset[str]:

@@ -11,7 +11,7 @@ from typing import Final
 from prune_export.calibrate import inside
 from prune_export.errors import PlanError
 from prune_export.planning.planned import Plan
-from prune_export.recipe import Source, TokenFile
+from prune_export.recipe import Generated, Source, TokenFile
 from prune_export.store import refuse_foreign_store
 from prune_export.system.files import shown
 from prune_export.system.places import judged
@@ -38,7 +38,40 @@ def windows_of(source: Source, root: Path) -> int:
     )
     if source.samples is not None:
         return source.samples
+    if isinstance(source, Generated):
+        said = (source.generated.answers or 0) * source.generated.new_tokens
+        return max(1, said // source.length) if said else _UNKNOWN_WINDOWS
+    part = getattr(source, "part", None)
+    size = round(size * (part.stop - part.start)) if part else size
     return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
+
+
+def what_devices_lack(plan: Plan, ram_limit: int | None) -> Iterator[PlanError]:
+    """Lists what devices lack for a plan that are not here: their memory, and the host's limit."""
+    yield from _too_much_memory(plan, ram_limit) if ram_limit else ()
+    for stage in plan.stages:
+        if stage.cost.gpu_bytes > plan.machine.gpu_bytes:
+            yield PlanError(
+                f"{stage.kind} {stage.name}",
+                f"needs about {text_from_bytes(stage.cost.gpu_bytes)} on each device, and "
+                f"{text_from_bytes(plan.machine.gpu_bytes)} are there",
+                "each process holds the whole model in training: use `qlora`, shorter windows, "
+                "more removed before, or devices with more"
+                if stage.kind == "heal"
+                else "use fewer or shorter samples, or devices with more",
+            )
+
+
+def _too_much_memory(plan: Plan, ram_limit: int) -> Iterator[PlanError]:
+    heaviest = max(plan.stages, key=lambda stage: stage.cost.ram_bytes)
+    if heaviest.cost.ram_bytes > ram_limit:
+        yield PlanError(
+            f"{heaviest.kind} {heaviest.name}",
+            f"needs about {text_from_bytes(heaviest.cost.ram_bytes)} of memory, and "
+            f"{text_from_bytes(ram_limit)} may be used",
+            "use fewer or shorter samples, a smaller batch, or a machine with more; "
+            "`--ram` sets the limit",
+        )
 
 
 def what_does_not_fit(
@@ -50,15 +83,7 @@ def what_does_not_fit(
     """
     refusals = list(_refusals(store, out, reads))
     yield from refusals
-    heaviest = max(plan.stages, key=lambda stage: stage.cost.ram_bytes)
-    if heaviest.cost.ram_bytes > ram_limit:
-        yield PlanError(
-            f"{heaviest.kind} {heaviest.name}",
-            f"needs about {text_from_bytes(heaviest.cost.ram_bytes)} of memory, and "
-            f"{text_from_bytes(ram_limit)} may be used",
-            "use fewer or shorter samples, a smaller batch, or a machine with more; "
-            "`--ram` sets the limit",
-        )
+    yield from _too_much_memory(plan, ram_limit)
     if plan.peak_gpu_bytes > plan.machine.gpu_bytes and plan.machine.device == "cuda":
         yield PlanError(
             "GPU",

@@ -12,7 +12,7 @@ from prune_export.recipe.sources import Frozen
 
 _MOST_REQUESTS: Final = 1000
 
-StageKind = Literal["prune", "heal", "search"]
+StageKind = Literal["prune", "quantize", "heal", "search"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,19 @@ class Sweep(Frozen):
 
 
 @dataclass(frozen=True)
+class Round:
+    """Which round of an `iterate` a stage belongs to, from 1; `group` tells two of them apart."""
+
+    number: int
+    of: int
+    group: int = 0
+
+    def __str__(self) -> str:
+        """As plans, logs and reports name it."""
+        return f"round {self.number} of {self.of}"
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage: a registered entry with its parameters, and the name of its data."""
 
@@ -66,6 +79,12 @@ class Stage:
     name: str
     entry: Any
     data: str
+    round: Round | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name, and the round that it belongs to, if it does."""
+        return f"{self.name}, {self.round}" if self.round else self.name
 
     def parameters(self) -> dict[str, Any]:
         """The entry's fields as plain data, defaults included."""
@@ -81,10 +100,15 @@ class Stage:
 
 
 def plain(entry: Any) -> dict[str, Any]:
-    """Turns the fields of a dataclass into JSON types."""
+    """Turns the fields of a dataclass into JSON types.
+
+    Keys that came later (`LATER`, with what they are in recipes without them) are left out where
+    they are as before: what depends on the keys keeps its id.
+    """
     cls: Any = type(entry)
     dumped: dict[str, Any] = checker(cls).dump_python(entry, mode="json")
-    return dumped
+    later = getattr(cls, "LATER", {})
+    return {key: value for key, value in dumped.items() if key not in later or value != later[key]}
 
 
 @lru_cache(maxsize=256)

@@ -11,14 +11,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from prune_export.report import style
-from prune_export.report.reading import (
-    Report,
-    SearchReading,
-    StageReading,
-    as_number,
-    runs,
-    text_from_blocks,
-)
+from prune_export.report.candidates import SearchReading
+from prune_export.report.reading import Report, StageReading, as_number, runs, text_from_blocks
 from prune_export.report.table import has_bound, number, speed_text, times, workload_text
 from prune_export.verify.results import Speed
 
@@ -152,7 +146,7 @@ def loss_curve(axes: Axes, stage: StageReading) -> None:
     count = len(stage.losses)
     note = f"{count} logged steps; line: running mean" if count > 1 else "one logged step"
     note += f"; {broken} losses were not numbers" if broken else ""
-    style.title(axes, f"Healing with {style.label(stage.name)}", note)
+    style.title(axes, f"Healing with {style.label(stage.name)}{stage.round_text}", note)
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:

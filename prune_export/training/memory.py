@@ -10,7 +10,9 @@ from typing import Final
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import answer_bytes, answers_cost
 from prune_export.contracts import Cost
+from prune_export.errors import PlanError
 from prune_export.machine import Machine
+from prune_export.sampling import READ_BYTES_A_SECOND, STEP_SECONDS
 from prune_export.training.full_weights import trained_tensors
 from prune_export.training.settings import Quantization, Settings, Training
 from prune_export.training.targets import linear_weights, targets
@@ -236,11 +238,13 @@ def cost(
         )
     )
     # What was written is loaded plain, and measured a window at a time.
-    measured = stored + length * arch.sizes["vocab"] * 2 * stored_item
+    measured = length * arch.sizes["vocab"] * 2 * stored_item
+    on_gpu = planned.device == "cuda"
+    # A GPU that it does not fit has a part of it (`model.plain`).
+    measured += min(stored, int(0.8 * planned.gpu_bytes)) if on_gpu else stored
     # Weights that are computed with as they are stored are the mapped file itself.
     as_stored = quantization is None and item == stored_item and not size.whole
     mapped = 0 if as_stored else min(stored, _MAPPED_BYTES)
-    on_gpu = planned.device == "cuda"
     host = mapped + 12 * size.largest if on_gpu else max(mapped + working, measured)
     trained = settings.steps * settings.batch * length
     return Cost(
@@ -291,7 +295,7 @@ def answers_to_keep(
 
     how = settings.distill
     assert how is not None
-    if how.cache == "live":
+    if how.cache == "live" or how.needs_live:
         return None
     if how.cache != "auto":
         return min(int(how.cache), teacher.sizes["vocab"])
@@ -320,13 +324,35 @@ def taught_cost(
     kept = answers_to_keep(arch, teacher, settings, quantization, machine, samples, length)
     item = compute_dtype(settings.compute_dtype, machine).itemsize
     beside = 0 if kept else teacher.parameters() * item
+    how = settings.distill
+    assert how is not None
+    if how.hidden is not None:
+        pairs = 1 if how.hidden.by == "last_2" else arch.layers
+        beside += 4 * pairs * length * (arch.sizes["residual"] + teacher.sizes["residual"])
+    if how.on_policy and how.new_tokens >= length:
+        raise PlanError(
+            "objective.distill.new_tokens",
+            f"is {how.new_tokens}, and windows have {length} tokens, which begin with a prompt",
+            "write fewer, or a larger `length`",
+        )
     own = cost(arch, settings, quantization, machine, length=length, beside=beside)
     if kept is None:
         each = 2.0 * (teacher.block_parameters() + teacher.head_parameters())
         each += 2.0 * teacher.layers * length * teacher.sizes["residual"]
         trained = settings.steps * settings.batch * length
         note = f"teacher beside it ({text_from_bytes(beside)})"
-        return dataclasses.replace(own, flops=own.flops + trained * each), note
+        flops, seconds = own.flops + trained * each, own.seconds
+        if how.on_policy:
+            share = how.on_policy * settings.steps * settings.batch
+            size = Size.of(arch, settings)
+            flops += share * length * 2.0 * (size.linear + size.head)
+            rows = settings.micro_batch or 1
+            read = 0.0 if machine.device == "cuda" else size.stored * item / READ_BYTES_A_SECOND
+            step = read + STEP_SECONDS * arch.layers
+            seconds += share / rows * how.new_tokens * step
+            note += f"; {how.on_policy:.0%} of steps on-policy, {how.new_tokens} tokens"
+        note += f"; hidden states {how.hidden.by}" if how.hidden else ""
+        return dataclasses.replace(own, flops=flops, seconds=seconds), note
     made = answers_cost(teacher, samples, length, kept, machine)
     each_bytes = answer_bytes(teacher.sizes["vocab"], kept)
     note = f"teacher's answers kept: {kept} tokens, {each_bytes} bytes a position"

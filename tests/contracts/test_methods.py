@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from pydantic import TypeAdapter
 
 from prune_export import registry
 from prune_export.arch.table import tables
+from prune_export.calibrate import as_matrix, linears
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.grid_file import Grids, write_grids
+from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.recipe.reference import described
 from prune_export.report.reading import StageReading
@@ -27,7 +31,7 @@ UNITS = [
     (name, unit)
     for name in registry.names("methods")
     for unit in units_of(registry.find("methods", name))
-]
+] + [(name, "quantize") for name in registry.names("quantize")]
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
@@ -47,7 +51,8 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
 ) -> None:
     checkpoint = tiny(model_type)
     arch = checkpoint.arch()
-    method = an_instance(registry.find("methods", name), unit)
+    kind = "quantize" if unit == "quantize" else "methods"
+    method = an_instance(registry.find(kind, name), None if kind == "quantize" else unit)
     try:
         predicted = method.predict(arch)
     except PlanError as refusal:
@@ -55,6 +60,7 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
         return
     decision = method.decide(view_for(method, checkpoint, tmp_path))
     after = rewrite(checkpoint, arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
+    _lie_on_their_grids(after, decision)
     assert after.arch().layers == predicted.layers
     if not alike(arch) and "dropped" in decision.log:
         predicted = arch.without(decision.log["dropped"])
@@ -68,9 +74,25 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
     assert not loading["unexpected_keys"]
     told = json.loads(json.dumps(decision.log))
     assert told, "the log says what was decided, as JSON"
-    stage = {"index": 0, "kind": "prune", "name": name, "log": told}
+    kind = "prune" if kind == "methods" else kind
+    stage = {"index": 0, "kind": kind, "name": name, "log": told}
     TypeAdapter(StageReading).validate_python(stage)  # what a report reads of it has its types
     refit = decision.log.get("refit", {})
     assert refit.get("taken", True) or refit["why"]
     for seam in refit.get("seams", ()):
         assert seam["state_error"][1] <= seam["state_error"][0], "held-out states are truer"
+
+
+def _lie_on_their_grids(checkpoint: Checkpoint, decision: Decision) -> None:
+    """What a quantizer says of weights is true of what is stored, and can be read back."""
+    if not decision.grids:
+        return
+    write_grids(checkpoint.path, decision.grids)
+    grids = Grids.of(checkpoint)
+    assert grids is not None
+    tensors = {tensor.name: tensor for tensor in checkpoint.arch().stored()}
+    assert sorted(grids) == sorted(tensor.name for tensor in linears(checkpoint.arch()))
+    for name in grids:
+        matrix = as_matrix(tensors[name], checkpoint.read(name))
+        grid = grids.read(name)
+        assert torch.equal(grid.values(grids.codes(name, matrix, grid)), matrix)
