@@ -7,37 +7,30 @@ from __future__ import annotations
 
 from typing import Final
 
-NO_GATE: Final = frozenset({"bloom"})
-"""What width methods cut, no config of these can say."""
-
-SUBTRACTING: Final = frozenset(
-    {
-        "bloom", "cohere", "cohere2", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "jais2",
-        "nemotron", "olmo", "opt", "persimmon", "phi", "phimoe", "stablelm", "starcoder2",
-    }
-)  # fmt: skip
-"""Their norms subtract the mean, so residual states cannot be rotated."""
-
-NORMED_OUTPUTS: Final = frozenset(
-    {
-        "exaone4", "flex_olmo", "gemma2", "gemma3_text", "glm4", "hyperclovax", "olmo2", "olmo3",
-    }
-)  # fmt: skip
-"""Something scales what is added to residual states, or no norm stands before it: no rotation."""
-
-SLICED: Final = frozenset({"sliced_llama", "sliced_mistral", "sliced_qwen2", "sliced_qwen3"})
+_ALIBI: Final = frozenset({"bloom"})
+"""Heads have slopes by their number, and the MLP is always four times as wide as the states."""
 
 REFUSED: Final[dict[str, frozenset[str]]] = {
     "laco": frozenset({"qwen3_moe"}),  # its blocks differ in shape and cannot be merged
-    # olmoe and helium: no smaller hidden size is one that their configs can say.
-    "slicegpt": SUBTRACTING | NORMED_OUTPUTS | SLICED | {"helium", "olmoe"},
-    # Its MLPs differ, or are experts.
-    "ziplm": NO_GATE | {"flex_olmo", "mixtral", "olmoe", "phimoe", "qwen3_moe"},
-    **dict.fromkeys(
-        ("llm_pruner", "minitron", "structured_gblm", "structured_magnitude", "structured_wanda"),
-        NO_GATE,
+    "llm_pruner": _ALIBI,
+    "minitron": _ALIBI,
+    "structured_gblm": _ALIBI,
+    "structured_magnitude": _ALIBI,
+    "structured_wanda": _ALIBI,
+    # Norms that subtract the mean, norms of outputs, models that are sliced already, and configs
+    # that cannot say another hidden size.
+    "slicegpt": frozenset(
+        {
+            "bloom", "cohere", "cohere2", "exaone4", "falcon", "flex_olmo", "gemma2", "gemma3_text",
+            "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium", "hyperclovax", "jais2",
+            "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phimoe",
+            "sliced_llama", "sliced_mistral", "sliced_qwen2", "sliced_qwen3", "stablelm",
+            "starcoder2",
+        }
     ),
-}
+    # Their MLPs differ, or are experts, or are as wide as the states ask.
+    "ziplm": frozenset({"bloom", "flex_olmo", "mixtral", "olmoe", "phimoe", "qwen3_moe"}),
+}  # fmt: skip
 
 WHOLE_HEADS: Final = frozenset(
     {
