@@ -37,6 +37,7 @@ PURPOSES: Final[Mapping[str, str]] = {
     "tensorrt-rtx": "engines of tensorrt for RTX, built ahead of time",
     "eval": "verify.quality.tasks, with lm-eval",
     "ray": "searches with executor: ray",
+    "server": "serving over HTTP: prune-export serve",
 }
 """What a user needs each extra for; those for developers are left out."""
 

@@ -31,6 +31,8 @@ class ExporterFacts:
     `SPARSE_NOTE`: what a report says beside their sparse weights.
     `EXAMPLE`: the name of a template beside the exporter that shows in the model card how to run
     one; empty for none.
+    `WRITES_CODES`: in an integer precision (`int4`, `int8`) they write the codes of a quantized
+    checkpoint as they are.
     """
 
     runs_code: bool = False
@@ -38,6 +40,7 @@ class ExporterFacts:
     packages: tuple[str, ...] = ()
     sparse_note: SparseNote = SparseNote()
     example: str = ""
+    writes_codes: bool = False
 
     @classmethod
     def of(cls, kind: Any) -> Self:
@@ -49,6 +52,7 @@ class ExporterFacts:
             packages=tuple(getattr(kind, "PACKAGES", plain.packages)),
             sparse_note=getattr(kind, "SPARSE_NOTE", plain.sparse_note),
             example=getattr(kind, "EXAMPLE", plain.example),
+            writes_codes=bool(getattr(kind, "WRITES_CODES", plain.writes_codes)),
         )
 
     @classmethod

@@ -33,7 +33,7 @@ from prune_export.calibrate import (
 )
 from prune_export.calibrate.streaming.linear_groups import Accumulator
 from prune_export.checkpoint import Checkpoint
-from prune_export.checkpoint.loading import load_config, load_model, load_tokenizer
+from prune_export.checkpoint.loading import load_config, load_ends, load_model, load_tokenizer
 from prune_export.contracts import (
     Bounded,
     BuildRecord,
@@ -106,6 +106,7 @@ __all__ = [
     "WidthMethod",
     "Work",
     "load_config",
+    "load_ends",
     "load_model",
     "load_tokenizer",
     "zero_least",

@@ -22,6 +22,7 @@ from hypothesis import settings
 
 from prune_export.checkpoint import filled
 from prune_export.modeling import register
+from tests.measured_here import install
 
 torch.set_num_threads(1)
 
@@ -115,6 +116,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_graph(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's fp32 graph, all logits."""
+    from prune_export.contracts import Work
+    from prune_export.exporters.onnx import Onnx
+    from prune_export.machine import Machine
+    from prune_export.progress import Silent
+
+    machine = Machine(device="cpu", ram_bytes=8 << 30, gpu_bytes=0, threads=1)
+    out = tmp_path_factory.mktemp("graph")
+    Onnx().export(tiny_llama, out, Work(machine, Silent(), out.parent))
+    return out / "model.onnx"
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with calibration.txt, healing.jsonl and evaluation.txt, none overlapping."""
     import json
@@ -125,3 +140,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "healing.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (root / "evaluation.txt").write_text(prose(3, 30), encoding="utf-8")
     return root
+
+
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines answer from threads of this process (`tests.measured_here`)."""
+    install(monkeypatch)

@@ -46,6 +46,7 @@ def smaller(
         str, typer.Option(metavar="PERCENT", help="How much of its size to take away: `25%`.")
     ] = "25%",
     data: options.Data = None,
+    time: options.Time = None,
     precision: Precision = None,
     runtime: Runtime = None,
     store: options.StoreDir = None,
@@ -67,7 +68,7 @@ def smaller(
     _carry_out(
         "smaller-40" if taken >= _MUCH else "smaller-25",
         [f"{_TARGET}.parameters={1 - taken:.6g}"],
-        model, out, data, precision, runtime, store, ram, threads, device,
+        model, out, data, time, precision, runtime, store, ram, threads, device,
         dry_run=dry_run, json=json, quiet=quiet,
     )  # fmt: skip
 
@@ -79,6 +80,7 @@ def faster(
         str, typer.Option(metavar="TIMES", help="How many times as fast it shall decode: `1.5`.")
     ] = "1.5",
     data: options.Data = None,
+    time: options.Time = None,
     precision: Precision = None,
     runtime: Runtime = None,
     store: options.StoreDir = None,
@@ -100,7 +102,7 @@ def faster(
     _carry_out(
         "faster-2x" if wanted >= _FAST else "faster-1.5x",
         [f"{_TARGET}.speedup={wanted:.6g}", f"verify.speed.at_least={wanted * _MARGIN:.6g}"],
-        model, out, data, precision, runtime, store, ram, threads, device,
+        model, out, data, time, precision, runtime, store, ram, threads, device,
         dry_run=dry_run, json=json, quiet=quiet,
     )  # fmt: skip
 
@@ -111,6 +113,7 @@ def _carry_out(
     model: str,
     out: Path,
     data: Sequence[Path] | None,
+    time: str | None,
     precision: str | None,
     runtime: Sequence[str] | None,
     store: Path | None,
@@ -123,10 +126,9 @@ def _carry_out(
     quiet: bool,
 ) -> None:
     from prune_export.execution import Options, with_data
-    from prune_export.recipe import Recipe, bundled
+    from prune_export.recipe import Recipe
 
-    known = bundled()
-    written = Recipe.load(name if name in known else "faster-1.5x")
+    written = Recipe.load(name)
     limited = _limited(written, precision, runtime or ())
     recipe = Recipe.load(written.name, overrides=[*overrides, *limited])
     recipe, named = with_data(recipe, model, data or (), own=True)
@@ -134,6 +136,7 @@ def _carry_out(
         out=out,
         store=options.store_directory(store),
         machine=options.machine(ram, threads, device),
+        seconds=options.seconds(time),
         command=options.command_line(),
     )
     carry_out(recipe, named, chosen, dry_run=dry_run, json=json, quiet=quiet)

@@ -14,6 +14,7 @@ from prune_export.cli.comparing import compare
 from prune_export.cli.doctoring import doctor
 from prune_export.cli.help import Command, Group
 from prune_export.cli.listing import methods, recipes, schema
+from prune_export.cli.others import commands_of_others
 from prune_export.cli.publishing import destination, publish
 from prune_export.cli.running import carry_out
 from prune_export.cli.showing import show_plan
@@ -59,6 +60,7 @@ def run(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The result directory.")],
     model: options.Model = None,
     data: options.Data = None,
+    time: options.Time = None,
     data_root: options.DataRoot = None,
     sets: options.Sets = None,
     store: options.StoreDir = None,
@@ -107,6 +109,7 @@ def run(
         store=options.store_directory(store),
         machine=options.machine(ram, threads, device),
         force=frozenset(force or ()),
+        seconds=options.seconds(time),
         ignore_keys=tuple(ignore_config_key or ()),
         command=options.command_line(),
         team=team,
@@ -127,6 +130,7 @@ def plan(
         Path, typer.Option("--out", "-o", metavar="DIR", help="The result directory.")
     ] = Path("out"),
     data: options.Data = None,
+    time: options.Time = None,
     data_root: options.DataRoot = None,
     sets: options.Sets = None,
     store: options.StoreDir = None,
@@ -157,6 +161,7 @@ def plan(
         out=out,
         store=options.store_directory(store),
         machine=options.machine(ram, threads, device),
+        seconds=options.seconds(time),
         ignore_keys=tuple(ignore_config_key or ()),
         ram_limit=options.size(ram, "--ram") if device_memory else None,
         devices=options.planned_devices(devices, device_memory, device_tflops),
@@ -301,3 +306,6 @@ def verify(
 
 for last in (compare, publish, doctor):
     app.command(cls=Command)(last)
+
+for entry in commands_of_others():
+    app.command(entry.name, cls=Command)(entry.command)

@@ -184,7 +184,7 @@ def _candidates(
 ) -> list[_Candidate]:
     """Every engine that is asked for, the first one's first."""
     from prune_export.checkpoint import Checkpoint
-    from prune_export.cli.engines import engines_of
+    from prune_export.opening import reported_engines
     from prune_export.planning.positions import refuse_long_request
     from prune_export.report.comparison import labels_of, runtime_text, weight_file_bytes
     from prune_export.verify import Engine
@@ -193,7 +193,7 @@ def _candidates(
     for place, label in zip(places, labels_of(places), strict=True):
         checkpoint = Checkpoint.open(place)
         plain = Engine.pytorch(place, weight_bytes=checkpoint.nbytes)
-        held = {_PYTORCH: plain, **engines_of(place, trust, store)}
+        held = {_PYTORCH: plain, **reported_engines(place, trust, store)}
         wanted = list(held) if _ALL in engines else list(dict.fromkeys(engines))
         for name in wanted:
             if name not in held:

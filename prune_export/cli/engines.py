@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from prune_export import registry
 from prune_export.calibrate import TokenSet, token_set
 from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.cli import console
 from prune_export.contracts import BuildRecord
-from prune_export.errors import CheckpointError, PlanError
+from prune_export.errors import PlanError
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
 from prune_export.execution.inputs import open_base
 from prune_export.execution.result import Result, alone, mend
 from prune_export.machine import Machine, describe
+from prune_export.opening import report_of, reported_engines
 from prune_export.planning.positions import refuse_long_text
 from prune_export.progress import Progress
 from prune_export.recipe import Export, LocalText, Recipe
-from prune_export.report import Report
-from prune_export.report.reading import ExportReading
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.store import Store
 from prune_export.system.places import judged
@@ -40,9 +38,6 @@ from prune_export.verify import (
     tokens_without_text,
 )
 from prune_export.verify.results import Verification
-
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-"""A file or folder beside report.json, and no path that leads away from there."""
 
 
 def exported(
@@ -106,7 +101,7 @@ def verified(
     config = Checkpoint.open(directory).full_config()
     if data:
         refuse_long_text("--length", length, config)
-    engines = engines_of(directory, trust, store)
+    engines = reported_engines(directory, trust, store)
     text = text_of(data, directory, samples, length, progress) if data else None
     reference = Engine.pytorch(directory)
     found = Verification(
@@ -120,7 +115,7 @@ def verified(
             continue
         found.parity.append(measure_parity(engine, reference, ids, machine, progress=progress))
         found.placement.extend(measure_placement(engine, machine, progress=progress))
-    report = _report(directory)
+    report = report_of(directory)
     made = any("mask_digest" in stage.log for stage in report.stages) if report else False
     for export in report.exports if report else ():
         record = BuildRecord.from_json(asdict(export))
@@ -175,44 +170,6 @@ def show_verification(found: Verification) -> None:
             for one in found.speed
         ]  # fmt: skip
         console.table("", ["speed of", "ratio", "95 % interval", "noise floor", "verdict"], rows)
-
-
-def engines_of(directory: Path, trust: bool, store: Path) -> dict[str, Engine]:
-    """Finds the engines of a result; `trust` vouches for those that `store` did not make."""
-    found = {}
-    for export in _exports(directory):
-        path = directory / export.directory
-        if not path.is_dir():
-            raise CheckpointError(str(path), "is missing, but report.json names it", "export again")
-        engine = Engine.of(BuildRecord.from_json(asdict(export)), path)
-        if engine.runs_code and (trust or _made_here(store, path)):
-            engine = replace(engine, trusted=True)
-        found[export.exporter] = engine
-    return found
-
-
-def _made_here(store: Path, engine: Path) -> bool:
-    return store.is_dir() and Store(store, make=False).made("export", engine)
-
-
-def _exports(directory: Path) -> list[ExportReading]:
-    """Reads the build records from a result's report; nothing where it has none."""
-    file, report = directory / "report.json", _report(directory)
-    found = report.exports if report else []
-    for number, export in enumerate(found):
-        for key, name in (("directory", export.directory), ("graph", export.graph)):
-            if name and not _NAME.fullmatch(name):
-                raise CheckpointError(
-                    f"{file}  exports.{number}.{key}",
-                    f"got {name!r:.80}, expected the name of something in the result's directory",
-                    "do not use this result: a sound report names what lies beside it",
-                )
-    return found
-
-
-def _report(directory: Path) -> Report | None:
-    file = directory / "report.json"
-    return Report.load(file) if file.is_file() else None
 
 
 def text_of(

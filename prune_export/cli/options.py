@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shlex
 import sys
 from contextlib import ExitStack
@@ -53,6 +54,12 @@ Data = Annotated[
         "-d",
         metavar="FILE",
         help="Text to use for everything, split by documents; a file or a directory. Repeatable.",
+    ),
+]
+Time = Annotated[
+    str | None,
+    typer.Option(
+        "--time", metavar="TIME", help="Fit everything into this time: `30m`, `2h`, `1h30m`."
     ),
 ]
 StoreDir = Annotated[
@@ -133,6 +140,24 @@ def store_directory(given: Path | None) -> Path:
             "is not given, and this user has no home directory to keep one in",
             f"pass `--store DIR`, or set {_STORE_VARIABLE} or XDG_CACHE_HOME",
         ) from None
+
+
+def seconds(given: str | None) -> float | None:
+    """Reads a time such as `90s`, `30m`, `2h` or `1h30m`.
+
+    Raises:
+        PlanError: it is none.
+    """
+    if given is None:
+        return None
+    found = re.fullmatch(
+        r"(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+)s)?", given.replace(" ", "").lower()
+    )
+    parts = [int(part or 0) for part in found.groups()] if found else [0]
+    total = sum(part * size for part, size in zip(parts, (3600, 60, 1), strict=False))
+    if not total:
+        raise PlanError(f"--time {given}", "is no time", "write for example `30m`, `2h` or `1h30m`")
+    return float(total)
 
 
 def machine(ram: str | None, threads: int | None, device: str | None) -> Machine:

@@ -18,9 +18,11 @@ from prune_export.contracts import Work
 from prune_export.execution.context import RunContext
 from prune_export.recipe import CONVERSATIONS, LocalText, TextSource, TokenFile
 from prune_export.store import Artifact, Key, sha256_of_json
+from prune_export.surgery import rewrite
 from prune_export.units import text_from_name
 
 _IMPORT_VERSION: Final = "1"
+_DENSE_VERSION: Final = "1"
 
 
 _DATA_VERSION: Final = "1"
@@ -81,6 +83,28 @@ def base_from_directory(context: RunContext, spec: str, path: Path, revision: st
             hashes[file.name] = context.store.file_hash(file)
             task.advance()
     return Base(spec, revision, path, f"model-{sha256_of_json(hashes)[:24]}", card_license(path))
+
+
+def dense_artifact(context: RunContext, base: Base) -> Artifact:
+    """The base model as an artifact, whose files a result may hold: converted, or written anew."""
+    known = context.store.get(base.id)
+    if known is not None:
+        return known
+    key = Key("import", "dense", _DENSE_VERSION, {}, (base.id,))
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        checkpoint = Checkpoint.open(base.path)
+        rewrite(
+            checkpoint,
+            checkpoint.arch(context.ignore_keys),
+            (),
+            files,
+            ram_bytes=work.machine.ram_bytes,
+            progress=work.progress,
+        )
+        return {}
+
+    return context.make(key, "write the dense model", build)
 
 
 def make_tokens(

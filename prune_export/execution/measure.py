@@ -202,6 +202,11 @@ def perplexity_of(context: RunContext, name: str, artifact: Artifact, text: Toke
     return _perplexity(context, name, Engine.pytorch(artifact.path), artifact.id, text).value
 
 
+def engine_perplexity(context: RunContext, name: str, engine: Artifact, text: TokenSet) -> float:
+    """Measures the perplexity of an engine of a search's point, on the engine itself."""
+    return _perplexity(context, name, _engine(engine), engine.id, text).value
+
+
 def engine_speed(
     context: RunContext, dense: Artifact, engine: Artifact, workload: recipes.Workload
 ) -> float:

@@ -149,3 +149,15 @@ class Rates:
     def seconds(self, cost: Cost) -> float:
         """Estimates the time of a cost on this machine."""
         return cost.seconds + cost.flops / self.flops + cost.moved_bytes / self.disk_bytes
+
+
+def together(one: Cost, other: Cost) -> Cost:
+    """The cost of two pieces of work, one after the other."""
+    return Cost(
+        ram_bytes=max(one.ram_bytes, other.ram_bytes),
+        gpu_bytes=max(one.gpu_bytes, other.gpu_bytes),
+        disk_bytes=one.disk_bytes + other.disk_bytes,
+        flops=one.flops + other.flops,
+        moved_bytes=one.moved_bytes + other.moved_bytes,
+        seconds=one.seconds + other.seconds,
+    )

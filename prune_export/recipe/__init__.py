@@ -21,8 +21,9 @@ from prune_export.errors import RecipeError, did_you_mean
 from prune_export.recipe import document as yaml_document
 from prune_export.recipe import schema
 from prune_export.recipe.document import Document
+from prune_export.recipe.engines import EngineOption, Export, engines_of
 from prune_export.recipe.iterate import together
-from prune_export.recipe.schema import Export, Publish, Quality, Speed, Verify
+from prune_export.recipe.schema import Publish, Quality, Speed, Verify
 from prune_export.recipe.search import (
     Candidate,
     Search,
@@ -50,6 +51,7 @@ __all__ = [
     "CONVERSATIONS",
     "DENSE",
     "Candidate",
+    "EngineOption",
     "Export",
     "Generated",
     "Generation",
@@ -69,6 +71,7 @@ __all__ = [
     "Verify",
     "Workload",
     "bundled",
+    "engines_of",
     "heal_of",
     "rungs_of",
     "templates",
@@ -273,7 +276,8 @@ def _checked(name: str, document: Document, root: Path) -> Recipe:
             f"got {measured!r}, which `data` does not define",
             did_you_mean(measured, sources),
         )
-    if verify.speed and not exports:
+    chosen = any(stage.kind == "search" and stage.entry.engines for stage in stages)
+    if verify.speed and not exports and not chosen:
         raise RecipeError(
             document.where(("verify", "speed")),
             "measures engines, but the recipe exports none",

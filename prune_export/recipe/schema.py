@@ -9,21 +9,20 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from prune_export import registry
 from prune_export.errors import PlanError, RecipeError, did_you_mean
-from prune_export.exporter_facts import calibrates
 from prune_export.recipe.document import Document, Path_
+from prune_export.recipe.engines import QUANTIZE, Export
 from prune_export.recipe.grid import TO_TARGET
 from prune_export.recipe.iterate import Iterate, rounded, written_out
 from prune_export.recipe.refusals import translated
 from prune_export.recipe.search import Search, marks
 from prune_export.recipe.sources import SOURCES, Frozen, Source
-from prune_export.recipe.stages import Stage, Sweep, Workload, checker, plain
+from prune_export.recipe.stages import Stage, Sweep, Workload, checker
 
 VERSION = 1
 
@@ -91,23 +90,6 @@ class Publish(Frozen):
         bool,
         Field(description="Create it as private; `--push-to` does unless `--public` is given."),
     ] = True
-
-
-@dataclass(frozen=True)
-class Export:
-    """One export: a registered exporter with its parameters."""
-
-    name: str
-    entry: Any
-
-    def parameters(self) -> dict[str, Any]:
-        """The entry's fields as plain data, defaults included."""
-        return plain(self.entry)
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether it reads calibration data."""
-        return calibrates(self.entry)
 
 
 def sources(document: Document) -> dict[str, Source]:
@@ -223,6 +205,8 @@ def _search(document: Document, path: Path_, body: Any, known_data: Mapping[str,
             f"got {entry.validation!r}, which `data` does not define",
             did_you_mean(entry.validation, known_data),
         )
+    for i, one in enumerate(entry.engines):
+        _engine(document, (*path, "engines", i), dict(one), known_data)
     if entry.target.engine not in registry.names("exporters"):
         raise RecipeError(
             document.where((*path, "target", "engine")),
@@ -230,6 +214,17 @@ def _search(document: Document, path: Path_, body: Any, known_data: Mapping[str,
             did_you_mean(entry.target.engine, registry.names("exporters")),
         )
     return Stage("search", "search", entry, entry.validation)
+
+
+def _engine(
+    document: Document, path: Path_, item: dict[str, Any], known_data: Mapping[str, Source]
+) -> None:
+    """Checks an engine that a search may choose: an exporter, and what quantizes for it."""
+    how = item.pop(QUANTIZE, None)
+    if how is not None:
+        _stage(document, path, {QUANTIZE: how}, (QUANTIZE,), known_data)
+    name = _single(document, path, item, registry.names("exporters"))
+    _entry(document, (*path, name), "exporters", name, item[name] or {}, None)
 
 
 def _tried(body: Any) -> Any:

@@ -100,10 +100,15 @@ class Stage:
 
 
 def plain(entry: Any) -> dict[str, Any]:
-    """Turns the fields of a dataclass into JSON types."""
+    """Turns the fields of a dataclass into JSON types.
+
+    Keys that came later (`LATER`, with what they are in recipes without them) are left out where
+    they are as before: what depends on the keys keeps its id.
+    """
     cls: Any = type(entry)
     dumped: dict[str, Any] = checker(cls).dump_python(entry, mode="json")
-    return dumped
+    later = getattr(cls, "LATER", {})
+    return {key: value for key, value in dumped.items() if key not in later or value != later[key]}
 
 
 @lru_cache(maxsize=256)

@@ -145,6 +145,8 @@ def _title(report: Report, repo_id: str | None) -> str:
     if repo_id:
         return repo_id.rpartition("/")[2]
     name = _flat(report.base.name).removesuffix(".gguf")
+    if not report.stages:
+        return f"{name}, exported"
     fewer = report.result.layers != report.base.layers
     return f"{name}, pruned to {report.result.layers} blocks" if fewer else f"{name}, pruned"
 

@@ -128,7 +128,7 @@ def _plan(report: Report) -> list[_Planned]:
         if any(one.pruned is not None for one in search.candidates):
             height = 1.3 + 0.42 * sum(one.pruned is not None for one in search.candidates)
             add("search", partial(panels.search, found=search), (7.2, height))
-        if len(search.timed) > 1:
+        if len(search.timed) > 1 or len(search.points) > 1:
             add("pareto", partial(pareto, found=search), (7.2, 3.9))
     checks = report.verification
     if checks and checks.perplexity:

@@ -11,15 +11,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from prune_export.report import style
+from prune_export.report.candidates import SearchReading
 from prune_export.report.healing import distilled, floor
-from prune_export.report.reading import (
-    Report,
-    SearchReading,
-    StageReading,
-    as_number,
-    runs,
-    text_from_blocks,
-)
+from prune_export.report.reading import Report, StageReading, as_number, runs, text_from_blocks
 from prune_export.report.table import has_bound, number, speed_text, times, workload_text
 from prune_export.verify.results import Speed
 

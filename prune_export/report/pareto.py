@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from prune_export.report import style
+from prune_export.report.candidates import CandidateReading, SearchReading
 from prune_export.report.panels import LOG_SPREAD, plain_log_ticks, spread
-from prune_export.report.reading import CandidateReading, SearchReading
 from prune_export.report.table import number
 from prune_export.units import text_from_bytes
 
@@ -150,10 +150,26 @@ def point_of_candidate(one: CandidateReading) -> Point:
     return Point(one.label, one.perplexity, one.speedup, chosen=one.note == "chosen")
 
 
+def points_of(found: SearchReading) -> list[Point]:
+    """A search's models on engines as points, of one colour an engine."""
+    return [
+        Point(
+            one.label.removesuffix(f", {one.engine}"), one.perplexity, one.speedup, one.bytes,
+            group=one.engine, chosen=one.note == "chosen",
+        )
+        for one in found.points
+    ]  # fmt: skip
+
+
 def pareto(axes: Axes, found: SearchReading) -> None:
-    """Draws validation perplexity over measured speed of a search's candidates."""
+    """Draws validation perplexity over measured speed of a search's candidates or points."""
+    points = [point_of_candidate(one) for one in found.timed]
+    across = "decoding speed over the dense engine, right is better"
+    if found.points:
+        points = points_of(found)
+        across = f"decoding speed over {found.reference}, right is better; areas are bytes"
     draw_pareto(
-        axes, [point_of_candidate(one) for one in found.timed],
+        axes, points, across_label=across,
         quality_label="validation perplexity, low is better",
         note="filled: beaten by none · bold: chosen",
     )  # fmt: skip

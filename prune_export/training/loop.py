@@ -16,7 +16,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, Protocol
@@ -27,6 +27,7 @@ import torch
 from prune_export.contracts import Work
 from prune_export.errors import StageError
 from prune_export.system.processes import Team
+from prune_export.training.attention import PlainAttention, makes_scores
 from prune_export.training.loss import next_token_loss, predictions
 from prune_export.training.on_policy import is_on_policy, said_by_student
 from prune_export.training.settings import Training
@@ -56,9 +57,19 @@ class Run:
         """`compute_dtype` as torch knows it."""
         return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
 
+    def plain_attention(self, length: int) -> bool:
+        """Whether attention over windows of `length` is made of plain products.
+
+        Not where activations are recomputed: that is in the backward pass, outside of what this
+        surrounds.
+        """
+        return makes_scores(self.device, self.dtype.itemsize, length) and (
+            not self.gradient_checkpointing
+        )
+
 
 class Student(Protocol):
-    """A model in training; `masks` are where parameters stay zero, by their names."""
+    """A model in training; `masks` are False where parameters stay zero, by their names."""
 
     @property
     def model(self) -> torch.nn.Module: ...
@@ -90,6 +101,7 @@ def train(
     """
     goal, team = objective or NextToken(), work.team
     parameters = {**trainee.trained(), **goal.parameters()}
+    attention = PlainAttention if run.plain_attention(windows.shape[1]) else nullcontext
     if state.step:
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -98,7 +110,11 @@ def train(
     if state.step == settings.steps:
         return state
     adam = torch.optim.AdamW(
-        parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        parameters.values(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        # One pass over memory instead of ten: for 85 million numbers 0.04 s instead of 0.30.
+        fused=run.device == "cpu",
     )
     if state.step:
         for name, parameter in parameters.items():
@@ -130,9 +146,10 @@ def train(
                 if place % team.size != team.rank:
                     continue
                 at = picked[place * run.micro_batch :][: len(ids)]
-                answers = goal.answers(ids, at)
-                _seed(settings.seed, "step", step, place)
-                logits = model(input_ids=ids, use_cache=False).logits
+                with attention():
+                    answers = goal.answers(ids, at)
+                    _seed(settings.seed, "step", step, place)
+                    logits = model(input_ids=ids, use_cache=False).logits
                 share = len(ids) / settings.batch if own is None else predictions(ids, own) / total
                 part = goal.loss(logits, ids, own, answers) * share
                 del logits, answers
@@ -144,14 +161,14 @@ def train(
                     parameter.grad = torch.zeros_like(parameter)
             loss = _added(loss, parameters, team)
             refuse_diverged(loss, step + 1, settings)
-            for name, zero in trainee.masks.items():
+            for name, kept in trainee.masks.items():
                 # Before they are clipped: what cannot move has no part in how far the rest does.
-                parameters[name].grad.masked_fill_(zero, 0)  # type: ignore[union-attr]
+                parameters[name].grad.masked_fill_(~kept, 0)  # type: ignore[union-attr]
             torch.nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
             adam.step()
             adam.zero_grad()
-            for name, zero in trainee.masks.items():
-                parameters[name].data.masked_fill_(zero, 0)
+            for name, kept in trainee.masks.items():
+                parameters[name].data.masked_fill_(~kept, 0)
             losses.append((step + 1, loss, rate))
             learnt += total
             now = time.monotonic()

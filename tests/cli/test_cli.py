@@ -112,6 +112,7 @@ def test_errors_as_json(cli: Any) -> None:
     assert json.loads(shown)["error"]["kind"] == "RecipeError"
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_plan_run_and_store(cli: Any, tiny_llama: Path, recipe: Path, tmp_path: Path) -> None:
     out, store = tmp_path / "out", tmp_path / "store"
     where = ("--model", tiny_llama, "--store", store, "--threads", 1)
@@ -140,6 +141,7 @@ def test_plan_run_and_store(cli: Any, tiny_llama: Path, recipe: Path, tmp_path: 
     assert json.loads(cli("publish", out, "--repo", "a/b", "--dry-run", "--json")[1])
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_recipe_alone_never_publishes(
     cli: Any, tiny_llama: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +180,7 @@ def test_a_wrong_destination_is_refused_before_any_work(
     assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_failed_gate_is_exit_1_and_keeps_the_result(
     cli: Any, tiny_llama: Path, corpus: Path, tmp_path: Path
 ) -> None:

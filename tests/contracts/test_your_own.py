@@ -25,6 +25,8 @@ from prune_export.errors import PlanError, StageError
 from tests.contracts import test_methods as contracts
 from tests.contracts.made import plain_view
 
+pytestmark = pytest.mark.usefixtures("measured_here")
+
 TEXT = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"<!-- example:begin (\S+) -->\n```python\n(.*?)```", TEXT, re.S))
 DATA = "data:\n  calibration: {files: [calibration.txt], samples: 4, length: 32}\n"

@@ -30,6 +30,8 @@ from prune_export.training.objective import Distill, Distilled, Hidden
 from tests.execution.test_run import hashes
 from tests.heal.conftest import windows
 
+pytestmark = pytest.mark.usefixtures("measured_here")
+
 RECIPE = """\
 recipe: 1
 data:

@@ -13,20 +13,7 @@ import onnx
 import pytest
 
 from prune_export.contracts import Work
-from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.tensorrt.graph import split_caches
-from prune_export.machine import Machine
-from prune_export.progress import Silent
-
-MACHINE = Machine(device="cpu", ram_bytes=8 << 30, gpu_bytes=0, threads=1)
-
-
-@pytest.fixture(scope="session")
-def tiny_graph(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's fp32 graph, all logits."""
-    out = tmp_path_factory.mktemp("graph")
-    Onnx().export(tiny_llama, out, Work(MACHINE, Silent(), out.parent))
-    return out / "model.onnx"
 
 
 @pytest.fixture(scope="session")

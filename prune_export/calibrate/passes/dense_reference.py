@@ -178,12 +178,12 @@ class ResidualTracker:
 def projections(layerwise: LayerwiseModel, layer: int) -> dict[str, nn.Module]:
     """The output projections of a block that have a target, by the kind of their linear group."""
     return {
-        site.kind: layerwise.module(site.tensors[0])
-        for site in linear_groups(layerwise.arch, layer)
-        if has_target(site)
+        group.kind: layerwise.module(group.tensors[0])
+        for group in linear_groups(layerwise.arch, layer)
+        if has_target(group)
     }
 
 
-def has_target(site: LinearGroup) -> bool:
+def has_target(group: LinearGroup) -> bool:
     """Whether the dense model gives a target for a linear group."""
-    return site.kind in TARGETED and site.expert is None
+    return group.kind in TARGETED and group.expert is None

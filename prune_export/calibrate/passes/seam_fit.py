@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from prune_export.cholesky import solve_damped
+from prune_export.numeric.cholesky import solve_damped
 
 RIDGES: Final = (1.0, 0.3, 0.1, 1e-2, 1e-3)
 """Tried, as fractions of the inputs' mean square, until held-out tokens say that it gets worse. On

@@ -145,7 +145,7 @@ class _Pass:
         times = added_times(arch)
         if times is None:
             raise ValueError(f"{arch.family}: outputs are not simply added to the states")
-        if all(seam.site is None for seam in seams):
+        if all(seam.group is None for seam in seams):
             raise ValueError("no seam has a projection before it that could be refitted")
         self.arch, self.cut, self.saves, self.times = arch, cut, saves, times
         out = held_out(tokens.samples)
@@ -153,8 +153,8 @@ class _Pass:
         self.fitted, self.held = len(fitted), len(out)
         self.ids = tokens.ids[fitted + out]
         changed = {arch.by_name[name].layer or 0 for name in cut.values}
-        sites = [seam.site for seam in seams if seam.site is not None]
-        first = min({*cut.dropped, *changed, *(site.layer for site in sites)})
+        groups = [seam.group for seam in seams if seam.group is not None]
+        first = min({*cut.dropped, *changed, *(group.layer for group in groups)})
         self.steps = steps(arch.layers, cut.dropped, seams, first)
         self.last_fit = max(n for n, step in enumerate(self.steps) if step.mends)
         if not self.held:
@@ -269,8 +269,8 @@ class _Pass:
         """Refits the projection before a seam, whose block is loaded, and stores it."""
         from safetensors.torch import save_file
 
-        assert seam.site is not None
-        (tensor,) = seam.site.tensors
+        assert seam.group is not None
+        (tensor,) = seam.group.tensors
         module = self.layerwise.module(tensor)
         bias = getattr(module, "bias", None)
         moments = self._moments(seam, module, call)
@@ -305,8 +305,8 @@ class _Pass:
 
     def _moments(self, seam: Seam, module: nn.Module, call: Call) -> Moments:
         """Accumulates the inputs of a projection and what its block's outputs lack."""
-        assert seam.site is not None
-        width = inputs_of(self.arch, seam.site.tensors[0])
+        assert seam.group is not None
+        width = inputs_of(self.arch, seam.group.tensors[0])
         caught: list[torch.Tensor] = []
         moments = Moments(
             width,
@@ -322,7 +322,7 @@ class _Pass:
             hooks.callback(hear.remove)
             for start, stop in self._batches(0, len(self.ids)):
                 inputs = self.edited.states.read(start, stop).to(self.layerwise.device)
-                outputs = self.layerwise.run(seam.site.layer, inputs, call).float()
+                outputs = self.layerwise.run(seam.group.layer, inputs, call).float()
                 goal = goals.read(start, stop).to(self.layerwise.device).float()
                 weights = inverse_mean_square(goal).flatten()
                 lacks = ((goal - outputs) / self.times).flatten(0, 1)

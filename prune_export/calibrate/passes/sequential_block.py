@@ -42,7 +42,7 @@ class Block:
         self.call, self.prefix_call = call, prefix_call
         self.layerwise, self.editor = given.layerwise, given.editor
         self.seen: dict[str, Accumulator] = {}
-        self.sites: dict[str, list[LinearGroup]] = {}
+        self.groups: dict[str, list[LinearGroup]] = {}
         """By kind: one group, or those of all experts, which get their tokens together."""
         self.logs: dict[str, Any] = {}
         self.made: dict[str, torch.Tensor] = {}
@@ -55,26 +55,26 @@ class Block:
     def run(self) -> None:
         """Edits the block, and replaces the hidden states by the edited block's outputs."""
         with ExitStack() as hooks:
-            for site in linear_groups(self.given.arch, self.layer):
-                width = inputs_of(self.given.arch, site.tensors[0])
-                found = self.editor.watch(site, width, self.layerwise.device)
+            for group in linear_groups(self.given.arch, self.layer):
+                width = inputs_of(self.given.arch, group.tensors[0])
+                found = self.editor.watch(group, width, self.layerwise.device)
                 if found is not None:
-                    self.seen[site.name] = found
-                    self.sites.setdefault(site.kind, []).append(site)
+                    self.seen[group.name] = found
+                    self.groups.setdefault(group.kind, []).append(group)
             if self.given.dense:
                 # While the block is as it was.
                 batches = self.given.batches()
-                self.given.dense.advance(self.layer, self.call, self.sites, batches)
+                self.given.dense.advance(self.layer, self.call, self.groups, batches)
                 times = self.given.dense.times
                 self.tracker = ResidualTracker(self.layerwise, self.layer, times, hooks)
             if self.given.order == "sequential":
                 self._show_unedited()
-            for kind, sites in self.sites.items():
+            for kind, groups in self.groups.items():
                 modules = {
-                    self.layerwise.module(tensor) for site in sites for tensor in site.tensors
+                    self.layerwise.module(tensor) for group in groups for tensor in group.tensors
                 }
                 for module in sorted(modules, key=id):
-                    if sites[0].expert is None:
+                    if groups[0].expert is None:
                         handle = module.register_forward_pre_hook(partial(self._arrive, kind))
                         hooks.callback(handle.remove)
                     elif "forward" not in vars(module):
@@ -94,11 +94,11 @@ class Block:
     def _show_unedited(self) -> None:
         """Records inputs before any edit, for the accumulators that correct their norms by them."""
         wanted = {}
-        for kind in list(self.sites)[1:]:  # before the first nothing is edited
-            for site in self.sites[kind]:
-                seen = self.seen[site.name]
+        for kind in list(self.groups)[1:]:  # before the first nothing is edited
+            for group in self.groups[kind]:
+                seen = self.seen[group.name]
                 if isinstance(seen, SeesUnedited):
-                    wanted[self.layerwise.module(site.tensors[0])] = seen
+                    wanted[self.layerwise.module(group.tensors[0])] = seen
         if wanted:
             prefixes = self.given.prefixes()
             show_unedited(self.layerwise, self.layer, self.prefix_call, wanted, prefixes)
@@ -133,13 +133,13 @@ class Block:
 
     def _see(self, kind: str, inputs: Mapping[int | None, torch.Tensor]) -> None:
         """Adds the inputs of a kind of group to its accumulators, and suspends the forward pass."""
-        if kind in self.edited or kind in self.here or kind not in self.sites:
+        if kind in self.edited or kind in self.here or kind not in self.groups:
             return
         self.here.add(kind)
-        for site in self.sites[kind]:
-            seen, states = self.seen[site.name], inputs[site.expert]
-            if self.tracker and has_target(site) and isinstance(seen, TargetAccumulator):
-                seen.see_with_target(states, *self._target(site))
+        for group in self.groups[kind]:
+            seen, states = self.seen[group.name], inputs[group.expert]
+            if self.tracker and has_target(group) and isinstance(seen, TargetAccumulator):
+                seen.see_with_target(states, *self._target(group))
             else:
                 seen.see(states)
         if self.given.order == "block":
@@ -150,13 +150,13 @@ class Block:
 
         getcurrent().parent.switch(kind)
 
-    def _target(self, site: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    def _target(self, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """The target outputs of a group's matrix for the current windows, and their weights."""
         assert self.tracker is not None
         assert self.given.dense is not None
         start = self.tracker.at
-        bias: torch.Tensor | None = getattr(self.layerwise.module(site.tensors[0]), "bias", None)
-        return self.given.dense.wanted(site.kind, start, self.tracker.states(start), bias)
+        bias: torch.Tensor | None = getattr(self.layerwise.module(group.tensors[0]), "bias", None)
+        return self.given.dense.wanted(group.kind, start, self.tracker.states(start), bias)
 
     def _enter(self, start: int, stop: int) -> torch.Tensor:
         inputs = self.given.lane.states.read(start, stop).to(self.layerwise.device)
@@ -211,21 +211,21 @@ class Block:
             self.here = set()
             inputs = self._enter(start, stop)
             self.layerwise.run(self.layer, inputs, self.call)
-        for name in self.sites:
+        for name in self.groups:
             self._edit(name)
         for start, stop in self.given.batches():
             self._forward(start, stop)
 
     def _edit(self, kind: str) -> None:
-        for site in self.sites[kind]:
-            weights = {tensor.name: self.given.weights.read(tensor) for tensor in site.tensors}
-            result = self.editor.edit(site, weights, self.seen.pop(site.name))
-            for tensor in site.tensors:
+        for group in self.groups[kind]:
+            weights = {tensor.name: self.given.weights.read(tensor) for tensor in group.tensors}
+            result = self.editor.edit(group, weights, self.seen.pop(group.name))
+            for tensor in group.tensors:
                 if tensor.name in result.weights:
                     value = result.weights[tensor.name]
                     self.made[tensor.name] = self.given.weights.write(tensor, value)
             self.beside |= {name: kept.cpu() for name, kept in result.beside.items()}
-            self.logs[site.name] = dict(result.log)
+            self.logs[group.name] = dict(result.log)
         self.edited.add(kind)
 
     def _store(self) -> None:

@@ -40,10 +40,10 @@ class Editor(Protocol):
     def key(self) -> str:
         """JSON that identifies the editor: a killed pass goes on only with an equal one."""
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> Accumulator | None:
+    def watch(self, group: LinearGroup, width: int, device: str) -> Accumulator | None:
         """Makes the accumulator of a group's inputs `[…, width]`; None leaves it unedited."""
 
-    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Any) -> Edited:
+    def edit(self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Any) -> Edited:
         """Edits float32 copies `[out, in]` by stored name; `seen` is the accumulator of `watch`."""
 
 

@@ -76,6 +76,8 @@ class LayerwiseModel:
         self.model = _on_meta(checkpoint, dtype)
         self._names = _Names(self.model)
         self._embedding = self.model.get_input_embeddings()
+        # It matters in training only, and may lie beyond the rows that are looked up.
+        self._embedding.padding_idx = None
         self._head = self.model.get_output_embeddings()
         self._blocks = list(self.model.get_submodule(arch.table.blocks))
         self._places = [_Place(block, in_tuple=arch.table.tuple_blocks) for block in self._blocks]

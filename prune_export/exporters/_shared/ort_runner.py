@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
@@ -44,12 +43,14 @@ def session_for(
     provider: Provider | None = None,
     prepack: bool = True,
     fuse: bool = True,
+    accuracy_level: int | None = None,
 ) -> Any:
     """Opens an `onnxruntime.InferenceSession` with this machine's threads, none of them spinning.
 
     Without `prepack`, weights stay memory-mapped: slower steps, but the session needs hardly more
     memory than its activations. Without `fuse`, the graph is run as it is written: int8 weights are
-    then not multiplied with activations that the runtime rounds.
+    then not multiplied with activations that the runtime rounds. `accuracy_level` says what
+    products with dequantized weights compute in, as `MatMulNBits` has it.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
@@ -68,6 +69,10 @@ def session_for(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if accuracy_level is not None:
+        options.add_session_config_entry(
+            "session.qdq_matmulnbits_accuracy_level", str(accuracy_level)
+        )
     return open_session(graph, provider or Provider(), machine, options)
 
 
@@ -86,8 +91,12 @@ class OrtRunner:
         prepack: bool = True,
         fuse: bool = True,
         head_size: int | None = None,
+        accuracy_level: int | None = None,
     ) -> None:
-        self._session = session_for(graph, machine, provider=provider, prepack=prepack, fuse=fuse)
+        self._session = session_for(
+            graph, machine, provider=provider, prepack=prepack, fuse=fuse,
+            accuracy_level=accuracy_level,
+        )  # fmt: skip
         wanted = (provider or Provider()).resolved(machine)
         self._provider = NAMES[wanted]
         self._device = cache_device(wanted)
@@ -101,12 +110,7 @@ class OrtRunner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._cache, self._session = {}, None
 
     def placement(self) -> Placement:

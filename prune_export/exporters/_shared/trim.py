@@ -94,6 +94,10 @@ class Trim:
                     heads[int(tensor.layer or 0)] = ((0,),)
         return Trim(self.arch, keep, heads)
 
+    def whole_parts(self) -> Trim:
+        """A trim that leaves out whole sub-blocks only."""
+        return Trim(self.arch, {}, {}, self.dead)
+
     def with_all_heads(self) -> Trim:
         """A trim that keeps all heads of the attentions that are not all zero."""
         keep = {axis: index for axis, index in self.keep.items() if not axis.startswith("kv.")}

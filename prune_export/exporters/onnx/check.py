@@ -14,17 +14,18 @@ from torch import nn
 
 from prune_export.exporters._shared.logit_check import PROMPT, refuse_other_logits
 from prune_export.exporters._shared.ort_runner import OrtRunner
+from prune_export.exporters.onnx.coding import decoded
 from prune_export.exporters.onnx.merge import parts
 from prune_export.exporters.onnx.replicate import Weight
 from prune_export.exporters.onnx.trace import weightless
-from prune_export.exporters.onnx.weights import Source, dequantize, quantize
+from prune_export.exporters.onnx.weights import Source
 from prune_export.machine import Machine
 
 TOLERANCE: Final = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Largest logit error allowed, as a fraction of the largest logit."""
 
 INT8_TOLERANCE: Final = 5e-1
-"""With int8 weights the runtime rounds activations to int8 as well, which random models magnify."""
+"""With weights as codes the runtime rounds activations to int8, which random models magnify."""
 
 
 def reference_logits(
@@ -33,7 +34,7 @@ def reference_logits(
     """Computes PyTorch's logits, float32 `[batch, length, vocab]`, loading one module at a time.
 
     The model is the whole one, also where the graph has only what `source` leaves of it. The
-    weights are rounded to `dtype`, and those of `weights` that are stored as int8 as they are
+    weights are rounded to `dtype`, and those of `weights` that are stored as codes as they are
     stored; the computation is float32.
     """
     model = weightless(config, torch.float32)
@@ -41,7 +42,7 @@ def reference_logits(
     stored = {
         part: weight
         for weight in weights
-        if weight.block is not None
+        if weight.coding is not None
         for part in parts(weight.parameter)
     }
     for path, module in model.named_modules():
@@ -59,14 +60,15 @@ def _rounded(
     values = replace(source, trim=None).read(name).to(dtype).float()
     names = (name, *source.tied.get(name, ()))
     weight = next((stored[other] for other in names if other in stored), None)
-    if weight is None or weight.block is None:
+    if weight is None or weight.coding is None:
         return values
     stacked = values if values.dim() == 3 else values.unsqueeze(0)
     for number, matrix in enumerate(stacked):  # in place: it is a copy already
         expert = number if values.dim() == 3 else None
         left = tuple(map(torch.from_numpy, np.ix_(*source.left(name, expert, matrix.shape))))
         turned = matrix[left].t() if weight.transposed else matrix[left]
-        read = dequantize(*quantize(turned, weight.block), weight.block)
+        own = replace(weight, expert=expert)
+        read = decoded(own, turned, source, name)
         matrix[left] = read.t() if weight.transposed else read
     return values
 
@@ -103,12 +105,12 @@ def compare(
         StageError: the graph does not load, or computes something else than PyTorch.
     """
     weights = tuple(weights)
-    int8 = any(weight.block is not None for weight in weights)
+    coded = any(weight.coding is not None for weight in weights)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, PROMPT + 1))
     expected = reference_logits(config, source, ids, dtype, weights)
-    with OrtRunner(graph, machine, prepack=prepack, fuse=not int8) as runner:
+    with OrtRunner(graph, machine, prepack=prepack, fuse=not coded) as runner:
         worst = refuse_other_logits(graph, runner, ids, expected, TOLERANCE[dtype])
-    if int8:  # once more as it will be used, with the runtime's own rounding of activations
+    if coded:  # once more as it will be used, with the runtime's own rounding of activations
         with OrtRunner(graph, machine, prepack=prepack) as runner:
             worst = refuse_other_logits(graph, runner, ids, expected, INT8_TOLERANCE)
     return worst

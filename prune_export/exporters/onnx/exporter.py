@@ -26,6 +26,7 @@ from pydantic import Field
 from prune_export.arch import Arch
 from prune_export.arch.table import table_for
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.grid_file import Grids
 from prune_export.checkpoint.loading import load_config
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
@@ -37,7 +38,7 @@ from prune_export.exporters._shared.ort_providers import (
     present,
     runtime_version,
 )
-from prune_export.exporters._shared.rope import refuse_rope
+from prune_export.exporters._shared.rope import refuse_untraceable
 from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.machine import Machine
 from prune_export.units import GIB
@@ -45,8 +46,10 @@ from prune_export.units import GIB
 if TYPE_CHECKING:
     from prune_export.exporters.onnx.slidesparse import Slid
 
-_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2}  # int8: the embedding stays fp32
-_TORCH: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"}
+_BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2, "int4": 2}  # the embedding stays fp32
+_TORCH: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "float32"} | {
+    "int4": "float32"
+}
 _PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -55,16 +58,34 @@ class Onnx:
     """A portable ONNX graph with a KV cache: opset 23, standard operators, any runtime."""
 
     precision: Annotated[
-        Literal["fp32", "fp16", "bf16", "int8"],
+        Literal["fp32", "fp16", "bf16", "int8", "int4"],
         Field(
-            description="of weights, cache and computation; int8 stores matrices in blocks of 32 "
-            "with a scale and keeps the rest in fp32"
+            description="of weights, cache and computation; int8 and int4 store matrices as codes "
+            "with a scale for each block, those of a quantized checkpoint as they are, and keep "
+            "the rest in fp32"
         ),
     ] = "fp32"
     logits: Annotated[
         Literal["all", "last"],
         Field(description="`last` computes the head for the last position only: faster prompts"),
     ] = "all"
+    block_size: Annotated[
+        Literal[16, 32, 64, 128, 256],
+        Field(description="weights that share a scale where they are rounded, in int8 and int4"),
+    ] = 32
+    head: Annotated[
+        Literal["same", "int8", "int4"],
+        Field(
+            description="precision of the head in int8 and int4: `same` as the blocks, but int8 "
+            "where the checkpoint's own codes are written"
+        ),
+    ] = "same"
+    accuracy_level: Annotated[
+        Literal[0, 1, 4],
+        Field(
+            description="int8 and int4 compute here in: 4 int8, 1 float32, 0 what the kernel likes"
+        ),
+    ] = 4
     sliding: Annotated[
         bool,
         Field(
@@ -104,13 +125,16 @@ class Onnx:
     EXAMPLE: ClassVar[str] = "example.md.j2"
 
     calibrates: ClassVar[bool] = False
+    WRITES_CODES: ClassVar[bool] = True
+    LATER: ClassVar[Mapping[str, Any]] = {"block_size": 32, "head": "same", "accuracy_level": 4}
 
     def __post_init__(self) -> None:
         self._provider()  # which refuses what cannot be
-        if self.sliding and self.precision == "int8":
+        if self.sliding and self._bits:
             raise PlanError(
                 "onnx.sliding",
-                "is of no use with `precision: int8`, which rounds weights but multiplies in fp32",
+                f"is of no use with `precision: {self.precision}`, which rounds weights but "
+                "multiplies in fp32",
                 "write `precision: fp16`, or leave `sliding` out",
             )
 
@@ -121,7 +145,7 @@ class Onnx:
             MissingExtra: onnx, onnxscript or onnxruntime is not installed.
             PlanError: the model computes what no graph can, or nothing here can run it.
         """
-        refuse_rope("export: onnx", arch.config)
+        refuse_untraceable("export: onnx", arch)
         for package in _PACKAGES:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: onnx", package, "onnx")
@@ -163,6 +187,9 @@ class Onnx:
 
         opened = Checkpoint.open(checkpoint)
         trim = Trim.of(opened)
+        grids = Grids.of(opened) if self._bits else None
+        if grids:
+            trim = trim.whole_parts()  # a group whose channels are cut has no grid any more
         blocks = table_for(str(opened.config.get("model_type"))).blocks
         config = load_config(checkpoint)
         dtype = getattr(torch, _TORCH[self.precision])
@@ -172,10 +199,10 @@ class Onnx:
             trace = tracing.trace(config, dtype, blocks, last=last, trim=trim)
             task.advance()
         fit = Fit.of(trim, trace.parameter_of) if trim else None
+        source = replace(weight_files.Source.of(opened, trace), grids=grids)
         stamped = replicate.replicate_blocks(
-            trace, last=last, int8=self.precision == "int8", fit=fit
+            trace, last=last, coding=self._coding(source, blocks), fit=fit
         )
-        source = weight_files.Source.of(opened, trace)
         narrow = replace(source, trim=trim)
         weight_files.write(stamped, narrow, dtype, out, work.progress)
         copy_side_files(opened, out)
@@ -210,12 +237,29 @@ class Onnx:
         """
         from prune_export.exporters._shared.ort_runner import OrtRunner
 
-        return OrtRunner(path / "model.onnx", machine, provider=self._provider())
+        level = self.accuracy_level if self._bits else None
+        return OrtRunner(
+            path / "model.onnx", machine, provider=self._provider(), accuracy_level=level
+        )
 
     def without_sparsity(self) -> Onnx | None:
         """The same exporter without SlideSparse and sparse kernels; None where it uses none."""
         off = replace(self, sliding=False, sparse=False)
         return off if off != self else None
+
+    @property
+    def _bits(self) -> int:
+        return {"int4": 4, "int8": 8}.get(self.precision, 0)
+
+    def _coding(self, source: Any, blocks: str) -> Any:
+        """How matrices are stored as codes; None where they are not."""
+        from prune_export.exporters.onnx.coding import Coding, chooser
+
+        if not self._bits:
+            return None
+        head = {"int4": 4, "int8": 8}.get(self.head, 8 if source.grids else self._bits)
+        plain, of_head = (Coding(bits, self.block_size) for bits in (self._bits, head))
+        return chooser(source, plain, of_head, blocks)
 
     def _provider(self) -> Provider:
         return Provider(

@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir import tensor_adapters
 
+from prune_export.exporters.onnx.coding import Chooser, Coding
 from prune_export.exporters.onnx.cut import cut
 from prune_export.exporters.onnx.dead import Live, live
 from prune_export.exporters.onnx.markers import DOMAIN
@@ -26,7 +27,6 @@ from prune_export.exporters.onnx.trace import OPSET, Trace
 from prune_export.exporters.onnx.widths import Fit
 
 IR_VERSION: Final = 10
-INT8_BLOCK: Final = 32
 _ALWAYS: Final = frozenset({"input_ids", "attention_mask", "position_ids"})
 _WRAPPER: Final = "model."  # the prefix that the traced wrapper gives every parameter
 
@@ -37,8 +37,8 @@ class Weight:
 
     `name` is its name in the graph, `parameter` the torch parameter it holds (or several, merged:
     `parts`), `expert` the expert of a stacked parameter; `transposed` says that the graph wants
-    the transpose; `looked_up` that it is only read by row, as an embedding; `block` that it is
-    stored as int8, with a scale for each `block` rows of a column (`name_int8`, `name_scale`).
+    the transpose; `looked_up` that it is only read by row, as an embedding; `coding` how it is
+    stored as codes (`name_int8`, `name_scale`, `name_zero`), if it is.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Weight:
     expert: int | None = None
     transposed: bool = False
     looked_up: bool = False
-    block: int | None = None
+    coding: Coding | None = None
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,22 @@ class Stamped:
 
 
 def replicate_blocks(
-    trace: Trace, *, last: bool, int8: bool = False, fit: Fit | None = None
+    trace: Trace, *, last: bool, coding: Chooser | None = None, fit: Fit | None = None
 ) -> Stamped:
     """Builds the graph of all layers.
 
-    `last` says that it was traced for the last position's logits, `int8` that the matrices are to
-    be stored as int8 and dequantized in the graph (which runtimes fuse into the multiplication).
-    With `fit`, each layer gets its own sizes, and what is dead in it is left out.
+    `last` says that it was traced for the last position's logits, `coding` which codes to store
+    matrices as. With `fit`, each layer gets its own sizes, and what is dead in it is left out.
 
     Raises:
         PlanError: the model computes something that does not belong to one block.
     """
-    return _Stamper(trace, last, int8, fit).run()
+    return _Stamper(trace, last, coding, fit).run()
 
 
 class _Stamper:
-    def __init__(self, trace: Trace, last: bool, int8: bool, fit: Fit | None) -> None:
-        self.trace, self.last, self.int8, self.fit = trace, last, int8, fit
+    def __init__(self, trace: Trace, last: bool, coding: Chooser | None, fit: Fit | None) -> None:
+        self.trace, self.last, self.coding, self.fit = trace, last, coding, fit
         graph = trace.model.graph
         self.dtype = int(graph.outputs[0].dtype)
         self.parameters = {
@@ -88,7 +87,7 @@ class _Stamper:
             for name, value in self.parameters.items()
             if all(map(_is_lookup, self._users(value)))
         }
-        self.matrices = self._matrices() if int8 else frozenset[str]()
+        self.matrices = self._matrices() if coding else frozenset[str]()
         self.cut = cut(trace, self._stage, self._is_size)
         self.nodes: list[Any] = []
         self._copies: dict[int, Any] = {}
@@ -112,13 +111,13 @@ class _Stamper:
     def _transposed(self) -> dict[str, str]:
         """Finds values that are a weight's transpose and can be stored transposed.
 
-        In int8 a matrix is stored apart from the embedding that it is tied to; otherwise the two
+        As codes a matrix is stored apart from the embedding that it is tied to; otherwise the two
         share their bytes, and the graph transposes.
         """
         found: dict[str, str] = {}
         for name, value in self.parameters.items():
             users = [user for user in value.consumers() if _is_transpose(user)]
-            if len(users) == len(value.consumers()) or self.int8:
+            if len(users) == len(value.consumers()) or self.coding:
                 found |= {user.outputs[0].name: name for user in users}
         return found
 
@@ -348,20 +347,22 @@ class _Stamper:
             values = tensor_adapters.TorchTensor(buffer, name).numpy()  # numpy has no bfloat16
             self.constants[name] = onnx.numpy_helper.from_array(values, name)
             return name
-        block = INT8_BLOCK if value in self.matrices else None
-        key = f"{name}_int8" if block else name
+        which = None if expert < 0 else expert
+        coding = self.coding(path, which) if self.coding and value in self.matrices else None
+        key = f"{name}_{coding.suffix}" if coding else name
         if key not in self.weights:
             shape = tuple(
                 self._read(int(size), layer, expert) for size in self.parameters[traced].shape
             )
             self.weights[key] = Weight(
-                name, path, shape[::-1] if transposed else shape, None if expert < 0 else expert,
-                transposed, not transposed and traced in self.looked_up, block,
+                name, path, shape[::-1] if transposed else shape, which, transposed,
+                not transposed and traced in self.looked_up, coding,
             )  # fmt: skip
-            if block:
-                read, wrote = [key, f"{name}_scale"], [f"{name}_dequantized"]
-                self._add("DequantizeLinear", read, wrote, name, axis=0, block_size=block)
-        return f"{name}_dequantized" if block else name
+            if coding:
+                read = [key, f"{name}_scale", *([f"{name}_zero"] if coding.zeros else [])]
+                self._add("DequantizeLinear", read, [f"{name}_dequantized"], name,
+                          axis=0, block_size=coding.block)  # fmt: skip
+        return f"{name}_dequantized" if coding else name
 
     def _model(self) -> Any:
         info = onnx.helper.make_tensor_value_info

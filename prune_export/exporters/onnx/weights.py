@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Final
 
 import onnx
 import torch
-from torch import nn
 
+from prune_export.arch import Arch
+from prune_export.calibrate import as_matrix
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.grid_file import Grids
 from prune_export.errors import CheckpointError
 from prune_export.exporters._shared.trim import Trim
+from prune_export.exporters.onnx.coding import Stored, coded
 from prune_export.exporters.onnx.merge import parts
 from prune_export.exporters.onnx.replicate import Stamped, Weight
 from prune_export.exporters.onnx.trace import Trace
+from prune_export.grids import Grid
 from prune_export.progress import Progress
 
 ALIGNMENT: Final = 4096
@@ -27,7 +32,6 @@ _ONNX: Final = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
-    torch.int8: onnx.TensorProto.INT8,
 }
 
 _EXPERTS: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
@@ -42,13 +46,15 @@ class Source:
     """Reads torch parameters from a checkpoint, by its own names and fused layouts.
 
     `stored` gives the name in the files for a torch name, and `tied` for each parameter that shares
-    its storage the others that do. With `trim`, what is read is what is left.
+    its storage the others that do. With `trim`, what is read is what is left; `grids` are those of
+    a quantized checkpoint whose codes are to be written.
     """
 
     checkpoint: Checkpoint
     stored: Mapping[str, str]
     tied: Mapping[str, tuple[str, ...]]
     trim: Trim | None = None
+    grids: Grids | None = None
 
     @staticmethod
     def of(checkpoint: Checkpoint, trace: Trace) -> Source:
@@ -92,6 +98,34 @@ class Source:
             top = [at for at in found[0] if at < half]
             found[0] = [*top, *(half + at for at in top)]
         return found
+
+    def names_of(self, parameter: str, expert: int | None = None) -> list[str]:
+        """The stored matrices that make up a parameter, or one expert of it, by their outputs."""
+        if expert is not None:
+            return self._expert_names(parameter, expert)
+        found = []
+        for part in parts(parameter):
+            own = next((n for n in (part, *self.tied.get(part, ())) if n in self.stored), None)
+            if own is None:
+                return []
+            found.append(self.stored[own])
+        return found
+
+    def codes(self, name: str) -> tuple[torch.Tensor, Grid]:
+        """The codes uint8 `[out, in]` of a stored matrix that has a grid, and the grid.
+
+        Raises:
+            CheckpointError: it does not lie on its grid.
+        """
+        assert self.grids is not None
+        grid = self.grids.read(name)
+        matrix = as_matrix(self._arch.by_name[name], self.checkpoint.read(name))
+        return self.grids.codes(name, matrix, grid), grid
+
+    @cached_property
+    def _arch(self) -> Arch:
+        full = self.checkpoint.full_config()
+        return Arch.from_config(full, ignore_keys=full.keys())
 
     def _read(self, name: str) -> torch.Tensor:
         values = self.checkpoint.read(self.stored[name])
@@ -138,13 +172,13 @@ def write(
         progress.task("weights", len(stamped.weights)) as task,
     ):
         for weight in stamped.weights:
-            for name, values in _stored(weight, source, dtype):
+            for name, flat, kind, shape in _stored(weight, source, dtype):
                 stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
                 start = stream.tell()
-                stream.write(values.reshape(-1).view(torch.uint8).numpy().data)
+                stream.write(flat.numpy().data)
                 proto = graph.initializer.add()
-                proto.name, proto.data_type = name, _ONNX[values.dtype]
-                proto.dims.extend(values.shape)
+                proto.name, proto.data_type = name, kind
+                proto.dims.extend(shape)
                 proto.data_location = onnx.TensorProto.EXTERNAL
                 length = stream.tell() - start
                 for key, value in (("location", data), ("offset", start), ("length", length)):
@@ -161,40 +195,21 @@ def decode_bytes(stamped: Stamped, dtype: torch.dtype, experts_visited: float) -
     total = 0.0
     for weight in stamped.weights:
         if not weight.looked_up:
-            size = 1 + dtype.itemsize / weight.block if weight.block else dtype.itemsize
+            size: float = dtype.itemsize
+            if weight.coding is not None:
+                size = weight.coding.bytes_a_weight(dtype.itemsize)
             visited = experts_visited if weight.expert is not None else 1.0
             total += prod(weight.shape) * size * visited
     return int(total)
 
 
-def quantize(matrix: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantizes `[rows, columns]` to int8 with float32 scales `[ceil(rows / block), columns]`.
-
-    Symmetric, by the largest magnitude: `matrix ≈ int8 * scale` of the element's block of rows.
-    """
-    rows, columns = matrix.shape
-    whole = nn.functional.pad(matrix.float(), (0, 0, 0, -rows % block))
-    blocks = whole.reshape(-1, block, columns)
-    scale = blocks.abs().amax(dim=1) / 127
-    steps = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-    return steps.round_().to(torch.int8).reshape(-1, columns)[:rows].contiguous(), scale
-
-
-def dequantize(values: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
-    """Dequantizes to the float32 `[rows, columns]` that the graph computes with."""
-    return values.float() * scale.repeat_interleave(block, dim=0)[: len(values)]
-
-
-def _stored(
-    weight: Weight, source: Source, dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _stored(weight: Weight, source: Source, dtype: torch.dtype) -> Iterator[Stored]:
     values = _values(weight, source, dtype)
-    if weight.block is None:
-        yield weight.name, values
+    if weight.coding is not None:
+        yield from coded(weight, values, source)
     else:
-        quantized, scale = quantize(values, weight.block)
-        yield f"{weight.name}_int8", quantized
-        yield f"{weight.name}_scale", scale
+        flat = values.reshape(-1).view(torch.uint8)
+        yield weight.name, flat, _ONNX[values.dtype], tuple(values.shape)
 
 
 def _values(weight: Weight, source: Source, dtype: torch.dtype) -> torch.Tensor:

@@ -2,20 +2,30 @@
 
     python -m prune_export.exporters.ort_genai.build REQUEST.json
 
-The request holds `source`, `out`, `cache`, `precision`, `options` and `corrections`. A checkpoint
-that is wide with zeros becomes a narrow graph.
+The request holds `source`, `out`, `cache`, `precision`, `options` and `corrections`; for an integer
+precision also its `bits` (else 0), those of the head, and the block size. A checkpoint that is wide
+with zeros becomes a narrow graph; the codes of a quantized one are written as they are.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.grid_file import Grids
 from prune_export.checkpoint.loading import NO_ADAPTER
 from prune_export.exporters._shared.trim import Trim
+from prune_export.exporters.ort_genai.codes import (
+    give_codes,
+    give_nearest,
+    join_codes,
+    joinable,
+    refuse_lost,
+)
 from prune_export.exporters.ort_genai.trim import cut, leaves_out, narrow
 
 
@@ -30,19 +40,36 @@ def main(request: dict[str, Any]) -> None:
     config = prepared["hf_details"]["hf_config"]
     for key, value in request["corrections"].items():
         setattr(config, key, value)
-    trim = Trim.of(Checkpoint.open(source))
+    checkpoint = Checkpoint.open(source)
+    grids = Grids.of(checkpoint) if request["precision"].startswith("int") else None
+    trim = Trim.of(checkpoint)
+    if grids:
+        trim = trim.whole_parts()  # a group whose channels are cut has no grid any more
     if trim and request["precision"] == "fp16":
         trim = trim.with_all_heads()  # its attention's mask has a row for each head of the model
-    caches = _prepare(builder, trim)
+    bits, block = (int(request[key]) for key in ("bits", "block_size"))
+
+    def give(model: Any) -> None:
+        if grids:
+            give_codes(model, checkpoint, grids, (bits, block))
+        if grids or request["head_bits"] != bits:
+            give_nearest(model.get_output_embeddings(), request["head_bits"], block)
+
+    caches = _prepare(builder, trim, give if bits else None)
     builder.create_model(*where, **prepared)
+    if grids:
+        refuse_lost(Path(out) / "model.onnx", checkpoint, grids)
     if caches:
         _tell_caches(Path(out) / "genai_config.json", *caches)
     if caches or request["precision"] == "fp16":
         _forget_shapes(Path(out) / "model.onnx")
 
 
-def _prepare(builder: Any, trim: Trim) -> list[int]:
-    """Makes the builder read weights in float32, and trims them; gives the number of KV caches."""
+def _prepare(builder: Any, trim: Trim, give: Callable[[Any], None] | None) -> list[int]:
+    """Makes the builder read weights in float32, and trims them; gives the number of KV caches.
+
+    `give` puts codes beside the weights.
+    """
     from transformers import AutoModelForCausalLM
 
     load = AutoModelForCausalLM.from_pretrained
@@ -58,6 +85,8 @@ def _prepare(builder: Any, trim: Trim) -> list[int]:
         model = load(*given, dtype="float32", **named)
         for one in chosen:
             cut(model, one)
+        if give:
+            give(model)
         return model
 
     def started(made: Any) -> None:
@@ -68,9 +97,27 @@ def _prepare(builder: Any, trim: Trim) -> list[int]:
         start(made)
 
     AutoModelForCausalLM.from_pretrained = loaded
+    if give:
+        _pack_codes(builder.Model)
     if trim:
         builder.Model.make_inputs_and_outputs = started
     return caches
+
+
+def _pack_codes(model: Any) -> None:
+    """Makes the builder join codes of symmetric grids, which have no zeros, as well."""
+    join, packable = model.make_packed_matmul_int4_class, model.is_qkv_projection_packable
+
+    def joined(made: Any, q: Any, k: Any, v: Any) -> Any:
+        return join_codes(q, k, v) if hasattr(q, "qweight") else join(made, q, k, v)
+
+    def asked(made: Any, layer: int, attention: Any) -> bool:
+        parts = attention.q_proj, attention.k_proj, attention.v_proj
+        alike = not hasattr(parts[0], "qweight") or joinable(*parts)
+        return alike and bool(packable(made, layer, attention))
+
+    model.make_packed_matmul_int4_class = joined
+    model.is_qkv_projection_packable = asked
 
 
 def _tell_caches(config: Path, count: int) -> None:

@@ -30,6 +30,7 @@ from pydantic import Field
 
 from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.grid_file import Grids
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import CheckpointError, MissingExtra, PlanError, StageError
 from prune_export.exporter_facts import SparseNote
@@ -66,6 +67,8 @@ class OrtGenai:
     EXAMPLE: ClassVar[str] = "example.md.j2"
 
     calibrates: ClassVar[bool] = False
+    WRITES_CODES: ClassVar[bool] = True
+    LATER: ClassVar[Mapping[str, Any]] = {"head": "same"}
 
     precision: Annotated[
         Literal["fp32", "fp16", "int8", "int4"],
@@ -83,6 +86,13 @@ class OrtGenai:
         Literal[0, 1, 4],
         Field(description="int8 and int4 compute in: 4 int8, 1 float32, 0 what the kernel likes"),
     ] = 4
+    head: Annotated[
+        Literal["same", "int8", "int4"],
+        Field(
+            description="precision of the head, and of the embedding where they are tied, in int8 "
+            "and int4: `same` as the blocks, but int8 where the checkpoint's own codes are written"
+        ),
+    ] = "same"
 
     def check(self, arch: Arch, machine: Machine) -> None:
         """Refuses, in the plan, what the builder does not know or gets wrong, or cannot run here.
@@ -167,6 +177,9 @@ class OrtGenai:
             "out": str(out.resolve()),
             "cache": str((work.scratch / "genai-cache").resolve()),
             "precision": self.precision,
+            "bits": self._bits,
+            "head_bits": self._head_bits(quantized=Grids.of(source) is not None),
+            "block_size": self.block_size,
             "options": self._options(),
             "corrections": corrections(config),
         }
@@ -180,6 +193,15 @@ class OrtGenai:
                     task.note(line.split(" in ", 1)[0])
 
             _run("build", request, work, follow)
+
+    @property
+    def _bits(self) -> int:
+        return {"int4": 4, "int8": 8}.get(self.precision, 0)
+
+    def _head_bits(self, *, quantized: bool) -> int:
+        if self.head != "same":
+            return {"int4": 4, "int8": 8}[self.head]
+        return 8 if quantized and self._bits else self._bits
 
     def _options(self) -> dict[str, str]:
         options = {
@@ -206,7 +228,8 @@ class OrtGenai:
         with work.progress.task("ort_genai: comparing with PyTorch"):
             _run("trial", request, work, lambda line: None)
         found = json.loads(answer.read_text(encoding="utf-8"))
-        if problem := self._problem(found):
+        exact = Grids.of(Checkpoint.open(checkpoint)) is not None
+        if problem := self._problem(found, exact=exact):
             fix = "use the exporter `onnx` for this model, and report this one"
             if self.precision == "int8":
                 fix = (
@@ -221,8 +244,12 @@ class OrtGenai:
         )
         return tried, str(found["tokenizer"])
 
-    def _problem(self, found: Mapping[str, Any]) -> str:
-        """Says what is wrong with a trial's findings; empty when nothing is."""
+    def _problem(self, found: Mapping[str, Any], *, exact: bool = False) -> str:
+        """Says what is wrong with a trial's findings; empty when nothing is.
+
+        `exact` says that the engine's 4 bits are PyTorch's weights; else anything may come of them.
+        """
+        rounded = self.precision == "int4" and not exact
         if not found["finite"]:
             return "the engine's logits are not finite"
         limit = _MAX_RELATIVE_ERROR.get(self.precision)
@@ -232,12 +259,12 @@ class OrtGenai:
                 f"logits are off by {relative:.1e} of their standard deviation, "
                 f"expected at most {limit:.0e} in {self.precision}"
             )
-        if self.precision == "int8" and found["mean_kl"] > _MAX_KL:
+        if self._bits and not rounded and found["mean_kl"] > _MAX_KL:
             return f"KL from PyTorch is {found['mean_kl']:.2g} nats, expected at most {_MAX_KL}"
         # Twice the error can turn a choice round; what is generated is not what was compared, so
         # twice that again.
         allowed = max(4 * found["max_error"], (limit or 0) * found["spread"])
-        if self.precision != "int4" and found["worst_choice"] > allowed:
+        if not rounded and found["worst_choice"] > allowed:
             return (
                 f"onnxruntime-genai chose a token {found['worst_choice']:.2g} logits below "
                 f"PyTorch's best, expected at most {allowed:.2g}"

@@ -85,23 +85,23 @@ class _Activity:
     batch: Aggregation
     experts: bool
 
-    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> _Sizes:
-        return _Sizes(self, site, units, width, device)
+    def watch(self, group: LinearGroup, units: int, width: int, device: str) -> _Sizes:
+        return _Sizes(self, group, units, width, device)
 
     def score(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: _Sizes
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: _Sizes
     ) -> torch.Tensor:
-        del site, weights, units
+        del group, weights, units
         return seen.sizes.result()
 
     def score_expert(
         self,
-        site: LinearGroup,
+        group: LinearGroup,
         weights: Mapping[str, torch.Tensor],
         scores: torch.Tensor,
         seen: _Sizes,
     ) -> float:
-        del site, scores
+        del group, scores
         (down,) = weights.values()
         assert seen.squares is not None
         return float((down.square().sum(0) * seen.squares.sums).sum().sqrt())
@@ -109,7 +109,7 @@ class _Activity:
 
 class _Sizes:
     def __init__(
-        self, own: _Activity, site: LinearGroup, units: int, width: int, device: str
+        self, own: _Activity, group: LinearGroup, units: int, width: int, device: str
     ) -> None:
         self.sizes = Activations(
             units,
@@ -117,10 +117,10 @@ class _Sizes:
             device,
             sequence=own.sequence,
             batch=own.batch,
-            whole=site.expert is None,
+            whole=group.expert is None,
         )
         self.squares = None
-        if site.expert is not None and own.experts:
+        if group.expert is not None and own.experts:
             self.squares = InputNorms(width, device)
 
     def see(self, states: torch.Tensor) -> None:

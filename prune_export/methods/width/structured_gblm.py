@@ -84,14 +84,14 @@ class _Gblm:
         unit_scores.complete(model.arch, axes, scores)
         return scores
 
-    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> InputNorms:
-        del site, units
+    def watch(self, group: LinearGroup, units: int, width: int, device: str) -> InputNorms:
+        del group, units
         return InputNorms(width, device)
 
     def score(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: InputNorms
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: InputNorms
     ) -> torch.Tensor:
-        del site
+        del group
         norms = (seen.sums / max(1, seen.tokens)).sqrt().double()
         total = torch.zeros_like(norms)
         for weight in weights.values():

@@ -91,10 +91,10 @@ class Refits:
         if not self.refit or added_times(arch) is None:
             return ()
         widths = [
-            inputs_of(arch, site.tensors[0]) + 1
+            inputs_of(arch, group.tensors[0]) + 1
             for layer in range(arch.layers)
-            for site in linear_groups(arch, layer)
-            if has_target(site)
+            for group in linear_groups(arch, layer)
+            if has_target(group)
         ]
         widest, residual = max(widths), arch.sizes["residual"]
         # Sums in float32, and held-out rows; of a solve in float64 the damped sums, their factor
@@ -113,7 +113,7 @@ class Refits:
         known = self.seams_known(arch)
         if known is None:
             return f"refits {self.seams_at_most(arch)}"
-        blocks = [str(seam.site.layer) for seam in known if seam.site is not None]
+        blocks = [str(seam.group.layer) for seam in known if seam.group is not None]
         if not blocks:
             return "no refit: no projection stands before what is removed"
         return f"refits {_count(len(blocks))}, block{'s' * (len(blocks) > 1)} {', '.join(blocks)}"
@@ -132,13 +132,13 @@ class Refits:
             return _told(decision, {"taken": False, "why": "the stage has no calibration data"})
         edits = tuple(decision.edits)
         found = seams_of(arch, removed, partial(_is_zero, model))
-        mendable = [seam for seam in found if seam.site is not None]
+        mendable = [seam for seam in found if seam.group is not None]
         log: dict[str, Any] = {"taken": False}
         if len(mendable) < len(found):
             log["left"] = [
                 {"removed": [unit.layer for unit in seam.removed], "why": seam.why}
                 for seam in found
-                if seam.site is None
+                if seam.group is None
             ]
         samples = model.context.tokens.samples
         if not mendable:

@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from prune_export.cholesky import damped_cholesky
+from prune_export.numeric.cholesky import damped_cholesky
 
 _DAMPING: Final = 1e-4
 """Times the mean of the Hessian's diagonal."""

@@ -20,7 +20,7 @@ from typing import Final
 
 import torch
 
-from prune_export.cholesky import solve_damped
+from prune_export.numeric.cholesky import solve_damped
 
 RIDGES: Final = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0)
 """Tried, as fractions of the kept inputs' mean square; the best on held-out tokens is taken. On

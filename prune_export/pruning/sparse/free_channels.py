@@ -21,7 +21,7 @@ from prune_export.arch import Arch, Tensor
 from prune_export.arch.roles import OUTPUT_PROJECTIONS, role, roles
 from prune_export.calibrate import as_matrix
 from prune_export.pruning.sparse import permutation
-from prune_export.pruning.sparse.masks import Amount, Compare, digest, zeros
+from prune_export.pruning.sparse.masks import Amount, Compare, digest, mask_of
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Overwrite
 
@@ -94,26 +94,26 @@ def free(arch: Arch, tensor: Tensor, nm: Nm) -> Channels | None:
 def mask(
     channels: Channels | None, scores: torch.Tensor, amount: Amount, compare: Compare
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The mask `[out, in]`, True where a weight becomes zero, in today's order; and the new order.
+    """The mask `[out, in]`, True where a weight is kept, in today's order; and the new order.
 
     In that order, which is JSON, the zeros are in the pattern.
     """
     if channels is None or not isinstance(amount, Nm):
-        return zeros(scores, amount, compare), {}
+        return mask_of(scores, amount, compare), {}
     order = channels.best(scores, amount)
     columns = channels.columns(order).to(scores.device)
-    found = zeros_in(columns, scores, amount, compare)
+    found = mask_in(columns, scores, amount, compare)
     return found, noted(order, scores, columns, amount)
 
 
-def zeros_in(
+def mask_in(
     columns: torch.Tensor | None, scores: torch.Tensor, amount: Amount, compare: Compare
 ) -> torch.Tensor:
-    """The mask, True where a weight becomes zero, for inputs in the order `columns`, if given."""
+    """The mask for inputs in the order `columns`, if given, as they stand today."""
     if columns is None:
-        return zeros(scores, amount, compare)
+        return mask_of(scores, amount, compare)
     found = torch.empty_like(scores, dtype=torch.bool)
-    found[:, columns] = zeros(scores[:, columns], amount, compare)
+    found[:, columns] = mask_of(scores[:, columns], amount, compare)
     return found
 
 

@@ -19,11 +19,11 @@ Scores = Mapping[str, torch.Tensor]
 class StateScorer(Protocol):
     """Scores the inputs of linear groups from the states that arrive there."""
 
-    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> Accumulator:
+    def watch(self, group: LinearGroup, units: int, width: int, device: str) -> Accumulator:
         """Makes the accumulator of inputs `[…, width]`, `units` equal runs, that `score` reads."""
 
     def score(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: Any
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: Any
     ) -> torch.Tensor:
         """Scores a linear group's inputs, `[units]`; `weights` are its matrices `[out, in]`."""
 
@@ -34,7 +34,7 @@ class ExpertScorer(StateScorer, Protocol):
 
     def score_expert(
         self,
-        site: LinearGroup,
+        group: LinearGroup,
         weights: Mapping[str, torch.Tensor],
         scores: torch.Tensor,
         seen: Any,

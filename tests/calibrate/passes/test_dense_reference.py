@@ -57,14 +57,14 @@ class Bends:
     def key(self) -> str:
         return "bends"
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> Seen:
+    def watch(self, group: LinearGroup, width: int, device: str) -> Seen:
         del width, device
-        if site.layer == self.fails_at:
+        if group.layer == self.fails_at:
             raise KeyboardInterrupt
         return Seen()
 
-    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Seen) -> Edited:
-        self.seen[site.layer, site.name] = seen
+    def edit(self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Seen) -> Edited:
+        self.seen[group.layer, group.name] = seen
         factor = 0.6
         if seen.wanted:
             factor += 0.3 * float(torch.tanh(torch.cat(seen.wanted).mean()))
@@ -141,17 +141,17 @@ def test_a_target_brings_the_states_back_to_the_dense_models(
             assert not any(s.wanted for (_, n), s in editor.seen.items() if "experts" in n)
             assert editor.seen[layer, "attention.out"].wanted
             return
-        for site in linear_groups(arch, layer):
-            seen = editor.seen[layer, site.name]
-            path = site.tensors[0].name.removesuffix(".weight")
-            if not has_target(site):
+        for group in linear_groups(arch, layer):
+            seen = editor.seen[layer, group.name]
+            path = group.tensors[0].name.removesuffix(".weight")
+            if not has_target(group):
                 assert not seen.wanted
             else:
                 at = (arch.table.blocks, layer, path, tokens.ids)
                 was, now = caught(dense, *at), caught(edited, *at)
                 bias = getattr(dense.get_submodule(path), "bias", None)
                 # The edited model, but for what this matrix gives: what is added to it.
-                if site.kind == "mlp.out":
+                if group.kind == "mlp.out":
                     goal, before = was["out"], now["out"] - times * now["own"]
                 else:
                     goal, before = was["in"] + times * was["own"], now["in"]
@@ -161,15 +161,15 @@ def test_a_target_brings_the_states_back_to_the_dense_models(
                 torch.testing.assert_close(torch.cat(seen.weights), weights, atol=0, rtol=1e-3)
                 aimed += 1
             if order == "sequential":
-                bend(edited, site, swept.logs[layer][site.name]["factor"])
+                bend(edited, group, swept.logs[layer][group.name]["factor"])
         if order == "block":
-            for site in linear_groups(arch, layer):
-                bend(edited, site, swept.logs[layer][site.name]["factor"])
+            for group in linear_groups(arch, layer):
+                bend(edited, group, swept.logs[layer][group.name]["factor"])
     assert aimed == 2 * arch.layers
 
 
-def bend(model: Any, site: LinearGroup, factor: float) -> None:
-    for tensor in site.tensors:
+def bend(model: Any, group: LinearGroup, factor: float) -> None:
+    for tensor in group.tensors:
         model.get_submodule(tensor.name.removesuffix(".weight")).weight.data *= factor
 
 

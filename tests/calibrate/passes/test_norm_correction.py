@@ -34,13 +34,13 @@ class Shrinks:
     sums: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     key: str = "shrinks"
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> InputNorms:
+    def watch(self, group: LinearGroup, width: int, device: str) -> InputNorms:
         return self.kind(width, device)
 
     def edit(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
     ) -> Edited:
-        self.sums[site.layer, site.kind] = seen.sums.clone()
+        self.sums[group.layer, group.kind] = seen.sums.clone()
         made = {name: weight.clone() for name, weight in weights.items()}
         for weight in made.values():
             weight[: len(weight) // 2] *= 0.3

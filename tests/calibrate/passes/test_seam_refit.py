@@ -124,12 +124,12 @@ def test_each_seam_is_mended_as_the_rows_say(
     times = added_times(arch)
     assert (found.tokens, found.held_out_tokens) == (252, 36)
     for seam, log in zip(seams, found.logs, strict=True):
-        assert seam.site is not None
-        (tensor,) = seam.site.tensors
+        assert seam.group is not None
+        (tensor,) = seam.group.tensors
         path = tensor.name.removesuffix(".weight")
         module = edited.get_submodule(path)
         goal = states_after(made.model, arch, seam.goal.layer, ids)
-        lacks = (goal - states_after(edited, arch, seam.site.layer, ids)) / times
+        lacks = (goal - states_after(edited, arch, seam.group.layer, ids)) / times
         weights = 1 / goal.square().mean(-1).flatten()
         rows = inputs_of(edited, path, ids)
         bias = getattr(module, "bias", None) is not None

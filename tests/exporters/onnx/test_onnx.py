@@ -26,7 +26,8 @@ from prune_export.exporters._shared.ort_providers import Provider
 from prune_export.exporters._shared.ort_runner import OrtRunner
 from prune_export.exporters.onnx import Onnx, exporter
 from prune_export.exporters.onnx.check import compare
-from prune_export.exporters.onnx.weights import Source, dequantize, quantize
+from prune_export.exporters.onnx.coding import dequantize, quantize
+from prune_export.exporters.onnx.weights import Source
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.sparsity.nm import Nm

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from prune_export.errors import PlanError
+from prune_export.exporters.onnx.coding import dequantize, quantize
 from prune_export.exporters.onnx.markers import DOMAIN
 from prune_export.exporters.onnx.replicate import replicate_blocks
 from prune_export.exporters.onnx.trace import Trace
-from prune_export.exporters.onnx.weights import dequantize, quantize
 
 
 def chain(between: str | None = None, over: bool = False) -> Trace:

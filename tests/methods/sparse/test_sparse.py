@@ -34,7 +34,7 @@ from prune_export.methods.sparse.ria import Ria, relative_importance
 from prune_export.methods.sparse.sparsegpt import SparseGpt
 from prune_export.methods.sparse.wanda import Wanda
 from prune_export.pruning.sparse import owl, sparse_method
-from prune_export.pruning.sparse.masks import zeros
+from prune_export.pruning.sparse.masks import mask_of
 from prune_export.sparsity.nm import Nm
 from tests.arch.tiny_models import random_model
 
@@ -150,11 +150,11 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input(
         weight = as_matrix(tensor, checkpoint.read(tensor.name)).double()
         scores = weight.abs() * norms[tensor.name]
         own = as_matrix(tensor, found[tensor.name])
-        assert torch.equal(own == 0, zeros(scores, 0.5)), tensor.name
+        assert torch.equal(own != 0, mask_of(scores, 0.5)), tensor.name
         size = weight.abs()
         scores = size / size.sum(0) + size / size.sum(1)[:, None]
         own = as_matrix(tensor, found_relative[tensor.name])
-        assert torch.equal(own == 0, zeros(scores * norms[tensor.name].sqrt(), Nm(2, 4)))
+        assert torch.equal(own != 0, mask_of(scores * norms[tensor.name].sqrt(), Nm(2, 4)))
 
 
 def test_the_true_order_prunes_from_what_pruned_matrices_give(
@@ -214,7 +214,7 @@ def test_an_expert_that_no_token_reached_goes_by_magnitude(
             weight = checkpoint.read(name)
             zero = found[name] == 0
             if isinstance(own, Wanda):
-                assert torch.equal(zero, zeros(weight.abs(), 0.5))
+                assert torch.equal(~zero, mask_of(weight.abs(), 0.5))
             else:
                 assert weight[zero].abs().max() <= weight[~zero].abs().min()
             assert torch.equal(found[name][~zero], weight[~zero])

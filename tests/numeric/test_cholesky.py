@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prune_export.cholesky import damped_cholesky, solve_damped
 from prune_export.errors import StageError
+from prune_export.numeric.cholesky import damped_cholesky, solve_damped
 from prune_export.pruning.latency import obs_structured
 
 
