@@ -28,7 +28,7 @@ from prune_export.calibrate import (
 )
 from prune_export.errors import PlanError
 from prune_export.planning.data import sets_of
-from prune_export.recipe import LocalText, Recipe, Source, heal_of
+from prune_export.recipe import DENSE, Generated, LocalText, Recipe, Source, heal_of
 from prune_export.recipe.sources import SOURCES, Part
 from prune_export.system.files import shown
 
@@ -136,7 +136,11 @@ def data_notes(recipe: Recipe) -> tuple[str, ...]:
             f"The text is split by documents ({shares}; seed {', '.join(map(str, sorted(seeds)))})"
             ": what measures is not trained on.",
         )
-    said = [name for name, source in recipe.data.items() if hasattr(source, _SAYS_ITSELF)]
+    said = [
+        name
+        for name, source in recipe.data.items()
+        if isinstance(source, Generated) and source.generated.speaker == DENSE
+    ]
     if said:
         return (
             f"No text was given: {', '.join(said)} are what the dense model says itself, which "
