@@ -35,8 +35,13 @@ class Watch:
     _taken: int = 0
 
     @contextmanager
-    def step(self, kind: str, name: str | None = None, *, dense: bool = False) -> Iterator[None]:
-        """Notes what the body of a `with` takes; `dense` is for engines to compare with."""
+    def step(
+        self, kind: str, name: str | None = None, *, dense: bool = False, label: str = ""
+    ) -> Iterator[None]:
+        """Notes what the body of a `with` takes, as a step of the plan or under a `label`.
+
+        `dense` is for engines to compare with.
+        """
         self._written = self._built = self._taken = 0
         _forget_peak()
         children = _children_peak()
@@ -46,7 +51,7 @@ class Watch:
         now = _children_peak()
         self.steps.append(
             {
-                "step": f"{kind}: {name}" if name else kind,
+                "step": label or (f"{kind}: {name}" if name else kind),
                 "planned_seconds": sum(one.seconds for one in found) if found else None,
                 "seconds": time.monotonic() - started,
                 "planned_ram_bytes": max((one.cost.ram_bytes for one in found), default=None),
