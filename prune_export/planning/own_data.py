@@ -111,9 +111,15 @@ def with_own_samples(recipe: Recipe, *, longest: int | None = None) -> Recipe:
     for seed, one in enumerate(_uses(recipe)):
         length = min(one.source.length, _OWN_LENGTH, longest or _OWN_LENGTH)
         body = {
-            _SAYS_ITSELF: {"from": "dense", "prompts": "none", "seed": seed},
+            _SAYS_ITSELF: {
+                "from": "dense",
+                "prompts": "none",
+                "new_tokens": max(1, min(_OWN_LENGTH, length) // 2),
+                "seed": seed,
+            },
             "samples": min(one.source.samples or _OWN_SAMPLES, _OWN_SAMPLES),
             "length": length,
+            "packing": "stream" if one.role == "evaluation" else "packed",
         }
         data[one.name] = kind.model_validate(body)
     return replace(recipe, data=data)
