@@ -11,7 +11,8 @@ _ALIBI: Final = frozenset({"bloom"})
 """Heads have slopes by their number, and the MLP is always four times as wide as the states."""
 
 REFUSED: Final[dict[str, frozenset[str]]] = {
-    "laco": frozenset({"qwen3_moe"}),  # its blocks differ in shape and cannot be merged
+    # Their blocks differ in shape and cannot be merged.
+    "laco": frozenset({"dots1", "ernie4_5_moe", "glm4_moe", "qwen2_moe", "qwen3_moe"}),
     "llm_pruner": _ALIBI,
     "minitron": _ALIBI,
     "structured_gblm": _ALIBI,
@@ -29,13 +30,18 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
         }
     ),
     # Their MLPs differ, or are experts, or are as wide as the states ask.
-    "ziplm": frozenset({"bloom", "flex_olmo", "mixtral", "olmoe", "phimoe", "qwen3_moe"}),
+    "ziplm": frozenset(
+        {
+            "bloom", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "hunyuan_v1_moe",
+            "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+        }
+    ),
 }  # fmt: skip
 
 WHOLE_HEADS: Final = frozenset(
     {
         "bloom", "falcon", "flex_olmo", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium",
-        "olmo2", "olmo3", "olmoe", "opt", "persimmon", "stablelm",
+        "minimax_m2", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "stablelm",
     }
 )  # fmt: skip
 """Families whose config has no head size, or a norm over all heads: nothing cuts their heads."""
