@@ -104,6 +104,9 @@ def cut_config(table: Table, config: Mapping[str, Any], kept: Sequence[int]) -> 
     for key in rules.per_layer:
         if config.get(key) is not None:
             cut[key] = [config[key][layer] for layer in kept]
+    for key in rules.by_root_of_depth:
+        if isinstance(config.get(key), int | float):
+            cut[key] = config[key] * (len(kept) / layers) ** 0.5
     for name, row in table.layer_sets.items():
         inside = members(table, name, config, layers)
         new = [number for number, old in enumerate(kept) if old in inside]

@@ -93,6 +93,8 @@ class ConfigRules(_Frozen):
         counts: keys that count entries of a `per_layer` list; recounted after a depth cut.
         depth_requires: keys that must have the value given before blocks may be renumbered,
             because a block computes with its own number.
+        by_root_of_depth: numbers that a block divides by the square root of the number of layers;
+            a depth cut scales them, so that blocks compute what they did.
         writes: for each key that states a size, its value as an expression over the axes.
         divides: key pairs (divisor, multiple) that transformers insists on.
         at_most: key pairs (less, more) without which the model cannot run.
@@ -107,6 +109,7 @@ class ConfigRules(_Frozen):
     derives: list[str] = Field(default_factory=list)
     counts: dict[str, Count] = Field(default_factory=dict)
     depth_requires: dict[str, Any] = Field(default_factory=dict)
+    by_root_of_depth: list[str] = Field(default_factory=list)
     writes: dict[str, str] = Field(default_factory=dict)
     divides: list[tuple[str, str]] = Field(default_factory=list)
     at_most: list[tuple[str, str]] = Field(default_factory=list)
@@ -159,6 +162,8 @@ class Table(_Frozen):
 
     `tuple_blocks` says that the model takes the first of what a block returns, not all of it.
 
+    `complex_rotary` says that its rotary embedding multiplies complex numbers, which graphs lack.
+
     `per_sample` names arguments of a block whose first dimension is samples times heads (ALiBi's
     bias), so that they do not broadcast from one sample to many.
 
@@ -187,6 +192,7 @@ class Table(_Frozen):
     norm: Literal["rms", "layer"]
     parallel: bool | str = False
     tuple_blocks: bool = False
+    complex_rotary: bool = False
     per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]
     axes: dict[str, Axis]
@@ -210,7 +216,8 @@ class Table(_Frozen):
     def depth_keys(self) -> tuple[str, ...]:
         """The config keys that a depth cut rewrites."""
         sets = [key for row in self.layer_sets.values() for key in row.keys]
-        return (self.layers, *self.config.per_layer, *sets, *self.config.counts)
+        rules = self.config
+        return (self.layers, *rules.per_layer, *sets, *rules.counts, *rules.by_root_of_depth)
 
     def keys(self) -> frozenset[str]:
         """Every config key that the table knows, without those common to all families."""

@@ -357,3 +357,10 @@ def test_a_shared_expert_is_as_wide_as_whole_experts() -> None:
     assert arch.with_sizes(dict.fromkeys(moe, 8)).to_config(arch.config)["n_shared_experts"] == 2
     with pytest.raises(PlanError, match=r"`shared / moe`, which would be no whole number"):
         arch.with_sizes(dict.fromkeys(moe, 12)).to_config(arch.config)
+
+
+def test_what_blocks_divide_by_the_root_of_their_number_is_scaled() -> None:
+    arch = arch_of("minicpm3")
+    written = arch.without((1, 4, 5)).to_config(arch.config)
+    assert written["scale_depth"] == pytest.approx(1.4 * 0.5**0.5)
+    assert arch.to_config(arch.config)["scale_depth"] == 1.4

@@ -12,7 +12,12 @@ _ALIBI: Final = frozenset({"bloom"})
 
 REFUSED: Final[dict[str, frozenset[str]]] = {
     # Their blocks differ in shape and cannot be merged.
-    "laco": frozenset({"dots1", "ernie4_5_moe", "glm4_moe", "qwen2_moe", "qwen3_moe"}),
+    "laco": frozenset(
+        {
+            "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "qwen2_moe",
+            "qwen3_moe",
+        }
+    ),
     "llm_pruner": _ALIBI,
     "minitron": _ALIBI,
     "structured_gblm": _ALIBI,
@@ -24,16 +29,17 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
         {
             "bloom", "cohere", "cohere2", "exaone4", "falcon", "flex_olmo", "gemma2", "gemma3_text",
             "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium", "hyperclovax", "jais2",
-            "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phimoe",
-            "sliced_llama", "sliced_mistral", "sliced_qwen2", "sliced_qwen3", "stablelm",
+            "minicpm3", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi",
+            "phimoe", "sliced_llama", "sliced_mistral", "sliced_qwen2", "sliced_qwen3", "stablelm",
             "starcoder2",
         }
     ),
     # Their MLPs differ, or are experts, or are as wide as the states ask.
     "ziplm": frozenset(
         {
-            "bloom", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "hunyuan_v1_moe",
-            "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+            "bloom", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo",
+            "glm4_moe", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe",
+            "qwen3_moe",
         }
     ),
 }  # fmt: skip
