@@ -162,7 +162,9 @@ class Table(_Frozen):
 
     `tuple_blocks` says that the model takes the first of what a block returns, not all of it.
 
-    `complex_rotary` says that its rotary embedding multiplies complex numbers, which graphs lack.
+    `tuple_mlp` says that an MLP returns its output as the first of two.
+
+    `untraceable` says what of it no exporter's graph can hold, as an end of a sentence.
 
     `per_sample` names arguments of a block whose first dimension is samples times heads (ALiBi's
     bias), so that they do not broadcast from one sample to many.
@@ -192,7 +194,8 @@ class Table(_Frozen):
     norm: Literal["rms", "layer"]
     parallel: bool | str = False
     tuple_blocks: bool = False
-    complex_rotary: bool = False
+    untraceable: str = ""
+    tuple_mlp: bool = False
     per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]
     axes: dict[str, Axis]
