@@ -20,10 +20,10 @@ from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, Tr
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.machine import Machine
 from prune_export.planning.choices import exported, left_of, tokens_judged
-from prune_export.planning.data import refuse_too_little
+from prune_export.planning.data import refuse_too_little, source_of
 from prune_export.planning.devices import HERE, Devices
 from prune_export.planning.grid_rules import refuse_lost_grids
-from prune_export.planning.limits import what_devices_lack, what_does_not_fit, windows_of
+from prune_export.planning.limits import windows_of, with_lacking
 from prune_export.planning.own_data import data_notes
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size, together
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
@@ -33,7 +33,6 @@ from prune_export.planning.teacher import teacher_of
 from prune_export.recipe import (
     Recipe,
     Search,
-    Source,
     Stage,
     engines_of,
     heal_of,
@@ -108,18 +107,8 @@ def make_plan(
     if recipe.verify.generation and Tokenizer.lies_in(checkpoint.path):
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
-    plan = dataclasses.replace(plan, devices=devices)
-    reads = {
-        "the model": checkpoint.path,
-        "the store": store,
-        "the data root": recipe.root,
-    } | ({"the recipe": recipe.file} if recipe.file else {})
-    if devices.elsewhere:
-        lacking = tuple(what_devices_lack(plan, ram_limit))
-    else:
-        limit = ram_limit or machine.ram_bytes
-        lacking = tuple(what_does_not_fit(plan, limit, store, out, reads))
-    return dataclasses.replace(plan, lacking=lacking, notes=data_notes(recipe))
+    plan = dataclasses.replace(plan, devices=devices, notes=data_notes(recipe))
+    return with_lacking(plan, recipe, checkpoint.path, store, out, ram_limit)
 
 
 @dataclass(frozen=True)
@@ -221,7 +210,7 @@ class _Planner:
             statistics += stage.entry.passes_with_data(arch)
             more = stage.entry.refit_note(arch)
         if statistics:
-            source = self._source(stage)
+            source = source_of(self.recipe, stage)
             samples, length = windows_of(source, self.recipe.root), source.length
             refuse_long_text(f"data.{stage.data}.length", length, arch.config)
             found = pass_cost(arch, statistics, samples, length, self.machine)
@@ -247,7 +236,7 @@ class _Planner:
         return self.planned(stage.kind, stage.name, keys, arch, after, cost, note), after
 
     def _heal(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
-        source = self._source(stage)
+        source = source_of(self.recipe, stage)
         refuse_long_text(f"data.{stage.data}.length", source.length, arch.config)
         stage.entry.check(arch, self.machine)
         samples, machine = windows_of(source, self.recipe.root), self.machine
@@ -389,12 +378,3 @@ class _Planner:
         written = self.size(arch).bytes + exported + _REPORT_BYTES
         cost = Cost(ram_bytes=_PROCESS_BYTES, disk_bytes=written, moved_bytes=written, seconds=5)
         return self.planned("report", "report and card", {}, arch, arch, cost)
-
-    def _source(self, stage: Stage) -> Source:
-        if stage.data not in self.recipe.data:
-            raise PlanError(
-                "data",
-                f"the recipe defines no `{stage.data}`, which {stage.name} needs",
-                f"add `data: {{{stage.data}: {{files: [...]}}}}`",
-            )
-        return self.recipe.data[stage.data]

@@ -15,9 +15,8 @@ from prune_export.contracts import HealRecord
 from prune_export.errors import PlanError
 from prune_export.heal.lora import Lora
 from prune_export.training.layerdrop import left_out, skipped
-
-from .conftest import QUICK, save_tiny
-from .test_resume import Killed, KilledAt, files
+from tests.heal.conftest import QUICK, save_tiny
+from tests.heal.test_resume import Killed, KilledAt, files
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 
