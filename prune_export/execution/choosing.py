@@ -158,6 +158,10 @@ def run_choice(
     for point in to_prune(choice.points, choice.share, choice.reaches, search):
         if _too_late(choice):
             context.progress.say("search: time is short: no more is pruned")
+            assert context.watch is not None
+            context.watch.notes.append(
+                "A dense engine reaches the target, and time was too short to prune another."
+            )
             break
         made, others, missed = _pruned(choice, point, teacher)
         rows, outside = rows + made, outside + missed

@@ -28,6 +28,8 @@ class Watch:
     budget: float | None = None
     began: float = field(default_factory=time.monotonic)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was done otherwise than planned, as time was short, in sentences."""
     _written: int = 0
     _built: int = 0
     _taken: int = 0

@@ -21,6 +21,7 @@ from prune_export.escapes import escaped_page
 from prune_export.report import table
 from prune_export.report.caveats import caveats, failed
 from prune_export.report.figures import figure_title, names_by_stage
+from prune_export.report.healing import healing_text
 from prune_export.report.reading import (
     Change,
     Report,
@@ -241,6 +242,7 @@ def environment() -> jinja2.Environment:
         "blocks": text_from_blocks,
         "bytes": text_from_bytes,
         "count": text_from_count,
+        "healing": healing_text,
         "kernels": kernels_text,
         "number": table.number,
         "parity": _parity_words,

@@ -16,7 +16,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, Protocol
@@ -27,6 +27,7 @@ import torch
 from prune_export.contracts import Work
 from prune_export.errors import StageError
 from prune_export.system.processes import Team
+from prune_export.training.attention import PlainAttention, makes_scores
 from prune_export.training.loss import next_token_loss, predictions
 from prune_export.training.on_policy import is_on_policy, said_by_student
 from prune_export.training.settings import Training
@@ -55,6 +56,16 @@ class Run:
     def dtype(self) -> torch.dtype:
         """`compute_dtype` as torch knows it."""
         return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
+
+    def plain_attention(self, length: int) -> bool:
+        """Whether attention over windows of `length` is made of plain products.
+
+        Not where activations are recomputed: that is in the backward pass, outside of what this
+        surrounds.
+        """
+        return makes_scores(self.device, self.dtype.itemsize, length) and (
+            not self.gradient_checkpointing
+        )
 
 
 class Student(Protocol):
@@ -90,6 +101,7 @@ def train(
     """
     goal, team = objective or NextToken(), work.team
     parameters = {**trainee.trained(), **goal.parameters()}
+    attention = PlainAttention if run.plain_attention(windows.shape[1]) else nullcontext
     if state.step:
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -98,7 +110,11 @@ def train(
     if state.step == settings.steps:
         return state
     adam = torch.optim.AdamW(
-        parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        parameters.values(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        # One pass over memory instead of ten: for 85 million numbers 0.04 s instead of 0.30.
+        fused=run.device == "cpu",
     )
     if state.step:
         for name, parameter in parameters.items():
@@ -130,9 +146,10 @@ def train(
                 if place % team.size != team.rank:
                     continue
                 at = picked[place * run.micro_batch :][: len(ids)]
-                answers = goal.answers(ids, at)
-                _seed(settings.seed, "step", step, place)
-                logits = model(input_ids=ids, use_cache=False).logits
+                with attention():
+                    answers = goal.answers(ids, at)
+                    _seed(settings.seed, "step", step, place)
+                    logits = model(input_ids=ids, use_cache=False).logits
                 share = len(ids) / settings.batch if own is None else predictions(ids, own) / total
                 part = goal.loss(logits, ids, own, answers) * share
                 del logits, answers

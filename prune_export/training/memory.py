@@ -13,6 +13,7 @@ from prune_export.contracts import Cost
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.sampling import READ_BYTES_A_SECOND, STEP_SECONDS
+from prune_export.training.attention import makes_scores, score_bytes
 from prune_export.training.full_weights import trained_tensors
 from prune_export.training.settings import Quantization, Settings, Training
 from prune_export.training.targets import linear_weights, targets
@@ -112,8 +113,9 @@ def token_bytes(
 ) -> tuple[int, int]:
     """Activation bytes that a trained token holds: in one block, and in the logits.
 
-    A block keeps the inputs and outputs of its linear layers, float32 copies in its norms, and
-    for each adapter a float32 copy of its input, two with dropout, and of a 4-bit layer's output.
+    A block keeps the inputs and outputs of its linear layers, and float32 copies in its norms. An
+    adapter that computes in float32 keeps its input once more, twice with dropout, and a 4-bit
+    layer's output; in less, only a copy with dropout.
     """
     chosen = {tensor.name for tensor in _adapted(arch, settings)}
     copies = 2 if isinstance(settings, Settings) and settings.dropout else 1
@@ -126,8 +128,10 @@ def token_bytes(
                 kept += item * sum(shape)
                 if tensor.name in chosen and isinstance(settings, Settings):
                     # Input and output together are known, whichever is the first.
-                    kept += 4 * (copies * sum(shape) // 2 + settings.rank)
-                    kept += item * sum(shape) // 2 if quantization else 0
+                    half = sum(shape) // 2
+                    more = copies * half if item == 4 else (copies - 1) * half
+                    kept += item * (more + settings.rank)
+                    kept += item * half if quantization and item == 4 else 0
         heaviest = max(heaviest, kept)
     # The logits and their gradient, which takes the place of a teacher's.
     return heaviest, 2 * item * arch.sizes["vocab"]
@@ -141,13 +145,26 @@ def activation_bytes(
     item: int,
     tokens: int,
     checkpointing: bool,
+    scored: int = 0,
 ) -> int:
-    """The bytes of the activations of `tokens` trained at once."""
+    """The bytes of the activations of `tokens` trained at once.
+
+    `scored` is the length of windows whose attention scores are held, 0 where none are.
+    """
     block, logits = token_bytes(arch, settings, quantization, item)
+    block += score_bytes(_heads(arch), scored)
     blocks = arch.layers * block
     if checkpointing:
         blocks = block + arch.layers * item * arch.sizes["residual"]
     return int(_FRAGMENTS * tokens * (blocks + logits))
+
+
+def _heads(arch: Arch) -> int:
+    """The heads of the block that has the most."""
+    sizes = arch.sizes
+    return max(
+        sizes.get(f"kv.{layer}", 0) * sizes.get(f"group.{layer}", 1) for layer in range(arch.layers)
+    )
 
 
 @dataclass(frozen=True)
@@ -182,8 +199,15 @@ def fit(
     least = (settings.micro_batch or 1) * length
 
     def fits(tokens: int, checkpointing: bool) -> bool:
+        scored = length if makes_scores(machine.device, item, length) and not checkpointing else 0
         held = activation_bytes(
-            arch, settings, quantization, item=item, tokens=tokens, checkpointing=checkpointing
+            arch,
+            settings,
+            quantization,
+            item=item,
+            tokens=tokens,
+            checkpointing=checkpointing,
+            scored=scored,
         )
         return held <= room
 
@@ -221,6 +245,7 @@ def cost(
     planned = machine or Machine("cpu", 1 << 62, 0, 1)
     item = compute_dtype(settings.compute_dtype, planned).itemsize
     found = fit(arch, settings, quantization, planned, length=length, item=item, beside=beside)
+    scored = length if makes_scores(planned.device, item, length) else 0
     stored_item = _ITEM_BYTES.get(str(arch.config.get("dtype")), 4)
     stored = size.stored * stored_item
     working = (
@@ -235,6 +260,7 @@ def cost(
             item=item,
             tokens=found.micro_batch * length,
             checkpointing=found.gradient_checkpointing,
+            scored=0 if found.gradient_checkpointing else scored,
         )
     )
     # What was written is loaded plain, and measured a window at a time.

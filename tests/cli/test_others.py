@@ -32,13 +32,16 @@ def test_a_command_of_another_package_is_found_and_a_broken_one_says_so(
         found["bad"]()
 
 
-def test_serve_is_declared_and_can_be_imported_without_its_extra() -> None:
+@pytest.mark.parametrize(("name", "takes"), [("serve", "directory"), ("gguf", "checkpoint")])
+def test_ours_are_declared_and_can_be_imported_without_their_extras(name: str, takes: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    module, _, name = project["entry-points"]["prune_export.commands"]["serve"].partition(":")
-    command = getattr(importlib.import_module(module), name)
-    assert "directory" in inspect.signature(command).parameters
+    module, _, function = project["entry-points"]["prune_export.commands"][name].partition(":")
+    command = getattr(importlib.import_module(module), function)
+    assert takes in inspect.signature(command).parameters
 
 
 def test_the_package_never_imports_an_integration() -> None:
     for file in (ROOT / "prune_export").rglob("*.py"):
-        assert "prune_export_server" not in file.read_text(encoding="utf-8"), file
+        text = file.read_text(encoding="utf-8")
+        assert "prune_export_server" not in text, file
+        assert "prune_export_llama_cpp" not in text, file

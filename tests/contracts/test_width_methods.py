@@ -22,6 +22,7 @@ from prune_export.pruning.width.width_method import WidthMethod
 from prune_export.surgery import Overwrite, rewrite
 from tests.arch.tiny_models import PROMPT
 from tests.contracts.made import plain_view
+from tests.contracts.refused import WHOLE_HEADS
 
 METHODS = [
     n for n in registry.names("methods") if issubclass(registry.find("methods", n), WidthMethod)
@@ -30,13 +31,22 @@ METHODS = [
 
 def method_for(name: str, checkpoint: Checkpoint, **keys: Any) -> Any:
     """The method on channels and, where the family's config can say it, heads."""
-    cls = registry.find("methods", name)
-    try:
-        method = cls(ffn=0.5, heads=0.5, **keys)
-        method.predict(checkpoint.arch())
-    except PlanError:
-        method = cls(ffn=0.5, **keys)
-    return method
+    if checkpoint.arch().family not in WHOLE_HEADS:
+        keys["heads"] = 0.5
+    return registry.find("methods", name)(ffn=0.5, **keys)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_heads_are_refused_for_these_families_and_no_others(
+    name: str, tiny: Callable[[str], Checkpoint]
+) -> None:
+    refused = set()
+    for model_type in tables():
+        try:
+            registry.find("methods", name)(heads=0.5).predict(tiny(model_type).arch())
+        except PlanError:
+            refused.add(model_type)
+    assert refused == WHOLE_HEADS
 
 
 def silenced(checkpoint: Checkpoint, removed: dict[str, list[int]], out: Path) -> Any:

@@ -118,6 +118,11 @@ def test_a_dense_int8_model_is_chosen_over_a_pruned_one(
     assert points["deepest, int8 on onnx"]["bytes"] < points[table["chosen"]]["bytes"]
     (refused,) = [one for one in table["candidates"] if "int4 on ort_genai" in one["label"]][:1]
     assert "heads in units of 16" in refused["note"]
+    steps = {one["step"]: one for one in report["estimates"]}
+    assert list(steps) == ["import", "search", "export: onnx", "verify"]
+    assert all(one["planned_seconds"] > 0 for one in [*steps.values()][1:])
+    assert steps["search"]["disk_bytes"] > points[table["chosen"]]["bytes"]
+    assert steps["export: onnx"]["reused"] == 1
     assert report["stages"] == []  # nothing is healed, as nothing was pruned
     assert [one["parameters"]["precision"] for one in report["exports"]] == ["int8"]
     for name in ("model.safetensors", "tokenizer.json", "onnx/model.onnx"):
