@@ -121,13 +121,16 @@ class Team:
         Raises:
             StageError: another process is gone.
         """
+        import torch
         import torch.distributed as dist
 
         if self.size == 1:
             return
         with self._together():
             for tensor in tensors:
-                dist.broadcast(tensor, 0, group=self._group(tensor))
+                # gloo knows no bool; the view is the same memory.
+                sent = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+                dist.broadcast(sent, 0, group=self._group(tensor))
 
     def told(self, value: Any) -> Any:
         """The leader's value of a small object, in all processes.
