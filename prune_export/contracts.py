@@ -102,7 +102,8 @@ class StageLog(TypedDict, total=False):
     `dropped` and `kept` are blocks, for depth methods; `distance_map` is (L+1) x (L+1), None where
     undefined; `block_scores` one number a block, and `block_score_name` says of what. Who makes
     zeros gives `mask_digest`, `zeros`, `weights` and `pattern`. `loss` is of healing: [step, loss,
-    learning rate] of each logged step. `notes` are sentences that the report repeats.
+    learning rate] of each logged step. `notes` are sentences that the report repeats,
+    `grid` says which one a quantizer puts weights on.
     """
 
     dropped: list[int] | None
@@ -117,6 +118,7 @@ class StageLog(TypedDict, total=False):
     pattern: str
     loss: list[list[Any]] | None
     notes: list[str] | None
+    grid: str | None
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,8 @@ def run(
         progress.say(planned.notes[-1])
     with watch.step("import"):
         base = open_base(context, *model_of(recipe, model))
-    data = _data(context, recipe, base)
+    with watch.step("ask", label="data"):
+        data = _data(context, recipe, base)
     asked = recipe.to_yaml()
     staged = _stages(context, recipe, base, data, options.ignore_keys)
     recipe, stages = staged.recipe, staged.made

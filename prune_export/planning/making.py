@@ -17,11 +17,10 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
-from prune_export.errors import MissingExtra, PlanError, PruneExportError
-from prune_export.generated import talk_of
+from prune_export.errors import MissingExtra, PlanError
 from prune_export.machine import Machine
 from prune_export.planning.choices import exported, left_of, tokens_judged
-from prune_export.planning.data import refuse_too_little, sets_of, source_of
+from prune_export.planning.data import refuse_too_little, source_of
 from prune_export.planning.devices import HERE, Devices
 from prune_export.planning.grid_rules import refuse_lost_grids
 from prune_export.planning.limits import windows_of, with_lacking
@@ -29,9 +28,9 @@ from prune_export.planning.own_data import data_notes
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size, together
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
+from prune_export.planning.talks import talks_of
 from prune_export.planning.teacher import teacher_of
 from prune_export.recipe import (
-    Generated,
     Recipe,
     Search,
     Stage,
@@ -89,14 +88,11 @@ def make_plan(
         rates = Rates.known(devices.flops) if devices.elsewhere else Rates.measure(machine)
     machine = devices.machine(machine)
     planner = _Planner(recipe, checkpoint, machine, rates, arch, ignore_keys, devices)
-    stages, archs = [], [arch]
+    stages, archs = ([planner.imported(arch)] if imported else []), [arch]
     ablated = Ablated()
-    if imported:
-        stages.append(planner.imported(arch))
-    stages += planner.generated()
+    stages += talks_of(recipe, checkpoint, arch, machine, planner.planned)
     for index, stage in enumerate(recipe.stages):
-        before = arch
-        planned, arch = planner.stage(index, stage, before)
+        (planned, arch), before = planner.stage(index, stage, arch), arch
         ablated = planner.ablated(index, stage, before, ablated)
         stages.append(planned)
         archs.append(arch)
@@ -165,22 +161,6 @@ class _Planner:
             seconds=6,
         )
         return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
-
-    def generated(self) -> Iterator[PlannedStage]:
-        """What models are to say: the data that are none yet."""
-        for name, _ in sets_of(self.recipe):
-            source = self.recipe.data[name]
-            if not isinstance(source, Generated):
-                continue
-            refuse_long_text(f"data.{name}.length", source.length, self.dense.config)
-            try:
-                talk = talk_of(source, self.checkpoint, self.dense, self.recipe.root, self.machine)
-            except PruneExportError as error:
-                where = f"{self.recipe.name}  data.{name}"
-                raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
-            keys = source.generated.model_dump(mode="json")
-            yield self.planned("ask", talk.name, keys, talk.arch, talk.arch, talk.cost,
-                               f"{name}: {talk.note}")  # fmt: skip
 
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         how = {

@@ -148,7 +148,8 @@ def _title(report: Report, repo_id: str | None) -> str:
     if not report.stages:
         return f"{name}, exported"
     fewer = report.result.layers != report.base.layers
-    return f"{name}, pruned to {report.result.layers} blocks" if fewer else f"{name}, pruned"
+    made = "quantized" if report.quantizes and not report.prunes else "pruned"
+    return f"{name}, pruned to {report.result.layers} blocks" if fewer else f"{name}, {made}"
 
 
 def _hub_base(report: Report) -> str | None:

@@ -117,6 +117,9 @@ def what_was_done(report: Report) -> str:
         parts.append(f"pruned by {_named(report.prunes)}")
     if report.heals:
         parts.append(f"healed with {_named(report.heals)}")
+    for stage in report.quantizes:
+        grid = stage.log.get("grid")
+        parts.append(f"quantized by {stage.name}" + (f" ({grid})" if grid else ""))
     if report.exports:
         engines = ", ".join(export.directory for export in report.exports)
         parts.append(f"exported to {engines}")

@@ -196,6 +196,10 @@ class Report:
     def heals(self) -> list[StageReading]:
         return [stage for stage in self.stages if stage.kind == "heal"]
 
+    @property
+    def quantizes(self) -> list[StageReading]:
+        return [stage for stage in self.stages if stage.kind == "quantize"]
+
     @cached_property
     def removed_blocks(self) -> tuple[int, ...]:
         """The blocks of the base model that all stages together removed."""

@@ -128,4 +128,5 @@ def test_run_and_plan_take_one_text(
     assert "The text is split by documents" in card
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["data"]["e"]["part"] == {"start": 0.0, "stop": 1.0, "seed": 0}
-    assert [one["step"] for one in report["estimates"]] == ["import", "prune: deepest", "verify"]
+    steps = [one["step"] for one in report["estimates"]]
+    assert steps == ["import", "data", "prune: deepest", "verify"]

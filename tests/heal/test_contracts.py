@@ -20,8 +20,7 @@ from prune_export.heal.qlora import Qlora
 from prune_export.training.objective import Distill, Distilled
 from prune_export.training.settings import Training
 from prune_export.training.targets import linear_weights
-
-from .conftest import MACHINE, save_tiny
+from tests.heal.conftest import MACHINE, save_tiny
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 

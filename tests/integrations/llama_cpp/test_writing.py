@@ -12,9 +12,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from prune_export_llama_cpp import write_gguf
 from prune_export_llama_cpp.shapes import rope_factors
 from prune_export_llama_cpp.vocabulary import _LLAMA3, _QWEN2, rules_of
+from prune_export_llama_cpp.writing import write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
