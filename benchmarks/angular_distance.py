@@ -131,7 +131,7 @@ def _write(options: argparse.Namespace) -> dict[str, Any]:
 
 def _pass(options: argparse.Namespace, samples: int) -> Callable[[], None]:
     """The work that is measured: from a directory to the matrix of distances."""
-    from prune_export.calibrate import AngularDistance, gather
+    from prune_export.calibrate import AngularDistance, CalibrationContext, gather
     from prune_export.checkpoint import Checkpoint
     from prune_export.machine import Machine
 
@@ -139,7 +139,9 @@ def _pass(options: argparse.Namespace, samples: int) -> Callable[[], None]:
 
     def run() -> None:
         machine = Machine.detect(device="cpu", threads=options.threads)
-        gather(Checkpoint.open(options.at), [AngularDistance()], tokens, machine)
+        gather(
+            Checkpoint.open(options.at), [AngularDistance()], CalibrationContext(tokens, machine)
+        )
 
     return run
 
@@ -158,7 +160,7 @@ def _time(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from prune_export.calibrate.passes.cost import BATCH_TOKENS
+    from prune_export.calibrate.streaming.driver import BATCH_TOKENS
 
     torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(options.at, dtype=torch.float32).eval()

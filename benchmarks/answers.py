@@ -21,7 +21,7 @@ import torch
 from _result import save
 from heal import _windows
 
-from prune_export.calibrate import KeptAnswers, TokenSet, keep_answers
+from prune_export.calibrate import CalibrationContext, KeptAnswers, TokenSet, keep_answers
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.training.distill_loss import Answers, distill_loss
@@ -50,8 +50,8 @@ def main() -> None:
             out.mkdir()
             began = time.process_time()
             keep_answers(
-                dense, tokens, out, outcomes=outcomes, temperature=1.0, arch=dense.arch(),
-                machine=machine,
+                dense, CalibrationContext(tokens, machine), out, outcomes=outcomes,
+                temperature=1.0, arch=dense.arch(),
             )  # fmt: skip
             spent = time.process_time() - began
             size = sum(file.stat().st_size for file in out.iterdir())

@@ -173,7 +173,9 @@ def _losses(
     if scratch is not None:
         scratch.mkdir(exist_ok=True)
     dtype = native_dtype(machine)
-    with Ablations(checkpoint, tokens, machine, scratch=scratch, dtype=dtype) as measured:
+    with Ablations(
+        checkpoint, CalibrationContext(tokens, machine, scratch=scratch), dtype=dtype
+    ) as measured:
         return measured.losses(models)
 
 

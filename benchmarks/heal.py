@@ -32,7 +32,7 @@ from _result import save
 from pydantic import TypeAdapter
 
 from prune_export import registry
-from prune_export.calibrate import TokenSet, keep_answers
+from prune_export.calibrate import CalibrationContext, TokenSet, keep_answers
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HealRecord, Teacher, Work
 from prune_export.machine import Machine
@@ -146,8 +146,8 @@ def _answers(
         out.mkdir()
         dense = Checkpoint.open(args.dense)
         keep_answers(
-            dense, tokens, out, outcomes=outcomes, temperature=temperature, arch=dense.arch(),
-            machine=machine,
+            dense, CalibrationContext(tokens, machine), out, outcomes=outcomes,
+            temperature=temperature, arch=dense.arch(),
         )  # fmt: skip
     return out
 

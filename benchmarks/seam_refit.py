@@ -78,7 +78,7 @@ def measure(demo: Path, place: Path, windows: list[int], cuts: list[str]) -> dic
     for count in windows:
         tokens = TokenSet.of(text.ids[:count])
         start = time.process_time()
-        gather(checkpoint, [BlockInfluence()], tokens, machine)
+        gather(checkpoint, [BlockInfluence()], CalibrationContext(tokens, machine))
         forward[count * 256] = time.process_time() - start
     result = {
         "model": "SmolLM2-135M-Instruct, Q4_1 dequantized",

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM
 
 from prune_export.arch import Arch
 from prune_export.calibrate import LINEAR_GROUPS, CalibrationContext, ModelView, TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS
+from prune_export.calibrate.streaming.driver import BATCH_TOKENS
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.methods.depth.taylor import Taylor
@@ -229,16 +229,18 @@ def work(view: ModelView, case: str, kind: str) -> None:
         elif case.startswith("taylor"):
             method(case).decide(view)
         else:
-            method(case).known(view)
+            method(case).scores_before(view)
     elif "gradients" in case:
         if kind == "floor":
             view.gradients(_NoGradients())
         else:
-            method(case).known(view)
+            method(case).scores_before(view)
     elif kind == "floor":
         view.sequential(_Nothing())
     elif "scores" in case:
-        view.sequential(width_passes.Measure(method(case), view.arch))
+        own = method(case)
+        parts = frozenset(own.fractions)
+        view.sequential(width_passes.Measure(own.scorer, parts, view.arch, repr(own)))
     else:
         method(case).decide(view)
 

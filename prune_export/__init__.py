@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prune_export import contracts, errors, plugins
     from prune_export.execution import Options, RunResult, plan, run
     from prune_export.machine import Machine
+    from prune_export.opening import engines
     from prune_export.planning import Plan
     from prune_export.provenance import Loaded, Provenance, load
     from prune_export.recipe import Recipe
@@ -33,6 +34,7 @@ __all__ = [
     "RunResult",
     "__version__",
     "contracts",
+    "engines",
     "errors",
     "load",
     "plan",
@@ -48,6 +50,7 @@ _HOMES: Final = {
     "Provenance": "provenance",
     "Recipe": "recipe",
     "RunResult": "execution",
+    "engines": "opening",
     "load": "provenance",
     "plan": "execution",
     "run": "execution",

@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Final, Protocol, Self, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self, TypedDict, runtime_checkable
 
 import numpy as np
 
-from prune_export.ablated import Ablated
-from prune_export.arch import Arch
-from prune_export.calibrate import ExtraPass, ModelView, Statistic, TokenSet
-from prune_export.grids import Grid
 from prune_export.machine import Machine
 from prune_export.progress import Progress
-from prune_export.surgery import Edit
+from prune_export.system.processes import ALONE, Team
+
+if TYPE_CHECKING:  # the process that times an engine imports this file, and needs no torch
+    from prune_export.ablated import Ablated
+    from prune_export.arch import Arch
+    from prune_export.calibrate import ExtraPass, ModelView, Statistic, TokenSet
+    from prune_export.grids import Grid
+    from prune_export.surgery import Edit
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class Teacher:
 
     `answers(tokens, temperature)` is the directory in which what it says to the healing data is
     kept, so many of its likeliest tokens a position (`calibrate.KeptAnswers`); where it is not
-    there yet, it is made, with one block of the teacher in memory.
+    there yet, it is made, with one block of the teacher in memory. `blocks` has the teacher's block
+    that each of the student's was; None where that is not known.
     """
 
     path: Path
     id: str
     answers: Callable[[int, float], Path]
+    blocks: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Work:
     `scratch` is a directory that outlives a killed run: long work keeps its checkpoints there and
     goes on from them. It is removed when the stage is complete. `tokens` is calibration data, for
     exporters that ask for it and where the recipe has it; `teacher` is there for healers that are
-    `Taught`.
+    `Taught`. `team` are the processes that were started with this one, which may share the work.
     """
 
     machine: Machine
@@ -70,6 +75,7 @@ class Work:
     scratch: Path
     tokens: TokenSet | None = None
     teacher: Teacher | None = None
+    team: Team = ALONE
 
 
 class RefitLog(TypedDict, total=False):
@@ -108,10 +114,9 @@ class StageLog(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Decision:
-    """The result of a method: the edits to make, and a log of why, for manifest and report.
+    """The result of a method: edits, a JSON log of why (`StageLog`), and grids of what is on one.
 
-    `log` is JSON; what a report can show of it are the keys of `StageLog`. `grids` gives, for each
-    matrix that the edits put on a quantization grid, a function that reads its grid.
+    `grids` gives a function for each matrix that is put on a quantization grid, which reads it.
     """
 
     edits: Iterable[Edit]

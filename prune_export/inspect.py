@@ -17,7 +17,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from prune_export.calibrate import AngularDistance, BlockInfluence, TokenSet, gather
+from prune_export.calibrate import (
+    AngularDistance,
+    BlockInfluence,
+    CalibrationContext,
+    TokenSet,
+    gather,
+)
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.progress import Progress
@@ -84,7 +90,8 @@ def inspect_model(
     """
     arch = checkpoint.arch(ignore_keys)
     wanted = (AngularDistance(), BlockInfluence())
-    found = gather(checkpoint, wanted, tokens, machine, progress, scratch, arch=arch)
+    context = CalibrationContext(tokens, machine, scratch, progress)
+    found = gather(checkpoint, wanted, context, arch=arch)
     distances = found[wanted[0]]
     return Inspection(
         model=name or checkpoint.path.name,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -17,6 +17,34 @@ import psutil
 
 from prune_export.exporter_facts import packages_of_exporters
 from prune_export.system.platforms import usable_cores
+
+_FEATURES: Final = frozenset(
+    [
+        "sse4_2",
+        "avx",
+        "avx2",
+        "fma",
+        "f16c",
+        "avx_vnni",
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_tile",
+        "amx_int8",
+        "amx_bf16",
+        "neon",
+        "asimd",
+        "asimddp",
+        "i8mm",
+        "bf16",
+        "sve",
+        "sve2",
+    ]
+)
+"""The instruction sets that kernels of language models are written for."""
 
 _COMPUTING: Final = ("torch", "transformers")
 _HEALING: Final = ("peft", "bitsandbytes")
@@ -36,6 +64,14 @@ class Machine:
     gpu_bytes: int
     threads: int
     capability: int = 0
+
+    def share(self, processes: int) -> Machine:
+        """What one of several processes may use; each has a GPU of its own, if there are any."""
+        return replace(
+            self,
+            ram_bytes=self.ram_bytes // processes,
+            threads=max(1, self.threads // processes),
+        )
 
     def timing_identity(self) -> dict[str, str]:
         """What a time that was measured here depends on: device, processor, GPU and threads."""
@@ -113,6 +149,18 @@ def describe() -> dict[str, str]:
     packages = (*_COMPUTING, *packages_of_exporters(), *_HEALING, "prune-export")
     found |= {package: version(package) for package in packages}
     return {key: value for key, value in found.items() if value}
+
+
+def cpu_features() -> tuple[str, ...]:
+    """The processor's instruction sets that matter for matrix products; empty if unknown."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, flags = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return tuple(flag for flag in flags.split() if flag in _FEATURES)
+    except OSError:
+        pass
+    return ()
 
 
 def _gpu_name() -> str:

@@ -5,9 +5,11 @@
 - a depth method: a `Statistic` such as `BlockInfluence`, and `Drop`;
 - a sparse method: `CalibratedSparseMethod`, which brings the keys that all sparse methods share,
   and `zero_least` with a `Score`;
-- a width method: `WidthMethod`, which brings the keys that all width methods share, and scores;
+- a width method: `WidthMethod`, which brings the keys that all width methods share, and a scorer:
+  a `StateScorer`, or a `ModelScorer`;
 - a method of another kind: `ModelView` runs an `Editor` over the blocks, and any `Edit` is stored;
-- an exporter: `load_model`, `Checkpoint`, `BuildRecord` and a `Runner`.
+- an exporter: `load_model`, `Checkpoint`, `BuildRecord` and a `Runner`; `Trim` leaves out what is
+  zero in single blocks.
 
 `docs/your-own.md` shows one of each. What is not listed in `__all__` may change without notice.
 """
@@ -32,7 +34,7 @@ from prune_export.calibrate import (
 )
 from prune_export.calibrate.streaming.linear_groups import Accumulator
 from prune_export.checkpoint import Checkpoint
-from prune_export.checkpoint.loading import load_config, load_model, load_tokenizer
+from prune_export.checkpoint.loading import load_config, load_ends, load_model, load_tokenizer
 from prune_export.contracts import (
     Bounded,
     BuildRecord,
@@ -48,6 +50,7 @@ from prune_export.contracts import (
     Work,
 )
 from prune_export.errors import MissingExtra, PlanError, StageError
+from prune_export.exporters._shared.trim import Trim
 from prune_export.machine import Machine
 from prune_export.progress import Progress
 from prune_export.pruning.sparse.sparse_method import (
@@ -55,7 +58,8 @@ from prune_export.pruning.sparse.sparse_method import (
     Score,
     zero_least,
 )
-from prune_export.pruning.width.width_method import Scores, WidthMethod
+from prune_export.pruning.width.scorer import ModelScorer, Scores, StateScorer
+from prune_export.pruning.width.width_method import WidthMethod
 from prune_export.surgery import Drop, Edit, Keep, Overwrite
 
 __all__ = [
@@ -86,6 +90,7 @@ __all__ = [
     "Machine",
     "Method",
     "MissingExtra",
+    "ModelScorer",
     "ModelView",
     "Overwrite",
     "PlanError",
@@ -96,12 +101,15 @@ __all__ = [
     "SequentialResult",
     "SkipLoss",
     "StageError",
+    "StateScorer",
     "Statistic",
     "Tensor",
     "TokenSet",
+    "Trim",
     "WidthMethod",
     "Work",
     "load_config",
+    "load_ends",
     "load_model",
     "load_tokenizer",
     "zero_least",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,13 +13,16 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from prune_export.checkpoint import filled
 from prune_export.modeling import register
+from tests.measured_here import install
 
 torch.set_num_threads(1)
 
@@ -26,6 +30,30 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 register()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps filled configs in a directory of these tests, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filled, "user_cache", lambda: folder)
+        folder = tmp_path_factory.mktemp("cache")
+        yield
+
+
+_module: list[object] = []
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Takes what each new file has imported out of the garbage collector's sight.
+
+    Training collects garbage three times a run. With torch, transformers, peft and all tests in
+    sight each time took 0.4 s of processor time, more than half of what healing a tiny model does.
+    """
+    if item.path not in _module:
+        _module[:] = [item.path]
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -88,6 +116,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_graph(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's fp32 graph, all logits."""
+    from prune_export.contracts import Work
+    from prune_export.exporters.onnx import Onnx
+    from prune_export.machine import Machine
+    from prune_export.progress import Silent
+
+    machine = Machine(device="cpu", ram_bytes=8 << 30, gpu_bytes=0, threads=1)
+    out = tmp_path_factory.mktemp("graph")
+    Onnx().export(tiny_llama, out, Work(machine, Silent(), out.parent))
+    return out / "model.onnx"
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with calibration.txt, healing.jsonl and evaluation.txt, none overlapping."""
     import json
@@ -98,3 +140,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "healing.jsonl").write_text("\n".join(lines), encoding="utf-8")
     (root / "evaluation.txt").write_text(prose(3, 30), encoding="utf-8")
     return root
+
+
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines answer from threads of this process (`tests.measured_here`)."""
+    install(monkeypatch)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("measured_here")
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 

@@ -105,12 +105,12 @@ class Arch:
         return tensor.dims.shape(self.sizes)
 
     def parameters(self) -> int:
-        """The number of stored parameters; tied tensors count once."""
+        """The number of stored parameters; tied tensors count once, buffers not at all."""
         return self._parameters
 
     @cached_property
     def _parameters(self) -> int:
-        return sum(prod(self.shape(tensor)) for tensor in self.stored())
+        return sum(prod(self.shape(tensor)) for tensor in self.stored() if not tensor.is_buffer)
 
     def block_parameters(self) -> int:
         """The number of parameters of all blocks, without embeddings and head."""

@@ -43,6 +43,11 @@ class Tensor:
     tied_to: str | None = None
     expert: int | None = None
 
+    @property
+    def is_buffer(self) -> bool:
+        """Whether transformers stores it but trains it never."""
+        return self.role.startswith("buffer.")
+
 
 @dataclass(frozen=True)
 class Binding:

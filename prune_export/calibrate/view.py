@@ -6,58 +6,23 @@ import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate.data.token_set import TokenSet
+from prune_export.calibrate.context import CalibrationContext
 from prune_export.calibrate.passes.ablation import Ablations
 from prune_export.calibrate.passes.gradients import GradientReader, Gradients, gradients
 from prune_export.calibrate.passes.seam_refit import CutModel, Repaired, repair
 from prune_export.calibrate.passes.seams import Seam
-from prune_export.calibrate.passes.sequential import Order, SequentialResult, run_sequential
-from prune_export.calibrate.passes.sequential_block import Editor
+from prune_export.calibrate.passes.sequential import SequentialResult, run_sequential
+from prune_export.calibrate.passes.sequential_state import Editor, Order
 from prune_export.calibrate.passes.statistics import gather
 from prune_export.calibrate.statistics.api import Statistic
 from prune_export.calibrate.streaming.skip import OUTPUTS, Unit
 from prune_export.checkpoint import Checkpoint
-from prune_export.machine import Machine
-from prune_export.progress import Progress, Silent
 from prune_export.system.temporary import Temporary
-
-
-class Engines(Protocol):
-    """Measures the speed of engines of narrower models, whose weights do not matter."""
-
-    def speedup(
-        self, sizes: Mapping[str, int], engine: str, request: tuple[int, int, int]
-    ) -> float:
-        """Measures the decode speedup of an engine over the dense one.
-
-        `sizes` are the axes that are cut, such as `{"mlp.0": 512}`, `engine` is an exporter's name,
-        `request` is the batch, the prompt's tokens and the new ones.
-        """
-
-
-@dataclass(frozen=True)
-class CalibrationContext:
-    """What calibration passes need: the windows, the machine, and a scratch folder.
-
-    `scratch` outlives a killed run; a pass that is asked for again goes on from there. `engines`
-    measures the speed of model shapes that a method considers.
-    """
-
-    tokens: TokenSet
-    machine: Machine
-    scratch: Path | None = None
-    progress: Progress | None = None
-    engines: Engines | None = None
-
-    @property
-    def told(self) -> Progress:
-        """Where progress is told."""
-        return self.progress or Silent()
 
 
 @dataclass(frozen=True)
@@ -83,16 +48,7 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        context = self.calibration()
-        return gather(
-            self.checkpoint,
-            statistics,
-            context.tokens,
-            context.machine,
-            context.told,
-            context.scratch,
-            arch=self.arch,
-        )
+        return gather(self.checkpoint, statistics, self.calibration(), arch=self.arch)
 
     def sequential(
         self,
@@ -109,14 +65,10 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        context = self.calibration()
         return run_sequential(
             self.checkpoint,
             editor,
-            context.tokens,
-            context.machine,
-            context.told,
-            context.scratch,
+            self.calibration(),
             arch=self.arch,
             order=order,
             loss=loss,
@@ -129,17 +81,7 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        context = self.calibration()
-        return repair(
-            self.checkpoint,
-            seams,
-            cut,
-            context.tokens,
-            context.machine,
-            context.told,
-            context.scratch,
-            arch=self.arch,
-        )
+        return repair(self.checkpoint, seams, cut, self.calibration(), arch=self.arch)
 
     def gradients(self, reader: GradientReader) -> Gradients:
         """Computes gradients of the loss over the calibration windows; `reader` says what is kept.
@@ -147,16 +89,7 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        context = self.calibration()
-        return gradients(
-            self.checkpoint,
-            reader,
-            context.tokens,
-            context.machine,
-            context.told,
-            context.scratch,
-            arch=self.arch,
-        )
+        return gradients(self.checkpoint, reader, self.calibration(), arch=self.arch)
 
     def ablations(
         self,
@@ -171,17 +104,8 @@ class ModelView:
         Raises:
             ValueError: the view was made without calibration data.
         """
-        context = self.calibration()
-        ids = context.tokens.ids[:samples, :length]
-        return Ablations(
-            self.checkpoint,
-            TokenSet.of(ids, provenance=context.tokens.provenance),
-            context.machine,
-            context.told,
-            context.scratch,
-            arch=self.arch,
-            dtype=dtype,
-        )
+        context = self.calibration().of_first(samples, length)
+        return Ablations(self.checkpoint, context, arch=self.arch, dtype=dtype)
 
     def without(self, layers: Collection[int]) -> ModelView:
         """A view of the model without some blocks; no weight is read or copied.

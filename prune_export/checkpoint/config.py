@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from prune_export.checkpoint.filled import keep_config, kept_config
 from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
 from prune_export.modeling import register
 from prune_export.system.files import read_json_object
@@ -98,6 +99,10 @@ def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             "save the language model alone with transformers "
             "(`AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(OUT)`), and use that",
         )
+    _refuse_counts(file, config)
+    plain = {key: value for key, value in config.items() if key != "auto_map"}
+    if (kept := kept_config(plain)) is not None:
+        return kept
     # Imported here: transformers brings torch, and opening a checkpoint must stay cheap.
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -109,14 +114,13 @@ def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             f"got {model_type!r}, which this transformers does not know{remote}",
             did_you_mean(model_type, CONFIG_MAPPING.keys()),
         )
-    _refuse_counts(file, config)
-    plain = {key: value for key, value in config.items() if key != "auto_map"}
     # transformers logs advice about odd values; what matters is refused by the tables.
     noise = logging.getLogger("transformers")
     level = noise.level
     noise.setLevel(logging.ERROR)
     try:
-        filled = CONFIG_MAPPING[model_type].from_dict(plain).to_dict()
+        made_by = CONFIG_MAPPING[model_type]
+        filled = made_by.from_dict(plain).to_dict()
     except Exception as error:
         # Whatever a configuration class raises on odd values, they are the file's fault.
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -127,4 +131,5 @@ def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         ) from error
     finally:
         noise.setLevel(level)
+    keep_config(plain, filled, made_by)
     return dict(filled)

@@ -1,4 +1,4 @@
-"""The commands `run`, `plan`, `inspect`, `export`, `verify`, `compare` and `publish`."""
+"""The commands `run`, `plan`, `inspect`, `export` and `verify`; others join here."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import typer
 
 from prune_export import __version__
 from prune_export.cli import console, options
+from prune_export.cli.asking import faster, smaller
+from prune_export.cli.comparing import compare
+from prune_export.cli.doctoring import doctor
 from prune_export.cli.help import Command, Group
 from prune_export.cli.listing import methods, recipes, schema
-from prune_export.cli.publishing import destination, publish, upload
-from prune_export.cli.showing import show_plan, show_report
+from prune_export.cli.others import commands_of_others
+from prune_export.cli.publishing import destination, publish
+from prune_export.cli.running import carry_out
+from prune_export.cli.showing import show_plan
 from prune_export.cli.storing import store_app
 from prune_export.errors import VerifyError
 from prune_export.units import text_from_bytes, text_from_seconds
@@ -54,6 +59,8 @@ def run(
     recipe: RecipeName,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The result directory.")],
     model: options.Model = None,
+    data: options.Data = None,
+    time: options.Time = None,
     data_root: options.DataRoot = None,
     sets: options.Sets = None,
     store: options.StoreDir = None,
@@ -87,46 +94,32 @@ def run(
     prune-export run depth40-angular-qlora --model meta-llama/Llama-3.1-8B --out out/
     prune-export run my.yaml -m ./checkpoint -o out/ -s stages.0.prune.remove=6
 
-    Killed or interrupted, the same command goes on where it was.
+    Killed or interrupted, the same command goes on where it was. Started by torchrun or accelerate
+    launch, all processes heal together; the first does all else.
     """
-    from prune_export.execution import Options
-    from prune_export.execution import plan as plan_of
-    from prune_export.execution import run as run_recipe
+    from prune_export.execution import Options, with_data
     from prune_export.recipe import Recipe
 
+    team = options.team()
     loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
+    loaded, model = with_data(loaded, model, data or ())
     repo = destination(loaded.publish.repo, push_to, publish=publish)
     chosen = Options(
         out=out,
         store=options.store_directory(store),
         machine=options.machine(ram, threads, device),
         force=frozenset(force or ()),
+        seconds=options.seconds(time),
         ignore_keys=tuple(ignore_config_key or ()),
         command=options.command_line(),
+        team=team,
     )
-    if dry_run:
-        show_plan(plan_of(loaded, model, chosen), as_json=json)
-        return
-    result = run_recipe(loaded, model, chosen, console.progress(quiet=quiet or json))
-    if json:
-        console.print_json(result.report)
-    else:
-        show_report(result.report, result.out)
-    if repo:
-        # The recipe's own word for it counts only where its repository was asked for.
-        open_to_all = public or (not push_to and not loaded.publish.private)
-        upload(result.out, repo, private=not open_to_all, force=False, quiet=quiet)
-    elif loaded.publish.repo and not (quiet or json):
-        console.output.put(
-            f"not published: the recipe proposes {loaded.publish.repo} (`--publish`)"
-        )
-    if result.failed:
-        gate = result.failed[0]
-        raise VerifyError(
-            gate.what,
-            f"claimed {gate.claimed:g}, measured {gate.measured:.3g}",
-            f"the result is in {result.out}; change the recipe, or its gate",
-        )
+    # The recipe's own word for it counts only where its repository was asked for.
+    open_to_all = public or (not push_to and not loaded.publish.private)
+    carry_out(
+        loaded, model, chosen, dry_run=dry_run, json=json, quiet=quiet,
+        repo=repo, private=not open_to_all,
+    )  # fmt: skip
 
 
 @app.command(cls=Command)
@@ -136,6 +129,8 @@ def plan(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="The result directory.")
     ] = Path("out"),
+    data: options.Data = None,
+    time: options.Time = None,
     data_root: options.DataRoot = None,
     sets: options.Sets = None,
     store: options.StoreDir = None,
@@ -143,30 +138,38 @@ def plan(
     threads: options.Threads = None,
     device: options.Device = None,
     ignore_config_key: options.IgnoreKeys = None,
+    devices: options.Devices = 1,
+    device_memory: options.DeviceMemory = None,
+    device_tflops: options.DeviceTflops = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Say what a recipe would do to a model and what it would take; read no weights, write nothing.
 
     prune-export plan depth40-angular-qlora --model ./Llama-3.1-70B --ram 64GiB
+    prune-export plan depth40-angular-qlora -m ./Llama-3.1-70B --devices 8 --device-memory 80GiB
 
     The model may be a directory that holds only a config.json.
     """
-    from prune_export.execution import Options
+    from prune_export.execution import Options, with_data
     from prune_export.execution import plan as plan_of
     from prune_export.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
+    loaded, model = with_data(loaded, model, data or ())
     chosen = Options(
         out=out,
         store=options.store_directory(store),
         machine=options.machine(ram, threads, device),
+        seconds=options.seconds(time),
         ignore_keys=tuple(ignore_config_key or ()),
+        ram_limit=options.size(ram, "--ram") if device_memory else None,
+        devices=options.planned_devices(devices, device_memory, device_tflops),
     )
     show_plan(plan_of(loaded, model, chosen), as_json=json)
 
 
-for listing in (recipes, methods, schema):
+for listing in (smaller, faster, recipes, methods, schema):
     app.command(cls=Command)(listing)
 
 
@@ -301,54 +304,8 @@ def verify(
                           "export again, or run the recipe again")  # fmt: skip
 
 
-@app.command(cls=Command)
-def compare(
-    dense: Annotated[
-        Path, typer.Argument(metavar="DENSE", help="A checkpoint or result directory.")
-    ],
-    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The one to compare with it.")],
-    engine: Annotated[
-        str,
-        typer.Option(
-            metavar="EXPORTER", help="`pytorch`, or an exporter that both directories hold."
-        ),
-    ] = "pytorch",
-    data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", "-d", metavar="FILE", help="Text for perplexity. Repeatable."),
-    ] = None,
-    prompt: Annotated[int, typer.Option(min=1, metavar="N", help="Prompt tokens.")] = 128,
-    new: Annotated[int, typer.Option(min=1, metavar="N", help="New tokens.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once.")] = 1,
-    minutes: Annotated[
-        float, typer.Option(min=0.05, metavar="N", help="Time limit of the timing.")
-    ] = 2.0,
-    trust_engine: options.TrustEngine = False,
-    store: options.StoreDir = None,
-    ram: options.Ram = None,
-    threads: options.Threads = None,
-    device: options.Device = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Compare two models: speed in turns with a noise floor, and perplexity on your text.
+for last in (compare, publish, doctor):
+    app.command(cls=Command)(last)
 
-    prune-export compare ./Llama-3.1-8B out/ --data corpus.jsonl
-    prune-export compare out-a/ out-b/ --engine onnx
-    """
-    from prune_export.cli.engines import compared, show_verification
-
-    found = compared(
-        dense, other, engine, data or [], workload=(batch, prompt, new), minutes=minutes,
-        trust=trust_engine, store=options.store_directory(store),
-        machine=options.machine(ram, threads, device),
-        progress=console.progress(quiet=quiet or json),
-    )  # fmt: skip
-    if json:
-        console.print_json(found.to_json())
-    else:
-        show_verification(found)
-
-
-app.command(cls=Command)(publish)
+for entry in commands_of_others():
+    app.command(entry.name, cls=Command)(entry.command)

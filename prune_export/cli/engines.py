@@ -1,36 +1,32 @@
-"""The work of `export`, `verify` and `compare` on single checkpoints and engines."""
+"""The work of `export` and `verify` on single checkpoints and engines."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from prune_export import registry
 from prune_export.calibrate import TokenSet, token_set
 from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.cli import console
 from prune_export.contracts import BuildRecord
-from prune_export.errors import CheckpointError, PlanError
+from prune_export.errors import PlanError
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
 from prune_export.execution.inputs import open_base
 from prune_export.execution.result import Result, alone, mend
 from prune_export.machine import Machine, describe
-from prune_export.planning.positions import refuse_long_request, refuse_long_text
+from prune_export.opening import report_of, reported_engines
+from prune_export.planning.positions import refuse_long_text
 from prune_export.progress import Progress
 from prune_export.recipe import Export, LocalText, Recipe
-from prune_export.recipe.stages import Workload
-from prune_export.report import Report
-from prune_export.report.reading import ExportReading
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.store import Store
 from prune_export.system.places import judged
 from prune_export.verify import (
-    Effort,
     Engine,
     measure_generation,
     measure_parity,
@@ -38,14 +34,10 @@ from prune_export.verify import (
     measure_placement,
     measure_reload,
     measure_sparsity,
-    measure_speed,
     not_from_rounding,
     tokens_without_text,
 )
 from prune_export.verify.results import Verification
-
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-"""A file or folder beside report.json, and no path that leads away from there."""
 
 
 def exported(
@@ -109,8 +101,8 @@ def verified(
     config = Checkpoint.open(directory).full_config()
     if data:
         refuse_long_text("--length", length, config)
-    engines = _engines(directory, trust, store)
-    text = _text(data, directory, samples, length, progress) if data else None
+    engines = reported_engines(directory, trust, store)
+    text = text_of(data, directory, samples, length, progress) if data else None
     reference = Engine.pytorch(directory)
     found = Verification(
         reload=measure_reload(directory, machine, progress=progress), machine=describe()
@@ -123,7 +115,7 @@ def verified(
             continue
         found.parity.append(measure_parity(engine, reference, ids, machine, progress=progress))
         found.placement.extend(measure_placement(engine, machine, progress=progress))
-    report = _report(directory)
+    report = report_of(directory)
     made = any("mask_digest" in stage.log for stage in report.stages) if report else False
     for export in report.exports if report else ():
         record = BuildRecord.from_json(asdict(export))
@@ -137,55 +129,6 @@ def verified(
             found.perplexity.append(
                 measure_perplexity(name, engine, text, machine, progress=progress)
             )
-    return found
-
-
-def compared(
-    dense: Path,
-    other: Path,
-    engine: str,
-    data: Sequence[Path],
-    *,
-    workload: tuple[int, int, int],
-    minutes: float,
-    trust: bool,
-    store: Path,
-    machine: Machine,
-    progress: Progress,
-) -> Verification:
-    """Measures two models' engines against each other, and their perplexities.
-
-    Raises:
-        PlanError: a directory does not hold the engine, or a model takes no such request.
-    """
-    pair, lengths = [], [512]
-    for directory in (dense, other):
-        checkpoint = Checkpoint.open(directory)
-        if engine == "pytorch":
-            pair.append(Engine.pytorch(directory, weight_bytes=checkpoint.nbytes))
-        elif engine in (held := _engines(directory, trust, store)):
-            pair.append(held[engine])
-        else:
-            raise PlanError(
-                f"--engine {engine}",
-                f"{directory} holds {', '.join(held) or 'no engines'}",
-                "compare with `--engine pytorch`, or export it",
-            )
-        positions = Engine.pytorch(directory).positions
-        refuse_long_request("--prompt and --new", *workload[1:], positions, pair[-1].longest)
-        lengths += [positions] if positions else []
-    text = _text(data, dense, 16, min(lengths), progress) if data else None
-    ids = text.ids.numpy() if text is not None else tokens_without_text()
-    found = Verification(
-        reload=measure_reload(other, machine, progress=progress), machine=describe()
-    )
-    found.speed.extend(
-        measure_speed(pair[0], pair[1], [Workload(*workload)], ids, machine,
-                      effort=Effort(seconds=minutes * 60), progress=progress)
-    )  # fmt: skip
-    if text is not None:
-        for name, one in (("dense", pair[0]), ("other", pair[1])):
-            found.perplexity.append(measure_perplexity(name, one, text, machine, progress=progress))
     return found
 
 
@@ -229,47 +172,14 @@ def show_verification(found: Verification) -> None:
         console.table("", ["speed of", "ratio", "95 % interval", "noise floor", "verdict"], rows)
 
 
-def _engines(directory: Path, trust: bool, store: Path) -> dict[str, Engine]:
-    """Finds the engines of a result; `trust` vouches for those that `store` did not make."""
-    found = {}
-    for export in _exports(directory):
-        path = directory / export.directory
-        if not path.is_dir():
-            raise CheckpointError(str(path), "is missing, but report.json names it", "export again")
-        engine = Engine.of(BuildRecord.from_json(asdict(export)), path)
-        if engine.runs_code and (trust or _made_here(store, path)):
-            engine = replace(engine, trusted=True)
-        found[export.exporter] = engine
-    return found
-
-
-def _made_here(store: Path, engine: Path) -> bool:
-    return store.is_dir() and Store(store, make=False).made("export", engine)
-
-
-def _exports(directory: Path) -> list[ExportReading]:
-    """Reads the build records from a result's report; nothing where it has none."""
-    file, report = directory / "report.json", _report(directory)
-    found = report.exports if report else []
-    for number, export in enumerate(found):
-        for key, name in (("directory", export.directory), ("graph", export.graph)):
-            if name and not _NAME.fullmatch(name):
-                raise CheckpointError(
-                    f"{file}  exports.{number}.{key}",
-                    f"got {name!r:.80}, expected the name of something in the result's directory",
-                    "do not use this result: a sound report names what lies beside it",
-                )
-    return found
-
-
-def _report(directory: Path) -> Report | None:
-    file = directory / "report.json"
-    return Report.load(file) if file.is_file() else None
-
-
-def _text(
+def text_of(
     data: Sequence[Path], tokenizer: Path, samples: int, length: int, progress: Progress
 ) -> TokenSet:
+    """Text files as windows of tokens, one stream cut into pieces of `length`.
+
+    Raises:
+        PlanError: no such file.
+    """
     files = [file.resolve() for file in data]
     for file in files:
         if not file.is_file():

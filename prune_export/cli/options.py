@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from prune_export.errors import PlanError
 from prune_export.machine import Machine, user_cache
+from prune_export.system.processes import Team, joined, started_team
 from prune_export.units import bytes_from_text
+
+if TYPE_CHECKING:
+    from prune_export import planning
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
@@ -38,6 +45,21 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR", help="Directory below which the recipe's files lie; its own unless given."
+    ),
+]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--data",
+        "-d",
+        metavar="FILE",
+        help="Text to use for everything, split by documents; a file or a directory. Repeatable.",
+    ),
+]
+Time = Annotated[
+    str | None,
+    typer.Option(
+        "--time", metavar="TIME", help="Fit everything into this time: `30m`, `2h`, `1h30m`."
     ),
 ]
 StoreDir = Annotated[
@@ -75,6 +97,27 @@ IgnoreKeys = Annotated[
     ),
 ]
 
+Devices = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", help="Plan for so many processes, a device each."),
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Plan for GPUs that are not here, of this memory each: `80GiB`. Other memory is "
+        "limited by `--ram` alone.",
+    ),
+]
+DeviceTflops = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001,
+        metavar="N",
+        help="What each of them does in training, sustained; 120 unless given.",
+    ),
+]
+
 _STORE_VARIABLE: Final = "PRUNE_EXPORT_STORE"
 
 
@@ -99,6 +142,24 @@ def store_directory(given: Path | None) -> Path:
         ) from None
 
 
+def seconds(given: str | None) -> float | None:
+    """Reads a time such as `90s`, `30m`, `2h` or `1h30m`.
+
+    Raises:
+        PlanError: it is none.
+    """
+    if given is None:
+        return None
+    found = re.fullmatch(
+        r"(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+)s)?", given.replace(" ", "").lower()
+    )
+    parts = [int(part or 0) for part in found.groups()] if found else [0]
+    total = sum(part * size for part, size in zip(parts, (3600, 60, 1), strict=False))
+    if not total:
+        raise PlanError(f"--time {given}", "is no time", "write for example `30m`, `2h` or `1h30m`")
+    return float(total)
+
+
 def machine(ram: str | None, threads: int | None, device: str | None) -> Machine:
     """This machine as the options limit it.
 
@@ -107,10 +168,7 @@ def machine(ram: str | None, threads: int | None, device: str | None) -> Machine
     """
     if device not in (None, "cpu", "cuda"):
         raise PlanError("--device", f"got {device!r}", "write `cpu` or `cuda`")
-    try:
-        limit = bytes_from_text(ram) if ram else None
-    except ValueError as error:
-        raise PlanError("--ram", str(error)) from None
+    limit = size(ram, "--ram")
     found = Machine.detect(device=device, ram_bytes=limit, threads=threads)
     if device == "cuda" and found.device != "cuda":
         raise PlanError(
@@ -121,6 +179,56 @@ def machine(ram: str | None, threads: int | None, device: str | None) -> Machine
     import torch
 
     torch.set_num_threads(found.threads)
+    return found
+
+
+def size(text: str | None, option: str) -> int | None:
+    """The bytes that an option names.
+
+    Raises:
+        PlanError: it is no size.
+    """
+    try:
+        return bytes_from_text(text) if text else None
+    except ValueError as error:
+        raise PlanError(option, str(error)) from None
+
+
+def planned_devices(
+    count: int, memory: str | None, tflops: float | None
+) -> planning.Devices | None:
+    """The devices that a plan is for; None is this machine.
+
+    Raises:
+        PlanError: what they do a second is given without their memory.
+    """
+    from prune_export import planning
+
+    nbytes = size(memory, "--device-memory")
+    if nbytes is None and tflops is not None:
+        raise PlanError(
+            "--device-tflops",
+            "is for devices that are not here, whose memory is not given",
+            "add `--device-memory 80GiB`, or leave it out: this machine is measured",
+        )
+    if nbytes is None and count == 1:
+        return None
+    here = count if nbytes is None else 1
+    return planning.Devices(count, here, nbytes, 1e12 * (tflops or planning.TFLOPS))
+
+
+def team() -> Team:
+    """The processes that a launcher started with this one; does not return in those that follow.
+
+    Raises:
+        PlanError: the launcher asks for what is not there.
+        Exit: this process followed, and is done.
+    """
+    stack = ExitStack()
+    found = stack.enter_context(started_team())
+    atexit.register(stack.close)
+    if not found.leads:
+        raise typer.Exit(joined(found))
     return found
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from prune_export.cli import console
-from prune_export.units import text_from_bytes, text_from_count, text_from_seconds
 
 if TYPE_CHECKING:
     from prune_export.planning import Plan
@@ -23,33 +22,18 @@ def show_plan(planned: Plan, *, as_json: bool) -> None:
             raise typer.Exit(2)
         return
     _show_stages(planned)
+    for note in planned.notes:
+        console.output.put(note)
     for error in planned.lacking[1:]:
         console.show_error(error, as_json=False)
     planned.check()
 
 
 def _show_stages(planned: Plan) -> None:
-    rows = []
-    for stage in planned.stages:
-        change = f"{stage.after.layers}"
-        if stage.before.layers != stage.after.layers:
-            change = f"{stage.before.layers} → {stage.after.layers}"
-        rows.append((
-            f"{stage.kind}: {stage.name}" + (f" ({stage.note})" if stage.note else ""),
-            change, text_from_count(stage.after.parameters), text_from_bytes(stage.after.bytes),
-            text_from_bytes(stage.cost.ram_bytes), text_from_bytes(stage.cost.disk_bytes),
-            text_from_seconds(stage.seconds),
-        ))  # fmt: skip
-    columns = ["step", "blocks", "parameters", "weights", "peak RAM", "disk", "about"]
-    console.table(f"{planned.recipe} on {planned.model} ({planned.family})", columns, rows)
-    gpu = ""
-    if planned.machine.device == "cuda":
-        gpu = f", GPU memory {text_from_bytes(planned.peak_gpu_bytes)}"
-    console.output.put(
-        f"peak RAM {text_from_bytes(planned.peak_ram_bytes)}{gpu}, disk "
-        f"{text_from_bytes(planned.disk_bytes)}, about {text_from_seconds(planned.seconds)} "
-        f"with {planned.machine.threads} threads on {planned.machine.device}"
-    )
+    from prune_export.planning.rows import columns_of, rows_of, sums_of, title_of
+
+    console.table(title_of(planned), columns_of(planned), rows_of(planned))
+    console.output.put(sums_of(planned))
 
 
 def show_report(report: Mapping[str, Any], out: Path) -> None:

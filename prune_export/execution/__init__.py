@@ -8,34 +8,49 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prune_export.calibrate import TokenSet
-from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
+from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.contracts import HasSparsity, Taught
-from prune_export.errors import PlanError, StageError
+from prune_export.errors import StageError
+from prune_export.execution.asked import config_of, model_of, with_data
+from prune_export.execution.choosing import run_choice
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
-from prune_export.execution.inputs import Base, make_tokens, open_base
+from prune_export.execution.inputs import Base, dense_artifact, open_base
 from prune_export.execution.measure import measure_run
 from prune_export.execution.record import report_of
 from prune_export.execution.result import Result, alone, lock_of, mend, versions
+from prune_export.execution.said import make_data
 from prune_export.execution.search import run_search
 from prune_export.execution.stages import run_stage
+from prune_export.execution.watch import Watch
 from prune_export.machine import Machine
-from prune_export.planning import CALIBRATION, Plan, make_plan, refuse_other_vocabulary, sets_of
+from prune_export.planning import (
+    CALIBRATION,
+    Devices,
+    Plan,
+    Rates,
+    fit_time,
+    make_plan,
+    refuse_other_vocabulary,
+    sets_of,
+)
 from prune_export.progress import Progress, Silent
-from prune_export.recipe import PUBLISHED_NAME, Export, Recipe, Stage, heal_of
-from prune_export.report import write_report
+from prune_export.recipe import PUBLISHED_NAME, EngineOption, Export, Recipe, Stage, heal_of
 from prune_export.store import Artifact, Store
+from prune_export.system.processes import ALONE, Team
 from prune_export.system.temporary import sweep
 from prune_export.verify import Engine, check_tasks
 from prune_export.verify.results import Gate, Verification
 
-__all__ = ["Plan", "RunResult", "make_plan", "plan", "run"]
+__all__ = ["Plan", "RunResult", "make_plan", "plan", "run", "with_data"]
 
 
 @dataclass(frozen=True)
@@ -51,18 +66,31 @@ class RunResult:
         """The gates of the recipe that were not met."""
         return tuple(gate for gate in self.verification.gates if not gate.ok)
 
+    def _repr_html_(self) -> str:
+        """The summary of the report in a notebook."""
+        from prune_export.report import summary_html
+
+        return summary_html(self.report)
+
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of a run besides the recipe: places, machine. They change no artifact's bytes."""
+    """Settings of a run besides the recipe: places, machine. They change no artifact's bytes.
+
+    With `seconds` the recipe itself is fitted into that time: another recipe, with its own bytes.
+    """
 
     out: Path
     store: Path
     machine: Machine
     ram_limit: int | None = None
+    seconds: float | None = None
     force: frozenset[str] = frozenset()
     ignore_keys: tuple[str, ...] = ()
     command: str = ""
+    team: Team = ALONE
+    devices: Devices | None = None
+    """What a plan is for, where it is not for this machine and team."""
 
 
 def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
@@ -76,25 +104,36 @@ def plan(recipe: Recipe, model: str | None, options: Options) -> Plan:
         CheckpointError: the model is broken or unsafe.
         UnsupportedArch: the architecture tables do not describe the model.
     """
+    return _fitted(recipe, model, options)[1]
+
+
+def _fitted(recipe: Recipe, model: str | None, options: Options) -> tuple[Recipe, Plan]:
+    """The recipe that is run, which a limit of time makes smaller, and its plan."""
     if recipe.verify.quality:
         check_tasks(recipe.verify.quality.tasks)
-    spec, path, _ = _model(recipe, model)
-    if path.suffix == ".gguf":
-        checkpoint = Checkpoint(path, gguf_config(path), {})
-    else:
-        weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
-        checkpoint = Checkpoint.open(path, weights=weights)
-    return make_plan(
-        recipe,
-        checkpoint,
-        options.machine,
-        model=spec,
-        store=options.store,
-        out=options.out,
-        ram_limit=options.ram_limit,
-        ignore_keys=options.ignore_keys,
-        imported=path.suffix == ".gguf",
-    )
+    spec, path, _ = model_of(recipe, model)
+    checkpoint = config_of(path)
+    devices = options.devices or Devices(options.team.size, options.team.here)
+    rates = None if devices.elsewhere else Rates.measure(options.machine)
+
+    def plan_of(one: Recipe) -> Plan:
+        return make_plan(
+            one,
+            checkpoint,
+            options.machine,
+            model=spec,
+            store=options.store,
+            out=options.out,
+            ram_limit=options.ram_limit,
+            ignore_keys=options.ignore_keys,
+            imported=path.suffix == ".gguf",
+            devices=devices,
+            rates=rates,
+        )
+
+    if options.seconds is None:
+        return recipe, plan_of(recipe)
+    return fit_time(recipe, options.seconds, plan_of)
 
 
 def run(
@@ -108,8 +147,10 @@ def run(
         PruneExportError: from planning, before anything is written, or from a stage; then what
             earlier stages finished is kept, and the same call goes on from there.
     """
-    progress = progress or Silent()
-    plan(recipe, model, options).check()
+    progress, began = progress or Silent(), time.monotonic()
+    recipe, planned = _fitted(recipe, model, options)
+    planned.check()
+    watch = Watch(planned.stages, options.seconds, began)
     out = Path(os.path.realpath(options.out))
     mend(out)
     sweep()
@@ -122,29 +163,33 @@ def run(
         options.force,
         options.ignore_keys,
         options.command,
+        options.team,
+        watch,
     )
-    base = open_base(context, *_model(recipe, model))
+    if options.seconds is not None:
+        progress.say(planned.notes[-1])
+    with watch.step("import"):
+        base = open_base(context, *model_of(recipe, model))
     data = _data(context, recipe, base)
     asked = recipe.to_yaml()
-    recipe, stages, searches = _stages(context, recipe, base, data, options.ignore_keys)
+    staged = _stages(context, recipe, base, data, options.ignore_keys)
+    recipe, stages = staged.recipe, staged.made
     last = stages[-1] if stages else base
     tokens = data[CALIBRATION][1] if CALIBRATION in data else None
-    exports = [
-        export_engine(context, export, last.path, last.id, tokens=tokens)
-        for export in recipe.export
-    ]
+    exports = []
+    for export in recipe.export:
+        with watch.step("export", export.name):
+            exports.append(export_engine(context, export, last.path, last.id, tokens=tokens))
     dense = []
-    if recipe.verify.speed:
-        dense = [
-            export_engine(
-                context, export, base.path, base.id, of=", dense to compare with", tokens=tokens
-            )
-            for export in recipe.export
-        ]
+    for export in _compared(staged) if recipe.verify.speed else ():
+        of = ", dense to compare with"
+        with watch.step("export", export.name, dense=True):
+            dense.append(export_engine(context, export, base.path, base.id, of=of, tokens=tokens))
     off = [_without_sparsity(context, recipe, export, last) for export in recipe.export]
     sets = {name: tokens for name, (_, tokens) in data.items()}
-    found = measure_run(context, recipe, base, stages, exports, dense, sets, off)
-    made = _Made(asked, base, data, stages, searches, exports, found)
+    with watch.step("verify"):
+        found = measure_run(context, recipe, base, stages, exports, dense, sets, off)
+    made = _Made(asked, planned.notes, base, data, staged, exports, found)
     try:
         with alone(out):
             report = _finished(context, recipe, out, made)
@@ -155,6 +200,18 @@ def run(
             f"all that was made for it is kept; mend that, and go on with\n  {options.command}",
         ) from error
     return RunResult(options.out, report, found)
+
+
+def _compared(staged: _Staged) -> list[Export]:
+    """The exports of the dense model that a result's are compared with: the same, but for the one
+    that a search chose, which is compared with what the search compared with.
+    """
+    return [
+        staged.reference.export
+        if staged.chosen and staged.reference and export is staged.chosen.export
+        else export
+        for export in staged.recipe.export
+    ]
 
 
 def _without_sparsity(
@@ -169,29 +226,29 @@ def _without_sparsity(
     return export_engine(context, twin, last.path, last.id, of=", sparsity off")
 
 
-def _model(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
-    """Resolves the model: its name, its path, its commit on the Hub.
-
-    What the caller names may lie anywhere.
-
-    What the recipe names is below its data root or on the Hub.
-    """
-    if model is not None:
-        return model, *resolve_model(model)
-    if not recipe.model:
-        raise PlanError(recipe.name, "names no model", "pass `--model`, or write `model:`")
-    return recipe.model, *resolve_model(recipe.model, below=recipe.root, asker=recipe.name)
-
-
 def _data(context: RunContext, recipe: Recipe, base: Base) -> dict[str, tuple[Artifact, TokenSet]]:
     """Makes the recipe's token sets; those it is judged by share no document with the others."""
     data = {}
     seen: tuple[str, ...] = ()
     for name, judges in sets_of(recipe):
-        data[name] = make_tokens(context, name, recipe.data[name], recipe.root, base, seen)
+        data[name] = make_data(context, name, recipe.data[name], recipe.root, base, seen)
         if judges:
             seen = (*seen, *data[name][1].documents)
     return data
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A recipe's stages as they were made: searches are replaced by what they chose.
+
+    `chosen` is the engine that a search chose, `reference` the one that it is compared with.
+    """
+
+    recipe: Recipe
+    made: list[Artifact]
+    searches: list[dict[str, Any]]
+    chosen: EngineOption | None = None
+    reference: EngineOption | None = None
 
 
 def _stages(
@@ -200,25 +257,70 @@ def _stages(
     base: Base,
     data: Mapping[str, tuple[Artifact, TokenSet]],
     ignore_keys: tuple[str, ...],
-) -> tuple[Recipe, list[Artifact], list[dict[str, Any]]]:
-    """Makes all stages: the recipe with searches replaced by their choice, artifacts, searches."""
+) -> _Staged:
+    """Makes all stages; a model that a search left dense is not healed."""
     made: list[Artifact] = []
     carried: list[Stage] = []
     searches: list[dict[str, Any]] = []
+    chosen = reference = None
     for stage in recipe.stages:
+        if stage.kind == "heal" and chosen is not None and not made:
+            context.progress.say(f"heal {stage.name}: left out, as nothing was pruned")
+            continue
         source = made[-1] if made else base
-        tokens = data.get(stage.data)
         if stage.kind == "search":
             teacher = _teacher(context, recipe, heal_of(stage.entry), base)
-            found = run_search(context, stage, source, data, ignore_keys, teacher)
+            search = run_choice if stage.entry.engines else run_search
+            with _watched(context, stage):
+                found = search(context, stage, source, data, ignore_keys, teacher)
             made += found.made
             carried += found.stages
             searches.append(found.table)
+            chosen, reference = found.engine or chosen, found.reference or reference
             continue
         teacher = _teacher(context, recipe, stage, base) if stage.kind == "heal" else None
-        made.append(run_stage(context, stage, source.path, source.id, tokens, teacher))
+        stage = _in_time(context, stage)
+        with _watched(context, stage):
+            made.append(_made(context, stage, source, data, teacher))
         carried.append(stage)
-    return replace(recipe, stages=tuple(carried)), made, searches
+    if chosen is not None and chosen.quantize is not None:
+        made.append(_made(context, chosen.quantize, made[-1] if made else base, data))
+        carried.append(chosen.quantize)
+    recipe = replace(recipe, stages=tuple(carried))
+    if chosen is not None:
+        place = type(chosen.export.entry).DIRECTORY
+        others = [one for one in recipe.export if place != type(one.entry).DIRECTORY]
+        recipe = replace(recipe, export=(chosen.export, *others))
+    return _Staged(recipe, made, searches, chosen, reference)
+
+
+def _watched(context: RunContext, stage: Stage) -> AbstractContextManager[None]:
+    name = None if stage.kind == "search" else stage.name
+    return context.watch.step(stage.kind, name) if context.watch else nullcontext()
+
+
+def _in_time(context: RunContext, stage: Stage) -> Stage:
+    """A heal stage with as many steps as there is time for, by what earlier steps have taken."""
+    steps = getattr(stage.entry, "steps", None)
+    if stage.kind != "heal" or context.watch is None or not isinstance(steps, int):
+        return stage
+    planned = sum(one.seconds for one in context.watch.planned if one.kind == "heal")
+    fitting = context.watch.steps_for(steps, planned, "heal")
+    if fitting >= steps:
+        return stage
+    context.progress.say(f"heal {stage.name}: {fitting} of {steps} steps, as time is short")
+    context.watch.notes.append(f"Healing took {fitting} of {steps} steps, as time was short.")
+    return replace(stage, entry=replace(stage.entry, steps=fitting))
+
+
+def _made(
+    context: RunContext,
+    stage: Stage,
+    source: Base | Artifact,
+    data: Mapping[str, tuple[Artifact, TokenSet]],
+    teacher: Base | None = None,
+) -> Artifact:
+    return run_stage(context, stage, source.path, source.id, data.get(stage.data), teacher)
 
 
 def _teacher(context: RunContext, recipe: Recipe, stage: Stage | None, base: Base) -> Base | None:
@@ -240,25 +342,37 @@ class _Made:
     """Everything that a run made; `asked` is the recipe as it was written."""
 
     asked: str
+    notes: Sequence[str]
     base: Base
     data: Mapping[str, tuple[Artifact, TokenSet]]
-    stages: list[Artifact]
-    searches: list[dict[str, Any]]
+    staged: _Staged
     exports: list[Artifact]
     found: Verification
 
 
 def _finished(context: RunContext, recipe: Recipe, out: Path, made: _Made) -> dict[str, Any]:
-    base, data, stages, exports = made.base, made.data, made.stages, made.exports
+    # Imported here: it brings matplotlib, which a plan has no use for.
+    from prune_export.report import write_report
+
+    base, data, stages, exports = made.base, made.data, made.staged.made, made.exports
     report = report_of(context, recipe, base, data, stages, exports, made.found)
     report["recipe"]["text"] = made.asked
-    report["searches"] = made.searches
+    report["searches"] = made.staged.searches
+    report["notes"] = list(made.notes)
+    if context.watch is not None:
+        report["notes"] += context.watch.notes
+        report["estimates"] = context.watch.steps
+    if made.staged.reference is not None:
+        report["reference"] = made.staged.reference.label
     result = Result(out)
     named: dict[str, Artifact] = {}
     for stage, artifact in zip(recipe.stages, stages, strict=True):
         named[f"stages.{len(named)}.{stage.kind}"] = artifact
     if stages:
         result.add(stages[-1])
+    elif made.staged.chosen is not None:
+        named["dense"] = dense_artifact(context, base)
+        result.add(named["dense"])
     for export, artifact in zip(recipe.export, exports, strict=True):
         named[f"export.{export.name}"] = artifact
         result.add(artifact, type(export.entry).DIRECTORY)
@@ -274,6 +388,7 @@ def _finished(context: RunContext, recipe: Recipe, out: Path, made: _Made) -> di
     write_report(report, result.partial)
     result.write_lists(lock_of(origin, used, named, digest, versions()))
     every = [*named.values(), *(artifact for artifact, _ in data.values())]
-    context.store.remember(out, [artifact.id for artifact in every] + [base.id])
+    said = [one.record["answers"] for one in every if "answers" in one.record]
+    context.store.remember(out, [artifact.id for artifact in every] + said + [base.id])
     result.finish()
     return report

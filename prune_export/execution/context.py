@@ -1,4 +1,4 @@
-"""The context of a run: its store, machine and progress, handed on as one value."""
+"""The context of a run: its store, machine, progress, team, handed on as one value."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 
 from prune_export.contracts import Work
 from prune_export.errors import PruneExportError, StageError
+from prune_export.execution.watch import Watch
 from prune_export.machine import Machine
 from prune_export.progress import Progress
 from prune_export.store import Artifact, Key, Store
+from prune_export.system.processes import ALONE, Team
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class RunContext:
     force: frozenset[str] = frozenset()
     ignore_keys: tuple[str, ...] = ()
     command: str = ""
+    team: Team = ALONE
+    watch: Watch | None = None
 
     def make(
         self, key: Key, label: str, build: Callable[[Path, Work], Mapping[str, Any]]
@@ -38,7 +42,7 @@ class RunContext:
 
         def guarded(files: Path, scratch: Path) -> Mapping[str, Any]:
             try:
-                return build(files, Work(self.machine, self.progress, scratch))
+                return build(files, Work(self.machine, self.progress, scratch, team=self.team))
             except PruneExportError:
                 raise
             except MemoryError:
@@ -63,14 +67,21 @@ class RunContext:
         before = None if forced else self.store.get(key.id)
         if before is not None:
             self.progress.say(f"{label}: already there")
+            self._noted(before, built=False)
             return before
         self.progress.say(label)
-        return self.store.make(
+        made = self.store.make(
             key,
             guarded,
             force=forced,
             waiting=lambda: self.progress.say(f"{label}: another process is at it; waiting"),
         )
+        self._noted(made, built=True)
+        return made
+
+    def _noted(self, artifact: Artifact, *, built: bool) -> None:
+        if self.watch is not None:
+            self.watch.note(artifact, built=built)
 
 
 def _hand_back() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prune_export.calibrate import TokenSet
-from prune_export.errors import MissingExtra, StageError
+from prune_export.errors import MissingExtra, PruneExportError, StageError
 from prune_export.execution.context import RunContext
 from prune_export.execution.inputs import Base
 from prune_export.execution.measure import perplexity_of
@@ -127,6 +127,7 @@ def open_executor(search: Search, context: RunContext) -> Iterator[Each]:
 
     Raises:
         MissingExtra: Ray is wanted and not installed.
+        StageError: a worker was killed or crashed; the candidate is named.
     """
     if search.executor == "ray":
         hiring = _on_ray(search, context)
@@ -184,6 +185,25 @@ def _in_processes(search: Search, context: RunContext) -> Iterator[_Work]:
             raise
 
 
+def _of_ray(error: Exception, label: str, command: str) -> Exception:
+    """What a Ray worker came to: its own error, or that it is gone, and in Ray's words why."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, PruneExportError):
+        return cause
+    if cause is not None:
+        said = f"failed on a Ray worker: {type(cause).__name__}: {cause}"
+    else:
+        # A worker that was killed or crashed, a node that is lost or out of memory.
+        lines = " ".join(str(error).split())
+        said = f"was lost with its Ray worker: {type(error).__name__}: {lines:.300}"
+    return StageError(
+        f"search  {label}",
+        said,
+        "where memory ran out, write fewer `workers`; what was finished is kept, go on with\n  "
+        f"{command}",
+    )
+
+
 @contextmanager
 def _on_ray(search: Search, context: RunContext) -> Iterator[_Work]:
     """Runs jobs on the Ray cluster that `RAY_ADDRESS` names, or on one started here."""
@@ -215,8 +235,8 @@ def _on_ray(search: Search, context: RunContext) -> Iterator[_Work]:
             number = waiting.pop(first)
             try:
                 result = ray.get(first)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, Exception) else error from None
+            except ray.exceptions.RayError as error:
+                raise _of_ray(error, jobs[number].label, context.command) from None
             start()
             yield number, result
 

@@ -16,11 +16,13 @@ from prune_export.calibrate import (
 from prune_export.checkpoint import Checkpoint, card_license, import_gguf, read_gguf_header
 from prune_export.contracts import Work
 from prune_export.execution.context import RunContext
-from prune_export.recipe import CONVERSATIONS, LocalText, Source, TokenFile
+from prune_export.recipe import CONVERSATIONS, LocalText, TextSource, TokenFile
 from prune_export.store import Artifact, Key, sha256_of_json
+from prune_export.surgery import rewrite
 from prune_export.units import text_from_name
 
 _IMPORT_VERSION: Final = "1"
+_DENSE_VERSION: Final = "1"
 
 
 _DATA_VERSION: Final = "1"
@@ -83,10 +85,32 @@ def base_from_directory(context: RunContext, spec: str, path: Path, revision: st
     return Base(spec, revision, path, f"model-{sha256_of_json(hashes)[:24]}", card_license(path))
 
 
+def dense_artifact(context: RunContext, base: Base) -> Artifact:
+    """The base model as an artifact, whose files a result may hold: converted, or written anew."""
+    known = context.store.get(base.id)
+    if known is not None:
+        return known
+    key = Key("import", "dense", _DENSE_VERSION, {}, (base.id,))
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        checkpoint = Checkpoint.open(base.path)
+        rewrite(
+            checkpoint,
+            checkpoint.arch(context.ignore_keys),
+            (),
+            files,
+            ram_bytes=work.machine.ram_bytes,
+            progress=work.progress,
+        )
+        return {}
+
+    return context.make(key, "write the dense model", build)
+
+
 def make_tokens(
     context: RunContext,
     name: str,
-    source: Source,
+    source: TextSource,
     root: Path,
     base: Base,
     exclude: Collection[str] = (),
@@ -95,12 +119,7 @@ def make_tokens(
     parameters = source.model_dump(mode="json")
     checkpoint = Checkpoint.open(base.path)
     talks = not isinstance(source, TokenFile) and source.column == CONVERSATIONS
-    tokenizer = [
-        file
-        for file in checkpoint.side_files()
-        if _tokenizes(file) or (talks and file.name.startswith("chat_template"))
-    ]
-    inputs = [f"{file.name}:{context.store.file_hash(file)}" for file in tokenizer]
+    inputs = tokenizer_hashes(context, checkpoint, talks=talks)
     patterns: tuple[str, ...] = ()
     if isinstance(source, LocalText):
         patterns = source.files
@@ -137,6 +156,15 @@ def make_tokens(
 
     artifact = context.make(key, f"tokenize {name}", build)
     return artifact, TokenSet.load(artifact.path / "tokens.safetensors")
+
+
+def tokenizer_hashes(context: RunContext, checkpoint: Checkpoint, *, talks: bool) -> list[str]:
+    """Hashes of a tokenizer's files, `talks` with its chat template, as an artifact's inputs."""
+    return [
+        f"{file.name}:{context.store.file_hash(file)}"
+        for file in checkpoint.side_files()
+        if _tokenizes(file) or (talks and file.name.startswith("chat_template"))
+    ]
 
 
 def _tokenizes(file: Path) -> bool:

@@ -54,6 +54,7 @@ from prune_export.verify.results import (
 
 T = TypeVar("T")
 _VERSION: Final = "2"
+_GENERATION_VERSION: Final = "3"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def measure_run(
                     _perplexity(context, engine.exporter, engine, artifact.id, text)
                 )
     if asked.generation:
-        found.generation.extend(_generation(context, point) for point in (points[0], points[-1]))
+        found.generation.extend(_generation(context, point) for point in points)
     if quality and quality.tasks:
         found.tasks.extend(_tasks(context, quality, points))
     for artifact, engine in runnable:
@@ -135,7 +136,9 @@ def _points(recipe: Recipe, base: Base, stages: Sequence[Artifact]) -> list[Poin
     points = [Point("dense", base.path, base.id)]
     kinds = [stage.kind for stage in recipe.stages]
     if "heal" in kinds:
-        before = kinds.index("heal") - 1
+        heals = [place for place, kind in enumerate(kinds) if kind == "heal"]
+        # Of rounds the last: the model before that has the shapes of the result.
+        before = heals[-1 if recipe.stages[heals[0]].round else 0] - 1
         if before >= 0:
             points.append(Point("pruned", stages[before].path, stages[before].id))
         points.append(Point("healed", stages[-1].path, stages[-1].id))
@@ -164,9 +167,10 @@ def _kept(
     inputs: tuple[str, ...],
     parameters: Mapping[str, Any],
     measure: Callable[[], T],
+    version: str = _VERSION,
 ) -> T:
     """Takes a measurement from the store, or makes it by `measure`."""
-    key = Key("verify", name, _VERSION, parameters, inputs)
+    key = Key("verify", name, version, parameters, inputs)
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
         del files, work
@@ -198,6 +202,11 @@ def perplexity_of(context: RunContext, name: str, artifact: Artifact, text: Toke
     return _perplexity(context, name, Engine.pytorch(artifact.path), artifact.id, text).value
 
 
+def engine_perplexity(context: RunContext, name: str, engine: Artifact, text: TokenSet) -> float:
+    """Measures the perplexity of an engine of a search's point, on the engine itself."""
+    return _perplexity(context, name, _engine(engine), engine.id, text).value
+
+
 def engine_speed(
     context: RunContext, dense: Artifact, engine: Artifact, workload: recipes.Workload
 ) -> float:
@@ -223,6 +232,7 @@ def _generation(context: RunContext, point: Point) -> Generation:
             point.name, Engine.pytorch(point.path), point.path, context.machine,
             progress=context.progress,
         ),
+        version=_GENERATION_VERSION,
     )  # fmt: skip
 
 

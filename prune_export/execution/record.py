@@ -49,11 +49,13 @@ def report_of(
                 "kind": stage.kind,
                 "name": stage.name,
                 "parameters": stage.parameters(),
+                "data": stage.data,
                 "id": artifact.id,
                 "seconds": artifact.seconds,
                 "parameters_after": artifact.record["parameters"],
                 "bytes_after": artifact.record["bytes"],
                 "log": artifact.record["log"],
+                **({"round": [stage.round.number, stage.round.of]} if stage.round else {}),
             }
             for index, (stage, artifact) in enumerate(zip(recipe.stages, stages, strict=True))
         ],

@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, log
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
@@ -21,40 +19,41 @@ from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
 from prune_export.execution.executor import Job
 from prune_export.execution.inputs import Base
-from prune_export.execution.measure import dense_latency_ms, engine_speed
+from prune_export.execution.measure import engine_speed
+from prune_export.execution.sizing import exporter_of, to_speed, wanted_speedup
 from prune_export.recipe import (
     Candidate,
+    EngineOption,
     Export,
     Search,
     Stage,
-    Template,
     heal_of,
     rungs_of,
     templates,
     unreached,
 )
-from prune_export.store import Artifact, Key
-from prune_export.surgery import Drop, Edit, Keep, rewrite
+from prune_export.store import Artifact
 
 Data = Mapping[str, tuple[Artifact, TokenSet]]
-
-_SHAPES_VERSION: Final = "1"
-_TRIALS: Final = 5
-"""Engines built, at most, to bring one candidate to a speed."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The result of a search: the winner's stages with their artifacts, and the table of all."""
+    """The result of a search: the winner's stages with their artifacts, and the table of all.
+
+    `engine` is there where one was chosen, and `reference` is what its speed is measured against.
+    """
 
     stages: tuple[Stage, ...]
     made: tuple[Artifact, ...]
     table: dict[str, Any]
+    engine: EngineOption | None = None
+    reference: EngineOption | None = None
 
 
 @dataclass
-class _Row:
-    """A candidate; `rungs` are its perplexities after each rung of healing."""
+class Row:
+    """A candidate on its way through healing; `rungs` are its perplexities after each rung."""
 
     candidate: Candidate
     made: list[str] = field(default_factory=list)
@@ -109,7 +108,31 @@ def run_search(
     search: Search = stage.entry
     opened = Checkpoint.open(source.path)
     arch = opened.arch(ignore_keys)
-    rows, refused, outside = _rows(context, search, source, arch, opened.nbytes)
+    left = search.target.fraction(opened.nbytes)
+    wanted = None if left is not None else wanted_speedup(context, search, source)
+    exporter = exporter_of(search)
+    rows, refused, outside = rows_of(
+        context, search, source, arch, left, exporter=exporter, wanted=wanted
+    )
+    rank(context, search, source, data, rows, teacher)
+    if search.measure_speed:
+        _time(context, search, source, rows)
+    rows[0].note = "chosen"
+    table = table_of(search, arch, rows, refused, outside)
+    context.progress.say(f"search: {rows[0].candidate.label} is the best of {len(rows)}")
+    made = tuple(artifact_of(context, id_) for id_ in rows[0].made)
+    return Found(rows[0].candidate.stages, made, table)
+
+
+def rank(
+    context: RunContext,
+    search: Search,
+    source: Base | Artifact,
+    data: Data,
+    rows: list[Row],
+    teacher: Base | None,
+) -> None:
+    """Prunes, measures and shortly heals candidates, and sorts them, the best one first."""
     ids = {name: artifact.id for name, (artifact, _) in data.items()}
     jobs = [
         Job(r.candidate.label, r.candidate.stages, source.path, source.id, ids, search.validation)
@@ -123,10 +146,13 @@ def run_search(
         if healer is not None:
             _heal(context, each, search, healer, rows, ids, teacher)
     rows.sort(key=lambda row: row.rank)
-    if search.measure_speed:
-        _time(context, search, source, rows)
-    rows[0].note = "chosen"
-    table = {
+
+
+def table_of(
+    search: Search, arch: Arch, rows: list[Row], refused: list[dict[str, Any]], outside: int
+) -> dict[str, Any]:
+    """The table of a search for the report: target, and every candidate, ranked ones first."""
+    return {
         "target": search.target.model_dump(mode="json"),
         "dense_parameters": arch.parameters(),
         "validation": search.validation,
@@ -134,32 +160,39 @@ def run_search(
         "outside": outside,
         "candidates": [row.to_json(arch.parameters()) for row in rows] + refused,
     }
-    context.progress.say(f"search: {rows[0].candidate.label} is the best of {len(rows)}")
-    made = tuple(_artifact(context, id_) for id_ in rows[0].made)
-    return Found(rows[0].candidate.stages, made, table)
 
 
-def _rows(
-    context: RunContext, search: Search, source: Base | Artifact, arch: Arch, nbytes: int
-) -> tuple[list[_Row], list[dict[str, Any]], int]:
+def rows_of(
+    context: RunContext,
+    search: Search,
+    source: Base | Artifact,
+    arch: Arch,
+    left: float | None,
+    *,
+    exporter: Export,
+    wanted: float | None = None,
+) -> tuple[list[Row], list[dict[str, Any]], int]:
     """Makes the candidates that reach the target; lists those refused, and counts those that miss.
+
+    `left` is the fraction of the parameters to keep; None where engines of `exporter` are brought
+    to `wanted` times the dense one's speed.
 
     Raises:
         StageError: none does.
     """
-    rows: list[_Row] = []
+    rows: list[Row] = []
     refused: list[dict[str, Any]] = []
     outside = 0
     known: set[str] = set()
-    left = search.target.fraction(nbytes)
-    wanted = None if left is not None else _wanted_speedup(context, search, source)
     for template in templates(search):
         try:
             if left is not None:
                 candidate, speedup = template.near(arch, left, search.target.tolerance), None
             else:
                 assert wanted is not None
-                candidate, speedup = _to_speed(context, search, wanted, template, arch, source)
+                candidate, speedup = to_speed(
+                    context, search, wanted, template, arch, source, exporter
+                )
         except PlanError as error:
             if template.of_grid:
                 outside += 1
@@ -172,7 +205,7 @@ def _rows(
         shape = repr((dict(candidate.arch.sizes), [stage.name for stage in candidate.stages]))
         if (shape if template.of_grid else same) not in known:
             known.add(shape if template.of_grid else same)
-            rows.append(_Row(candidate, speedup=speedup))
+            rows.append(Row(candidate, speedup=speedup))
     if outside:
         context.progress.say(
             f"search: {outside} combinations of the grid are outside of the target, "
@@ -189,7 +222,7 @@ def _heal(
     each: executor.Each,
     search: Search,
     healer: Stage,
-    rows: list[_Row],
+    rows: list[Row],
     ids: Mapping[str, str],
     teacher: Base | None,
 ) -> None:
@@ -203,20 +236,20 @@ def _heal(
     for number, rung in enumerate(rungs):
         jobs = []
         for row in going:
-            before = row.last or _artifact(context, row.made[-1])
+            before = row.last or artifact_of(context, row.made[-1])
             label = f"{row.candidate.label}, healed"
             jobs.append(
                 Job(label, (rung,), before.path, before.id, ids, search.validation, teacher)
             )
         title = f"healing, part {number + 1} of {len(rungs)}" if len(rungs) > 1 else "healing"
         for at, result in each(jobs, title):
-            going[at].last = _artifact(context, result.made[-1])
+            going[at].last = artifact_of(context, result.made[-1])
             going[at].rungs.append(result.perplexity)
         if number + 1 < len(rungs):
             going = _going_on(search, going)
 
 
-def _going_on(search: Search, rows: list[_Row]) -> list[_Row]:
+def _going_on(search: Search, rows: list[Row]) -> list[Row]:
     """Keeps the better half, and those that are too close to tell."""
     ranked = sorted(rows, key=lambda row: row.loss)
     best = ranked[0].loss
@@ -228,7 +261,12 @@ def _going_on(search: Search, rows: list[_Row]) -> list[_Row]:
     return [row for row in rows if row in kept]
 
 
-def _artifact(context: RunContext, id_: str) -> Artifact:
+def artifact_of(context: RunContext, id_: str) -> Artifact:
+    """The artifact of an id that this search has made.
+
+    Raises:
+        StageError: somebody removed it.
+    """
     found = context.store.get(id_)
     if found is None:
         raise StageError(
@@ -239,136 +277,14 @@ def _artifact(context: RunContext, id_: str) -> Artifact:
     return found
 
 
-def _time(context: RunContext, search: Search, source: Base | Artifact, rows: list[_Row]) -> None:
+def _time(context: RunContext, search: Search, source: Base | Artifact, rows: list[Row]) -> None:
     """Measures the engines of ranked candidates, one at a time, with nothing running beside."""
-    export = _export(search)
+    export = exporter_of(search)
     dense = export_engine(context, export, source.path, source.id, of=", dense to compare with")
     for row in rows:
         if row.speedup is None and "not healed" not in row.note:
-            last = _artifact(context, row.made[-1])
+            last = artifact_of(context, row.made[-1])
             engine = export_engine(
                 context, export, last.path, last.id, of=f", {row.candidate.label}"
             )
             row.speedup = engine_speed(context, dense, engine, search.target.workload)
-
-
-def _export(search: Search) -> Export:
-    return Export(search.target.engine, registry.find("exporters", search.target.engine)())
-
-
-def _wanted_speedup(context: RunContext, search: Search, source: Base | Artifact) -> float:
-    """The speedup that the target asks for; for a latency, the dense engine is timed."""
-    if search.target.latency_ms is None:
-        return search.target.speedup or 1.0
-    dense = export_engine(
-        context, _export(search), source.path, source.id, of=", dense to compare with"
-    )
-    found = dense_latency_ms(context, dense, search.target.workload)
-    wanted = found / search.target.latency_ms
-    context.progress.say(
-        f"search: a step of the dense engine takes {found:.2f} ms, so {wanted:.2f}x is asked for"
-    )
-    if wanted <= 1:
-        raise StageError(
-            "search  target.latency_ms",
-            f"got {search.target.latency_ms:g} ms, and the dense engine takes {found:.2f} ms",
-            "ask for less",
-        )
-    return wanted
-
-
-def _to_speed(
-    context: RunContext,
-    search: Search,
-    wanted: float,
-    template: Template,
-    arch: Arch,
-    source: Base | Artifact,
-) -> tuple[Candidate, float]:
-    """Finds the candidate whose engine decodes `wanted` times as fast as the dense one.
-
-    Speed depends on shapes alone, so engines of the right shapes are timed before anything is
-    scored; the size is found by secants on seconds a step, which are nearly linear in it.
-    """
-    export = _export(search)
-    dense = export_engine(context, export, source.path, source.id, of=", dense to compare with")
-    total = arch.parameters()
-    # (parameters, seconds a step relative to dense): the dense model is known.
-    known = [(float(total), 1.0)]
-    size = total / wanted
-    best: tuple[Candidate, float] | None = None
-    tried: set[int] = set()
-    for _ in range(_TRIALS):
-        candidate = template.to_size(arch, round(size))
-        left = candidate.arch.parameters()
-        if left in tried:
-            break
-        tried.add(left)
-        shaped = _shaped(context, source, arch, candidate.arch)
-        engine = export_engine(context, export, shaped.path, shaped.id, of=", of these shapes")
-        speedup = engine_speed(context, dense, engine, search.target.workload)
-        context.progress.say(
-            f"search: {candidate.label}: {left / total:.1%} of the parameters: {speedup:.2f}x"
-        )
-        if best is None or abs(speedup / wanted - 1) < abs(best[1] / wanted - 1):
-            best = candidate, speedup
-        if abs(speedup / wanted - 1) <= search.target.tolerance / 2:
-            break
-        known.append((float(left), 1 / speedup))
-        (x0, y0), (x1, y1) = sorted(known, key=lambda at: abs(at[1] - 1 / wanted))[:2]
-        slope = (y1 - y0) / (x1 - x0) if x1 != x0 and y1 != y0 else 1 / total
-        size = min(max(x0 + (1 / wanted - y0) / slope, 0.05 * total), 0.999 * total)
-    assert best is not None
-    off = best[1] / wanted - 1
-    if abs(off) > search.target.tolerance:
-        raise PlanError(
-            best[0].label, f"comes only within {off:+.1%} of {wanted:.3g}x ({best[1]:.2f}x)"
-        )
-    return best
-
-
-def _shaped(context: RunContext, source: Base | Artifact, arch: Arch, after: Arch) -> Artifact:
-    """Cuts `source` to the shapes of `after` without scoring: only its speed matters."""
-    kept = _alike(arch, after)
-    drop = tuple(layer for layer in range(arch.layers) if layer not in kept)
-    sizes = {}
-    for axis, size in after.sizes.items():
-        name, *numbers = axis.split(".")
-        own = ".".join((name, *(str(kept[int(numbers[0])]), *numbers[1:]))) if numbers else name
-        if arch.sizes[own] != size:
-            sizes[own] = size
-    key = Key(
-        "shapes", "shapes", _SHAPES_VERSION, {"kept": list(kept), "sizes": sizes}, (source.id,)
-    )
-
-    def build(files: Path, work: Any) -> Mapping[str, Any]:
-        edits: list[Edit] = [Keep(axis, tuple(range(size))) for axis, size in sizes.items()]
-        if drop:
-            edits.append(Drop(drop))
-        rewrite(
-            Checkpoint.open(source.path),
-            arch,
-            edits,
-            files,
-            ram_bytes=work.machine.ram_bytes,
-            progress=work.progress,
-        )
-        return {}
-
-    return context.make(key, "search: a model of these shapes", build)
-
-
-def _alike(arch: Arch, after: Arch) -> tuple[int, ...]:
-    """Chooses blocks of `arch` whose kinds are, in order, those of `after`.
-
-    Mixtures of experts may have blocks without experts, and a cut leaves its own sequence of both.
-    """
-    found: list[int] = []
-    for own in range(arch.layers):
-        if len(found) < after.layers and _kinds(arch, own) == _kinds(after, len(found)):
-            found.append(own)
-    return tuple(found)
-
-
-def _kinds(arch: Arch, layer: int) -> set[str]:
-    return {axis.split(".")[0] for axis in arch.sizes if axis.split(".")[1:2] == [str(layer)]}

@@ -108,7 +108,7 @@ def run_prune(
             "bytes": after.nbytes,
         }
 
-    return context.make(key, f"{stage.kind}: {stage.name}", build)
+    return context.make(key, f"{stage.kind}: {stage.title}", build)
 
 
 def answers(
@@ -122,14 +122,12 @@ def answers(
         opened = Checkpoint.open(teacher.path)
         keep_answers(
             opened,
-            tokens,
+            CalibrationContext(tokens, work.machine, work.scratch, work.progress),
             files,
             outcomes=outcomes,
             temperature=temperature,
             arch=opened.arch(context.ignore_keys),
-            machine=work.machine,
-            progress=work.progress,
-            scratch=work.scratch,
+            team=work.team,
         )
         return {"teacher": teacher.name, "bytes": sum(f.stat().st_size for f in files.iterdir())}
 
@@ -159,7 +157,8 @@ def run_heal(
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
         if teacher is not None:
-            work = replace(work, teacher=_teaching(context, teacher, data[1]))
+            blocks = survivors(context, source_id, teacher)
+            work = replace(work, teacher=_teaching(context, teacher, data[1], blocks))
         record = stage.entry.heal(source, data[1], files, work)
         after = Checkpoint.open(files)
         told = {"teacher": {"model": teacher.name, "id": teacher.id}} if teacher else {}
@@ -171,11 +170,33 @@ def run_heal(
             "parameters": after.arch(context.ignore_keys).parameters(),
         }
 
-    return context.make(key, f"heal: {stage.name}", build)
+    return context.make(key, f"heal: {stage.title}", build)
 
 
-def _teaching(context: RunContext, teacher: Base, tokens: TokenSet) -> Teacher:
+def survivors(context: RunContext, source_id: str, dense: Base) -> tuple[int, ...] | None:
+    """The block of the dense model that each of a checkpoint's was, by what its stages dropped.
+
+    None where the checkpoint was not made of it.
+    """
+    dropped: list[set[int]] = []
+    while source_id != dense.id:
+        artifact = context.store.get(source_id)
+        if artifact is None or not artifact.inputs:
+            return None
+        dropped.append(
+            {int(block) for block in artifact.record.get("log", {}).get("dropped") or ()}
+        )
+        source_id = artifact.inputs[0]
+    left = list(range(Checkpoint.open(dense.path).arch(context.ignore_keys).layers))
+    for gone in reversed(dropped):
+        left = [block for place, block in enumerate(left) if place not in gone]
+    return tuple(left)
+
+
+def _teaching(
+    context: RunContext, teacher: Base, tokens: TokenSet, blocks: tuple[int, ...] | None
+) -> Teacher:
     def kept(outcomes: int, temperature: float) -> Path:
         return answers(context, teacher, tokens, outcomes, temperature).path
 
-    return Teacher(teacher.path, teacher.id, kept)
+    return Teacher(teacher.path, teacher.id, kept, blocks)

@@ -35,7 +35,7 @@ class Full(Training):
     arXiv:2407.14679, section 4.
     """
 
-    VERSION: ClassVar[str] = "1"
+    VERSION: ClassVar[str] = "2"
 
     learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 5e-5
     train_embeddings: Annotated[

@@ -30,7 +30,7 @@ class Lora(Settings):
     Source: Hu et al., "LoRA", arXiv:2106.09685, section 4.
     """
 
-    VERSION: ClassVar[str] = "2"
+    VERSION: ClassVar[str] = "3"
 
     def check(self, arch: Arch, machine: Machine) -> None:
         """Refuses in the plan what cannot work (PlanError, MissingExtra)."""

@@ -34,7 +34,7 @@ class Qlora(Settings):
     Source: Dettmers et al., "QLoRA", arXiv:2305.14314, sections 2 and 3.
     """
 
-    VERSION: ClassVar[str] = "2"
+    VERSION: ClassVar[str] = "3"
 
     bits: Annotated[
         int, Field(ge=4, le=4, description="Bits of a frozen weight; 4 (NF4) is what there is.")

@@ -6,17 +6,26 @@ config. Whatever can be known to fail, fails here as a `PlanError`, with nothing
 """
 
 from prune_export.planning.data import CALIBRATION, sets_of
+from prune_export.planning.devices import TFLOPS, Devices
+from prune_export.planning.fitting import fit_time
 from prune_export.planning.making import make_plan
+from prune_export.planning.own_data import data_notes, with_own_samples, with_text
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
 from prune_export.planning.teacher import refuse_other_vocabulary
 
 __all__ = [
     "CALIBRATION",
+    "TFLOPS",
+    "Devices",
     "Plan",
     "PlannedStage",
     "Rates",
     "Size",
+    "data_notes",
+    "fit_time",
     "make_plan",
     "refuse_other_vocabulary",
     "sets_of",
+    "with_own_samples",
+    "with_text",
 ]

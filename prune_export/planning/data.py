@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from prune_export.calibrate import Tokenizer, refuse_short, refuse_unreadable
+from prune_export.calibrate import (
+    Tokenizer,
+    Wanted,
+    is_plenty,
+    refuse_short,
+    refuse_unreadable,
+)
 from prune_export.contracts import HEALING_WINDOWS
-from prune_export.errors import PlanError
-from prune_export.recipe import LocalText, Recipe, TokenFile, heal_of
+from prune_export.errors import CheckpointError, PlanError
+from prune_export.recipe import LocalText, Recipe, Source, Stage, TokenFile, heal_of
 
 CALIBRATION: Final = "calibration"
 """The data that exporters calibrate with, where a recipe names a source so."""
@@ -28,6 +34,21 @@ def sets_of(recipe: Recipe) -> tuple[tuple[str, bool], ...]:
     judges = (*evaluation, *sorted(ranking - evaluation))
     others = sorted(used - ranking - evaluation)
     return (*((name, True) for name in judges), *((name, False) for name in others))
+
+
+def source_of(recipe: Recipe, stage: Stage) -> Source:
+    """The data source that a stage names.
+
+    Raises:
+        PlanError: the recipe does not define it.
+    """
+    if stage.data not in recipe.data:
+        raise PlanError(
+            "data",
+            f"the recipe defines no `{stage.data}`, which {stage.name} needs",
+            f"add `data: {{{stage.data}: {{files: [...]}}}}`",
+        )
+    return recipe.data[stage.data]
 
 
 def refuse_too_little(recipe: Recipe, model: Path, vocabulary: int) -> None:
@@ -50,11 +71,13 @@ def refuse_too_little(recipe: Recipe, model: Path, vocabulary: int) -> None:
                 f"write `samples: {HEALING_WINDOWS}` or more",
             )
     there = Tokenizer.lies_in(model)
+    if there and _plenty(recipe, model, vocabulary, heals):
+        return
     seen: frozenset[str] = frozenset()
     for name, judges in sets_of(recipe):
         source = recipe.data[name]
         if not isinstance(source, TokenFile | LocalText):
-            continue
+            continue  # the Hub's are not looked at, and what a model says is planned as a step
         try:
             if not (there or isinstance(source, TokenFile)):
                 refuse_unreadable(source, recipe.root)
@@ -72,6 +95,22 @@ def refuse_too_little(recipe: Recipe, model: Path, vocabulary: int) -> None:
             where = f"{recipe.name}  data.{name}"
             raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
         seen |= found if judges else frozenset()
+
+
+def _plenty(recipe: Recipe, model: Path, vocabulary: int, heals: frozenset[str]) -> bool:
+    """Whether a count of characters shows that all data suffice; False where it does not."""
+    wanted = []
+    for name, judges in sets_of(recipe):
+        source = recipe.data[name]
+        if isinstance(source, TokenFile):
+            return False
+        if isinstance(source, LocalText):
+            least = HEALING_WINDOWS if name in heals else 1
+            wanted.append(Wanted(source, source.samples or least, judges))
+    try:
+        return is_plenty(wanted, model, recipe.root, vocabulary)
+    except (PlanError, CheckpointError):
+        return False  # the careful look words it
 
 
 def _healing(recipe: Recipe) -> frozenset[str]:

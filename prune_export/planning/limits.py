@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from prune_export.calibrate import inside
 from prune_export.errors import PlanError
 from prune_export.planning.planned import Plan
-from prune_export.recipe import Source, TokenFile
+from prune_export.recipe import Generated, Recipe, Source, TokenFile
 from prune_export.store import refuse_foreign_store
 from prune_export.system.files import shown
 from prune_export.system.places import judged
@@ -38,7 +39,52 @@ def windows_of(source: Source, root: Path) -> int:
     )
     if source.samples is not None:
         return source.samples
+    if isinstance(source, Generated):
+        said = (source.generated.answers or 0) * source.generated.new_tokens
+        return max(1, said // source.length) if said else _UNKNOWN_WINDOWS
+    part = getattr(source, "part", None)
+    size = round(size * (part.stop - part.start)) if part else size
     return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
+
+
+def with_lacking(
+    plan: Plan, recipe: Recipe, model: Path, store: Path, out: Path, ram_limit: int | None
+) -> Plan:
+    """The plan with what is lacking for it: of this machine, or of devices that are not here."""
+    if plan.devices.elsewhere:
+        return replace(plan, lacking=tuple(what_devices_lack(plan, ram_limit)))
+    reads = {"the model": model, "the store": store, "the data root": recipe.root}
+    reads |= {"the recipe": recipe.file} if recipe.file else {}
+    limit = ram_limit or plan.machine.ram_bytes
+    return replace(plan, lacking=tuple(what_does_not_fit(plan, limit, store, out, reads)))
+
+
+def what_devices_lack(plan: Plan, ram_limit: int | None) -> Iterator[PlanError]:
+    """Lists what devices lack for a plan that are not here: their memory, and the host's limit."""
+    yield from _too_much_memory(plan, ram_limit) if ram_limit else ()
+    for stage in plan.stages:
+        if stage.cost.gpu_bytes > plan.machine.gpu_bytes:
+            yield PlanError(
+                f"{stage.kind} {stage.name}",
+                f"needs about {text_from_bytes(stage.cost.gpu_bytes)} on each device, and "
+                f"{text_from_bytes(plan.machine.gpu_bytes)} are there",
+                "each process holds the whole model in training: use `qlora`, shorter windows, "
+                "more removed before, or devices with more"
+                if stage.kind == "heal"
+                else "use fewer or shorter samples, or devices with more",
+            )
+
+
+def _too_much_memory(plan: Plan, ram_limit: int) -> Iterator[PlanError]:
+    heaviest = max(plan.stages, key=lambda stage: stage.cost.ram_bytes)
+    if heaviest.cost.ram_bytes > ram_limit:
+        yield PlanError(
+            f"{heaviest.kind} {heaviest.name}",
+            f"needs about {text_from_bytes(heaviest.cost.ram_bytes)} of memory, and "
+            f"{text_from_bytes(ram_limit)} may be used",
+            "use fewer or shorter samples, a smaller batch, or a machine with more; "
+            "`--ram` sets the limit",
+        )
 
 
 def what_does_not_fit(
@@ -50,15 +96,7 @@ def what_does_not_fit(
     """
     refusals = list(_refusals(store, out, reads))
     yield from refusals
-    heaviest = max(plan.stages, key=lambda stage: stage.cost.ram_bytes)
-    if heaviest.cost.ram_bytes > ram_limit:
-        yield PlanError(
-            f"{heaviest.kind} {heaviest.name}",
-            f"needs about {text_from_bytes(heaviest.cost.ram_bytes)} of memory, and "
-            f"{text_from_bytes(ram_limit)} may be used",
-            "use fewer or shorter samples, a smaller batch, or a machine with more; "
-            "`--ram` sets the limit",
-        )
+    yield from _too_much_memory(plan, ram_limit)
     if plan.peak_gpu_bytes > plan.machine.gpu_bytes and plan.machine.device == "cuda":
         yield PlanError(
             "GPU",

@@ -17,16 +17,29 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
-from prune_export.errors import MissingExtra, PlanError
+from prune_export.errors import MissingExtra, PlanError, PruneExportError
+from prune_export.generated import talk_of
 from prune_export.machine import Machine
-from prune_export.planning.data import refuse_too_little
+from prune_export.planning.choices import exported, left_of, tokens_judged
+from prune_export.planning.data import refuse_too_little, sets_of, source_of
+from prune_export.planning.devices import HERE, Devices
 from prune_export.planning.grid_rules import refuse_lost_grids
-from prune_export.planning.limits import what_does_not_fit, windows_of
-from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
+from prune_export.planning.limits import windows_of, with_lacking
+from prune_export.planning.own_data import data_notes
+from prune_export.planning.planned import Plan, PlannedStage, Rates, Size, together
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
 from prune_export.planning.teacher import teacher_of
-from prune_export.recipe import Recipe, Search, Source, Stage, heal_of, templates, unreached
+from prune_export.recipe import (
+    Generated,
+    Recipe,
+    Search,
+    Stage,
+    engines_of,
+    heal_of,
+    templates,
+    unreached,
+)
 from prune_export.units import MIB
 from prune_export.verify.generation import refuse_unknown_prompts
 
@@ -35,6 +48,9 @@ _PROCESS_BYTES: Final = 700 * MIB
 
 _TO_COMPARE: Final = ", to compare with"
 """How the note of an engine ends that is only measured against."""
+
+_TIMING_S: Final = 35.0
+"""What timing an engine of a search takes: its limit is 45 s, and most end before it."""
 
 _LEAST_TIMED_S: Final = 30.0
 """What the fewest launches take that make an interval: nine processes, on a machine at rest."""
@@ -54,23 +70,30 @@ def make_plan(
     ram_limit: int | None = None,
     ignore_keys: tuple[str, ...] = (),
     imported: bool = False,
+    devices: Devices = HERE,
+    rates: Rates | None = None,
 ) -> Plan:
     """Plans a recipe for a model: resolves, costs and checks every stage.
 
     `checkpoint` may be only a config. `imported` says that it is to be made from a GGUF file first.
     `ram_limit` in bytes replaces the available memory as what must not be exceeded. What this
-    machine lacks is in `Plan.lacking`, so that the plan can be looked at all the same.
+    machine lacks is in `Plan.lacking`, so that the plan can be looked at all the same; for
+    `devices` that are not here it is what these lack, and of memory only a `ram_limit` is known.
 
     Raises:
         PlanError: something in it cannot work, with the stage and what to do.
         UnsupportedArch: the model is not one that the tables describe.
     """
     arch = checkpoint.arch(ignore_keys=ignore_keys)
-    planner = _Planner(recipe, checkpoint, machine, Rates.measure(machine), arch, ignore_keys)
+    if rates is None:
+        rates = Rates.known(devices.flops) if devices.elsewhere else Rates.measure(machine)
+    machine = devices.machine(machine)
+    planner = _Planner(recipe, checkpoint, machine, rates, arch, ignore_keys, devices)
     stages, archs = [], [arch]
     ablated = Ablated()
     if imported:
         stages.append(planner.imported(arch))
+    stages += planner.generated()
     for index, stage in enumerate(recipe.stages):
         before = arch
         planned, arch = planner.stage(index, stage, before)
@@ -88,13 +111,8 @@ def make_plan(
     if recipe.verify.generation and Tokenizer.lies_in(checkpoint.path):
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
-    reads = {
-        "the model": checkpoint.path,
-        "the store": store,
-        "the data root": recipe.root,
-    } | ({"the recipe": recipe.file} if recipe.file else {})
-    lacking = tuple(what_does_not_fit(plan, ram_limit or machine.ram_bytes, store, out, reads))
-    return dataclasses.replace(plan, lacking=lacking)
+    plan = dataclasses.replace(plan, devices=devices, notes=data_notes(recipe))
+    return with_lacking(plan, recipe, checkpoint.path, store, out, ram_limit)
 
 
 @dataclass(frozen=True)
@@ -105,6 +123,7 @@ class _Planner:
     rates: Rates
     dense: Arch
     ignore_keys: tuple[str, ...] = ()
+    devices: Devices = HERE
 
     def size(self, arch: Arch) -> Size:
         return Size(arch.layers, arch.parameters(), arch.parameters() * self.item_bytes())
@@ -147,15 +166,35 @@ class _Planner:
         )
         return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
 
+    def generated(self) -> Iterator[PlannedStage]:
+        """What models are to say: the data that are none yet."""
+        for name, _ in sets_of(self.recipe):
+            source = self.recipe.data[name]
+            if not isinstance(source, Generated):
+                continue
+            refuse_long_text(f"data.{name}.length", source.length, self.dense.config)
+            try:
+                talk = talk_of(source, self.checkpoint, self.dense, self.recipe.root, self.machine)
+            except PruneExportError as error:
+                where = f"{self.recipe.name}  data.{name}"
+                raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
+            keys = source.generated.model_dump(mode="json")
+            yield self.planned("ask", talk.name, keys, talk.arch, talk.arch, talk.cost,
+                               f"{name}: {talk.note}")  # fmt: skip
+
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
+        how = {
+            "prune": self._prune,
+            "quantize": self._prune,
+            "heal": self._heal,
+            "search": self._search,
+        }[stage.kind]
         with self._named(index, stage):
-            made = {
-                "prune": self._prune,
-                "quantize": self._prune,
-                "heal": self._heal,
-                "search": self._search,
-            }
-            return made[stage.kind](stage, arch)
+            planned, after = how(stage, arch)
+        if stage.round is not None:
+            note = f"{stage.round}; {planned.note}".removesuffix("; ")
+            planned = dataclasses.replace(planned, note=note)
+        return planned, after
 
     def ablated(self, index: int, stage: Stage, arch: Arch, known: Ablated) -> Ablated:
         """The parts of blocks that are zeroed after a stage, as far as is known.
@@ -178,7 +217,7 @@ class _Planner:
         try:
             yield
         except PlanError as error:
-            where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.name}"
+            where = f"{self.recipe.name}  stages.{index}.{stage.kind}.{stage.title}"
             raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
 
     def _prune(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
@@ -191,7 +230,7 @@ class _Planner:
             statistics += stage.entry.passes_with_data(arch)
             more = stage.entry.refit_note(arch)
         if statistics:
-            source = self._source(stage)
+            source = source_of(self.recipe, stage)
             samples, length = windows_of(source, self.recipe.root), source.length
             refuse_long_text(f"data.{stage.data}.length", length, arch.config)
             found = pass_cost(arch, statistics, samples, length, self.machine)
@@ -217,30 +256,33 @@ class _Planner:
         return self.planned(stage.kind, stage.name, keys, arch, after, cost, note), after
 
     def _heal(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
-        source = self._source(stage)
+        source = source_of(self.recipe, stage)
         refuse_long_text(f"data.{stage.data}.length", source.length, arch.config)
         stage.entry.check(arch, self.machine)
-        samples = windows_of(source, self.recipe.root)
-        cost = stage.entry.cost(arch, samples * source.length, source.length, self.machine)
+        samples, machine = windows_of(source, self.recipe.root), self.machine
+        machine = machine.share(self.devices.here)
+        cost = stage.entry.cost(arch, samples * source.length, source.length, machine)
         note = f"up to {samples} x {source.length} tokens"
         teacher = teacher_of(
             self.recipe, stage.entry, self.checkpoint, self.dense, self.ignore_keys
         )
         if teacher is not None:
             refuse_long_text(f"data.{stage.data}.length", source.length, teacher.config)
-            cost, told = stage.entry.taught_cost(
-                arch, teacher, samples, source.length, self.machine
-            )
+            cost, told = stage.entry.taught_cost(arch, teacher, samples, source.length, machine)
             note = f"{note}; {told}"
+        parts = int(getattr(stage.entry, "batch", self.devices.count))
+        cost = self.devices.shared(cost, parts)
+        note = "; ".join(part for part in (note, self.devices.note(parts)) if part)
         return self.planned("heal", stage.name, stage.parameters(), arch, arch, cost, note), arch
 
     def _search(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         """Plans a search: the cost of all candidates, and the shapes of the first."""
         search: Search = stage.entry
         # Until an engine is timed, a speed is taken to be in proportion to the parameters.
-        left = search.target.fraction(self.size(arch).bytes) or 1 / (search.target.speedup or 1.5)
+        left = left_of(search, self.size(arch).bytes)
         healer, total, after = heal_of(search), Cost(), None
-        near = inf if search.target.timed else search.target.tolerance
+        # Where engines are chosen among, pruning may be left to one that needs less of it.
+        near = inf if search.target.timed or search.engines else search.target.tolerance
         told: list[str] = []
         fixes: list[str] = []
         fitting = outside = 0
@@ -262,19 +304,33 @@ class _Planner:
                 steps.append(planned)
             steps += [self._heal(healer, before)[0]] if healer else []
             for step in steps:
-                total = _together(total, step.cost)
+                total = together(total, step.cost)
             after = after or before
         if after is None:
             problem, fix = unreached(told, outside, arch)
             raise PlanError("search", problem, fixes[0] if fixes else fix)
         if search.executor == "ray" and find_spec("ray") is None:
             raise MissingExtra.of("search  executor", "ray", "ray")
+        engines = list(engines_of(search))
+        for option in engines:
+            # The dense model and the best pruned one; each is built, judged and timed.
+            each = option.export.entry.cost(arch, self.size(arch).bytes)
+            judged = 2.0 * arch.parameters() * tokens_judged(self.recipe, search)
+            each = dataclasses.replace(
+                each, flops=2 * (each.flops + judged), seconds=2 * (each.seconds + _TIMING_S)
+            )
+            total = together(total, each)
+        if engines:
+            engines[0].export.entry.check(arch, self.machine)
         if search.target.timed or search.measure_speed:
             entry = registry.find("exporters", search.target.engine)()
+            entry = engines[0].export.entry if engines else entry
             entry.check(after, self.machine)
             each = entry.cost(after, self.size(after).bytes)
             count = (3 if search.target.timed else 1) * fitting + 1
-            total = _together(total, dataclasses.replace(each, seconds=(each.seconds + 90) * count))
+            total = together(
+                total, dataclasses.replace(each, seconds=(each.seconds + _TIMING_S) * count)
+            )
         workers = min(search.workers, fitting)
         total = dataclasses.replace(
             total, ram_bytes=total.ram_bytes * workers, gpu_bytes=total.gpu_bytes * workers
@@ -284,7 +340,7 @@ class _Planner:
 
     def exports(self, planned: Planned) -> Iterator[PlannedStage]:
         dense, arch = planned.archs[0], planned.after
-        for export in self.recipe.export:
+        for export in exported(self.recipe):
             compared = self.recipe.verify.speed is not None
             result = (arch, windows_note(planned, export))
             for which, note in [(dense, f"the dense model{_TO_COMPARE}"), result][not compared :]:
@@ -312,15 +368,15 @@ class _Planner:
             )
             tokens = windows_of(source, self.recipe.root) * source.length
             models = 2 + any(stage.kind == "heal" for stage in self.recipe.stages)
-            engines = len(self.recipe.export) if verify.quality.engines else 0
+            engines = len(exported(self.recipe)) if verify.quality.engines else 0
             flops = 2.0 * dense.parameters() * tokens * (models + engines)
         cost = Cost(ram_bytes=heaviest, flops=flops, seconds=20)
         yield self.planned("verify", "quality", {}, dense, arch, cost)
         if verify.speed:
-            pairs = len(self.recipe.export) + sum(
+            pairs = len(exported(self.recipe)) + sum(
                 isinstance(export.entry, HasSparsity)
                 and export.entry.without_sparsity() is not None
-                for export in self.recipe.export
+                for export in exported(self.recipe)
             )
             asked = 40 * verify.speed.minutes * len(verify.speed.workloads)
             seconds = max(asked, _LEAST_TIMED_S) * pairs
@@ -342,24 +398,3 @@ class _Planner:
         written = self.size(arch).bytes + exported + _REPORT_BYTES
         cost = Cost(ram_bytes=_PROCESS_BYTES, disk_bytes=written, moved_bytes=written, seconds=5)
         return self.planned("report", "report and card", {}, arch, arch, cost)
-
-    def _source(self, stage: Stage) -> Source:
-        if stage.data not in self.recipe.data:
-            raise PlanError(
-                "data",
-                f"the recipe defines no `{stage.data}`, which {stage.name} needs",
-                f"add `data: {{{stage.data}: {{files: [...]}}}}`",
-            )
-        return self.recipe.data[stage.data]
-
-
-def _together(one: Cost, other: Cost) -> Cost:
-    """The cost of two pieces of work, one after the other."""
-    return Cost(
-        ram_bytes=max(one.ram_bytes, other.ram_bytes),
-        gpu_bytes=max(one.gpu_bytes, other.gpu_bytes),
-        disk_bytes=one.disk_bytes + other.disk_bytes,
-        flops=one.flops + other.flops,
-        moved_bytes=one.moved_bytes + other.moved_bytes,
-        seconds=one.seconds + other.seconds,
-    )

@@ -12,6 +12,9 @@ from prune_export.arch import Arch
 from prune_export.contracts import Cost
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
+from prune_export.notebook import html_table
+from prune_export.planning.devices import HERE, Devices
+from prune_export.planning.rows import columns_of, rows_of, sums_of, title_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Plan:
     machine: Machine
     archs: tuple[Arch, ...]
     lacking: tuple[PlanError, ...] = ()
+    devices: Devices = HERE
+    notes: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuses a plan for which this machine lacks memory or disk.
@@ -78,6 +83,11 @@ class Plan:
         """The estimated time of all steps."""
         return sum(stage.seconds for stage in self.stages)
 
+    def _repr_html_(self) -> str:
+        """The plan in a notebook: a row a step, and what this machine lacks."""
+        note = ". ".join([sums_of(self), *(f"{e.where}: {e.problem}" for e in self.lacking)])
+        return html_table(title_of(self), columns_of(self), rows_of(self), note)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
         return {
@@ -89,6 +99,8 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "seconds": round(self.seconds, 1),
             "machine": dataclasses.asdict(self.machine),
+            "devices": dataclasses.asdict(self.devices),
+            "notes": list(self.notes),
             "lacking": [f"{error.where}: {error.problem}" for error in self.lacking],
             "stages": [
                 dataclasses.asdict(stage) | {"parameters": dict(stage.parameters)}
@@ -103,6 +115,11 @@ class Rates:
 
     flops: float
     disk_bytes: float
+
+    @staticmethod
+    def known(flops: float) -> Rates:
+        """The rates of a device that is not here; the disk is taken at 400 MB/s."""
+        return Rates(flops, 400e6)
 
     @staticmethod
     def measure(machine: Machine) -> Rates:
@@ -132,3 +149,15 @@ class Rates:
     def seconds(self, cost: Cost) -> float:
         """Estimates the time of a cost on this machine."""
         return cost.seconds + cost.flops / self.flops + cost.moved_bytes / self.disk_bytes
+
+
+def together(one: Cost, other: Cost) -> Cost:
+    """The cost of two pieces of work, one after the other."""
+    return Cost(
+        ram_bytes=max(one.ram_bytes, other.ram_bytes),
+        gpu_bytes=max(one.gpu_bytes, other.gpu_bytes),
+        disk_bytes=one.disk_bytes + other.disk_bytes,
+        flops=one.flops + other.flops,
+        moved_bytes=one.moved_bytes + other.moved_bytes,
+        seconds=one.seconds + other.seconds,
+    )

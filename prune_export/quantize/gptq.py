@@ -33,7 +33,7 @@ from prune_export.pruning.quantize.method import QuantizeMethod, decision
 from prune_export.pruning.quantize.sweep import Asked, processing_order, quantize
 from prune_export.pruning.sparse import obs_unstructured, sequential_cost
 from prune_export.pruning.sparse.masks import summary
-from prune_export.pruning.sparse.sparse_method import check_widths
+from prune_export.pruning.sparse.targets import check_widths
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Overwrite
 
@@ -112,7 +112,7 @@ class Gptq(QuantizeMethod):
 
     def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         """The pass that `decide` runs; beside what SparseGPT's holds, the codes' errors."""
-        own = sequential_cost.of(arch, self.order, grams=True)
+        own = sequential_cost.of(arch, self.order, hessians=True)
         return (replace(own, ram_bytes=own.ram_bytes + 2**25),)
 
     def decide(self, model: ModelView) -> Decision:
@@ -190,6 +190,6 @@ class _Rounding:
                 beside[f"{name}:zeros"] = found.grid.zeros
             log[name] = {"loss": found.loss}
             if method.asked.amount is not None:
-                log[name] |= summary(found.weight, found.scores, found.mask)
+                log[name] |= summary(found.weight, found.scores, kept=~found.mask)
         more = {"damping": factor.damping}
         return Edited(made, {"tensors": log, "tokens": seen.tokens, **more}, beside)

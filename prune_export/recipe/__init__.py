@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,9 @@ from prune_export.errors import RecipeError, did_you_mean
 from prune_export.recipe import document as yaml_document
 from prune_export.recipe import schema
 from prune_export.recipe.document import Document
-from prune_export.recipe.schema import Export, Publish, Quality, Speed, Verify
+from prune_export.recipe.engines import EngineOption, Export, engines_of
+from prune_export.recipe.iterate import together
+from prune_export.recipe.schema import Publish, Quality, Speed, Verify
 from prune_export.recipe.search import (
     Candidate,
     Search,
@@ -30,14 +33,28 @@ from prune_export.recipe.search import (
     templates,
     unreached,
 )
-from prune_export.recipe.sources import CONVERSATIONS, HubDataset, LocalText, Source, TokenFile
+from prune_export.recipe.sources import (
+    CONVERSATIONS,
+    DENSE,
+    Generated,
+    Generation,
+    HubDataset,
+    LocalText,
+    Source,
+    TextSource,
+    TokenFile,
+)
 from prune_export.recipe.stages import Stage, Sweep, Workload
 from prune_export.units import text_from_name
 
 __all__ = [
     "CONVERSATIONS",
+    "DENSE",
     "Candidate",
+    "EngineOption",
     "Export",
+    "Generated",
+    "Generation",
     "HubDataset",
     "LocalText",
     "Publish",
@@ -49,10 +66,12 @@ __all__ = [
     "Stage",
     "Sweep",
     "Template",
+    "TextSource",
     "TokenFile",
     "Verify",
     "Workload",
     "bundled",
+    "engines_of",
     "heal_of",
     "rungs_of",
     "templates",
@@ -139,12 +158,12 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in."""
         stages = []
-        for stage in self.stages:
-            body = stage.parameters()
-            if stage.kind != "search":
-                named = {"data": stage.data} if stage.data in self.data else {}
-                body = {"method": stage.name} | named | body
-            stages.append({stage.kind: body})
+        for group, found in groupby(self.stages, key=lambda one: one.round and one.round.group):
+            written = [(stage, self._body(stage)) for stage in found]
+            if group is not None:
+                stages.append(together(written))
+            else:
+                stages += [{stage.kind: body} for stage, body in written]
         return {
             "recipe": schema.VERSION,
             "description": self.description,
@@ -155,6 +174,13 @@ class Recipe:
             "verify": self.verify.model_dump(mode="json"),
             "publish": self.publish.model_dump(mode="json"),
         }
+
+    def _body(self, stage: Stage) -> dict[str, Any]:
+        """A stage's keys as plain data."""
+        if stage.kind == "search":
+            return stage.parameters()
+        named = {"data": stage.data} if stage.data in self.data else {}
+        return {"method": stage.name} | named | stage.parameters()
 
 
 def bundled() -> dict[str, Path]:
@@ -250,7 +276,8 @@ def _checked(name: str, document: Document, root: Path) -> Recipe:
             f"got {measured!r}, which `data` does not define",
             did_you_mean(measured, sources),
         )
-    if verify.speed and not exports:
+    chosen = any(stage.kind == "search" and stage.entry.engines for stage in stages)
+    if verify.speed and not exports and not chosen:
         raise RecipeError(
             document.where(("verify", "speed")),
             "measures engines, but the recipe exports none",
@@ -274,7 +301,7 @@ def _packed(document: Document, name: str, source: Source, measured: bool) -> So
     if isinstance(source, TokenFile):
         return source
     packing = source.packing or ("stream" if measured else "packed")
-    if source.prefix != "every" and packing != "stream":
+    if not isinstance(source, Generated) and source.prefix != "every" and packing != "stream":
         raise RecipeError(
             document.where(("data", name, "prefix")),
             f"got {source.prefix!r}, which is for `packing: stream`, and this one is `{packing}`",

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from prune_export import registry
 from prune_export.recipe.grid import Grid
+from prune_export.recipe.iterate import BY_ROUND, Iterate
 from prune_export.recipe.schema import VERSION, Publish, Verify
 from prune_export.recipe.search import Search, Target
 from prune_export.recipe.sources import SOURCES
@@ -102,6 +103,7 @@ def json_schema() -> dict[str, Any]:
                         stage("quantize", "quantize"),
                         stage("heal", "heal"),
                         _search(definitions),
+                        _iterate(stage("prune", "methods"), stage("heal", "heal")),
                     ]
                 },
             },
@@ -122,6 +124,21 @@ def _search(definitions: dict[str, Any]) -> dict[str, Any]:
     listed = body["properties"]["candidates"]
     listed["items"] = {"anyOf": [listed["items"], {"type": "object"}]}
     return _single_key("search", body | {"additionalProperties": False})
+
+
+def _iterate(*kinds: dict[str, Any]) -> dict[str, Any]:
+    """The schema of rounds: their stages are as others, and some keys may list values."""
+    for kind in kinds:
+        ((name, body),) = kind["properties"].items()
+        for option in body["oneOf"]:
+            for key in BY_ROUND[name]:
+                if key in option["properties"]:
+                    one = option["properties"][key]
+                    listed = {"type": "array", "items": one}
+                    option["properties"][key] = {"anyOf": [one, listed]}
+    body = _schema_of(Iterate)
+    body["properties"]["stages"]["items"] = {"oneOf": list(kinds)}
+    return _single_key("iterate", body | {"additionalProperties": False})
 
 
 def markdown() -> str:
@@ -146,6 +163,8 @@ def markdown() -> str:
     for name, body in sorted(inner.items()):
         lines += ["", f"### heal: {name.lower()}", "", body.get("description", ""), ""]
         lines += _key_table(_property_keys(body))
+    lines += ["", "## stages: `iterate`", "", inspect.cleandoc(Iterate.__doc__ or ""), ""]
+    lines += _key_table(_property_keys(_schema_of(Iterate)))
     lines += ["", "## stages: `search`", "", inspect.cleandoc(Search.__doc__ or ""), ""]
     lines += _key_table(_property_keys(_schema_of(Search)))
     lines += ["", "### search: target", "", *_key_table(_model_keys(Target))]
@@ -154,6 +173,9 @@ def markdown() -> str:
     for title, cls in SOURCES.items():
         lines += ["", f"## data: `{title}`", "", inspect.cleandoc(cls.__doc__ or ""), ""]
         lines += _key_table(_model_keys(cls))
+        for name, definition in cls.model_json_schema().get("$defs", {}).items():
+            lines += ["", f"### {title}: {name.lower()}", "", definition.get("description", ""), ""]
+            lines += _key_table(_property_keys(definition))
     for title, model in (("verify", Verify), ("publish", Publish)):
         lines += ["", f"## {title}", ""]
         lines += _key_table(_model_keys(model))
@@ -164,8 +186,8 @@ def markdown() -> str:
 
 
 _SECTIONS = {
-    "data": "Named sources of text or tokens: a Hub dataset, local files, or saved token ids.",
-    "stages": "What is done to the checkpoint, in order: `prune`, `quantize`, `heal` and `search`.",
+    "data": "Named sources: a Hub dataset, local files, saved token ids, or what a model says.",
+    "stages": "What is done, in order: `prune`, `quantize`, `heal`, `search`, `iterate`.",
     "export": "Engines that are made of the last checkpoint.",
     "verify": "What is measured, and what must hold.",
     "publish": "Where the result may go; nothing is uploaded unless the command line asks for it.",

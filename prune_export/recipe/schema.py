@@ -9,20 +9,20 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from prune_export import registry
 from prune_export.errors import PlanError, RecipeError, did_you_mean
-from prune_export.exporter_facts import calibrates
 from prune_export.recipe.document import Document, Path_
+from prune_export.recipe.engines import QUANTIZE, Export
 from prune_export.recipe.grid import TO_TARGET
+from prune_export.recipe.iterate import Iterate, rounded, written_out
 from prune_export.recipe.refusals import translated
 from prune_export.recipe.search import Search, marks
 from prune_export.recipe.sources import SOURCES, Frozen, Source
-from prune_export.recipe.stages import Stage, Sweep, Workload, checker, plain
+from prune_export.recipe.stages import Stage, Sweep, Workload, checker
 
 VERSION = 1
 
@@ -92,23 +92,6 @@ class Publish(Frozen):
     ] = True
 
 
-@dataclass(frozen=True)
-class Export:
-    """One export: a registered exporter with its parameters."""
-
-    name: str
-    entry: Any
-
-    def parameters(self) -> dict[str, Any]:
-        """The entry's fields as plain data, defaults included."""
-        return plain(self.entry)
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether it reads calibration data."""
-        return calibrates(self.entry)
-
-
 def sources(document: Document) -> dict[str, Source]:
     """Reads the `data` section.
 
@@ -129,7 +112,7 @@ def sources(document: Document) -> dict[str, Source]:
             raise RecipeError(
                 document.where(path),
                 f"names {len(kinds)} kinds of source, expected exactly one of `dataset`, `files`, "
-                "`tokens`",
+                "`tokens`, `generated`",
                 "write for example `files: [corpus/*.jsonl]`",
             )
         found[name] = model(document, path, SOURCES[kinds[0]], body)
@@ -150,8 +133,10 @@ def _stages(document: Document, known_data: Mapping[str, Source]) -> Iterator[St
         path: Path_ = ("stages", i)
         if isinstance(item, dict) and set(item) == {"search"}:
             yield _search(document, (*path, "search"), item["search"], known_data)
+        elif isinstance(item, dict) and set(item) == {"iterate"}:
+            yield from _iterate(document, (*path, "iterate"), item["iterate"], known_data)
         else:
-            yield _stage(document, path, item, (*_REGISTRY, "search"), known_data)
+            yield _stage(document, path, item, (*_REGISTRY, "search", "iterate"), known_data)
 
 
 def _stage(
@@ -174,6 +159,16 @@ def _stage(
         )
     entry = _entry(document, (*path, kind), _REGISTRY[kind], name, body, "method")
     return Stage(kind, name, entry, str(data))  # type: ignore[arg-type]
+
+
+def _iterate(
+    document: Document, path: Path_, body: Any, known_data: Mapping[str, Source]
+) -> Iterator[Stage]:
+    """Reads rounds of prune and heal as the stages that they are."""
+    asked: Iterate = entry_from(Iterate, _body(document, path, body), document, path)
+    for number, where, item in written_out(asked, document, path):
+        stage = _stage(document, where, item, tuple(_REGISTRY), known_data)
+        yield rounded(stage, number, asked, int(path[1]))
 
 
 def _search(document: Document, path: Path_, body: Any, known_data: Mapping[str, Source]) -> Stage:
@@ -210,6 +205,8 @@ def _search(document: Document, path: Path_, body: Any, known_data: Mapping[str,
             f"got {entry.validation!r}, which `data` does not define",
             did_you_mean(entry.validation, known_data),
         )
+    for i, one in enumerate(entry.engines):
+        _engine(document, (*path, "engines", i), dict(one), known_data)
     if entry.target.engine not in registry.names("exporters"):
         raise RecipeError(
             document.where((*path, "target", "engine")),
@@ -217,6 +214,17 @@ def _search(document: Document, path: Path_, body: Any, known_data: Mapping[str,
             did_you_mean(entry.target.engine, registry.names("exporters")),
         )
     return Stage("search", "search", entry, entry.validation)
+
+
+def _engine(
+    document: Document, path: Path_, item: dict[str, Any], known_data: Mapping[str, Source]
+) -> None:
+    """Checks an engine that a search may choose: an exporter, and what quantizes for it."""
+    how = item.pop(QUANTIZE, None)
+    if how is not None:
+        _stage(document, path, {QUANTIZE: how}, (QUANTIZE,), known_data)
+    name = _single(document, path, item, registry.names("exporters"))
+    _entry(document, (*path, name), "exporters", name, item[name] or {}, None)
 
 
 def _tried(body: Any) -> Any:

@@ -117,6 +117,21 @@ class Search:
     grid: Annotated[
         Grid | None, Field(description="Further candidates: every combination of these sizes.")
     ] = None
+    engines: Annotated[
+        tuple[Mapping[str, Any], ...],
+        Field(
+            description="Engines to choose among, as in `export`, the first one to compare with: "
+            "the dense model on each, and pruned ones where that falls short, compete by quality. "
+            "`quantize` beside the exporter is a stage before it. Empty leaves the precision alone."
+        ),
+    ] = ()
+    alternative: Annotated[
+        bool,
+        Field(
+            description="With `engines`: prune also where the dense model on one of them reaches "
+            "the target at the quality of the first, to say what pruning would have given."
+        ),
+    ] = True
     heal: Annotated[
         Mapping[str, Any] | None,
         Field(description="A short heal before ranking, as in a `heal` stage; not carried on."),
@@ -184,6 +199,8 @@ class Search:
         """The names of all `data` sources that it may read."""
         healing = (self.heal or {}).get("data", "healing") if self.heal else None
         named = [body.get("data", "calibration") for one in self.items() for body in one]
+        coarse = [one["quantize"] for one in self.engines if one.get("quantize")]
+        named += [body.get("data", "calibration") for body in coarse]
         return tuple(dict.fromkeys(filter(None, (self.validation, healing, *named))))
 
 

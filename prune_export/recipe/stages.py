@@ -59,6 +59,19 @@ class Sweep(Frozen):
 
 
 @dataclass(frozen=True)
+class Round:
+    """Which round of an `iterate` a stage belongs to, from 1; `group` tells two of them apart."""
+
+    number: int
+    of: int
+    group: int = 0
+
+    def __str__(self) -> str:
+        """As plans, logs and reports name it."""
+        return f"round {self.number} of {self.of}"
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage: a registered entry with its parameters, and the name of its data."""
 
@@ -66,6 +79,12 @@ class Stage:
     name: str
     entry: Any
     data: str
+    round: Round | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name, and the round that it belongs to, if it does."""
+        return f"{self.name}, {self.round}" if self.round else self.name
 
     def parameters(self) -> dict[str, Any]:
         """The entry's fields as plain data, defaults included."""

@@ -14,12 +14,19 @@ from prune_export.report.caveats import Caveat, caveats, failed
 from prune_export.report.figures import draw_figures, draw_inspection, draw_summary
 from prune_export.report.html import render_page
 from prune_export.report.reading import Report
-from prune_export.report.table import COLUMNS, Row, markdown, summary_rows, where_to_look
+from prune_export.report.table import (
+    COLUMNS,
+    Row,
+    markdown,
+    summary_html,
+    summary_rows,
+    where_to_look,
+)
 
 __all__ = [
     "COLUMNS", "Caveat", "Report", "Row", "caveats", "draw_figures", "draw_inspection",
     "draw_summary", "failed", "markdown",
-    "model_card", "render_page", "summary_rows", "where_to_look", "write_report",
+    "model_card", "render_page", "summary_html", "summary_rows", "where_to_look", "write_report",
 ]  # fmt: skip
 
 

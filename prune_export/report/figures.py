@@ -11,7 +11,8 @@
     sparse_gain.png    the same against the engine itself with sparsity off
     summary.png        the three that matter most, side by side, for a README
 
-A second prune or heal stage adds `distance_map-2.png` and so on.
+A second prune or heal stage adds `distance_map-2.png` and so on. Matplotlib is imported when the
+first figure is planned: half a second that `prune-export plan` and engines in processes do without.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
-
-from matplotlib.axes import Axes
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from typing import TYPE_CHECKING, Any, Final
 
 from prune_export.contracts import StageLog
-from prune_export.report import panels, style, sweeps
-from prune_export.report.pareto import pareto
 from prune_export.report.reading import Report, StageReading
 from prune_export.report.sparse import grids
 
-Draw = Callable[[Axes], None]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    Draw = Callable[[Axes], None]
 
 
 def draw_figures(report: Report | Mapping[str, Any], out: Path) -> list[Path]:
     """Draws every figure that the report has numbers for into `out`; same report, same bytes."""
+    from prune_export.report import style
+
     report = Report.of(report)
     out.mkdir(parents=True, exist_ok=True)
     written = []
@@ -60,6 +61,7 @@ _TITLES: Final = {
     "speed": "Speed of each engine against its dense twin",
     "sweep": "Speed against the dense engine, over prompt lengths",
     "sparse_gain": "Speed against the same engine with sparsity off, over prompt lengths",
+    "comparison": "Quality over decoding speed and over bytes of all that is compared",
     "summary": "What was removed, what it cost, what it gained",
 }
 
@@ -88,6 +90,8 @@ def draw_summary(report: Report | Mapping[str, Any], path: Path, *, source: str 
 
     `source` is kept in the PNG's `Source` text, to tell later which report it shows.
     """
+    from prune_export.report import style
+
     with style.styled():
         return _summary(Report.of(report), path, source)
 
@@ -103,6 +107,9 @@ class _Planned:
 
 
 def _plan(report: Report) -> list[_Planned]:
+    from prune_export.report import panels, sweeps
+    from prune_export.report.pareto import pareto
+
     found: list[_Planned] = []
 
     def add(stem: str, draw: Draw, size: tuple[float, float], stage: int | None = None) -> None:
@@ -121,7 +128,7 @@ def _plan(report: Report) -> list[_Planned]:
         if any(one.pruned is not None for one in search.candidates):
             height = 1.3 + 0.42 * sum(one.pruned is not None for one in search.candidates)
             add("search", partial(panels.search, found=search), (7.2, height))
-        if len(search.timed) > 1:
+        if len(search.timed) > 1 or len(search.points) > 1:
             add("pareto", partial(pareto, found=search), (7.2, 3.9))
     checks = report.verification
     if checks and checks.perplexity:
@@ -141,6 +148,8 @@ def draw_inspection(log: StageLog, model: str, path: Path) -> None:
 
     `log` has `distance_map`, `block_scores` and `block_score_name`, as a method's decision does.
     """
+    from prune_export.report import panels, style
+
     stage = StageReading(index=0, kind="prune", name="inspect", log=log)
     with style.styled():
         figure = style.new_figure(11.5, 4.6)
@@ -159,6 +168,8 @@ def has_map(log: StageLog) -> bool:
 
 def _summary_parts(report: Report) -> list[tuple[Draw, float]]:
     """The panels of the wide figure, each with its relative width."""
+    from prune_export.report import panels
+
     parts: list[tuple[Draw, float]] = []
     stage = next((one for one in report.prunes if has_map(one.log)), None)
     scored = next((one for one in report.prunes if one.log.get("block_scores")), None)
@@ -175,6 +186,10 @@ def _summary_parts(report: Report) -> list[tuple[Draw, float]]:
 
 
 def _summary(report: Report, path: Path, source: str = "") -> bool:
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    from prune_export.report import style
+
     parts = _summary_parts(report)
     if not parts:
         return False
@@ -192,7 +207,9 @@ def _summary(report: Report, path: Path, source: str = "") -> bool:
 
 
 def _headline(report: Report) -> str:
-    done = " and ".join(style.label(stage.name, 24) for stage in report.stages)
+    from prune_export.report import style
+
+    done = " and ".join(dict.fromkeys(style.label(stage.name, 24) for stage in report.stages))
     name = style.label(report.base.name, 40)
     blocks = f"{name}: {report.base.layers} → {report.result.layers} blocks"
     return f"{blocks} by {done}" if done else blocks

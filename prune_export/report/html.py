@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,9 +21,15 @@ from prune_export.escapes import escaped_page
 from prune_export.report import table
 from prune_export.report.caveats import caveats, failed
 from prune_export.report.figures import figure_title, names_by_stage
-from prune_export.report.reading import Change, Report, perplexity_change, text_from_blocks
+from prune_export.report.healing import healing_text
+from prune_export.report.reading import (
+    Change,
+    Report,
+    StageReading,
+    perplexity_change,
+    text_from_blocks,
+)
 from prune_export.report.sparse import kernels_text, pays_text, stray_text, weights_text
-from prune_export.report.style import DPI
 from prune_export.units import text_from_bytes, text_from_count, text_from_seconds
 from prune_export.verify.results import Parity, Perplexity, Speed
 
@@ -56,7 +62,7 @@ def render_page(report: Report | Mapping[str, Any], figures: Path) -> str:
     """Renders the page of a report, with the PNG files of the directory `figures` inside it."""
     report = Report.of(report)
     found = caveats(report)
-    page = _environment().get_template("report.html.j2").render(
+    page = environment().get_template("report.html.j2").render(
         report=report,
         status=_status(report),
         sentence=what_was_done(report),
@@ -82,6 +88,8 @@ def figure_of(path: Path) -> Figure:
     Raises:
         ValueError: the file is not a PNG.
     """
+    from prune_export.report.style import DPI  # matplotlib with it
+
     data = path.read_bytes()
     if not data.startswith(_PNG_MAGIC):
         raise ValueError(f"{path} is not a PNG file")
@@ -100,15 +108,15 @@ def what_was_done(report: Report) -> str:
     parts = []
     if report.removed_blocks:
         count = len(report.removed_blocks)
-        names = " and ".join(dict.fromkeys(stage.name for stage in report.prunes))
+        names = _named(report.prunes)
         parts.append(
             f"{count} of {report.base.layers} blocks ({text_from_blocks(report.removed_blocks)}) "
             f"were removed by {names}"
         )
     elif report.prunes:
-        parts.append(f"pruned by {' and '.join(stage.name for stage in report.prunes)}")
+        parts.append(f"pruned by {_named(report.prunes)}")
     if report.heals:
-        parts.append(f"healed with {' and '.join(stage.name for stage in report.heals)}")
+        parts.append(f"healed with {_named(report.heals)}")
     for stage in report.quantizes:
         grid = stage.log.get("grid")
         parts.append(f"quantized by {stage.name}" + (f" ({grid})" if grid else ""))
@@ -117,6 +125,13 @@ def what_was_done(report: Report) -> str:
         parts.append(f"exported to {engines}")
     text = "; ".join(parts) or "nothing was changed"
     return text[0].upper() + text[1:] + "."
+
+
+def _named(stages: Sequence[StageReading]) -> str:
+    """The names of stages, each once, and in how many rounds they were done."""
+    names = " and ".join(dict.fromkeys(stage.name for stage in stages))
+    rounds = max((stage.round[1] for stage in stages if stage.round), default=0)
+    return f"{names} in {rounds} rounds" if rounds else names
 
 
 def _status(report: Report) -> tuple[str, str]:
@@ -216,7 +231,8 @@ def value_text(value: Any) -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The template engine of all pages: it escapes every value."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prune_export.report"),
         autoescape=True,
@@ -229,6 +245,7 @@ def _environment() -> jinja2.Environment:
         "blocks": text_from_blocks,
         "bytes": text_from_bytes,
         "count": text_from_count,
+        "healing": healing_text,
         "kernels": kernels_text,
         "number": table.number,
         "parity": _parity_words,

@@ -11,14 +11,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from prune_export.report import style
-from prune_export.report.reading import (
-    Report,
-    SearchReading,
-    StageReading,
-    as_number,
-    runs,
-    text_from_blocks,
-)
+from prune_export.report.candidates import SearchReading
+from prune_export.report.healing import distilled, floor
+from prune_export.report.reading import Report, StageReading, as_number, runs, text_from_blocks
 from prune_export.report.table import has_bound, number, speed_text, times, workload_text
 from prune_export.verify.results import Speed
 
@@ -96,7 +91,7 @@ def block_scores(axes: Axes, stage: StageReading, *, compact: bool = False) -> N
     name = str(stage.log.get("block_score_name") or "score")
     gone = set(stage.dropped)
     finite = [score for score in scores if math.isfinite(score)]
-    log = _spread(finite) > LOG_SPREAD
+    log = spread(finite) > LOG_SPREAD
     floor = (min(finite) / 1.6 if log else min(0.0, *finite)) if finite else 0.0
     for block, score in enumerate(scores):
         color = style.PRUNED if block in gone else style.DENSE
@@ -108,7 +103,7 @@ def block_scores(axes: Axes, stage: StageReading, *, compact: bool = False) -> N
             axes.plot([block], [floor], "x", color=color, markersize=5, clip_on=False)
     if log:
         axes.set_yscale("log")
-        _plain_log_ticks(axes)
+        plain_log_ticks(axes)
     if finite:
         high = max(finite)
         axes.set_ylim(floor, high * 1.6 if log else high + 0.12 * ((high - floor) or 1.0))
@@ -144,15 +139,23 @@ def loss_curve(axes: Axes, stage: StageReading) -> None:
                 color=style.HEALED,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2},
             )  # fmt: skip
+    least = floor(stage)
+    if least is not None and points:
+        axes.axhline(least, color=style.DENSE, linewidth=1.2, linestyle="--")
+        axes.annotate(
+            f"the teacher itself: {least:.2f}", (1.0, least), xytext=(-4, 3), ha="right",
+            xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8.5,
+            color=style.DENSE,
+        )  # fmt: skip
     axes.set_xlabel("training step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"{'loss' if distilled(stage) is None else 'divergence'} (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.margins(x=0.01, y=0.12)
     axes.grid(axis="y")
     count = len(stage.losses)
     note = f"{count} logged steps; line: running mean" if count > 1 else "one logged step"
     note += f"; {broken} losses were not numbers" if broken else ""
-    style.title(axes, f"Healing with {style.label(stage.name)}", note)
+    style.title(axes, f"Healing with {style.label(stage.name)}{stage.round_text}", note)
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
@@ -170,7 +173,7 @@ def quality(axes: Axes, report: Report, *, compact: bool = False) -> None:
     bars = [(name, found.value, color) for name, color in names
             if (found := report.perplexity(name)) is not None]  # fmt: skip
     finite = [value for _, value, _ in bars if math.isfinite(value) and value > 0]
-    log = _spread(finite) > LOG_SPREAD
+    log = spread(finite) > LOG_SPREAD
     floor = min(finite) / 1.5 if log else 0.0
     reach = max(finite, default=1.0)
     dense = report.perplexity("dense")
@@ -190,7 +193,7 @@ def quality(axes: Axes, report: Report, *, compact: bool = False) -> None:
     axes.set_ylim(len(bars) - 0.45, -0.55)
     if log:
         axes.set_xscale("log")
-        _plain_log_ticks(axes, horizontal=True)
+        plain_log_ticks(axes, horizontal=True)
     axes.set_xlim(floor, reach * (reach / floor) ** 0.3 if log else reach * 1.22)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
@@ -251,7 +254,7 @@ def search(axes: Axes, found: SearchReading) -> None:
     """Draws each candidate's validation perplexity, pruned and briefly healed; the best on top."""
     shown = [one for one in found.candidates if one.pruned is not None]
     values = [one for row in shown for one in (row.pruned, row.healed) if one is not None]
-    log = _spread(values) > LOG_SPREAD
+    log = spread(values) > LOG_SPREAD
     for place, one in enumerate(shown):
         color = style.HEALED if place == 0 else style.DENSE
         pruned, healed = as_number(one.pruned), as_number(one.healed)
@@ -272,7 +275,7 @@ def search(axes: Axes, found: SearchReading) -> None:
     axes.set_ylim(len(shown) - 0.45, -0.75)
     if log:
         axes.set_xscale("log")
-        _plain_log_ticks(axes, horizontal=True)
+        plain_log_ticks(axes, horizontal=True)
     axes.margins(x=0.12)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
@@ -311,7 +314,8 @@ def _blocks(blocks: object, most: int = 34) -> str:
     return f"{word} {text}" if len(text) <= most else f"{len(found)} {word}"
 
 
-def _spread(values: Sequence[float]) -> float:
+def spread(values: Sequence[float]) -> float:
+    """The factor between the largest and the smallest; 1 unless all of them are positive."""
     positive = [value for value in values if value > 0]
     return max(positive) / min(positive) if positive and len(positive) == len(values) else 1.0
 
@@ -320,7 +324,8 @@ def _stem(count: int) -> float:
     return min(2.4, 90 / count)
 
 
-def _plain_log_ticks(axes: Axes, *, horizontal: bool = False) -> None:
+def plain_log_ticks(axes: Axes, *, horizontal: bool = False) -> None:
+    """Writes the ticks of a log axis as plain numbers."""
     axis = axes.xaxis if horizontal else axes.yaxis
     axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
     axis.set_minor_formatter(NullFormatter())

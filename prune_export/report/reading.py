@@ -18,13 +18,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from prune_export.contracts import StageLog
 from prune_export.errors import CheckpointError, RecipeError
 from prune_export.recipe import document
+from prune_export.report.candidates import SearchReading
 from prune_export.report.door import (
     Count,
     Data,
     Layers,
     Log,
     Seconds,
-    Target,
     refuse_unbounded,
 )
 from prune_export.system.files import REPORT_BYTES, read_json_object
@@ -70,17 +70,28 @@ class Size:
 
 @dataclass(frozen=True)
 class StageReading:
-    """One stage as it ran; `log` is the method's or the healer's own account."""
+    """One stage as it ran; `log` is the method's or the healer's own account.
+
+    `data` names the data that it was given, empty where the report is older than the key.
+    """
 
     index: int
     kind: Literal["prune", "quantize", "heal"]
     name: str
     parameters: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
     id: str = ""
     seconds: Seconds | None = None
     parameters_after: Count | None = None
     bytes_after: Count | None = None
     log: Log = field(default_factory=StageLog)
+    round: tuple[int, int] | None = None
+    """Which round of how many it was, where prune and heal were repeated."""
+
+    @property
+    def round_text(self) -> str:
+        """Which round it was, in words after its name; empty where there was one."""
+        return f", round {self.round[0]} of {self.round[1]}" if self.round else ""
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -109,53 +120,6 @@ class StageReading:
             (int(row[0]), as_number(row[1]), as_number(row[2]) if len(row) > 2 else None)
             for row in self.log.get("loss") or ()
         ]
-
-
-@dataclass(frozen=True)
-class CandidateReading:
-    """One candidate of a search; numbers are None where it dropped out before."""
-
-    label: str
-    note: str = ""
-    parameters: int | None = None
-    parameters_left: float | None = None
-    speedup: float | None = None
-    pruned: float | None = None
-    healed: float | None = None
-    rungs: list[float] = field(default_factory=list)
-
-    @property
-    def perplexity(self) -> float | None:
-        """The perplexity that it is ranked by."""
-        return self.pruned if self.healed is None else self.healed
-
-
-@dataclass(frozen=True)
-class SearchReading:
-    """A search: its target, and its candidates, the best one first."""
-
-    target: Target
-    candidates: list[CandidateReading]
-    validation: str = ""
-    outside: int = 0
-
-    @property
-    def timed(self) -> list[CandidateReading]:
-        """The candidates of which both speed and quality were measured."""
-        return [
-            one for one in self.candidates if one.speedup is not None and one.perplexity is not None
-        ]
-
-    @property
-    def goal(self) -> str:
-        """The target, in words."""
-        if self.target.get("speedup"):
-            return f"{self.target['speedup']:g}x decoding on {self.target.get('engine')}"
-        if self.target.get("latency_ms"):
-            return f"{self.target['latency_ms']:g} ms a step on {self.target.get('engine')}"
-        if self.target.get("bytes"):
-            return f"{self.target['bytes']} of weights"
-        return f"{self.target.get('parameters') or 1:.0%} of the parameters"
 
 
 @dataclass(frozen=True)
@@ -191,6 +155,9 @@ class Report:
     verification: Verification | None = None
     machine: dict[str, Any] = field(default_factory=dict)
     command: str = ""
+    notes: list[str] = field(default_factory=list)
+    reference: str = ""
+    """The dense engine that a chosen one is compared with, such as `fp32 on onnx`."""
 
     @staticmethod
     def of(source: Report | Mapping[str, Any]) -> Report:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prune_export.notebook import html_table
 from prune_export.report.reading import Report, perplexity_change, text_from_blocks
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.units import text_from_bytes, text_from_count
@@ -51,6 +52,13 @@ def summary_rows(report: Report | Mapping[str, Any]) -> list[Row]:
         *_size_rows(report), *_quality_rows(report), *_speed_rows(report),
         *_sparsity_rows(report), *_check_rows(report),
     ]  # fmt: skip
+
+
+def summary_html(report: Report | Mapping[str, Any]) -> str:
+    """Writes the summary table as HTML, for a notebook."""
+    report = Report.of(report)
+    rows = [row.cells for row in summary_rows(report)]
+    return html_table(report.recipe.description or report.recipe.name, COLUMNS, rows)
 
 
 def where_to_look(report: Report | Mapping[str, Any]) -> list[tuple[str, str]]:

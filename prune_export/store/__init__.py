@@ -71,13 +71,17 @@ class Key:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete artifact: its files lie in `path`, `record` is what its builder noted."""
+    """A complete artifact: its files lie in `path`, `record` is what its builder noted.
+
+    `inputs` are those of its key, the ids of what it was made of among them.
+    """
 
     id: str
     path: Path
     record: Mapping[str, Any]
     seconds: float
     files: Mapping[str, str] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
 
 
 def canonical_json(value: Any) -> str:
@@ -140,6 +144,7 @@ class Store:
             manifest["record"],
             manifest["seconds"],
             {name: entry["sha256"] for name, entry in manifest["files"].items()},
+            tuple(manifest.get("inputs", ())),
         )
 
     def make(

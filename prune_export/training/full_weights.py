@@ -36,7 +36,7 @@ class Whole:
     """A model whose own weights are trained.
 
     `stored` has, by the name of a trained parameter, the stored weights that it is made of, and
-    `masks` where parameters stay zero.
+    `masks` are False where parameters stay zero.
     """
 
     model: torch.nn.Module
@@ -92,7 +92,7 @@ def whole_model(
         stored[name] = own
         parameter.requires_grad_()
         if not set(keep_zeros).isdisjoint(own):
-            masks[name] = parameter.detach() == 0
+            masks[name] = parameter.detach() != 0
     missed = asked - {one for own in stored.values() for one in own}
     if missed:
         raise StageError(

@@ -21,7 +21,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HEALING_WINDOWS, HealRecord, Work
 from prune_export.errors import StageError
 from prune_export.surgery import Edit, rewrite
-from prune_export.training.full_weights import Whole, trained_tensors, whole_model
+from prune_export.training.full_weights import Whole, trained_tensors
 from prune_export.training.layerdrop import left_out
 from prune_export.training.loop import (
     Run,
@@ -33,15 +33,19 @@ from prune_export.training.loop import (
 )
 from prune_export.training.memory import answers_to_keep, fit
 from prune_export.training.merge import merged
-from prune_export.training.model import Trainee, compute_dtype, plain, quiet, trainee
+from prune_export.training.model import compute_dtype, plain, quiet
 from prune_export.training.settings import Quantization, Settings, Training
+from prune_export.training.shared import Lesson, share_lesson, student_of
 from prune_export.training.state import State, write_whole
 from prune_export.training.targets import linear_weights, targets
-from prune_export.training.teacher import objective
+from prune_export.training.teacher import comparing, lessons
 from prune_export.training.zeros import kept_zeros, refuse_filled
 
 _RUN: Final = "run.json"
 _MOST_HELD_OUT: Final = 8
+
+_MEASURED_SHARE: Final = 0.8
+"""Of the memory that a teacher may take to be measured; a larger one would be read each time."""
 
 _EXACT_NATS: Final = {torch.float32: 0.002, torch.bfloat16: 0.03}
 """How far the loss of what was written may be from that of what was trained, by compute dtype."""
@@ -83,13 +87,36 @@ def heal(
         counted, kept_back = tokens.counted[: len(windows)], tokens.counted[len(windows) :]
 
     with own_randomness(run.threads), quiet():
-        goal = objective(settings.distill, run.kept, work, run.device, run.dtype)
-        student = _student(settings, quantization, source, names, run, zeros)
+        answers, teacher = lessons(settings.distill, run.kept, work)
+        lesson = Lesson(
+            settings,
+            quantization,
+            checkpoint,
+            names,
+            zeros,
+            run,
+            windows,
+            counted,
+            answers,
+            teacher,
+            work.teacher.blocks if work.teacher else None,
+        )
+        share_lesson(work, lesson)
+        goal = lesson.goal
+        student = student_of(settings, quantization, source, names, run, zeros)
         state = State.load(work.scratch, key)
         if "before" not in state.held_out:
             before = held_out_loss(student.model, held_out, 1, run.device, kept_back)
             state = dataclasses.replace(state, held_out={"before": before})
-        with left_out(student.model, student.blocks(arch), settings.layerdrop):
+        with (
+            left_out(
+                student.model,
+                student.blocks(arch),
+                settings.layerdrop,
+                in_tuple=arch.table.tuple_blocks,
+            ),
+            comparing(goal, student.blocks(arch), arch, settings, lesson.dense, run.device) as goal,
+        ):
             state = train(
                 student,
                 windows,
@@ -101,7 +128,7 @@ def heal(
                 counted=counted,
                 objective=goal,
             )
-        del goal
+        del goal, lesson
         losses = dict(state.held_out)
         losses["trained"] = held_out_loss(student.model, held_out, 1, run.device, kept_back)
         refuse_diverged(losses["trained"], settings.steps, settings)  # by the last step of all
@@ -125,10 +152,15 @@ def heal(
         gc.collect()
         result = plain(out, source.nbytes, work.machine, work.scratch)
         losses["merged"] = held_out_loss(result, held_out, 1, run.device, kept_back)
+        del result
+        if work.teacher is not None and (floor := _teachers(work, held_out, kept_back, run)):
+            losses["teacher"] = floor
     _refuse_mismatch(losses, run, quantization, source)
     return HealRecord(
         steps=settings.steps,
-        trained_tokens=trained_tokens(windows, counted, settings),
+        trained_tokens=state.tokens
+        if settings.distill and settings.distill.on_policy
+        else trained_tokens(windows, counted, settings),
         seconds=state.seconds + time.monotonic() - began,
         log={
             "loss": [list(row) for row in state.losses],
@@ -150,35 +182,6 @@ def _trained(settings: Training, arch: Arch) -> tuple[Tensor, ...]:
     return trained_tensors(arch, getattr(settings, "train_embeddings", False))
 
 
-def _student(
-    settings: Training,
-    quantization: Quantization | None,
-    source: Checkpoint,
-    names: list[str],
-    run: Run,
-    zeros: Mapping[str, int],
-) -> Trainee | Whole:
-    if not isinstance(settings, Settings):
-        return whole_model(
-            source,
-            names,
-            device=run.device,
-            dtype=run.dtype,
-            gradient_checkpointing=run.gradient_checkpointing,
-            keep_zeros=zeros,
-        )
-    return trainee(
-        source,
-        names,
-        settings,
-        quantization,
-        device=run.device,
-        dtype=run.dtype,
-        gradient_checkpointing=run.gradient_checkpointing,
-        keep_zeros=zeros,
-    )
-
-
 def _decided(
     settings: Training,
     quantization: Quantization | None,
@@ -188,7 +191,7 @@ def _decided(
     work: Work,
 ) -> tuple[Run, str]:
     """Decides what the settings leave open, as an earlier run of the same key did."""
-    samples = len(tokens.ids)
+    samples, machine = len(tokens.ids), work.machine.share(work.team.here)
     if samples < HEALING_WINDOWS:
         raise StageError(
             "healing data",
@@ -218,21 +221,21 @@ def _decided(
         opened = Checkpoint.open(work.teacher.path)
         teacher = opened.arch(ignore_keys=opened.full_config())
         kept = answers_to_keep(
-            arch, teacher, settings, quantization, work.machine, samples, tokens.length
+            arch, teacher, settings, quantization, machine, samples, tokens.length
         )
         beside = 0 if kept else teacher.parameters() * dtype.itemsize
     fitted = fit(
         arch,
         settings,
         quantization,
-        work.machine,
+        machine,
         length=tokens.length,
         item=dtype.itemsize,
         beside=beside,
     )
     run = Run(
-        device=work.machine.device,
-        threads=work.machine.threads,
+        device=machine.device,
+        threads=machine.threads,
         compute_dtype=str(dtype).removeprefix("torch."),
         micro_batch=fitted.micro_batch,
         gradient_checkpointing=fitted.gradient_checkpointing,
@@ -259,6 +262,19 @@ def _written(
         max_shard_bytes=max(by_file.values()),
         progress=work.progress,
     )
+
+
+def _teachers(
+    work: Work, held_out: torch.Tensor, counted: torch.Tensor | None, run: Run
+) -> float | None:
+    """The teacher's own held-out loss, below which its student hardly comes; None if too large."""
+    assert work.teacher is not None
+    opened, machine = Checkpoint.open(work.teacher.path), work.machine
+    room = machine.gpu_bytes if machine.device == "cuda" else machine.ram_bytes
+    if opened.nbytes > _MEASURED_SHARE * room:
+        return None
+    model = plain(opened.path, opened.nbytes, machine, work.scratch)
+    return held_out_loss(model, held_out, 1, run.device, counted)
 
 
 def _refuse_mismatch(

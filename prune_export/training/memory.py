@@ -10,7 +10,10 @@ from typing import Final
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import answer_bytes, answers_cost
 from prune_export.contracts import Cost
+from prune_export.errors import PlanError
 from prune_export.machine import Machine
+from prune_export.sampling import READ_BYTES_A_SECOND, STEP_SECONDS
+from prune_export.training.attention import makes_scores, score_bytes
 from prune_export.training.full_weights import trained_tensors
 from prune_export.training.settings import Quantization, Settings, Training
 from prune_export.training.targets import linear_weights, targets
@@ -110,8 +113,9 @@ def token_bytes(
 ) -> tuple[int, int]:
     """Activation bytes that a trained token holds: in one block, and in the logits.
 
-    A block keeps the inputs and outputs of its linear layers, float32 copies in its norms, and
-    for each adapter a float32 copy of its input, two with dropout, and of a 4-bit layer's output.
+    A block keeps the inputs and outputs of its linear layers, and float32 copies in its norms. An
+    adapter that computes in float32 keeps its input once more, twice with dropout, and a 4-bit
+    layer's output; in less, only a copy with dropout.
     """
     chosen = {tensor.name for tensor in _adapted(arch, settings)}
     copies = 2 if isinstance(settings, Settings) and settings.dropout else 1
@@ -124,8 +128,10 @@ def token_bytes(
                 kept += item * sum(shape)
                 if tensor.name in chosen and isinstance(settings, Settings):
                     # Input and output together are known, whichever is the first.
-                    kept += 4 * (copies * sum(shape) // 2 + settings.rank)
-                    kept += item * sum(shape) // 2 if quantization else 0
+                    half = sum(shape) // 2
+                    more = copies * half if item == 4 else (copies - 1) * half
+                    kept += item * (more + settings.rank)
+                    kept += item * half if quantization and item == 4 else 0
         heaviest = max(heaviest, kept)
     # The logits and their gradient, which takes the place of a teacher's.
     return heaviest, 2 * item * arch.sizes["vocab"]
@@ -139,13 +145,26 @@ def activation_bytes(
     item: int,
     tokens: int,
     checkpointing: bool,
+    scored: int = 0,
 ) -> int:
-    """The bytes of the activations of `tokens` trained at once."""
+    """The bytes of the activations of `tokens` trained at once.
+
+    `scored` is the length of windows whose attention scores are held, 0 where none are.
+    """
     block, logits = token_bytes(arch, settings, quantization, item)
+    block += score_bytes(_heads(arch), scored)
     blocks = arch.layers * block
     if checkpointing:
         blocks = block + arch.layers * item * arch.sizes["residual"]
     return int(_FRAGMENTS * tokens * (blocks + logits))
+
+
+def _heads(arch: Arch) -> int:
+    """The heads of the block that has the most."""
+    sizes = arch.sizes
+    return max(
+        sizes.get(f"kv.{layer}", 0) * sizes.get(f"group.{layer}", 1) for layer in range(arch.layers)
+    )
 
 
 @dataclass(frozen=True)
@@ -180,8 +199,15 @@ def fit(
     least = (settings.micro_batch or 1) * length
 
     def fits(tokens: int, checkpointing: bool) -> bool:
+        scored = length if makes_scores(machine.device, item, length) and not checkpointing else 0
         held = activation_bytes(
-            arch, settings, quantization, item=item, tokens=tokens, checkpointing=checkpointing
+            arch,
+            settings,
+            quantization,
+            item=item,
+            tokens=tokens,
+            checkpointing=checkpointing,
+            scored=scored,
         )
         return held <= room
 
@@ -219,6 +245,7 @@ def cost(
     planned = machine or Machine("cpu", 1 << 62, 0, 1)
     item = compute_dtype(settings.compute_dtype, planned).itemsize
     found = fit(arch, settings, quantization, planned, length=length, item=item, beside=beside)
+    scored = length if makes_scores(planned.device, item, length) else 0
     stored_item = _ITEM_BYTES.get(str(arch.config.get("dtype")), 4)
     stored = size.stored * stored_item
     working = (
@@ -233,14 +260,17 @@ def cost(
             item=item,
             tokens=found.micro_batch * length,
             checkpointing=found.gradient_checkpointing,
+            scored=0 if found.gradient_checkpointing else scored,
         )
     )
     # What was written is loaded plain, and measured a window at a time.
-    measured = stored + length * arch.sizes["vocab"] * 2 * stored_item
+    measured = length * arch.sizes["vocab"] * 2 * stored_item
+    on_gpu = planned.device == "cuda"
+    # A GPU that it does not fit has a part of it (`model.plain`).
+    measured += min(stored, int(0.8 * planned.gpu_bytes)) if on_gpu else stored
     # Weights that are computed with as they are stored are the mapped file itself.
     as_stored = quantization is None and item == stored_item and not size.whole
     mapped = 0 if as_stored else min(stored, _MAPPED_BYTES)
-    on_gpu = planned.device == "cuda"
     host = mapped + 12 * size.largest if on_gpu else max(mapped + working, measured)
     trained = settings.steps * settings.batch * length
     return Cost(
@@ -291,7 +321,7 @@ def answers_to_keep(
 
     how = settings.distill
     assert how is not None
-    if how.cache == "live":
+    if how.cache == "live" or how.needs_live:
         return None
     if how.cache != "auto":
         return min(int(how.cache), teacher.sizes["vocab"])
@@ -320,13 +350,35 @@ def taught_cost(
     kept = answers_to_keep(arch, teacher, settings, quantization, machine, samples, length)
     item = compute_dtype(settings.compute_dtype, machine).itemsize
     beside = 0 if kept else teacher.parameters() * item
+    how = settings.distill
+    assert how is not None
+    if how.hidden is not None:
+        pairs = 1 if how.hidden.by == "last_2" else arch.layers
+        beside += 4 * pairs * length * (arch.sizes["residual"] + teacher.sizes["residual"])
+    if how.on_policy and how.new_tokens >= length:
+        raise PlanError(
+            "objective.distill.new_tokens",
+            f"is {how.new_tokens}, and windows have {length} tokens, which begin with a prompt",
+            "write fewer, or a larger `length`",
+        )
     own = cost(arch, settings, quantization, machine, length=length, beside=beside)
     if kept is None:
         each = 2.0 * (teacher.block_parameters() + teacher.head_parameters())
         each += 2.0 * teacher.layers * length * teacher.sizes["residual"]
         trained = settings.steps * settings.batch * length
         note = f"teacher beside it ({text_from_bytes(beside)})"
-        return dataclasses.replace(own, flops=own.flops + trained * each), note
+        flops, seconds = own.flops + trained * each, own.seconds
+        if how.on_policy:
+            share = how.on_policy * settings.steps * settings.batch
+            size = Size.of(arch, settings)
+            flops += share * length * 2.0 * (size.linear + size.head)
+            rows = settings.micro_batch or 1
+            read = 0.0 if machine.device == "cuda" else size.stored * item / READ_BYTES_A_SECOND
+            step = read + STEP_SECONDS * arch.layers
+            seconds += share / rows * how.new_tokens * step
+            note += f"; {how.on_policy:.0%} of steps on-policy, {how.new_tokens} tokens"
+        note += f"; hidden states {how.hidden.by}" if how.hidden else ""
+        return dataclasses.replace(own, flops=flops, seconds=seconds), note
     made = answers_cost(teacher, samples, length, kept, machine)
     each_bytes = answer_bytes(teacher.sizes["vocab"], kept)
     note = f"teacher's answers kept: {kept} tokens, {each_bytes} bytes a position"

@@ -18,6 +18,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_model
 from prune_export.errors import MissingExtra, StageError
 from prune_export.machine import Machine
+from prune_export.training.low_rank import compute_in_own_dtype
 from prune_export.training.masked import Base, mask
 from prune_export.training.settings import Quantization, Settings
 from prune_export.training.zeros import Packed
@@ -138,6 +139,9 @@ def trainee(
             f"got no adapter from peft ({len(missed)} of {len(modules)} targets did not)",
             "report this with the model's config.json",
         )
+    if dtype != torch.float32:
+        for module in carriers.values():
+            compute_in_own_dtype(module, _ADAPTER)
     for name in keep_zeros:
         if name in carriers:
             layer = carriers[name].get_base_layer()
@@ -193,11 +197,7 @@ def plain(path: Path, nbytes: int, machine: Machine, scratch: Path) -> torch.nn.
 
 
 def compute_dtype(asked: str, machine: Machine) -> torch.dtype:
-    """Chooses the dtype to compute in; `auto` is bfloat16 where the hardware multiplies it.
-
-    Measured on a CPU with AMX: a product of [1024, 576] and [576, 1536] runs 3.7 times as fast in
-    bfloat16 as in float32.
-    """
+    """Chooses the dtype to compute in; `auto` is bfloat16 where the hardware multiplies it."""
     if asked != "auto":
         return torch.float32 if asked == "float32" else torch.bfloat16
     return native_dtype(machine)

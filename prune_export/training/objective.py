@@ -14,6 +14,34 @@ NEXT_TOKEN: Final = "next_token"
 Cache = Literal["auto", "live"] | Annotated[int, Field(ge=1)]
 
 
+class Hidden(Frozen):
+    """Hidden states of the student are brought to its teacher's too, block by block."""
+
+    weight: Annotated[
+        float,
+        Field(gt=0, allow_inf_nan=False, description="What it is multiplied by and added with."),
+    ] = 1.0
+    by: Annotated[
+        Literal["surviving", "last_2"],
+        Field(
+            description="Which states are compared. `surviving`: what leaves each block of the "
+            "student with what leaves the same block of the model that the recipe starts from. "
+            "`last_2`: what leaves the last block but one of each."
+        ),
+    ] = "surviving"
+    loss: Annotated[
+        Literal["mse", "cosine"],
+        Field(
+            description="`mse`: the squared distance of a token's states over the teacher's square."
+            " `cosine`: 1 less the cosine of the angle between them."
+        ),
+    ] = "mse"
+
+
+_NEW_TOKENS: Final = 128
+_SAMPLING_TEMPERATURE: Final = 0.9
+
+
 class Distill(Frozen):
     """White-box distillation: the student's next-token distribution is brought to its teacher's."""
 
@@ -62,6 +90,65 @@ class Distill(Frozen):
             "others have together. `auto` takes what costs less, 128 tokens if it keeps any."
         ),
     ] = "auto"
+    # Keys of later versions are left out where they have their defaults: as in `Training`.
+    on_policy: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="Share of the steps in which the student learns from what it says itself: "
+            "it goes on with the windows' beginnings, and its teacher judges each token.",
+            exclude_if=lambda value: value == 0,
+        ),
+    ] = 0.0
+    new_tokens: Annotated[
+        int,
+        Field(
+            gt=0,
+            description="Of `on_policy`: tokens that the student says, at most; they take the "
+            "place of a window's last ones.",
+            exclude_if=lambda value: value == _NEW_TOKENS,
+        ),
+    ] = _NEW_TOKENS
+    sampling_temperature: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=10,
+            description="Of `on_policy`: that of the drawing alone; the loss has `temperature`.",
+            exclude_if=lambda value: value == _SAMPLING_TEMPERATURE,
+        ),
+    ] = _SAMPLING_TEMPERATURE
+    hidden: Annotated[
+        Hidden | None,
+        Field(
+            description="Compare hidden states too; null does not.",
+            exclude_if=lambda value: value is None,
+        ),
+    ] = None
+
+    def model_post_init(self, context: Any) -> None:
+        del context
+        if isinstance(self.cache, int) and self.on_policy:
+            raise ValueError(
+                f"`cache: {self.cache}` keeps what the teacher says to the data, and `on_policy` "
+                "asks it about what the student says: write `cache: live`"
+            )
+        if isinstance(self.cache, int) and self.hidden:
+            raise ValueError(
+                f"`cache: {self.cache}` keeps no hidden states, which `hidden` compares: write "
+                "`cache: live`"
+            )
+        if self.hidden and self.hidden.by == "surviving" and self.teacher:
+            raise ValueError(
+                "blocks survive of the model that the recipe starts from, and another `teacher` is "
+                "named: write `hidden: {by: last_2}`"
+            )
+
+    @property
+    def needs_live(self) -> bool:
+        """Whether the teacher has to run beside the student."""
+        return bool(self.on_policy) or self.hidden is not None
 
 
 class Distilled(Frozen):

@@ -65,7 +65,8 @@ class Training:
         Literal["auto", "float32", "bfloat16"],
         Field(
             description="What the model computes in; what is trained is float32 always. `auto` is "
-            "bfloat16 where the hardware has it (CUDA, or a CPU with AMX), else float32."
+            "bfloat16 where the hardware has it (CUDA, or a CPU with AMX or AVX512-BF16), else "
+            "float32."
         ),
     ] = "auto"
     keep_zeros: Annotated[

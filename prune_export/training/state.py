@@ -27,7 +27,7 @@ class State:
 
     `tensors` holds `<parameter>`, and `<parameter>|mean` and `|square` (AdamW's moments) once a
     step was taken. `losses` are [step, loss, learning rate]; `held_out` the losses measured so
-    far; `seconds` the time spent, over all the runs that it took.
+    far; `seconds` the time spent, over all the runs that it took; `tokens` those that counted.
     """
 
     step: int = 0
@@ -35,6 +35,7 @@ class State:
     losses: tuple[tuple[int, float, float], ...] = ()
     held_out: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    tokens: int = 0
 
     def save(self, scratch: Path, key: str) -> None:
         """Saves it over the last save, atomically."""

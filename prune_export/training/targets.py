@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Final
 
 from prune_export.arch import Arch, Tensor
+from prune_export.arch.roles import is_expert as is_expert_role
 from prune_export.errors import PlanError, did_you_mean
 
 _ROUTER: Final = "router"
-_EXPERT: Final = "expert"
 _FFN_AXES: Final = frozenset({"mlp", "moe"})
 
 
@@ -23,7 +23,7 @@ def linear_weights(arch: Arch) -> tuple[Tensor, ...]:
 
 def is_expert(tensor: Tensor) -> bool:
     """Whether a weight is one expert's of a mixture; transformers stacks those of a block."""
-    return tensor.role.partition(".")[0] == _EXPERT
+    return is_expert_role(tensor.role)
 
 
 def targets(which: str | tuple[str, ...], arch: Arch) -> tuple[Tensor, ...]:
@@ -54,7 +54,7 @@ def targets(which: str | tuple[str, ...], arch: Arch) -> tuple[Tensor, ...]:
             f"write roles it has: [{', '.join(roles)}]",
         )
     if any(is_expert(tensor) for tensor in chosen):
-        rest = [role for role in roles if not role.startswith(_EXPERT)]
+        rest = [role for role in roles if not is_expert_role(role)]
         raise PlanError(
             "targets",
             f"`{which if isinstance(which, str) else ', '.join(which)}` takes in the experts of "

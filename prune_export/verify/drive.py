@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import torch
 
 from prune_export.contracts import LimitsBatch, Runner
 from prune_export.errors import VerifyError
+from prune_export.sampling import Dice, Sampling, picked
 
 CHUNK: Final = 256
 """Tokens that are scored at once: bounds the logits' memory at 256 x vocabulary x 4 bytes."""
@@ -83,6 +83,8 @@ def _returns_all(runner: Runner, ids: np.ndarray) -> bool:
 
 def _losses(logits: np.ndarray, targets: np.ndarray, marks: np.ndarray | None) -> np.ndarray:
     """Sums cross-entropy, float64 `[batch]`, of logits `[batch, new, vocab]`, where marked."""
+    import torch  # engines that are only timed do without it
+
     flat = torch.from_numpy(logits).flatten(0, 1)
     wanted = torch.from_numpy(np.ascontiguousarray(targets)).flatten()
     loss = torch.nn.functional.cross_entropy(flat, wanted, reduction="none")
@@ -139,6 +141,65 @@ def continuations(
     return [
         text[len(prompt) : len(prompt) + new] for text, prompt in zip(texts, prompts, strict=True)
     ]
+
+
+def drawn(
+    runner: Runner,
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    advance: Callable[[int], None],
+    *,
+    how: Sampling,
+    seeds: Sequence[int],
+    ends: Collection[int] = (),
+) -> list[list[int]]:
+    """Draws up to `new` tokens after each prompt, as many at once as the engine takes.
+
+    A text ends with the first of `ends`, which is its last token then. Each has a seed of its own.
+    """
+    if not prompts or not all(prompts):
+        raise VerifyError("sampling", "got an empty prompt", "give each prompt at least one token")
+    rows, texts = _at_once(runner, len(prompts)), []
+    for first in range(0, len(prompts), rows):
+        part = slice(first, first + rows)
+        texts += _drawn_together(runner, prompts[part], new, advance, how, seeds[part], ends)
+    return texts
+
+
+def _drawn_together(
+    runner: Runner,
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    advance: Callable[[int], None],
+    how: Sampling,
+    seeds: Sequence[int],
+    ends: Collection[int],
+) -> list[list[int]]:
+    """Draws texts in one batch without padding, as `continuations` has it."""
+    import torch
+
+    dice, texts = Dice(seeds), [list(prompt) for prompt in prompts]
+    wanted = [len(prompt) + new for prompt in prompts]
+    position = min(map(len, prompts))
+    runner.reset()
+    logits, _ = runner.step(np.array([text[:position] for text in texts], dtype=np.int64))
+    while True:
+        ready = [row for row, text in enumerate(texts) if len(text) == position < wanted[row]]
+        if ready:
+            own = torch.from_numpy(np.ascontiguousarray(logits[ready, -1]))
+            for row, token in zip(ready, picked(own, dice.roll(ready), how).tolist(), strict=True):
+                texts[row].append(token)
+                if token in ends:
+                    wanted[row] = len(texts[row])
+        position += 1
+        if all(position >= length for length in wanted):
+            break
+        # What has ended is fed its last token on, which nobody reads.
+        fed = [[text[min(position, len(text)) - 1]] for text in texts]
+        logits, _ = runner.step(np.array(fed, dtype=np.int64))
+        advance(len(texts))
+    runner.reset()
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 @dataclass(frozen=True)

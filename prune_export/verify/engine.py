@@ -16,7 +16,6 @@ from prune_export.errors import CheckpointError, UnsupportedArch, VerifyError
 from prune_export.exporter_facts import ExporterFacts, calibrates
 from prune_export.machine import Machine
 from prune_export.system.files import open_regular
-from prune_export.verify.pytorch import PyTorch
 
 PYTORCH: Final = "pytorch"
 """The name under which a checkpoint itself is an engine: transformers in eager mode."""
@@ -84,7 +83,11 @@ class Engine:
 
     @property
     def _kind(self) -> Any:
-        return PyTorch if self.exporter == PYTORCH else registry.find("exporters", self.exporter)
+        if self.exporter != PYTORCH:
+            return registry.find("exporters", self.exporter)
+        from prune_export.verify.pytorch import PyTorch  # torch with it
+
+        return PyTorch
 
     @property
     def _entry(self) -> Any:

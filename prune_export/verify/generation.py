@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from prune_export.calibrate import Tokenizer, refuse_unknown_tokens
 from prune_export.checkpoint.loading import load_ends, load_tokenizer
+from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
+from prune_export.system.bounded import SECONDS, TookTooMuch, bounded
 from prune_export.verify.engine import Engine
 from prune_export.verify.results import Generation
 from prune_export.verify.session import Session
@@ -41,6 +42,10 @@ _GRAM: Final = 4
 _REPETITIVE: Final = 0.5
 _LOOP_PERIOD: Final = 3
 _LOOP_TOKENS: Final = 24
+
+
+class EndlessTemplate(PlanError):
+    """A chat template that does not come to an end."""
 
 
 def measure_generation(
@@ -79,9 +84,16 @@ def refuse_unknown_prompts(tokenizer: Path, vocabulary: int) -> None:
     Raises:
         PlanError: a token was added, and the embedding not resized.
     """
+    from prune_export.calibrate import Tokenizer, largest_id
+
     try:
+        last = largest_id(tokenizer)
+        if last is not None and last < vocabulary:
+            return
         backend = Tokenizer.load(tokenizer).backend
         fed = [_encoded(backend, prompt) for prompt in PROMPTS]
+    except EndlessTemplate:
+        raise
     except Exception:
         # Not about ids: whatever is wrong with it, those who need it say so.
         return
@@ -89,6 +101,8 @@ def refuse_unknown_prompts(tokenizer: Path, vocabulary: int) -> None:
 
 
 def _refuse_unknown(backend: Any, fed: Sequence[Sequence[int]], vocabulary: int) -> None:
+    from prune_export.calibrate import refuse_unknown_tokens
+
     every = np.array([token for prompt in fed for token in prompt], np.int64)
     refuse_unknown_tokens(backend, every, vocabulary, "verify.generation  prompts")
 
@@ -115,6 +129,7 @@ def judge(
         examples=[
             {"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)
         ],
+        distinct=[distinct_share(tokens, length) for length in (1, 2, 3)],
     )
 
 
@@ -124,6 +139,16 @@ def repeated_share(tokens: Sequence[int]) -> float:
     if len(tokens) < 2 * _GRAM:
         return 0.0
     return 1 - len(set(grams)) / len(grams)
+
+
+def distinct_share(texts: Sequence[Sequence[int]], length: int) -> float:
+    """The share of different ones among all runs of `length` tokens of texts; 0 without any.
+
+    Source: Li et al., A Diversity-Promoting Objective Function (1510.03055), section 5.3
+    (distinct-1 and distinct-2).
+    """
+    runs = [tuple(one[at : at + length]) for one in texts for at in range(len(one) - length + 1)]
+    return len(set(runs)) / len(runs) if runs else 0.0
 
 
 def is_broken(tokens: Sequence[int], text: str) -> bool:
@@ -159,7 +184,17 @@ def _encoded(tokenizer: Any, prompt: str) -> list[int]:
     if not named or (isinstance(named, dict) and "default" not in named):
         return [int(token) for token in tokenizer(prompt)["input_ids"]]
     turns = [{"role": "user", "content": prompt}]
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    try:
+        with bounded():
+            ids = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_dict=False
+            )
+    except TookTooMuch:
+        raise EndlessTemplate(
+            "verify.generation  prompts",
+            f"the chat template did not end within {SECONDS:g} s, or filled the memory",
+            "use this model's own template, or write `verify: {generation: false}`",
+        ) from None
     return [int(token) for token in ids]
 
 

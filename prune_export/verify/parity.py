@@ -9,6 +9,7 @@ import numpy as np
 
 from prune_export.errors import VerifyError
 from prune_export.machine import Machine
+from prune_export.numeric.logits import largest_error, mean_kl
 from prune_export.progress import Progress, Silent
 from prune_export.verify.engine import Engine
 from prune_export.verify.results import Parity
@@ -159,9 +160,8 @@ def deviation(expected: np.ndarray, got: np.ndarray) -> tuple[float, float]:
                 "the engine returned logits that are not finite",
                 "export in fp32, or bf16 where fp16 overflows",
             )
-        errors.append(float(np.abs(wanted_window - got_window).max()))
-        p, q = _log_softmax(wanted_window), _log_softmax(got_window)
-        divergences.append(float((np.exp(p) * (p - q)).sum(axis=-1).mean()))
+        errors.append(largest_error(wanted_window, got_window))
+        divergences.append(mean_kl(wanted_window, got_window))
     return max(errors), float(np.mean(divergences))
 
 
@@ -178,13 +178,6 @@ def greedy_agreement(
     gap = taught[rows, wanted] - taught[rows, got]
     differs = wanted != got
     return int((~differs).sum()), int((differs & (gap <= tied_within)).sum())
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    normal: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return normal
 
 
 def _precision(engine: Engine) -> str:

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prune_export.calibrate import TokenSet
 from prune_export.errors import VerifyError
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
 from prune_export.verify.engine import PYTORCH, Engine
-from prune_export.verify.pytorch import fits_in_memory
 from prune_export.verify.results import Perplexity
 from prune_export.verify.session import Session
-from prune_export.verify.streamed import streamed_losses
+
+if TYPE_CHECKING:
+    from prune_export.calibrate import TokenSet
 
 
 def measure_perplexity(
@@ -46,6 +47,9 @@ def measure_perplexity(
     Raises:
         VerifyError: there is no window of at least 2 tokens, or a loss is not finite.
     """
+    from prune_export.verify.pytorch import fits_in_memory
+    from prune_export.verify.streamed import streamed_losses
+
     ids = tokens.ids[:windows].numpy()
     counted = None if tokens.counted is None else tokens.counted[:windows].numpy()
     if not len(ids) or ids.shape[1] < 2:

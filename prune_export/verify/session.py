@@ -9,11 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
@@ -23,6 +22,7 @@ from prune_export import errors
 from prune_export.errors import PruneExportError, StageError, VerifyError
 from prune_export.machine import Machine
 from prune_export.progress import Task
+from prune_export.sampling import Sampling
 from prune_export.system.platforms import resume, suspend
 from prune_export.system.temporary import Temporary
 from prune_export.verify.engine import Engine
@@ -72,13 +72,7 @@ class Session:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        del kind, error, trace
+    def __exit__(self, *raised: object) -> None:
         self._end()
 
     def release(self) -> None:
@@ -139,6 +133,26 @@ class Session:
         listed = [list(prompt) for prompt in prompts]
         self._refuse_unknown(np.array([token for prompt in listed for token in prompt]))
         said = self._ask("continuations", {"prompts": listed, "new": new}, task)
+        return [[int(token) for token in tokens] for tokens in said]
+
+    def drawn(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new: int,
+        *,
+        how: Sampling,
+        seeds: Sequence[int],
+        ends: Collection[int] = (),
+        task: Task | None = None,
+    ) -> list[list[int]]:
+        """`drive.drawn`; advances `task` by the number of texts at each step."""
+        listed = [list(prompt) for prompt in prompts]
+        self._refuse_unknown(np.array([token for prompt in listed for token in prompt]))
+        arguments = {
+            "prompts": listed, "new": new, "temperature": how.temperature, "top_p": how.top_p,
+            "seeds": list(seeds), "ends": sorted(ends),
+        }  # fmt: skip
+        said = self._ask("drawn", arguments, task)
         return [[int(token) for token in tokens] for tokens in said]
 
     def _ask(self, command: str, arguments: Mapping[str, Any], task: Task | None = None) -> Any:

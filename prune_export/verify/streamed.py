@@ -8,8 +8,7 @@ import numpy as np
 import psutil
 import torch
 
-from prune_export.calibrate.passes.cost import block_bytes
-from prune_export.calibrate.passes.statistics import compute_dtype
+from prune_export.calibrate.streaming.driver import block_bytes, compute_dtype
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine

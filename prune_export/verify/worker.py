@@ -23,6 +23,7 @@ import numpy as np
 from prune_export.contracts import PlacesNodes, Runner
 from prune_export.errors import PruneExportError
 from prune_export.machine import Machine
+from prune_export.sampling import Sampling
 from prune_export.verify import drive
 from prune_export.verify.engine import Engine
 
@@ -79,6 +80,20 @@ class Worker:
 
     def do_continuations(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         return drive.continuations(self._opened, prompts, new, self._advance)
+
+    def do_drawn(
+        self,
+        prompts: list[list[int]],
+        new: int,
+        temperature: float,
+        top_p: float,
+        seeds: list[int],
+        ends: list[int],
+    ) -> list[list[int]]:
+        how = Sampling(temperature, top_p)
+        return drive.drawn(
+            self._opened, prompts, new, self._advance, how=how, seeds=seeds, ends=frozenset(ends)
+        )
 
 
 def _load(file: str) -> np.ndarray:

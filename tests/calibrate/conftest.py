@@ -15,6 +15,7 @@ from prune_export.arch import Arch
 from prune_export.arch.table import table_for
 from prune_export.calibrate import TokenSet
 from prune_export.calibrate.passes import sequential
+from prune_export.calibrate.streaming import driver
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 
@@ -100,7 +101,7 @@ def twin(tmp_path: Path) -> Callable[..., Twin]:
 @pytest.fixture
 def small_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two windows at once, so that five make a ragged last batch."""
-    monkeypatch.setattr(sequential, "BATCH_TOKENS", {"cpu": 24})
+    monkeypatch.setattr(driver, "BATCH_TOKENS", {"cpu": 24})
 
 
 @pytest.fixture

@@ -112,6 +112,7 @@ def test_errors_as_json(cli: Any) -> None:
     assert json.loads(shown)["error"]["kind"] == "RecipeError"
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_plan_run_and_store(cli: Any, tiny_llama: Path, recipe: Path, tmp_path: Path) -> None:
     out, store = tmp_path / "out", tmp_path / "store"
     where = ("--model", tiny_llama, "--store", store, "--threads", 1)
@@ -140,6 +141,7 @@ def test_plan_run_and_store(cli: Any, tiny_llama: Path, recipe: Path, tmp_path: 
     assert json.loads(cli("publish", out, "--repo", "a/b", "--dry-run", "--json")[1])
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_recipe_alone_never_publishes(
     cli: Any, tiny_llama: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +180,7 @@ def test_a_wrong_destination_is_refused_before_any_work(
     assert not (tmp_path / "out").exists() and not (tmp_path / "store").exists()
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_failed_gate_is_exit_1_and_keeps_the_result(
     cli: Any, tiny_llama: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -200,8 +203,9 @@ def test_a_failed_gate_is_exit_1_and_keeps_the_result(
 
 @pytest.mark.slow
 def test_killed_and_resumed_ends_in_the_same_bytes(
-    tiny_llama: Path, corpus: Path, tmp_path: Path
+    cli: Any, measured_here: None, tiny_llama: Path, corpus: Path, tmp_path: Path
 ) -> None:
+    """One is killed and goes on in processes of their own, and is held against one of this."""
     file = tmp_path / "r.yaml"
     file.write_text(
         "recipe: 1\n"
@@ -220,7 +224,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(
             "--out", str(tmp_path / place / "out"), "--threads", "1", "-q",
         ]  # fmt: skip
 
-    subprocess.run(command("whole"), check=True, capture_output=True)
+    assert cli(*command("whole")[3:])[0] == 0
     wanted = (tmp_path / "whole" / "out" / "model.safetensors").read_bytes()
     process = subprocess.Popen(command("killed"), start_new_session=True)
     scratch = tmp_path / "killed" / "store"

@@ -125,6 +125,7 @@ def nasty(name: str) -> str:
     return f"{name} [x] [bold \x1b[2J \r \u202e"
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_whole_run_with_names_that_would_act(
     tiny_llama: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

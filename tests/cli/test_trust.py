@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prune_export.cli.engines import _engines
 from prune_export.errors import CheckpointError
 from prune_export.machine import Machine
+from prune_export.opening import reported_engines
 from prune_export.store import Key, Store
 
 
@@ -33,9 +33,11 @@ def result(tmp_path: Path) -> Path:
 
 
 def test_a_strangers_engine_is_not_trusted_unasked(result: Path, tmp_path: Path) -> None:
-    trusted = {name: one.trusted for name, one in _engines(result, False, tmp_path / "s").items()}
+    trusted = {
+        name: one.trusted for name, one in reported_engines(result, False, tmp_path / "s").items()
+    }
     assert trusted == {"onnx": False, "tensorrt": False}
-    assert _engines(result, True, tmp_path / "s")["tensorrt"].trusted
+    assert reported_engines(result, True, tmp_path / "s")["tensorrt"].trusted
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_a_report_names_engines_beside_itself_only(result: Path, key: str, name:
     report["exports"][0][key] = name
     (result / "report.json").write_text(json.dumps(report), encoding="utf-8")
     with pytest.raises(CheckpointError, match=f"exports.0.{key}\n"):
-        _engines(result, False, result.parent / "s")
+        reported_engines(result, False, result.parent / "s")
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda place: place.symlink_to("/dev/zero")])
@@ -57,7 +59,7 @@ def test_an_engine_with_a_pipe_or_a_device_in_it_is_not_opened(
     result: Path, make: Callable[[Path], None]
 ) -> None:
     make(result / "onnx" / "model.onnx")
-    engine = _engines(result, False, result.parent / "s")["onnx"]
+    engine = reported_engines(result, False, result.parent / "s")["onnx"]
     with pytest.raises(CheckpointError, match=r"is a (pipe|device)"):
         engine.open(Machine.detect(device="cpu", threads=1))
 
@@ -82,4 +84,4 @@ def test_what_the_store_made_is_trusted(result: Path, tmp_path: Path) -> None:
         return {}
 
     Store(tmp_path / "s").make(Key("export", "tensorrt", "1", {}), build)
-    assert _engines(result, False, tmp_path / "s")["tensorrt"].trusted
+    assert reported_engines(result, False, tmp_path / "s")["tensorrt"].trusted

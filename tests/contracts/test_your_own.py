@@ -25,6 +25,8 @@ from prune_export.errors import PlanError, StageError
 from tests.contracts import test_methods as contracts
 from tests.contracts.made import plain_view
 
+pytestmark = pytest.mark.usefixtures("measured_here")
+
 TEXT = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"<!-- example:begin (\S+) -->\n```python\n(.*?)```", TEXT, re.S))
 DATA = "data:\n  calibration: {files: [calibration.txt], samples: 4, length: 32}\n"
@@ -231,8 +233,8 @@ class Faulty(plugins.WidthMethod):
     VERSION: ClassVar[str] = "1"
 
 
-class Misshapen(Faulty):
-    WATCHES = True
+class Ones:
+    """A scorer that gives three scores, of whatever it scores."""
 
     def watch(self, site: Any, units: int, width: int, device: str) -> plugins.InputNorms:
         return plugins.InputNorms(width, device)
@@ -241,21 +243,29 @@ class Misshapen(Faulty):
         return torch.ones(3)
 
 
-class Missing(Misshapen):
+class NotNumbers(Ones):
     def score(self, site: Any, weights: Any, units: int, seen: Any) -> torch.Tensor:
         return torch.full((units,), float("nan"))
 
 
+class Misshapen(Faulty):
+    scorer = Ones()
+
+
+class Missing(Faulty):
+    scorer = NotNumbers()
+
+
 class Undefined(Faulty):
-    WATCHES = True
+    scorer = "mine"
 
 
 @pytest.mark.parametrize("compensate", [False, "auto"])
 @pytest.mark.parametrize(
     ("kind", "fault"),
     [
-        (Faulty, "has no scores, neither of weights nor of states"),
-        (Undefined, "`WATCHES` says that scores come from states"),
+        (Faulty, "defines no `scorer`"),
+        (Undefined, "gives as `scorer` a str without such methods"),
         (Misshapen, r"got scores \[3\], 0 of them NaN, expected \[64\]"),
         (Missing, r"got scores \[64\], 64 of them NaN"),
     ],
@@ -264,7 +274,7 @@ def test_a_width_method_without_proper_scores_is_told(
     kind: Any, fault: str, compensate: Any, tiny_llama: Path, tmp_path: Path
 ) -> None:
     method = kind(ffn=0.5, multiple_of=8, compensate=compensate)
-    with pytest.raises(StageError, match=fault):
+    with pytest.raises((PlanError, StageError), match=fault):
         method.decide(plain_view(Checkpoint.open(tiny_llama), tmp_path))
 
 

@@ -16,16 +16,21 @@ from prune_export.errors import PlanError, RecipeError
 from prune_export.execution import Options, plan, run
 from prune_export.execution.context import RunContext
 from prune_export.execution.inputs import base_from_directory
-from prune_export.execution.stages import run_heal
+from prune_export.execution.stages import run_heal, run_stage, survivors
 from prune_export.heal.full import Full
 from prune_export.machine import Machine
+from prune_export.methods.depth.deepest import Deepest
+from prune_export.methods.depth.every_other import EveryOther
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe, Stage
 from prune_export.recipe.stages import checker
 from prune_export.store import Store
 from prune_export.surgery import Drop, rewrite
+from prune_export.training.objective import Distill, Distilled, Hidden
 from tests.execution.test_run import hashes
 from tests.heal.conftest import windows
+
+pytestmark = pytest.mark.usefixtures("measured_here")
 
 RECIPE = """\
 recipe: 1
@@ -207,3 +212,34 @@ def test_candidates_of_a_search_share_a_teachers_answers(
         .isfinite()
         .all()
     )
+
+
+def test_the_blocks_that_survived_are_known_through_several_stages(
+    tiny_llama: Path, options: Options
+) -> None:
+    context = RunContext(Store(options.store), options.machine, Silent())
+    base = base_from_directory(context, str(tiny_llama), tiny_llama, None)
+    first = run_stage(
+        context, Stage("prune", "deepest", Deepest(remove=1), ""), base.path, base.id, None
+    )
+    second = run_stage(
+        context, Stage("prune", "every_other", EveryOther(remove=2), ""), first.path, first.id, None
+    )
+    kept = [block for block in range(6) if block not in first.record["log"]["dropped"]]
+    kept = [kept[place] for place in second.record["log"]["kept"]]
+    assert len(kept) == 3
+    assert survivors(context, second.id, base) == tuple(kept)
+    assert survivors(context, base.id, base) == (0, 1, 2, 3, 4, 5)
+    other = replace(base, id="model-other")
+    assert survivors(context, second.id, other) is None
+    healer = Full(
+        steps=2, batch=2, compute_dtype="float32",
+        objective=Distilled(distill=Distill(hidden=Hidden())),
+    )  # fmt: skip
+    tokens = windows(samples=8, length=16)
+    data = replace(first, id="data"), tokens
+    healed = run_stage(context, Stage("heal", "full", healer, "healing"), second.path, second.id,
+                       data, base)  # fmt: skip
+    losses = healed.record["log"]["held_out"]["loss"]
+    assert losses.keys() == {"before", "trained", "merged", "teacher"}
+    assert survivors(context, healed.id, base) == tuple(kept)

@@ -78,6 +78,7 @@ def test_a_whole_run(tiny_llama: Path, corpus: Path, options: Options) -> None:
     assert hashes(again.out, *STABLE) == hashes(out, *STABLE)
 
 
+@pytest.mark.usefixtures("measured_here")
 @pytest.mark.slow
 def test_another_store_ends_in_the_same_bytes(
     tiny_llama: Path, corpus: Path, options: Options
@@ -89,6 +90,7 @@ def test_another_store_ends_in_the_same_bytes(
     assert hashes(run(recipe, str(tiny_llama), fresh).out, *STABLE) == hashes(first.out, *STABLE)
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_one_run_at_a_time_puts_a_result_together(
     tiny_llama: Path, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +110,7 @@ def test_one_run_at_a_time_puts_a_result_together(
     assert {path.name for path in options.out.parent.iterdir()} == {"out", "store"}
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_evaluation_text_is_not_trained_on(
     tiny_llama: Path, tmp_path: Path, corpus: Path, options: Options
 ) -> None:
@@ -238,6 +241,7 @@ verify:
 """
 
 
+@pytest.mark.usefixtures("measured_here")
 @pytest.mark.slow
 def test_a_search_takes_the_best_candidate_and_tells_of_all(
     tiny_llama: Path, corpus: Path, options: Options
@@ -267,6 +271,7 @@ def test_a_search_takes_the_best_candidate_and_tells_of_all(
     assert hashes(again.out, *STABLE) == hashes(result.out, *STABLE)
 
 
+@pytest.mark.usefixtures("measured_here")
 @pytest.mark.slow
 def test_a_model_type_of_ours_goes_all_the_way(
     tiny_llama: Path, corpus: Path, options: Options
@@ -276,6 +281,7 @@ def test_a_model_type_of_ours_goes_all_the_way(
         "{method: angular_distance, remove: 2}",
         "{method: slicegpt, sparsity: 0.25, rotation: per_junction}",
     )
+    text = text[: text.index("verify:")]  # the run above times; here engines are right
     result = run(Recipe.parse(text, root=corpus), str(tiny_llama), options)
     said = json.loads((result.out / "config.json").read_text())
     assert (said["model_type"], said["hidden_size"]) == ("sliced_llama", 24)

@@ -25,6 +25,9 @@ verify: {parity: false, generation: false}
 """
 
 
+pytestmark = pytest.mark.usefixtures("measured_here")
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     (tmp_path / "recipes").mkdir()

@@ -30,6 +30,7 @@ verify:
 """
 
 
+@pytest.mark.usefixtures("measured_here")
 @pytest.mark.slow
 def test_a_sparse_engine_is_timed_against_dense_and_against_itself(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

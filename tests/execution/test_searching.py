@@ -19,17 +19,21 @@ from prune_export.execution import Options, executor, plan, run
 from prune_export.execution.context import RunContext
 from prune_export.execution.executor import Job
 from prune_export.execution.inputs import Base
-from prune_export.execution.search import _going_on, _Row, _rows, _shaped
+from prune_export.execution.search import Row, _going_on, rows_of
+from prune_export.execution.sizing import exporter_of, shaped_model
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe, Search, Template
 from prune_export.recipe.search import Candidate, Target, outside_of_blocks
 from prune_export.report import style
+from prune_export.report.candidates import CandidateReading, SearchReading
 from prune_export.report.pareto import frontier, pareto
-from prune_export.report.reading import CandidateReading, SearchReading
 from prune_export.store import Store
+from tests import measured_here
 from tests.arch.tiny_models import random_model
 from tests.execution.test_run import SEARCH, STABLE, hashes
+
+pytestmark = pytest.mark.usefixtures("measured_here")
 
 GRID = """\
       grid:
@@ -51,9 +55,9 @@ def options(tmp_path: Path) -> Options:
     return Options(tmp_path / "out", tmp_path / "store", Machine.detect(device="cpu", threads=1))
 
 
-def row(label: str, perplexity: float) -> _Row:
+def row(label: str, perplexity: float) -> Row:
     candidate = Candidate((), None, 0.0, label)  # type: ignore[arg-type]
-    return _Row(candidate, pruned=2 * perplexity, rungs=[perplexity])
+    return Row(candidate, pruned=2 * perplexity, rungs=[perplexity])
 
 
 def test_the_better_half_goes_on_and_what_is_too_close_to_tell() -> None:
@@ -87,14 +91,27 @@ def searched(text: str, model: Path, corpus: Path, options: Options) -> tuple[di
     return table, result.out
 
 
+@pytest.fixture(scope="module")
+def alone(
+    tiny_llama: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    """What the search finds without workers, and its result."""
+    folder = tmp_path_factory.mktemp("alone")
+    machine = Machine.detect(device="cpu", threads=1)
+    with pytest.MonkeyPatch.context() as patch:
+        measured_here.install(patch)
+        return searched(
+            SHORT, tiny_llama, corpus, Options(folder / "out", folder / "store", machine)
+        )
+
+
 @pytest.mark.slow
-def test_workers_change_nothing(tiny_llama: Path, corpus: Path, options: Options) -> None:
-    one, out = searched(SHORT, tiny_llama, corpus, options)
+def test_workers_change_nothing(
+    tiny_llama: Path, corpus: Path, options: Options, alone: tuple[dict[str, Any], Path]
+) -> None:
+    one, out = alone
     several = SHORT.replace("validation:", "workers: 2\n      validation:")
-    elsewhere = replace(
-        options, out=options.out.with_name("again"), store=options.store.with_name("s")
-    )
-    two, again = searched(several, tiny_llama, corpus, elsewhere)
+    two, again = searched(several, tiny_llama, corpus, options)
     assert two == one
     stable = [pattern for pattern in STABLE if pattern != "prune_recipe*"]
     assert hashes(again, *stable) == hashes(out, *stable)
@@ -102,16 +119,17 @@ def test_workers_change_nothing(tiny_llama: Path, corpus: Path, options: Options
 
 @pytest.mark.slow
 def test_ray_changes_nothing(
-    tiny_llama: Path, corpus: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path,
+    corpus: Path,
+    options: Options,
+    alone: tuple[dict[str, Any], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine starves them
-    one, _ = searched(SHORT, tiny_llama, corpus, options)
+    one, _ = alone
     on_ray = SHORT.replace("validation:", "executor: ray\n      workers: 2\n      validation:")
-    elsewhere = replace(
-        options, out=options.out.with_name("again"), store=options.store.with_name("s")
-    )
-    two, _ = searched(on_ray, tiny_llama, corpus, elsewhere)
+    two, _ = searched(on_ray, tiny_llama, corpus, options)
     assert two == one
 
 
@@ -223,7 +241,7 @@ def test_candidates_of_one_label_that_differ_in_another_key_all_compete(
     )
     base, opened = Base("tiny", None, tiny_llama, "tiny"), Checkpoint.open(tiny_llama)
     context = RunContext(Store(options.store), options.machine, Silent())
-    rows, _, _ = _rows(context, search, base, opened.arch(), opened.nbytes)
+    rows, _, _ = rows_of(context, search, base, opened.arch(), 0.9, exporter=exporter_of(search))
     assert [one.candidate.stages[0].entry.compensate for one in rows] == ["auto", False]
 
 
@@ -236,7 +254,7 @@ def test_a_model_of_other_shapes_has_blocks_of_the_kinds_that_are_left(
     for dropped, axis, size in (((2, 3, 4), "mlp", 8), ((0, 3), "kv", 1), ((0, 2), "expert", 2)):
         after = arch.without(dropped)
         after = after.with_sizes({one: size for one in after.sizes if one.startswith(f"{axis}.")})
-        shaped = Checkpoint.open(_shaped(context, base, arch, after).path)
+        shaped = Checkpoint.open(shaped_model(context, base, arch, after).path)
         assert {name: entry.shape for name, entry in shaped.entries.items()} == {
             tensor.name: after.shape(tensor) for tensor in after.stored()
         }

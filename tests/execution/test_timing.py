@@ -33,6 +33,9 @@ def weights(engine: Artifact) -> int:
     return int(engine.record["weight_bytes"])
 
 
+pytestmark = pytest.mark.usefixtures("measured_here")
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Artifact, Artifact]]:
     """Engines are as fast as they are small; what was compared is kept."""

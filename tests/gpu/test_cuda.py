@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from prune_export.calibrate import AngularDistance, BlockInfluence, TokenSet, gather
+from prune_export.calibrate import (
+    AngularDistance,
+    BlockInfluence,
+    CalibrationContext,
+    TokenSet,
+    gather,
+)
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Work
 from prune_export.heal.lora import Lora
@@ -33,8 +39,8 @@ def tokens() -> TokenSet:
 def test_statistics_equal_the_cpus(tiny_llama: Path, tokens: TokenSet) -> None:
     checkpoint = Checkpoint.open(tiny_llama)
     wanted = (AngularDistance(), BlockInfluence())
-    on_cpu = gather(checkpoint, wanted, tokens, Machine.detect(device="cpu"))
-    on_gpu = gather(checkpoint, wanted, tokens, Machine.detect(device="cuda"))
+    on_cpu = gather(checkpoint, wanted, CalibrationContext(tokens, Machine.detect(device="cpu")))
+    on_gpu = gather(checkpoint, wanted, CalibrationContext(tokens, Machine.detect(device="cuda")))
     for statistic in wanted:
         torch.testing.assert_close(on_gpu[statistic], on_cpu[statistic], atol=1e-4, rtol=1e-3)
 

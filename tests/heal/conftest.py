@@ -12,11 +12,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prune_export.arch.table import table_for
-from prune_export.calibrate import TokenSet, keep_answers
+from prune_export.calibrate import CalibrationContext, TokenSet, keep_answers
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HealRecord, Teacher, Work
 from prune_export.machine import Machine
 from prune_export.progress import Silent
+from prune_export.system.processes import ALONE, Team
 
 MACHINE = Machine("cpu", 4 << 30, 0, 1)
 QUICK: dict[str, Any] = {
@@ -27,10 +28,10 @@ QUICK: dict[str, Any] = {
 def save_tiny(path: Path, model_type: str, dtype: str = "float32", **changes: Any) -> Path:
     """Saves a tiny random model of a family, with a side file."""
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    config = AutoConfig.for_model(
-        model_type,
-        **{**ends, **table_for(model_type).tiny.config, "num_hidden_layers": 3, **changes},
-    )
+    settings = {**ends, **table_for(model_type).tiny.config, "num_hidden_layers": 3, **changes}
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
+    config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -48,7 +49,7 @@ def windows(samples: int = 40, length: int = 16, vocab: int = 64) -> TokenSet:
     return TokenSet.of((start + 3 * torch.arange(length)) % vocab)
 
 
-def teacher_at(path: Path, tokens: TokenSet, kept: Path) -> Teacher:
+def teacher_at(path: Path, tokens: TokenSet, kept: Path, team: Team = ALONE) -> Teacher:
     """The model of a directory as a teacher, whose answers are kept below `kept`."""
 
     def answers(outcomes: int, temperature: float) -> Path:
@@ -57,8 +58,8 @@ def teacher_at(path: Path, tokens: TokenSet, kept: Path) -> Teacher:
             out.mkdir(parents=True)
             opened = Checkpoint.open(path)
             keep_answers(
-                opened, tokens, out, outcomes=outcomes, temperature=temperature,
-                arch=opened.arch(), machine=MACHINE,
+                opened, CalibrationContext(tokens, MACHINE), out, outcomes=outcomes,
+                temperature=temperature, arch=opened.arch(), team=team,
             )  # fmt: skip
         return out
 

@@ -12,12 +12,14 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from prune_export import registry
-from prune_export.cli.engines import compared, verified
+from prune_export.cli.comparing import compared
+from prune_export.cli.engines import verified
 from prune_export.errors import PlanError
 from prune_export.execution import Options, plan
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe
+from prune_export.recipe.stages import Workload
 from tests.arch.tiny_models import random_model
 
 MACHINE = Machine("cpu", 4 << 30, 0, 1)
@@ -102,8 +104,8 @@ def test_compare_and_verify_refuse_before_they_start(
     model = made(family)
     with pytest.raises(PlanError, match="asks for 300 tokens and 32 new ones"):
         compared(
-            model, model, "pytorch", [], workload=(1, 300, 32), minutes=0.1, trust=False,
-            store=tmp_path, machine=MACHINE, progress=Silent(),
+            [model, model], ["pytorch"], [], workload=Workload(1, 300, 32), minutes=0.1,
+            trust=False, store=tmp_path, machine=MACHINE, progress=Silent(),
         )  # fmt: skip
     (text := tmp_path / "some.txt").write_text("words " * 99, encoding="utf-8")
     with pytest.raises(PlanError, match="is 65, but the model has 64 positions"):

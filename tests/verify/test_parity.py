@@ -41,6 +41,7 @@ def test_agreement_by_hand() -> None:
     assert greedy_agreement(taught, said, tied_within=0.05) == (1, 0)
 
 
+@pytest.mark.usefixtures("measured_here")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_same_checkpoint_is_equal(tiny: Path, machine: Machine, ids: np.ndarray) -> None:
@@ -94,6 +95,7 @@ def test_a_wrong_token_fails_although_logits_are_close() -> None:
     assert not found.ok
 
 
+@pytest.mark.usefixtures("measured_here")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_another_checkpoint_is_not(
@@ -106,6 +108,7 @@ def test_another_checkpoint_is_not(
     assert found.greedy_equal < 64
 
 
+@pytest.mark.usefixtures("measured_here")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_other_vocabulary_is_refused(tmp_path: Path, tiny: Path, machine: Machine) -> None:

@@ -59,8 +59,8 @@ def test_errors_cross_the_pipe_as_themselves(session: Session) -> None:
 
 
 @pytest.mark.slow
-def test_says_how_the_process_died(tiny: Path, machine: Machine, ids: np.ndarray) -> None:
-    with Session(Engine.pytorch(tiny), machine) as session:
+def test_says_how_the_process_died(tiny_graph: Path, machine: Machine, ids: np.ndarray) -> None:
+    with Session(Engine("onnx", tiny_graph.parent), machine) as session:
         session.ready()
         os.kill(pid_of(session), signal.SIGKILL)
         with pytest.raises(StageError, match="ended by signal SIGKILL"):
@@ -99,7 +99,7 @@ from pathlib import Path
 from prune_export.machine import Machine
 from prune_export.verify.engine import Engine
 from prune_export.verify.session import Session
-with Session(Engine.pytorch(Path(sys.argv[1])), Machine("cpu", 1 << 32, 0, 1)) as session:
+with Session(Engine("onnx", Path(sys.argv[1])), Machine("cpu", 1 << 32, 0, 1)) as session:
     session.ready()
     print(session._process.pid, flush=True)
     time.sleep(60)
@@ -108,10 +108,10 @@ with Session(Engine.pytorch(Path(sys.argv[1])), Machine("cpu", 1 << 32, 0, 1)) a
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-def test_worker_ends_with_a_killed_parent(tiny: Path, machine: Machine) -> None:
+def test_worker_ends_with_a_killed_parent(tiny_graph: Path, machine: Machine) -> None:
     """Even though it is stopped, and so can't see that the pipe was closed."""
     parent = subprocess.Popen(
-        [sys.executable, "-c", ORPHANING, str(tiny)],
+        [sys.executable, "-c", ORPHANING, str(tiny_graph.parent)],
         stdout=subprocess.PIPE,
         text=True,
         env=environment(machine),

@@ -45,17 +45,17 @@ def test_tokens_in_reading_order_and_over_again() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_interleaves_engines_in_processes(
-    tiny: Path, other: Path, machine: Machine, ids: np.ndarray
+    tiny_graph: Path, machine: Machine, ids: np.ndarray
 ) -> None:
-    dense = Engine.pytorch(tiny, weight_bytes=300, logits="last")
-    pruned = Engine.pytorch(other, weight_bytes=200, logits="last")
+    dense = Engine("onnx", tiny_graph.parent, weight_bytes=300)
+    pruned = Engine("onnx", tiny_graph.parent, weight_bytes=200)
     workloads = [Workload(1, 8, 2), Workload(2, 16, 1)]
-    found = measure_speed(dense, pruned, workloads, ids, machine, name="eager", effort=SHORT)
+    found = measure_speed(dense, pruned, workloads, ids, machine, name="portable", effort=SHORT)
     assert [(speed.workload, speed.phase) for speed in found] == [
         (workload, phase) for workload in workloads for phase in ("prefill", "decode")
     ]
     for speed in found:
-        assert speed.engine == "eager"
+        assert speed.engine == "portable"
         assert speed.rounds == [2, 2, 2]
         assert speed.bound == 1.5
         assert min(speed.dense_seconds + speed.again_seconds + speed.pruned_seconds) > 0
@@ -64,10 +64,12 @@ def test_interleaves_engines_in_processes(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
-def test_takes_turns_where_memory_is_short(tiny: Path, machine: Machine, ids: np.ndarray) -> None:
+def test_takes_turns_where_memory_is_short(
+    tiny_graph: Path, machine: Machine, ids: np.ndarray
+) -> None:
     """Three engines do not fit, one does: each sample then has its own process."""
-    one = sum(file.stat().st_size for file in tiny.glob("*"))
-    engine = Engine.pytorch(tiny, logits="last")
+    one = sum(file.stat().st_size for file in tiny_graph.parent.glob("*"))
+    engine = Engine("onnx", tiny_graph.parent)
     short = replace(machine, ram_bytes=4 * one)
     effort = replace(SHORT, rounds=3)
     found = measure_speed(engine, engine, [Workload(1, 4, 1)], ids, short, effort=effort)
@@ -79,10 +81,10 @@ def test_takes_turns_where_memory_is_short(tiny: Path, machine: Machine, ids: np
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # many processes: minutes where a machine is crowded
 def test_an_engine_that_dies_ends_the_measurement(
-    tiny: Path, tmp_path: Path, machine: Machine, ids: np.ndarray
+    tiny_graph: Path, tmp_path: Path, machine: Machine, ids: np.ndarray
 ) -> None:
-    dense, broken = Engine.pytorch(tiny), Engine.pytorch(tmp_path)
-    with pytest.raises(StageError, match="config"):
+    dense, broken = Engine("onnx", tiny_graph.parent), Engine("onnx", tmp_path)
+    with pytest.raises(StageError, match="does not load it"):
         measure_speed(dense, broken, [Workload(1, 4, 1)], ids, machine, effort=SHORT)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prune_export.errors import PlanError
+from prune_export.system.bounded import SECONDS, TookTooMuch, bounded
 
 _MARKED: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks what the assistant says; transformers looks for the same."""
@@ -122,17 +123,49 @@ def encoded(
         PlanError: there is no template, it refuses the messages, or it cannot tell who says what.
     """
     text, spans = _rendered(backend, conversation, assistant_only=assistant_only)
-    found = backend(
-        text, add_special_tokens=False, verbose=False, return_offsets_mapping=assistant_only
-    )
-    ids = np.asarray(found["input_ids"], np.int32)
     if not assistant_only:
-        return ids, None
+        found = backend(text, add_special_tokens=False, verbose=False)
+        return np.asarray(found["input_ids"], np.int32), None
+    return _marked(backend, text, spans)
+
+
+def encoded_answer(
+    backend: Any, conversation: Conversation, *, ended: bool
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Tokenises a conversation, of which only the last message counts, an assistant's.
+
+    Where that was cut off (not `ended`), what the template closes it with does not count either.
+
+    Raises:
+        PlanError: as `encoded` does.
+    """
+    text, spans = _rendered(backend, conversation, assistant_only=True)
+    start, stop = spans[-1]
+    said = conversation.messages[-1]["content"].strip()
+    if not ended and (at := text.rfind(said, start, stop)) >= 0:
+        stop = at + len(said)
+    return _marked(backend, text, [(start, stop)])
+
+
+def _marked(backend: Any, text: str, spans: Spans) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Tokenises a text; tokens that begin in one of `spans` are marked."""
+    found = backend(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    ids = np.asarray(found["input_ids"], np.int32)
     said = np.zeros(len(ids), np.bool_)
     offsets = np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2)
     for start, stop in spans:
         said |= (offsets[:, 0] >= start) & (offsets[:, 0] < stop)
     return ids, said
+
+
+def prompt_text(backend: Any, messages: Sequence[Mapping[str, Any]], where: str) -> str:
+    """Renders messages by the chat template, up to where the assistant begins to answer.
+
+    Raises:
+        PlanError: there is no template, or it refuses them.
+    """
+    _template(backend, where)
+    return _render(backend, [dict(one) for one in messages], where, prompt=True)
 
 
 def refuse_untellable(backend: Any, where: str) -> None:
@@ -183,9 +216,10 @@ def _template(backend: Any, where: str) -> str:
 
 def _render(backend: Any, messages: list[Any], where: str, *, prompt: bool = False) -> str:
     try:
-        return str(
-            backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        )
+        with bounded():
+            return str(
+                backend.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            )
     except Exception as error:
         # A template may raise what it likes; most say that roles must alternate.
         raise _refused(error, where) from error
@@ -195,12 +229,13 @@ def _with_marks(backend: Any, template: str, messages: list[Any], where: str) ->
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **backend.special_tokens_map,
-        )
+        with bounded():
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **backend.special_tokens_map,
+            )
     except Exception as error:
         raise _refused(error, where) from error
     return str(texts[0]), [(int(start), int(stop)) for start, stop in spans[0]]
@@ -230,6 +265,12 @@ def _by_prefixes(backend: Any, messages: list[Any], where: str) -> tuple[str, Sp
 
 
 def _refused(error: Exception, where: str) -> PlanError:
+    if isinstance(error, TookTooMuch):
+        return PlanError(
+            where,
+            f"the chat template did not end within {SECONDS:g} s, or filled the memory",
+            "use this model's own template, or write the conversations as text",
+        )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return PlanError(
         where,

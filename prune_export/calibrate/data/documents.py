@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,8 +34,8 @@ def hash_of(text: Text) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def local_texts(files: Iterable[Path], source: LocalText) -> Iterator[Text]:
-    """Yields the documents of local files: a text file is one, and each line or row of others.
+def texts_of(files: Iterable[Path], source: LocalText) -> Iterator[Text]:
+    """Yields all documents of local files: a text file is one, and each line or row of others.
 
     Raises:
         PlanError: a file cannot be read or is not text, or a line or row holds something else.
@@ -44,10 +45,72 @@ def local_texts(files: Iterable[Path], source: LocalText) -> Iterator[Text]:
             yield from _parquet_texts(path, source.column)
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
             yield from _json_texts(path, source.column, source.encoding)
+        elif path.name.endswith(".json"):
+            yield from _json_list(path, source.column, source.encoding)
         else:
             text = whole(path, source.encoding)
             refuse_half_pairs(text, f"data files  {path.name}")
             yield text
+
+
+def column_of(files: Iterable[Path]) -> str:
+    """Finds the field in which files have their text: `text`, `messages`, or the only one of text.
+
+    Raises:
+        PlanError: there are several, or none, or a file cannot be read.
+    """
+    for path in files:
+        if path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".parquet")):
+            return _column_in(path)
+    return "text"
+
+
+def _column_in(path: Path) -> str:
+    row: Any = next(_rows(path), {})
+    if not isinstance(row, Mapping):
+        return "text"
+    named = [name for name in ("text", CONVERSATIONS) if name in row]
+    texts = [name for name in _names(row) if isinstance(row.get(name), str)]
+    if named or len(texts) == 1:
+        return (named or texts)[0]
+    raise PlanError(
+        f"data files  {path.name}",
+        f"has {len(texts)} fields that could be the text: {', '.join(texts[:8]) or 'none'}",
+        "keep one of them, or call it `text`",
+    )
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """Yields the first rows of a file of JSON or Parquet, as far as they can be read."""
+    if path.name.endswith(".parquet"):
+        yield from _parquet_rows(path)
+        return
+    if path.name.endswith(".json"):
+        text = whole(path, None)
+        with suppress(ValueError, RecursionError):
+            found = json.loads(text)
+            yield from found if isinstance(found, list) else [found]
+            return
+    for _, line in lines(path, None):
+        if line.strip():
+            with suppress(ValueError, RecursionError):
+                yield json.loads(line)
+            return
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise MissingExtra.of(f"data files  {path.name}", "pyarrow", "data") from None
+    with (
+        suppress(pa.ArrowException, OSError, ValueError),
+        open_regular(path, None, "Parquet", error=PlanError) as stream,
+    ):
+        for batch in parquet.ParquetFile(stream).iter_batches(batch_size=1):
+            yield from batch.to_pylist()
+            return
 
 
 def hub_texts(source: HubDataset, revision: str, *, shuffle: bool) -> Iterator[Text]:
@@ -168,6 +231,22 @@ def _json_texts(path: Path, column: str, encoding: str | None) -> Iterator[Text]
                 where, f"is not JSON: {error}", 'write one {"text": …} a line'
             ) from None
         yield text_of(row, column, where)
+
+
+def _json_list(path: Path, column: str, encoding: str | None) -> Iterator[Text]:
+    """Yields the documents of one JSON list of objects or texts; lines of objects will do, too."""
+    text = whole(path, encoding)
+    if text.lstrip()[:1] != "[":
+        yield from _json_texts(path, column, encoding)
+        return
+    where = f"data files  {path.name}"
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(where, f"is not JSON: {error}", 'write [{"text": …}, …]') from None
+    for number, row in enumerate(rows):
+        one = {column: row} if isinstance(row, str) else row
+        yield text_of(one, column, f"{where}  entry {number}")
 
 
 def text_of(row: Any, column: str, where: str) -> Text:

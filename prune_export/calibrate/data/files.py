@@ -10,7 +10,7 @@ from prune_export.errors import PlanError
 from prune_export.recipe.sources import LocalText
 from prune_export.system.files import open_regular, shown
 
-SUFFIXES: Final = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES: Final = (".txt", ".txt.gz", ".md", ".jsonl", ".jsonl.gz", ".json", ".parquet")
 _OTHER_COMPRESSION: Final = (".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")
 _LONGEST_NAME_BYTES: Final = 255
 

@@ -19,33 +19,28 @@ from prune_export.calibrate.data.documents import (
     hash_of,
     hub_revision,
     hub_texts,
-    local_texts,
 )
 from prune_export.calibrate.data.files import inside, local_files
 from prune_export.calibrate.data.packing import Windows
+from prune_export.calibrate.data.parting import local_texts
+from prune_export.calibrate.data.plenty import LONG_TOKEN, READ
 from prune_export.calibrate.data.reading import First, Reader
 from prune_export.calibrate.data.token_set import TokenSet
 from prune_export.calibrate.data.tokenizer import Tokenizer, refuse_unknown_tokens
 from prune_export.errors import PlanError
 from prune_export.progress import Progress, Silent, SilentTask, Task
-from prune_export.recipe.sources import HubDataset, LocalText, Source, TokenFile
+from prune_export.recipe.sources import HubDataset, LocalText, TextSource, TokenFile
 from prune_export.system.files import shown
 
 POOL: Final = 10_000
 """Local text is read up to this many windows, or as many as are wanted; then some are drawn."""
-
-READ: Final = 4_000_000
-"""Characters of a source that are read at most to see whether it has enough: a few seconds."""
-
-_LONG_TOKEN: Final = 5
-"""Characters that tokens of prose, code and numbers stay below on average."""
 
 _FURTHER: Final = 8
 """How many times as much is read where that was not enough: documents are short, or left out."""
 
 
 def token_set(
-    source: Source,
+    source: TextSource,
     tokenizer: Path,
     root: Path,
     *,
@@ -97,7 +92,7 @@ def refuse_short(
     needed = source.samples or least
     pool = None if source.samples is None else max(needed, POOL)
     read_all = documents and not (source.packing == "stream" and source.samples)
-    most = READ if read_all else min(READ, _LONG_TOKEN * needed * source.length)
+    most = READ if read_all else min(READ, LONG_TOKEN * needed * source.length)
     if needed * source.length > READ and _is_long(local_texts(files, source)):
         return frozenset()
     while True:
@@ -125,7 +120,7 @@ def refuse_unreadable(source: LocalText, root: Path) -> None:
     next(local_texts(_seen(source, root), source), None)
 
 
-def changed_since_first(source: Source, tokenizer: Path, root: Path) -> bool:
+def changed_since_first(source: TextSource, tokenizer: Path, root: Path) -> bool:
     """Whether the first version of this package made other tokens from this source.
 
     That had a byte order mark in the text, and no prefix but in the first window of a stream.
@@ -205,6 +200,8 @@ def _protocol(
     found: dict[str, Any] = {}
     if isinstance(source, LocalText) and source.encoding:
         found["encoding"] = source.encoding
+    if isinstance(source, LocalText) and source.part:
+        found["part"] = source.part.model_dump()
     if conversations:
         template = str(tokenizer.backend.get_chat_template())
         found["chat_template"] = hashlib.sha256(template.encode()).hexdigest()

@@ -13,7 +13,9 @@ import numpy as np
 from prune_export.calibrate.data.conversations import Conversation, encoded, refuse_untellable
 from prune_export.calibrate.data.packing import Document, Ids
 from prune_export.checkpoint.loading import load_tokenizer
+from prune_export.checkpoint.side import side_files
 from prune_export.errors import CheckpointError, PlanError
+from prune_export.system.files import is_regular, read_json_object
 
 VOCABULARIES: Final = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
@@ -90,6 +92,33 @@ class Tokenizer:
                 ids = ids[len(self.prefix) :]
                 said = None if said is None else said[len(self.prefix) :]
             yield Document(name, ids, said)
+
+
+def largest_id(directory: Path) -> int | None:
+    """Finds the largest id that a directory's tokenizer may give, without transformers.
+
+    None where that is not plain to see: there is no tokenizer.json, or something stands beside it
+    that adds tokens by other rules.
+
+    Raises:
+        CheckpointError: one of the files is no regular file, far too long, or no JSON.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    side_files(directory)
+    file, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if not is_regular(file) or (directory / "added_tokens.json").exists():
+        return None
+    said = read_json_object(settings, "a tokenizer's settings") if is_regular(settings) else {}
+    added = said.get("added_tokens_decoder") or {}
+    if "auto_map" in said or not isinstance(added, dict):
+        return None
+    try:
+        known = Backend.from_file(str(file)).get_vocab(with_added_tokens=True).values()
+        return max((*known, *map(int, added)), default=None)
+    except Exception:
+        # tokenizers raises bare Exception on a broken file; who loads it says what is wrong.
+        return None
 
 
 def refuse_unknown_tokens(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Final
 
 import torch
 
 from prune_export.arch import Arch
 from prune_export.calibrate.statistics.api import ExtraPass, Statistic
+from prune_export.calibrate.streaming.driver import BATCH_TOKENS, block_bytes
 from prune_export.calibrate.streaming.skip import after
 from prune_export.machine import Machine
-
-BATCH_TOKENS: Final[Mapping[str, int]] = {"cpu": 2048, "cuda": 16384}
-"""Tokens that go through a block at once: enough for full speed, little to hold."""
 
 _REPEATED: Final = 2.5
 """Forward passes where nothing is suspended: up to each of four linear groups, and to the end."""
@@ -42,13 +39,17 @@ def pass_cost(
 ) -> PassCost:
     """Estimates the cost of passes over `samples` windows of `length` tokens.
 
-    States count as kept on disk where they exceed half of the memory. All experts count as active.
+    States count as kept on disk where they exceed half of the memory, and on a GPU in half of its
+    memory, if they fit there. All experts count as active.
     """
-    item, residual, vocab = 4, arch.sizes["residual"], arch.sizes["vocab"]
-    block, average = block_bytes(arch, torch.float32), arch.block_parameters() / arch.layers
+    dtype = _dtype(arch, machine)
+    item, residual, vocab = dtype.itemsize, arch.sizes["residual"], arch.sizes["vocab"]
+    block, average = block_bytes(arch, dtype), arch.block_parameters() / arch.layers
     widest = max(size for name, size in arch.sizes.items() if name != "vocab")
-    ram = 3 * block + min(vocab, samples * length) * residual * item
-    ram += BATCH_TOKENS[machine.device] * (4 * widest + 6 * residual) * item
+    working = 3 * block + BATCH_TOKENS[machine.device] * (4 * widest + 6 * residual) * item
+    on_gpu = machine.device == "cuda"
+    room = machine.gpu_bytes // 2 - 3 * block if on_gpu else 0
+    ram, gpu = working + min(vocab, samples * length) * residual * item, working
     disk, flops, moved, handy = 0, 0.0, arch.parameters() * item, 0
     for statistic in dict.fromkeys(statistics):
         count = min(statistic.samples or samples, samples)
@@ -57,7 +58,9 @@ def pass_cost(
         own = statistic.states if isinstance(statistic, ExtraPass) else 1 + len(skipped)
         states = own * count * tokens * residual * item
         ram += (arch.layers + 1) * count * residual * item
-        if states > machine.ram_bytes // 2:
+        if states <= room:
+            room, gpu = room - states, gpu + states
+        elif states > machine.ram_bytes // 2:
             disk, moved = disk + 2 * states, moved + 2 * arch.layers * states
         else:
             ram += states
@@ -66,6 +69,7 @@ def pass_cost(
         if isinstance(statistic, ExtraPass):
             forwards = statistic.forwards
             ram, disk = ram + statistic.ram_bytes, disk + statistic.disk_bytes
+            gpu += statistic.ram_bytes
             dense = statistic.states > 1
             suspended = suspended_bytes(arch, count * tokens, torch.float32, dense)
             if statistic.suspends and ram + suspended <= machine.ram_bytes:
@@ -78,20 +82,17 @@ def pass_cost(
         each = 2 * average + 2 * tokens * residual
         flops += forwards * count * tokens * blocks * each
         if skipped:
-            ram += 2 * vocab * residual * item
+            ram, gpu = ram + 2 * vocab * residual * item, gpu + 2 * vocab * residual * item
             flops += 2.0 * count * tokens * (1 + len(skipped)) * arch.head_parameters()
     ram += min(handy, max(0, machine.ram_bytes // 2 - ram))
     seconds = sum(one.seconds for one in statistics if isinstance(one, ExtraPass))
-    on_gpu = ram if machine.device == "cuda" else 0
-    return PassCost(ram, on_gpu, disk, flops, moved, seconds)
+    return PassCost(ram, gpu if on_gpu else 0, disk, flops, moved, seconds)
 
 
-def block_bytes(arch: Arch, dtype: torch.dtype) -> int:
-    """The size of the largest block in bytes."""
-    return max(
-        sum(prod(arch.shape(tensor)) for tensor in arch.block(layer)) * dtype.itemsize
-        for layer in range(arch.layers)
-    )
+def _dtype(arch: Arch, machine: Machine) -> torch.dtype:
+    """What a pass computes in: on a GPU bfloat16 where the checkpoint is."""
+    narrow = machine.device == "cuda" and arch.config.get("dtype") == "bfloat16"
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def suspended_bytes(arch: Arch, tokens: int, dtype: torch.dtype, dense: bool = False) -> int:

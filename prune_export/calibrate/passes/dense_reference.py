@@ -18,7 +18,7 @@ from prune_export.arch import Arch
 from prune_export.arch.conditions import holds
 from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 from prune_export.calibrate.streaming.linear_groups import Accumulator, LinearGroup, linear_groups
-from prune_export.calibrate.streaming.offload import Buffer
+from prune_export.calibrate.streaming.offload import Buffer, Lane
 
 TARGETED: Final = ("attention.out", "mlp.out")
 """Linear groups that have a target. Experts have none: in the dense model other tokens are routed
@@ -62,26 +62,21 @@ def added_times(arch: Arch) -> float | None:
 
 
 class DenseReference:
-    """The dense model's hidden states, and the targets of the block that is being edited.
-
-    `spare` takes the next states where they are in files, which a killed pass reads again.
-    """
+    """The dense model's hidden states, and the targets of the block that is being edited."""
 
     def __init__(
         self,
         layerwise: LayerwiseModel,
         times: float,
-        states: Buffer,
-        spare: Buffer,
+        lane: Lane,
         goals: Mapping[str, Buffer],
     ) -> None:
         self._layerwise, self.times = layerwise, times
-        self.states, self.spare = states, spare
-        self._goals = goals
+        self.lane, self._goals = lane, goals
 
     def swap(self) -> None:
         """Makes the states that were written the ones that are read next."""
-        self.states, self.spare = self.spare, self.states
+        self.lane.swap()
 
     def advance(
         self,
@@ -101,9 +96,9 @@ class DenseReference:
                     handle = module.register_forward_hook(partial(self._keep, kind, tracker))
                     hooks.callback(handle.remove)
             for start, stop in batches:
-                inputs = self.states.read(start, stop).to(self._layerwise.device)
+                inputs = self.lane.states.read(start, stop).to(self._layerwise.device)
                 tracker.begin(start, inputs)
-                self.spare.write(start, self._layerwise.run(layer, inputs, call))
+                self.lane.spare.write(start, self._layerwise.run(layer, inputs, call))
                 tracker.forget(start)
 
     def _keep(
@@ -131,7 +126,15 @@ class DenseReference:
         outputs = (goal - before) / self.times
         if bias is not None:
             outputs -= bias
-        return outputs, goal.float().square().mean(-1).clamp_min(_LEAST).reciprocal()
+        return outputs, inverse_mean_square(goal)
+
+
+def inverse_mean_square(states: torch.Tensor) -> torch.Tensor:
+    """The weight of each token in a fit: one over the mean square of `[…, residual]`, float32.
+
+    The norms that read the residual states divide by it.
+    """
+    return states.float().square().mean(-1).clamp_min(_LEAST).reciprocal()
 
 
 class ResidualTracker:
@@ -175,12 +178,12 @@ class ResidualTracker:
 def projections(layerwise: LayerwiseModel, layer: int) -> dict[str, nn.Module]:
     """The output projections of a block that have a target, by the kind of their linear group."""
     return {
-        site.kind: layerwise.module(site.tensors[0])
-        for site in linear_groups(layerwise.arch, layer)
-        if has_target(site)
+        group.kind: layerwise.module(group.tensors[0])
+        for group in linear_groups(layerwise.arch, layer)
+        if has_target(group)
     }
 
 
-def has_target(site: LinearGroup) -> bool:
+def has_target(group: LinearGroup) -> bool:
     """Whether the dense model gives a target for a linear group."""
-    return site.kind in TARGETED and site.expert is None
+    return group.kind in TARGETED and group.expert is None

@@ -8,9 +8,7 @@ gradients is up to a reader: it may keep them, or only a score for each channel.
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -18,18 +16,15 @@ from typing import Final, Literal, Protocol
 import torch
 
 from prune_export.arch import Arch, Tensor
-from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS
-from prune_export.calibrate.passes.statistics import check, compute_dtype
-from prune_export.calibrate.streaming.block_loader import loaded, threads
-from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
-from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
+from prune_export.calibrate.context import CalibrationContext
+from prune_export.calibrate.streaming.block_loader import loaded
+from prune_export.calibrate.streaming.checkpointing import Saves
+from prune_export.calibrate.streaming.driver import PassDriver, batches
+from prune_export.calibrate.streaming.layerwise_model import Call
 from prune_export.calibrate.streaming.linear_groups import as_matrix, linears, part_of
 from prune_export.calibrate.streaming.offload import Buffer
 from prune_export.checkpoint import Checkpoint
-from prune_export.machine import Machine
-from prune_export.progress import Progress, Silent, Task
-from prune_export.system.temporary import Temporary
+from prune_export.progress import Progress, Task
 
 Kind = Literal["sum", "abs", "square"]
 """Over windows, each with the gradient g of its own mean-token loss: sum g, sum |g|, sum g^2."""
@@ -96,40 +91,29 @@ class Gradients:
 def gradients(
     checkpoint: Checkpoint,
     reader: GradientReader,
-    tokens: TokenSet,
-    machine: Machine,
-    progress: Progress | None = None,
-    scratch: Path | None = None,
+    context: CalibrationContext,
     *,
     arch: Arch | None = None,
 ) -> Gradients:
-    """Computes gradients of the next-token loss over `tokens`; `reader` says what is kept of them.
+    """Computes the gradients of the next-token loss over the windows; `reader` says what is kept.
 
     In float32 on a CPU, where each weight's gradient equals that of plain autograd on the whole
-    model; in bfloat16 states and float32 sums on a GPU. With `scratch`, a pass that is killed goes
-    on from there, and ends in the same bytes.
+    model; in bfloat16 states and float32 sums on a GPU. With `context.scratch`, a pass that is
+    killed goes on from there, and ends in the same bytes.
 
     Raises:
         PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
     """
-    arch = arch or checkpoint.arch()
-    check(arch, tokens)
-    temporary = Temporary() if scratch is None else None
-    scratch = scratch or Path(temporary.path if temporary else "")
-    folder = (
-        scratch
-        / f"gradients-{pass_key(checkpoint, arch, tokens, machine, reader.key, reader.kinds)}"
-    )
-    with ExitStack() as stack:
-        stack.enter_context(threads(machine.threads))
-        stack.enter_context(torch.no_grad())
-        a_pass = _Pass(checkpoint, arch, reader, tokens, machine, Saves(folder))
-        a_pass.run(progress or Silent())
-    loss = json.loads((folder / "loss.json").read_text(encoding="utf-8")) / tokens.samples
+    driver = PassDriver.of(checkpoint, context, arch)
+    arch, made_in = driver.arch, driver.folder("gradients", reader.key, reader.kinds)
+    folder = made_in.path
+    with driver.computing(gradients=True):
+        a_pass = _Pass(driver, reader, Saves(folder))
+        a_pass.run(context.told)
+    loss = json.loads((folder / "loss.json").read_text(encoding="utf-8")) / context.tokens.samples
     names = {tensor.name: a_pass.layerwise.name_in_block(tensor) for tensor in linears(arch)}
     found = Gradients(folder, arch.layers, loss, names, a_pass.first)
-    if temporary:
-        weakref.finalize(found, temporary.close)
+    made_in.live_as_long_as(found)
     return found
 
 
@@ -138,21 +122,12 @@ _BACKWARD: Final = 3
 
 
 class _Pass:
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        arch: Arch,
-        reader: GradientReader,
-        tokens: TokenSet,
-        machine: Machine,
-        saves: Saves,
-    ) -> None:
-        self.arch, self.reader, self.ids, self.saves = arch, reader, tokens.ids, saves
-        self.dtype = compute_dtype(checkpoint, machine)
-        self.layerwise = LayerwiseModel(checkpoint, arch, dtype=self.dtype, device=machine.device)
-        self.batch = max(1, BATCH_TOKENS[machine.device] // self.ids.shape[1])
-        wanted = (layer for layer in range(arch.layers) if self._wanted(layer))
-        self.first = next(wanted, arch.layers)
+    def __init__(self, driver: PassDriver, reader: GradientReader, saves: Saves) -> None:
+        self.arch, self.reader, self.ids, self.saves = driver.arch, reader, driver.ids, saves
+        self.dtype, self.batch = driver.dtype, driver.batch()
+        self.layerwise = driver.layerwise()
+        wanted = (layer for layer in range(self.arch.layers) if self._wanted(layer))
+        self.first = next(wanted, self.arch.layers)
         """The first block of which a gradient is wanted: there the way back ends."""
 
     def _wanted(self, layer: int) -> dict[str, torch.nn.Parameter]:
@@ -257,8 +232,7 @@ class _Pass:
         return self.saves.folder / f"{layer}{name}.spool"
 
     def _batches(self, size: int) -> Iterator[tuple[int, int]]:
-        for start in range(0, len(self.ids), size):
-            yield start, min(start + size, len(self.ids))
+        return batches(len(self.ids), size)
 
 
 def _add(sums: Mapping[Kind, torch.Tensor], gradient: torch.Tensor) -> None:

@@ -12,21 +12,15 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
-from prune_export.calibrate.passes.statistics import check, compute_dtype
-from prune_export.calibrate.streaming.block_loader import threads
-from prune_export.calibrate.streaming.checkpointing import pass_key
+from prune_export.calibrate.context import CalibrationContext
+from prune_export.calibrate.streaming.driver import PassDriver, block_bytes
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.checkpoint import Checkpoint
-from prune_export.machine import Machine
-from prune_export.progress import Progress, Silent
 
 
 @dataclass(frozen=True)
@@ -68,41 +62,34 @@ Chain = tuple[Layer, ...]
 class MergeSimilarity:
     """Measures the similarity of merged models to the dense one; a context manager.
 
-    `block_forwards` counts layers that windows went through. With `scratch` similarities are kept
-    there, so that a search that was killed goes on.
+    `block_forwards` counts layers that windows went through. With `context.scratch` similarities
+    are kept there, so that a search that was killed goes on.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        tokens: TokenSet,
-        machine: Machine,
-        progress: Progress | None = None,
-        scratch: Path | None = None,
+        context: CalibrationContext,
         *,
         arch: Arch | None = None,
     ) -> None:
-        self.arch = arch or checkpoint.arch()
-        check(self.arch, tokens)
+        self._driver = driver = PassDriver.of(checkpoint, context, arch)
+        self.arch = driver.arch
         self.block_forwards = 0
         self.dense: Chain = tuple(Layer.plain(block) for block in range(self.arch.layers))
-        self._checkpoint, self._machine, self._ids = checkpoint, machine, tokens.ids
-        self._progress = progress or Silent()
         self._stack = ExitStack()
         self._layerwise: LayerwiseModel | None = None
         self._loaded: dict[int, Layer] = {}
         self._states: dict[Chain, torch.Tensor] = {}
         self._known: dict[Chain, float] = {}
         self._file = None
-        if scratch is not None:
-            key = pass_key(checkpoint, self.arch, tokens, machine, "folded-1")
-            self._file = scratch / f"folded-{key}.json"
+        if context.scratch is not None:
+            self._file = driver.folder("folded", "folded-1").path.with_suffix(".json")
             self._load()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(threads(self._machine.threads))
-        self._stack.enter_context(torch.inference_mode())
-        self._task = self._stack.enter_context(self._progress.task("Folding layers"))
+        self._stack.enter_context(self._driver.computing())
+        self._task = self._stack.enter_context(self._driver.context.told.task("Folding layers"))
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -145,13 +132,12 @@ class MergeSimilarity:
 
     def _run(self, layerwise: LayerwiseModel, layer: Layer, states: torch.Tensor) -> torch.Tensor:
         self._place(layerwise, layer)
-        step = max(1, BATCH_TOKENS[self._machine.device] // states.shape[1])
         self.block_forwards += 1
         self._task.advance()
         return torch.cat(
             [
                 layerwise.run(layer.of, part, self._calls[layer.of])
-                for part in torch.split(states, step)
+                for part in torch.split(states, self._driver.batch())
             ]
         )
 
@@ -164,7 +150,7 @@ class MergeSimilarity:
                 layerwise.free(other)
                 del self._loaded[other]
         tensors = {
-            tensor.name: layer.tensor(self._checkpoint, self.arch, tensor.name)
+            tensor.name: layer.tensor(self._driver.checkpoint, self.arch, tensor.name)
             for tensor in self.arch.block(layer.of)
         }
         layerwise.load(layer.of, layerwise.converted(tensors))
@@ -172,15 +158,14 @@ class MergeSimilarity:
 
     def _started(self) -> LayerwiseModel:
         if self._layerwise is None:
-            dtype = compute_dtype(self._checkpoint, self._machine)
-            device = self._machine.device
-            made = LayerwiseModel(self._checkpoint, self.arch, dtype=dtype, device=device)
-            made.look_up(self._ids.flatten())
-            self._calls = made.calls(self._ids)
-            self._states[()] = made.enter(self._ids)
+            driver, machine = self._driver, self._driver.context.machine
+            made = driver.layerwise()
+            made.look_up(driver.ids.flatten())
+            self._calls = made.calls(driver.ids)
+            self._states[()] = made.enter(driver.ids)
             made.forget_rows()
-            memory = self._machine.gpu_bytes if device == "cuda" else self._machine.ram_bytes
-            self._most = max(1, memory // 2 // block_bytes(self.arch, dtype))
+            memory = machine.gpu_bytes if driver.device == "cuda" else machine.ram_bytes
+            self._most = max(1, memory // 2 // block_bytes(self.arch, driver.dtype))
             self._layerwise = made
         return self._layerwise
 

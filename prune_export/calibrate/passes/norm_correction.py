@@ -71,7 +71,7 @@ def show_unedited(
     layerwise: LayerwiseModel,
     layer: int,
     call: Call,
-    sites: Mapping[nn.Module, SeesUnedited],
+    groups: Mapping[nn.Module, SeesUnedited],
     prefixes: Iterable[torch.Tensor],
 ) -> None:
     """Records the inputs of linear groups of a block before any of them is edited.
@@ -89,10 +89,10 @@ def show_unedited(
             raise _AllSeen
 
     with ExitStack() as hooks:
-        for module, gathers in sites.items():
+        for module, gathers in groups.items():
             hooks.callback(module.register_forward_pre_hook(partial(arrive, gathers)).remove)
         for prefix in prefixes:
-            left.update(sites)
+            left.update(groups)
             try:
                 layerwise.run(layer, prefix, call)
             except _AllSeen:

@@ -10,7 +10,6 @@ loss on them says whether the cut model is better with the changes than without.
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,27 +17,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
 import torch
 from torch import nn
 
 from prune_export.arch import Arch
-from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
-from prune_export.calibrate.passes.dense_reference import ResidualTracker, added_times
+from prune_export.calibrate.context import CalibrationContext
+from prune_export.calibrate.passes.dense_reference import (
+    ResidualTracker,
+    added_times,
+    inverse_mean_square,
+)
 from prune_export.calibrate.passes.seam_fit import Mended, Moments, mended
 from prune_export.calibrate.passes.seams import Seam, steps
-from prune_export.calibrate.passes.statistics import check, compute_dtype
-from prune_export.calibrate.streaming.block_loader import loaded, threads
-from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
-from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
+from prune_export.calibrate.streaming.block_loader import loaded
+from prune_export.calibrate.streaming.checkpointing import Saves
+from prune_export.calibrate.streaming.driver import PassDriver, batches
+from prune_export.calibrate.streaming.layerwise_model import Call
 from prune_export.calibrate.streaming.linear_groups import Weights, inputs_of
 from prune_export.calibrate.streaming.offload import Buffer, Lane
 from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.header import TORCH
-from prune_export.machine import Machine
-from prune_export.progress import Progress, Silent, Task
-from prune_export.system.temporary import Temporary
+from prune_export.progress import Progress, Task
 
 SEAM_STATES: Final = 3
 """Arrays of states that are held at most: the dense model's, the cut one's, and a goal inside of a
@@ -47,7 +46,6 @@ block. What is held out of them goes through the cut model a second time, withou
 _HELD_OUT: Final = 8
 """Every eighth window is held out; of fewer, the last one."""
 
-_LEAST: Final = 1e-20
 _LOSS: Final = "loss.json"
 
 
@@ -90,34 +88,26 @@ def repair(
     checkpoint: Checkpoint,
     seams: Collection[Seam],
     cut: CutModel,
-    tokens: TokenSet,
-    machine: Machine,
-    progress: Progress | None = None,
-    scratch: Path | None = None,
+    context: CalibrationContext,
     *,
     arch: Arch | None = None,
 ) -> Repaired:
     """Refits the projection before each of `seams`, from the first to the last.
 
-    With `scratch`, a pass that is killed goes on from there, and ends in the same bytes.
+    With `context.scratch`, a pass that is killed goes on from there, and ends in the same bytes.
 
     Raises:
         PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
-        ValueError: of a model for which `added_times` is None.
+        ValueError: of a model for which `added_times` is None, or no seam has a projection before.
     """
-    arch = arch or checkpoint.arch()
-    check(arch, tokens)
-    temporary = None
-    if scratch is None:
-        temporary = Temporary()
-        scratch = temporary.path
+    driver = PassDriver.of(checkpoint, context, arch)
+    own = ["seams-1", repr(tuple(seams)), sorted(cut.dropped), sorted(cut.values), cut.key]
+    made_in = driver.folder("seams", *own)
+    folder, length = made_in.path, context.tokens.length
     with ExitStack() as stack:
-        stack.enter_context(threads(machine.threads))
-        stack.enter_context(torch.inference_mode())
-        own = ["seams-1", repr(tuple(seams)), sorted(cut.dropped), sorted(cut.values), cut.key]
-        folder = scratch / f"seams-{pass_key(checkpoint, arch, tokens, machine, *own)}"
-        made = _Pass(checkpoint, arch, tuple(seams), cut, tokens, machine, Saves(folder), stack)
-        made.run(progress or Silent())
+        stack.enter_context(driver.computing())
+        made = _Pass(driver, tuple(seams), cut, Saves(folder), stack)
+        made.run(context.told)
     logs, names = [], {}
     for number, step in enumerate(made.steps):
         if step.mends:
@@ -128,10 +118,9 @@ def repair(
     if made.held:
         before, after = json.loads((folder / _LOSS).read_text(encoding="utf-8"))
         heard = before, after
-    counts = made.fitted * tokens.length, made.held * tokens.length
+    counts = made.fitted * length, made.held * length
     repaired = Repaired(folder, tuple(logs), names, heard, *counts)
-    if temporary:
-        weakref.finalize(repaired, temporary.close)
+    made_in.live_as_long_as(repaired)
     return repaired
 
 
@@ -142,54 +131,47 @@ def held_out(samples: int) -> list[int]:
 
 
 class _Pass:
+    """One pass: hidden states of the dense model, of the cut one, and of that with refits."""
+
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        arch: Arch,
+        driver: PassDriver,
         seams: tuple[Seam, ...],
         cut: CutModel,
-        tokens: TokenSet,
-        machine: Machine,
         saves: Saves,
         stack: ExitStack,
     ) -> None:
+        arch, tokens = driver.arch, driver.context.tokens
         times = added_times(arch)
         if times is None:
             raise ValueError(f"{arch.family}: outputs are not simply added to the states")
+        if all(seam.group is None for seam in seams):
+            raise ValueError("no seam has a projection before it that could be refitted")
         self.arch, self.cut, self.saves, self.times = arch, cut, saves, times
         out = held_out(tokens.samples)
         fitted = [row for row in range(tokens.samples) if row not in set(out)]
         self.fitted, self.held = len(fitted), len(out)
         self.ids = tokens.ids[fitted + out]
         changed = {arch.by_name[name].layer or 0 for name in cut.values}
-        sites = [seam.site for seam in seams if seam.site is not None]
-        first = min({*cut.dropped, *changed, *(site.layer for site in sites)})
+        groups = [seam.group for seam in seams if seam.group is not None]
+        first = min({*cut.dropped, *changed, *(group.layer for group in groups)})
         self.steps = steps(arch.layers, cut.dropped, seams, first)
         self.last_fit = max(n for n, step in enumerate(self.steps) if step.mends)
         if not self.held:
             self.steps = self.steps[: self.last_fit + 1]
-        dtype = compute_dtype(checkpoint, machine)
-        self.layerwise = LayerwiseModel(checkpoint, arch, dtype=dtype, device=machine.device)
+        self.layerwise = driver.layerwise()
         self.weights = Weights(self.layerwise)
         length, residual = tokens.length, arch.sizes["residual"]
-        self.batch = max(1, BATCH_TOKENS[machine.device] // length)
+        self.batch = driver.batch()
         self.inside = {seam.goal.layer for seam in seams if seam.goal.part == "attention"}
         arrays = 2 * tokens.samples + self.held + (tokens.samples if self.inside else 0)
-        size = arrays * length * residual * dtype.itemsize
-        if machine.device == "cuda":
-            room = machine.gpu_bytes // 2 - 3 * block_bytes(arch, dtype)
-            held_on = "cuda" if size <= room // 2 else "cpu"
-        else:
-            held_on = "cpu"
-        free = machine.ram_bytes - psutil.Process().memory_info().rss
-        free -= 3 * block_bytes(arch, torch.float32)
-        self.spooled = held_on == "cpu" and size > free // 2
+        held_on = driver.place_of(arrays * length * residual * driver.dtype.itemsize)
+        self.spooled = held_on is None
+        shape, dtype = (length, residual), driver.dtype
 
         def buffer(rows: int, name: str) -> Buffer:
             path = saves.folder / f"{name}.spool" if self.spooled else None
-            made = Buffer(
-                max(rows, 1), (length, residual), dtype, path=path, device=held_on
-            )  # fmt: skip
+            made = Buffer(max(rows, 1), shape, dtype, path=path, device=held_on or "cpu")
             return stack.enter_context(made)
 
         everywhere = partial(buffer, tokens.samples)
@@ -287,12 +269,13 @@ class _Pass:
         """Refits the projection before a seam, whose block is loaded, and stores it."""
         from safetensors.torch import save_file
 
-        assert seam.site is not None
-        (tensor,) = seam.site.tensors
+        assert seam.group is not None
+        (tensor,) = seam.group.tensors
         module = self.layerwise.module(tensor)
         bias = getattr(module, "bias", None)
         moments = self._moments(seam, module, call)
         weight = self.weights.read(tensor)
+        old_bias = None if bias is None else bias.detach().clone()
         found = mended(weight, moments)
         stored = dict[str, torch.Tensor]()
         if found.change is not None:
@@ -305,8 +288,8 @@ class _Pass:
         if not all(bool(value.isfinite().all()) for value in stored.values()):
             # Too large for the dtype: as it was.
             self.weights.write(tensor, weight)
-            if bias is not None and found.bias is not None:
-                bias.data.copy_(bias.float() - found.bias)
+            if bias is not None:
+                bias.data.copy_(old_bias)
             stored, found = {}, Mended(None, None, None, found.before, found.before)
         folder = self.saves.folder
         save_file({k: v.contiguous() for k, v in stored.items()}, folder / f"{number}.safetensors")
@@ -322,8 +305,8 @@ class _Pass:
 
     def _moments(self, seam: Seam, module: nn.Module, call: Call) -> Moments:
         """Accumulates the inputs of a projection and what its block's outputs lack."""
-        assert seam.site is not None
-        width = inputs_of(self.arch, seam.site.tensors[0])
+        assert seam.group is not None
+        width = inputs_of(self.arch, seam.group.tensors[0])
         caught: list[torch.Tensor] = []
         moments = Moments(
             width,
@@ -332,19 +315,20 @@ class _Pass:
             bias=getattr(module, "bias", None) is not None,
             held_tokens=self.held * self.ids.shape[1],
         )
-        handle = module.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
         goals = self.goal if seam.goal.part == "attention" else self.dense.states
         assert goals is not None
-        for start, stop in self._batches(0, len(self.ids)):
-            inputs = self.edited.states.read(start, stop).to(self.layerwise.device)
-            outputs = self.layerwise.run(seam.site.layer, inputs, call).float()
-            goal = goals.read(start, stop).to(self.layerwise.device).float()
-            weights = goal.square().mean(-1).clamp_min(_LEAST).reciprocal().flatten()
-            lacks = ((goal - outputs) / self.times).flatten(0, 1)
-            states = caught.pop().reshape(-1, width)
-            see = moments.see if start < self.fitted else moments.hold
-            see(states, lacks, weights)
-        handle.remove()
+        with ExitStack() as hooks:
+            hear = module.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
+            hooks.callback(hear.remove)
+            for start, stop in self._batches(0, len(self.ids)):
+                inputs = self.edited.states.read(start, stop).to(self.layerwise.device)
+                outputs = self.layerwise.run(seam.group.layer, inputs, call).float()
+                goal = goals.read(start, stop).to(self.layerwise.device).float()
+                weights = inverse_mean_square(goal).flatten()
+                lacks = ((goal - outputs) / self.times).flatten(0, 1)
+                states = caught.pop().reshape(-1, width)
+                see = moments.see if start < self.fitted else moments.hold
+                see(states, lacks, weights)
         return moments
 
     def _hear(self) -> None:
@@ -379,13 +363,9 @@ class _Pass:
 
     def _batches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Windows at once from `start` on; none of them both fitted and held out."""
-        at = start
-        while at < stop:
-            end = min(at + self.batch, stop)
-            if at < self.fitted < end:
-                end = self.fitted
-            yield at, end
-            at = end
+        middle = max(start, min(self.fitted, stop))
+        yield from batches(middle, self.batch, start)
+        yield from batches(stop, self.batch, middle)
 
 
 def _named(layer: int, part: str) -> int | list[Any]:

@@ -25,12 +25,12 @@ class Seam:
     """Adjacent removed parts, the projection before them to refit, and the place of its target.
 
     The goal are the dense model's residual states where `goal` ends: a block, or its attention.
-    `site` is None where nothing before it can be refitted; `why` then says so.
+    `group` is None where nothing before it can be refitted; `why` then says so.
     """
 
     removed: tuple[Unit, ...]
     goal: Unit
-    site: LinearGroup | None
+    group: LinearGroup | None
     why: str = ""
 
 
@@ -85,7 +85,7 @@ def steps(layers: int, dropped: Collection[int], seams: Collection[Seam], first:
 
     The dense model's states go no further than the last goal.
     """
-    mended = {seam.site.layer: seam for seam in seams if seam.site is not None}
+    mended = {seam.group.layer: seam for seam in seams if seam.group is not None}
     last = max((seam.goal.layer for seam in mended.values()), default=-1)
     made = [Step(layer, dense=True) for layer in range(first)]
     dense, forked = first, False
@@ -132,14 +132,14 @@ def _seam(
     removed = _whole(run)
     if before is None:
         return Seam(removed, goal, None, "no projection stands before it")
-    sites = {site.kind: site for site in linear_groups(arch, before.layer) if has_target(site)}
-    site = sites.get(_KINDS[before.part])
-    if site is None and (before.layer, "attention") not in gone:
+    groups = {group.kind: group for group in linear_groups(arch, before.layer) if has_target(group)}
+    group = groups.get(_KINDS[before.part])
+    if group is None and (before.layer, "attention") not in gone:
         # Experts: what the block's attention gives is refitted, as if they did not see it.
-        site = sites.get(_KINDS["attention"])
-    if site is None:
+        group = groups.get(_KINDS["attention"])
+    if group is None:
         return Seam(removed, goal, None, "only experts stand before it")
-    return Seam(removed, goal, site)
+    return Seam(removed, goal, group)
 
 
 def _whole(run: list[Unit]) -> tuple[Unit, ...]:

@@ -11,20 +11,18 @@ group instead.
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-import psutil
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes, suspended_bytes
+from prune_export.calibrate.context import CalibrationContext
+from prune_export.calibrate.passes.cost import suspended_bytes
 from prune_export.calibrate.passes.dense_reference import (
     DENSE_STATES,
     TARGETED,
@@ -32,19 +30,15 @@ from prune_export.calibrate.passes.dense_reference import (
     added_times,
 )
 from prune_export.calibrate.passes.norm_correction import PREFIX_TOKENS
-from prune_export.calibrate.passes.sequential_block import Block, Editor
-from prune_export.calibrate.passes.statistics import check, compute_dtype
-from prune_export.calibrate.streaming.block_loader import loaded, threads
-from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
-from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
+from prune_export.calibrate.passes.sequential_block import Block
+from prune_export.calibrate.passes.sequential_state import Editor, Order, SequentialState
+from prune_export.calibrate.streaming.block_loader import loaded
+from prune_export.calibrate.streaming.checkpointing import Saves
+from prune_export.calibrate.streaming.driver import PassDriver
 from prune_export.calibrate.streaming.linear_groups import Weights
-from prune_export.calibrate.streaming.offload import Buffer
+from prune_export.calibrate.streaming.offload import Buffer, Lane
 from prune_export.checkpoint import Checkpoint
-from prune_export.machine import Machine
-from prune_export.progress import Progress, Silent
-from prune_export.system.temporary import Temporary
-
-Order = Literal["sequential", "block"]
+from prune_export.progress import Progress
 
 _LOSS: Final = "loss.txt"
 
@@ -81,10 +75,7 @@ class SequentialResult:
 def run_sequential(
     checkpoint: Checkpoint,
     editor: Editor,
-    tokens: TokenSet,
-    machine: Machine,
-    progress: Progress | None = None,
-    scratch: Path | None = None,
+    context: CalibrationContext,
     *,
     arch: Arch | None = None,
     order: Order = "sequential",
@@ -97,160 +88,131 @@ def run_sequential(
     `block` (all layers of a block see the dense block; it is then computed a second time), as the
     reference codes of Wanda and SparseGPT have it. With `dense`, the dense model's hidden states
     are computed beside, and a `TargetAccumulator` gets the target outputs that follow from them.
-    With `scratch`, a pass that is killed goes on from there, and ends in the same matrices bit for
-    bit.
+    With `context.scratch`, a pass that is killed goes on from there, and ends in the same matrices
+    bit for bit.
 
     Raises:
         PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
         ValueError: `dense`, of a model for which `added_times` is None.
     """
-    arch = arch or checkpoint.arch()
-    check(arch, tokens)
-    temporary = Temporary() if scratch is None else None
-    scratch = scratch or Path(temporary.path if temporary else "")
+    driver = PassDriver.of(checkpoint, context, arch)
+    own = [editor.key, order, *(["loss"] if loss else []), *(["dense"] if dense else [])]
+    made_in = driver.folder("sweep", *own)
+    folder = made_in.path
     with ExitStack() as stack:
-        stack.enter_context(threads(machine.threads))
-        stack.enter_context(torch.inference_mode())
-        own = [editor.key, order, *(["loss"] if loss else []), *(["dense"] if dense else [])]
-        folder = scratch / f"sweep-{pass_key(checkpoint, arch, tokens, machine, *own)}"
-        made = SequentialPass(
-            checkpoint, arch, editor, tokens, machine, order, Saves(folder), stack, dense
-        )
-        made.asks_loss = loss
-        made.run(progress or Silent())
+        stack.enter_context(driver.computing())
+        saves = Saves(folder)
+        made = SequentialPass(driver, editor, order, saves, stack, loss=loss, dense=dense)
+        made.run(context.told)
     logs, names, beside = [], {}, {}
-    for layer in range(arch.layers):
+    for layer in range(driver.arch.layers):
         logs.append(json.loads((folder / f"{layer}.json").read_text(encoding="utf-8")))
         file = folder / f"{layer}.safetensors"
         names.update(dict.fromkeys(logs[-1].pop("tensors"), file))
         beside.update(dict.fromkeys(logs[-1].pop("beside", ()), file))
     heard = float((folder / _LOSS).read_text(encoding="ascii")) if loss else None
     swept = SequentialResult(folder, tuple(logs), names, heard, beside)
-    if temporary:
-        weakref.finalize(swept, temporary.close)
+    made_in.live_as_long_as(swept)
     return swept
 
 
 class SequentialPass:
-    """One sequential pass: its hidden states, where they are kept, and its saves."""
+    """One sequential pass: where its hidden states are kept, and its saves."""
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        arch: Arch,
+        driver: PassDriver,
         editor: Editor,
-        tokens: TokenSet,
-        machine: Machine,
         order: Order,
         saves: Saves,
         stack: ExitStack,
+        *,
+        loss: bool,
         dense: bool,
     ) -> None:
-        self.arch, self.editor, self.saves, self.order = arch, editor, saves, order
-        self.ids = tokens.ids
-        self.asks_loss = False
-        self.prefix_calls: list[Call] = []
-        dtype = compute_dtype(checkpoint, machine)
-        self.layerwise = LayerwiseModel(checkpoint, arch, dtype=dtype, device=machine.device)
-        self.weights = Weights(self.layerwise)
-        samples, length = self.ids.shape
-        self.batch = max(1, BATCH_TOKENS[machine.device] // length)
-        free = machine.ram_bytes - psutil.Process().memory_info().rss
-        free -= 3 * block_bytes(arch, torch.float32)
-        states = self.ids.numel() * arch.sizes["residual"] * dtype.itemsize
-        held_states = states * (1 + (DENSE_STATES if dense else 0))
-        suspended = suspended_bytes(arch, self.ids.numel(), dtype, dense)
-        if machine.device == "cuda":
-            room = machine.gpu_bytes // 2 - 3 * block_bytes(arch, dtype)
-            self.suspends = suspended + held_states <= room
-            held = "cuda" if held_states <= room // 2 else "cpu"
-        else:
-            self.suspends = suspended + held_states <= free
-            held = "cpu"
-        shape = (length, arch.sizes["residual"])
-        in_memory = held_states <= free // 2 or held == "cuda"
+        arch, dtype, ids = driver.arch, driver.dtype, driver.ids
+        self.saves, self.asks_loss = saves, loss
+        layerwise = driver.layerwise()
+        held_bytes = ids.numel() * arch.sizes["residual"] * dtype.itemsize
+        held_bytes *= 1 + (DENSE_STATES if dense else 0)
+        suspended = suspended_bytes(arch, ids.numel(), dtype, dense)
+        on_gpu = driver.device == "cuda"
+        free = driver.free_gpu_bytes() if on_gpu else driver.free_ram_bytes()
+        held_on = driver.place_of(held_bytes)
+        spooled = held_on is None
+        shape = (ids.shape[1], arch.sizes["residual"])
 
         def buffer(name: str) -> Buffer:
-            path = None if in_memory else saves.folder / f"{name}.spool"
-            device = held if in_memory else "cpu"
-            return stack.enter_context(Buffer(samples, shape, dtype, path=path, device=device))
+            path = saves.folder / f"{name}.spool" if spooled else None
+            made = Buffer(len(ids), shape, dtype, path=path, device=held_on or "cpu")
+            return stack.enter_context(made)
 
-        self.states = buffer("states")
-        self.spare = self.states if in_memory else buffer("spare")
-        self.dense: DenseReference | None = None
+        reference = None
         if dense:
             times = added_times(arch)
             if times is None:
                 raise ValueError(f"{arch.family}: outputs are not simply added to the states")
-            own = buffer("dense")
-            spare = own if in_memory else buffer("dense-spare")
             goals = {kind: buffer(f"goal-{kind}") for kind in TARGETED}
-            self.dense = DenseReference(self.layerwise, times, own, spare, goals)
+            lane = Lane(buffer, "dense", spooled=spooled)
+            reference = DenseReference(layerwise, times, lane, goals)
+        self.state = SequentialState(
+            arch=arch,
+            editor=editor,
+            order=order,
+            ids=ids,
+            batch=driver.batch(),
+            layerwise=layerwise,
+            weights=Weights(layerwise),
+            lane=Lane(buffer, "states", spooled=spooled),
+            dense=reference,
+            suspends=suspended + held_bytes <= free,
+            folder=saves.folder,
+        )
         self.saves.layout = tuple(self._held())
 
     def run(self, progress: Progress) -> None:
         """Runs from the last save to the end."""
-        total = self.ids.numel() * self.arch.layers
-        with progress.task("Pruning block by block", total) as task:
+        state, layerwise, ids = self.state, self.state.layerwise, self.state.ids
+        layers = state.arch.layers
+        with progress.task("Pruning block by block", ids.numel() * layers) as task:
             done = self.saves.done()
-            task.advance(self.ids.numel() * done)
-            if done == self.arch.layers:
+            task.advance(ids.numel() * done)
+            if done == layers:
                 return
             if done:
                 self.saves.restore(self._held())
-                if self.spare is not self.states and done % 2:
-                    self._swap()
-            self.layerwise.look_up(self.ids.flatten())
-            calls = self.layerwise.calls(self.ids)
-            self.prefix_calls = self.layerwise.calls(self.ids[:, :PREFIX_TOKENS])
+                if state.lane.spooled and done % 2:
+                    state.swap()
+            layerwise.look_up(ids.flatten())
+            calls, prefix_calls = layerwise.calls(ids), layerwise.calls(ids[:, :PREFIX_TOKENS])
             if not done:
-                for start, stop in self.batches():
-                    entered = self.layerwise.enter(self.ids[start:stop])
-                    for buffer in (self.states, *([self.dense.states] if self.dense else [])):
-                        buffer.write(start, entered)
-            self.layerwise.forget_rows()
-            for layer in loaded(self.layerwise, range(done, self.arch.layers)):
-                Block(self, layer, calls[layer], task).run()
-                self._swap()
-                last = layer + 1 == self.arch.layers
+                for start, stop in state.batches():
+                    entered = layerwise.enter(ids[start:stop])
+                    for lane in self._lanes():
+                        lane.states.write(start, entered)
+            layerwise.forget_rows()
+            for layer in loaded(layerwise, range(done, layers)):
+                Block(state, layer, calls[layer], prefix_calls[layer], task).run()
+                state.swap()
+                last = layer + 1 == layers
                 if last and self.asks_loss:
                     (self.saves.folder / _LOSS).write_text(repr(self._loss()), encoding="ascii")
-                if last or self.spare is not self.states or self.saves.due():
+                if last or state.lane.spooled or self.saves.due():
                     self.saves.save(layer + 1, {} if last else self._held(), {})
 
     def _loss(self) -> float:
         """Computes the mean next-token loss from the outputs of the last block."""
-        self.layerwise.load_head()
+        state = self.state
+        state.layerwise.load_head()
         total = sum(
-            self.layerwise.loss(self.states.read(start, stop), self.ids[start:stop])
-            for start, stop in self.batches()
+            state.layerwise.loss(state.lane.states.read(start, stop), state.ids[start:stop])
+            for start, stop in state.batches()
         )
-        samples, length = self.ids.shape
+        samples, length = state.ids.shape
         return total / (samples * (length - 1))
 
+    def _lanes(self) -> list[Lane]:
+        return [self.state.lane, *([self.state.dense.lane] if self.state.dense else [])]
+
     def _held(self) -> dict[str, Buffer]:
-        held = {"states": self.states} | ({"dense": self.dense.states} if self.dense else {})
-        return {name: buffer for name, buffer in held.items() if buffer.path is None}
-
-    def _swap(self) -> None:
-        self.states, self.spare = self.spare, self.states
-        if self.dense:
-            self.dense.swap()
-
-    def prefixes(self) -> Iterator[torch.Tensor]:
-        """Yields the states of each window's first tokens, `[samples, PREFIX_TOKENS, residual]`."""
-        device, rows = (
-            self.layerwise.device,
-            max(1, self.batch * self.ids.shape[1] // PREFIX_TOKENS),
-        )
-        held: list[torch.Tensor] = []
-        for start, stop in self.batches():
-            held.append(self.states.prefixes(start, stop, PREFIX_TOKENS).to(device))
-            if stop == len(self.ids) or sum(map(len, held)) >= rows:
-                yield torch.cat(held)
-                held = []
-
-    def batches(self) -> Iterator[tuple[int, int]]:
-        """Yields the first and last window (exclusive) of each batch that a block is run on."""
-        for start in range(0, len(self.ids), self.batch):
-            yield start, min(start + self.batch, len(self.ids))
+        return {lane.name: lane.states for lane in self._lanes() if not lane.spooled}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from prune_export.calibrate.passes.dense_reference import (
     has_target,
 )
 from prune_export.calibrate.passes.norm_correction import SeesUnedited, show_unedited
+from prune_export.calibrate.passes.sequential_state import SequentialState
 from prune_export.calibrate.streaming.layerwise_model import Call
 from prune_export.calibrate.streaming.linear_groups import (
     Accumulator,
@@ -27,35 +27,6 @@ from prune_export.calibrate.streaming.linear_groups import (
 )
 from prune_export.progress import Task
 
-if TYPE_CHECKING:
-    from prune_export.calibrate.passes.sequential import SequentialPass
-
-
-@dataclass(frozen=True)
-class Edited:
-    """The edit of a linear group: new matrices `[out, in]` by stored name, and its log (JSON).
-
-    `beside` are tensors to keep that are no weights, such as scales, by names of the editor's own.
-    """
-
-    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    log: Mapping[str, Any] = field(default_factory=dict)
-    beside: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
-class Editor(Protocol):
-    """Edits linear groups one after another; keeps nothing from one block to the next."""
-
-    @property
-    def key(self) -> str:
-        """JSON that identifies the editor: a killed pass goes on only with an equal one."""
-
-    def watch(self, site: LinearGroup, width: int, device: str) -> Accumulator | None:
-        """Makes the accumulator of a group's inputs `[…, width]`; None leaves it unedited."""
-
-    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Any) -> Edited:
-        """Edits float32 copies `[out, in]` by stored name; `seen` is the accumulator of `watch`."""
-
 
 class Arrived(Exception):
     """Ends a forward pass at a group that is not yet edited, where it is not suspended."""
@@ -64,11 +35,14 @@ class Arrived(Exception):
 class Block:
     """One loaded block: its linear groups, their accumulators, and its forward passes."""
 
-    def __init__(self, sequential: SequentialPass, layer: int, call: Call, task: Task) -> None:
-        self.sequential, self.layer, self.call, self.task = sequential, layer, call, task
-        self.layerwise, self.editor = sequential.layerwise, sequential.editor
+    def __init__(
+        self, given: SequentialState, layer: int, call: Call, prefix_call: Call, task: Task
+    ) -> None:
+        self.given, self.layer, self.task = given, layer, task
+        self.call, self.prefix_call = call, prefix_call
+        self.layerwise, self.editor = given.layerwise, given.editor
         self.seen: dict[str, Accumulator] = {}
-        self.sites: dict[str, list[LinearGroup]] = {}
+        self.groups: dict[str, list[LinearGroup]] = {}
         """By kind: one group, or those of all experts, which get their tokens together."""
         self.logs: dict[str, Any] = {}
         self.made: dict[str, torch.Tensor] = {}
@@ -81,34 +55,34 @@ class Block:
     def run(self) -> None:
         """Edits the block, and replaces the hidden states by the edited block's outputs."""
         with ExitStack() as hooks:
-            for site in linear_groups(self.sequential.arch, self.layer):
-                width = inputs_of(self.sequential.arch, site.tensors[0])
-                found = self.editor.watch(site, width, self.layerwise.device)
+            for group in linear_groups(self.given.arch, self.layer):
+                width = inputs_of(self.given.arch, group.tensors[0])
+                found = self.editor.watch(group, width, self.layerwise.device)
                 if found is not None:
-                    self.seen[site.name] = found
-                    self.sites.setdefault(site.kind, []).append(site)
-            if self.sequential.dense:
+                    self.seen[group.name] = found
+                    self.groups.setdefault(group.kind, []).append(group)
+            if self.given.dense:
                 # While the block is as it was.
-                batches = self.sequential.batches()
-                self.sequential.dense.advance(self.layer, self.call, self.sites, batches)
-                times = self.sequential.dense.times
+                batches = self.given.batches()
+                self.given.dense.advance(self.layer, self.call, self.groups, batches)
+                times = self.given.dense.times
                 self.tracker = ResidualTracker(self.layerwise, self.layer, times, hooks)
-            if self.sequential.order == "sequential":
+            if self.given.order == "sequential":
                 self._show_unedited()
-            for kind, sites in self.sites.items():
+            for kind, groups in self.groups.items():
                 modules = {
-                    self.layerwise.module(tensor) for site in sites for tensor in site.tensors
+                    self.layerwise.module(tensor) for group in groups for tensor in group.tensors
                 }
                 for module in sorted(modules, key=id):
-                    if sites[0].expert is None:
+                    if groups[0].expert is None:
                         handle = module.register_forward_pre_hook(partial(self._arrive, kind))
                         hooks.callback(handle.remove)
                     elif "forward" not in vars(module):
                         module.forward = partial(self._experts, module)
                         hooks.callback(delattr, module, "forward")
-            if self.sequential.order == "block":
+            if self.given.order == "block":
                 self._block_order()
-            elif self.sequential.suspends:
+            elif self.given.suspends:
                 self._suspended()
             else:
                 self._repeated()
@@ -120,19 +94,19 @@ class Block:
     def _show_unedited(self) -> None:
         """Records inputs before any edit, for the accumulators that correct their norms by them."""
         wanted = {}
-        for kind in list(self.sites)[1:]:  # before the first nothing is edited
-            for site in self.sites[kind]:
-                seen = self.seen[site.name]
+        for kind in list(self.groups)[1:]:  # before the first nothing is edited
+            for group in self.groups[kind]:
+                seen = self.seen[group.name]
                 if isinstance(seen, SeesUnedited):
-                    wanted[self.layerwise.module(site.tensors[0])] = seen
+                    wanted[self.layerwise.module(group.tensors[0])] = seen
         if wanted:
-            call = self.sequential.prefix_calls[self.layer]
-            show_unedited(self.layerwise, self.layer, call, wanted, self.sequential.prefixes())
+            prefixes = self.given.prefixes()
+            show_unedited(self.layerwise, self.layer, self.prefix_call, wanted, prefixes)
 
     def _arrive(self, kind: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         del module
         # OPT flattens windows before its MLP.
-        length = self.sequential.ids.shape[1]
+        length = self.given.ids.shape[1]
         self._see(kind, {None: args[0].reshape(-1, length, args[0].shape[-1])})
 
     def _experts(
@@ -159,33 +133,33 @@ class Block:
 
     def _see(self, kind: str, inputs: Mapping[int | None, torch.Tensor]) -> None:
         """Adds the inputs of a kind of group to its accumulators, and suspends the forward pass."""
-        if kind in self.edited or kind in self.here or kind not in self.sites:
+        if kind in self.edited or kind in self.here or kind not in self.groups:
             return
         self.here.add(kind)
-        for site in self.sites[kind]:
-            seen, states = self.seen[site.name], inputs[site.expert]
-            if self.tracker and has_target(site) and isinstance(seen, TargetAccumulator):
-                seen.see_with_target(states, *self._target(site))
+        for group in self.groups[kind]:
+            seen, states = self.seen[group.name], inputs[group.expert]
+            if self.tracker and has_target(group) and isinstance(seen, TargetAccumulator):
+                seen.see_with_target(states, *self._target(group))
             else:
                 seen.see(states)
-        if self.sequential.order == "block":
+        if self.given.order == "block":
             return
-        if not self.sequential.suspends:
+        if not self.given.suspends:
             raise Arrived
         from greenlet import getcurrent
 
         getcurrent().parent.switch(kind)
 
-    def _target(self, site: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    def _target(self, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
         """The target outputs of a group's matrix for the current windows, and their weights."""
         assert self.tracker is not None
-        assert self.sequential.dense is not None
+        assert self.given.dense is not None
         start = self.tracker.at
-        bias: torch.Tensor | None = getattr(self.layerwise.module(site.tensors[0]), "bias", None)
-        return self.sequential.dense.wanted(site.kind, start, self.tracker.states(start), bias)
+        bias: torch.Tensor | None = getattr(self.layerwise.module(group.tensors[0]), "bias", None)
+        return self.given.dense.wanted(group.kind, start, self.tracker.states(start), bias)
 
     def _enter(self, start: int, stop: int) -> torch.Tensor:
-        inputs = self.sequential.states.read(start, stop).to(self.layerwise.device)
+        inputs = self.given.lane.states.read(start, stop).to(self.layerwise.device)
         if self.tracker:
             self.tracker.begin(start, inputs)
         return inputs
@@ -195,7 +169,7 @@ class Block:
         outputs = self.layerwise.run(self.layer, inputs, self.call)
         if self.tracker:
             self.tracker.forget(start)
-        self.sequential.spare.write(start, outputs)
+        self.given.lane.spare.write(start, outputs)
         self.task.advance(inputs.shape[0] * inputs.shape[1])
 
     def _suspended(self) -> None:
@@ -203,7 +177,7 @@ class Block:
 
         waiting = [
             (greenlet(partial(self._forward, *rows)), rows[0], set[str]())
-            for rows in self.sequential.batches()
+            for rows in self.given.batches()
         ]
         while waiting:
             left, reached = [], set()
@@ -222,7 +196,7 @@ class Block:
     def _repeated(self) -> None:
         while True:
             reached = ""
-            for start, stop in self.sequential.batches():
+            for start, stop in self.given.batches():
                 self.here = set()
                 try:
                     self._forward(start, stop)
@@ -233,31 +207,31 @@ class Block:
             self._edit(reached)
 
     def _block_order(self) -> None:
-        for start, stop in self.sequential.batches():
+        for start, stop in self.given.batches():
             self.here = set()
             inputs = self._enter(start, stop)
             self.layerwise.run(self.layer, inputs, self.call)
-        for name in self.sites:
+        for name in self.groups:
             self._edit(name)
-        for start, stop in self.sequential.batches():
+        for start, stop in self.given.batches():
             self._forward(start, stop)
 
     def _edit(self, kind: str) -> None:
-        for site in self.sites[kind]:
-            weights = {tensor.name: self.sequential.weights.read(tensor) for tensor in site.tensors}
-            result = self.editor.edit(site, weights, self.seen.pop(site.name))
-            for tensor in site.tensors:
+        for group in self.groups[kind]:
+            weights = {tensor.name: self.given.weights.read(tensor) for tensor in group.tensors}
+            result = self.editor.edit(group, weights, self.seen.pop(group.name))
+            for tensor in group.tensors:
                 if tensor.name in result.weights:
                     value = result.weights[tensor.name]
-                    self.made[tensor.name] = self.sequential.weights.write(tensor, value)
+                    self.made[tensor.name] = self.given.weights.write(tensor, value)
             self.beside |= {name: kept.cpu() for name, kept in result.beside.items()}
-            self.logs[site.name] = dict(result.log)
+            self.logs[group.name] = dict(result.log)
         self.edited.add(kind)
 
     def _store(self) -> None:
         from safetensors.torch import save_file
 
-        folder = self.sequential.saves.folder
+        folder = self.given.folder
         save_file(self.made | self.beside, folder / f"{self.layer}.safetensors")
         known = self.logs | {"tensors": list(self.made), "beside": list(self.beside)}
         (folder / f"{self.layer}.json").write_text(json.dumps(known), encoding="utf-8")

@@ -13,15 +13,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate.data.token_set import TokenSet
-from prune_export.calibrate.passes.cost import BATCH_TOKENS, block_bytes
+from prune_export.calibrate.context import CalibrationContext
 from prune_export.calibrate.statistics.api import (
     Collector,
     Listener,
@@ -30,93 +27,46 @@ from prune_export.calibrate.statistics.api import (
     Statistic,
     Stepper,
 )
-from prune_export.calibrate.streaming.block_loader import loaded, threads
-from prune_export.calibrate.streaming.checkpointing import Saves, pass_key
+from prune_export.calibrate.streaming.block_loader import loaded
+from prune_export.calibrate.streaming.checkpointing import Saves
+from prune_export.calibrate.streaming.driver import PassDriver, batches
 from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 from prune_export.calibrate.streaming.offload import Buffer
 from prune_export.calibrate.streaming.skip import Steps, Unit, after, skipped
 from prune_export.checkpoint import Checkpoint
-from prune_export.errors import PlanError
-from prune_export.machine import Machine
-from prune_export.progress import Progress, Silent, Task
-from prune_export.system.temporary import Temporary
+from prune_export.progress import Progress, Task
 
 
 def gather(
     checkpoint: Checkpoint,
     statistics: Sequence[Statistic],
-    tokens: TokenSet,
-    machine: Machine,
-    progress: Progress | None = None,
-    scratch: Path | None = None,
+    context: CalibrationContext,
     *,
     arch: Arch | None = None,
 ) -> dict[Statistic, Any]:
-    """Gathers `statistics` over `tokens` in one forward pass; gives the result of each.
+    """Gathers `statistics` over the windows in one forward pass; gives the result of each.
 
-    With `scratch`, a pass that is killed goes on from there, and ends in the same result bit for
-    bit. Without, large states are kept in a temporary directory.
+    With `context.scratch`, a pass that is killed goes on from there, and ends in the same result
+    bit for bit. Without, large states are kept in a temporary directory.
 
     Raises:
         PlanError: the windows are longer than the model's positions, or hold ids it doesn't know.
     """
     wanted = tuple(dict.fromkeys(statistics))
-    arch = arch or checkpoint.arch()
-    check(arch, tokens)
+    driver = PassDriver.of(checkpoint, context, arch)
     if not wanted:
         return {}
     with ExitStack() as stack:
-        if scratch is None:
-            scratch = stack.enter_context(Temporary())
-        stack.enter_context(threads(machine.threads))
-        stack.enter_context(torch.inference_mode())
-        dtype = compute_dtype(checkpoint, machine)
-        folder = scratch / f"pass-{pass_key(checkpoint, arch, tokens, machine, *map(repr, wanted))}"
-        a_pass = _Pass(checkpoint, arch, wanted, tokens, machine, dtype, folder, stack)
-        a_pass.run(progress or Silent())
+        folder = driver.folder("pass", *map(repr, wanted))
+        stack.callback(folder.close)
+        stack.enter_context(driver.computing())
+        a_pass = _Pass(driver, wanted, Saves(folder.path), stack)
+        a_pass.run(context.told)
         return {
             statistic: collector.result()
             for stream in a_pass.streams
             for statistic, collector in stream.collectors.items()
         }
-
-
-def check(arch: Arch, tokens: TokenSet) -> None:
-    """Refuses windows that do not fit the model.
-
-    Raises:
-        PlanError: they are longer than its positions, or hold ids that it does not know.
-    """
-    positions = arch.config.get("max_position_embeddings") or arch.config.get("n_positions")
-    if positions and tokens.length > int(positions):
-        raise PlanError(
-            "data  length",
-            f"got {tokens.length}, but the model has {positions} positions",
-            f"write `length: {positions}` or less",
-        )
-    refuse_unknown(arch, tokens)
-
-
-def refuse_unknown(arch: Arch, tokens: TokenSet) -> None:
-    """Refuses tokens for which the model has no embedding.
-
-    Raises:
-        PlanError: there is one.
-    """
-    last = int(tokens.ids.max()) if tokens.ids.numel() else -1
-    if last >= arch.sizes["vocab"]:
-        raise PlanError(
-            "data",
-            f"holds token id {last}, but the model knows {arch.sizes['vocab']} ids",
-            "make the tokens with this model's tokenizer; if a token was added to it, resize the "
-            "embedding",
-        )
-
-
-def compute_dtype(checkpoint: Checkpoint, machine: Machine) -> torch.dtype:
-    """Chooses the dtype that a pass computes in."""
-    bfloat16 = machine.device == "cuda" and checkpoint.dtype == "bfloat16"
-    return torch.bfloat16 if bfloat16 else torch.float32
 
 
 @dataclass
@@ -136,8 +86,8 @@ class _Stream:
 
     def enter(self, layerwise: LayerwiseModel) -> None:
         """Fills the states with the input of the first block."""
-        for start in range(0, len(self.ids), self.batch):
-            self.states.write(start, layerwise.enter(self.ids[start : start + self.batch]))
+        for start, stop in self._batches():
+            self.states.write(start, layerwise.enter(self.ids[start:stop]))
 
     def advance(self, layerwise: LayerwiseModel, layer: int, task: Task) -> None:
         """Replaces the states by a block's outputs."""
@@ -240,8 +190,7 @@ class _Stream:
         return blocks * self.ids.numel()
 
     def _batches(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, len(self.ids), self.batch):
-            yield start, min(start + self.batch, len(self.ids))
+        return batches(len(self.ids), self.batch)
 
 
 def _arrived(
@@ -256,26 +205,18 @@ class _Pass:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        arch: Arch,
+        driver: PassDriver,
         statistics: Sequence[Statistic],
-        tokens: TokenSet,
-        machine: Machine,
-        dtype: torch.dtype,
-        folder: Path,
+        saves: Saves,
         stack: ExitStack,
     ) -> None:
-        self.arch = arch
-        self.saves = Saves(folder)
-        self.device = machine.device
-        self.dtype = dtype
-        self.layerwise = LayerwiseModel(checkpoint, arch, dtype=dtype, device=machine.device)
+        self.driver, self.arch, self.saves = driver, driver.arch, saves
+        self.layerwise = driver.layerwise()
         self._stack = stack
         self._states: dict[str, Buffer] = {}
         self._kept: dict[str, Buffer] = {}
-        block = block_bytes(arch, dtype)
-        self._ram = machine.ram_bytes - psutil.Process().memory_info().rss - 3 * block
-        self._gpu = machine.gpu_bytes // 2 - 3 * block if machine.device == "cuda" else 0
+        self._ram, self._gpu = driver.free_ram_bytes(), driver.free_gpu_bytes()
+        tokens = driver.context.tokens
         groups: dict[tuple[int, int], list[Statistic]] = {}
         for statistic in statistics:
             samples = min(statistic.samples or tokens.samples, tokens.samples)
@@ -299,13 +240,13 @@ class _Pass:
         collectors = {statistic: statistic.collector(scope(statistic)) for statistic in statistics}
         lanes = (None, *sorted({unit for one in statistics for unit in one.skipped}))
         shape, rows = (length, residual), len(lanes) * samples
-        states = self._buffer(str(number), "states", rows, shape, self.dtype, states=True)
+        dtype = self.driver.dtype
+        states = self._buffer(str(number), "states", rows, shape, dtype, states=True)
         spare = None
         if states.path is not None:
             path = self.saves.folder / f"{number}-spare.spool"
-            spare = self._stack.enter_context(Buffer(rows, shape, self.dtype, path=path))
-        batch = max(1, BATCH_TOKENS[self.device] // length)
-        return _Stream(ids, collectors, lanes, states, spare, batch)
+            spare = self._stack.enter_context(Buffer(rows, shape, dtype, path=path))
+        return _Stream(ids, collectors, lanes, states, spare, self.driver.batch(length))
 
     def _buffer(
         self,
@@ -321,7 +262,7 @@ class _Pass:
         size = rows * prod(shape) * dtype.itemsize
         if states and size <= self._gpu:
             self._gpu -= size
-            made = Buffer(rows, shape, dtype, device=self.device)
+            made = Buffer(rows, shape, dtype, device=self.driver.device)
         elif size <= self._ram:
             self._ram -= size
             made = Buffer(rows, shape, dtype)

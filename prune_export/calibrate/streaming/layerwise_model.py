@@ -34,18 +34,23 @@ class Call:
 
 
 class _Place(nn.Module):
-    """Stands in a block's place: records its arguments, and returns its input, or `carried`."""
+    """Stands in a block's place: records its arguments, and returns its input, or `carried`.
 
-    def __init__(self, block: nn.Module) -> None:
+    With `in_tuple` it returns it in a tuple, as the block does.
+    """
+
+    def __init__(self, block: nn.Module, *, in_tuple: bool) -> None:
         super().__init__()
         self._block = [block]  # in a list, so that it is not a submodule
+        self._in_tuple = in_tuple
         self.states: torch.Tensor | None = None
         self.carried: torch.Tensor | None = None
         self.call: Call | None = None
 
-    def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.states, self.call = states, Call(args, kwargs)
-        return states if self.carried is None else self.carried
+        out = states if self.carried is None else self.carried
+        return (out, None) if self._in_tuple else out
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -75,7 +80,7 @@ class LayerwiseModel:
         self._embedding.padding_idx = None
         self._head = self.model.get_output_embeddings()
         self._blocks = list(self.model.get_submodule(arch.table.blocks))
-        self._places = [_Place(block) for block in self._blocks]
+        self._places = [_Place(block, in_tuple=arch.table.tuple_blocks) for block in self._blocks]
         parent, _, leaf = arch.table.blocks.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._places))
         small = [
@@ -188,7 +193,11 @@ class LayerwiseModel:
 
     def run(self, layer: int, states: torch.Tensor, call: Call) -> torch.Tensor:
         """Runs a block on hidden states `[samples, length, residual]`; gives that shape again."""
-        out = self._blocks[layer](states, *call.args, **call.kwargs)
+        kwargs = dict(call.kwargs)
+        for name in self.arch.table.per_sample:
+            if kwargs.get(name) is not None:  # recorded with one window
+                kwargs[name] = kwargs[name].repeat(len(states), *[1] * (kwargs[name].dim() - 1))
+        out = self._blocks[layer](states, *call.args, **kwargs)
         result: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

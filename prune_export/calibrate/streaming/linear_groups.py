@@ -9,22 +9,12 @@ from typing import Any, Final, Protocol
 import torch
 
 from prune_export.arch import Arch, Tensor
+from prune_export.arch.roles import ROLES
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.checkpoint.header import TORCH
 
 LINEAR_GROUPS: Final[Mapping[str, str]] = {
-    "q": "attention.in",
-    "k": "attention.in",
-    "v": "attention.in",
-    "qkv": "attention.in",
-    "o": "attention.out",
-    "gate": "mlp.in",
-    "up": "mlp.in",
-    "gate_up": "mlp.in",
-    "down": "mlp.out",
-    "expert.gate": "experts.in",
-    "expert.up": "experts.in",
-    "expert.down": "experts.out",
+    name: own.group for name, own in ROLES.items() if own.group is not None
 }
 """The kind of linear group that each role of a linear layer belongs to."""
 

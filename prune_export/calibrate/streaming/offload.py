@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -108,12 +107,7 @@ class Buffer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 
@@ -122,10 +116,14 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class Lane:
-    """The hidden states of one model between two blocks, in memory or in files."""
+    """The hidden states of one model between two blocks, in memory or in files.
+
+    In files (`spooled`), a block's outputs are written beside its inputs: a killed pass reads these
+    again.
+    """
 
     def __init__(self, make: Callable[[str], Buffer], name: str, *, spooled: bool) -> None:
-        self.name = name
+        self.name, self.spooled = name, spooled
         self.states = make(name)
         self.spare = make(f"{name}-spare") if spooled else self.states
 

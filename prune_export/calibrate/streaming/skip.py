@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 import torch
 
+from prune_export.arch.roles import roles
 from prune_export.calibrate.streaming.layerwise_model import Call, LayerwiseModel
 
 Part = Literal["block", "attention", "mlp"]
@@ -29,8 +30,8 @@ def after(unit: Unit, layers: int) -> int:
 
 
 OUTPUTS: Final[Mapping[Part, tuple[str, ...]]] = {
-    "attention": ("o", "o.bias"),
-    "mlp": ("down", "down.bias", "expert.down"),
+    "attention": roles(lambda own: own.writes and own.part == "attention", biases=True),
+    "mlp": roles(lambda own: own.writes and own.part == "mlp", biases=True),
 }
 """The roles of what writes the output of a part of a block; zeros there remove the part."""
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from prune_export.contracts import Runner
 from prune_export.errors import StageError
+from prune_export.numeric.logits import largest_error
 
 PROMPT: Final = 5
 """Tokens before the cached step."""
@@ -33,7 +34,7 @@ def refuse_other_logits(
     )
     worst = 0.0
     for what, got, wanted in found:
-        error = float(np.abs(got - wanted).max()) / scale
+        error = largest_error(wanted, got) / scale
         if not error <= tolerance:  # so put, it is true of what is not a number
             raise StageError(
                 f"{engine}  {what}",

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
@@ -111,12 +110,7 @@ class OrtRunner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._cache, self._session = {}, None
 
     def placement(self) -> Placement:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from prune_export.arch import Arch
 from prune_export.errors import PlanError
 
 
@@ -22,6 +23,22 @@ def rope_kinds(config: Mapping[str, Any]) -> set[str]:
         return {"default"}
     parts = [value for value in rope.values() if isinstance(value, Mapping)] or [rope]
     return {str(part.get("rope_type") or part.get("type") or "default") for part in parts}
+
+
+def refuse_untraceable(where: str, arch: Arch) -> None:
+    """Refuses what torch.export cannot follow: dynamic rotary scaling, and models of old code.
+
+    Raises:
+        PlanError: with what is the same, or runs it.
+    """
+    refuse_rope(where, arch.config)
+    if arch.table.tuple_blocks:
+        raise PlanError(
+            where,
+            f"torch.export cannot follow {arch.family}: its code in transformers builds masks and "
+            "caches in ways of before torch.export",
+            "run it in PyTorch: leave the export out",
+        )
 
 
 def refuse_rope(where: str, config: Mapping[str, Any]) -> None:

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from prune_export.arch import Arch, Tensor
+from prune_export.arch.roles import OUTPUT_PROJECTIONS, is_expert, role
 from prune_export.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import torch
 
 _WRITES: Final[Mapping[str, str]] = {
-    "o": "attention", "down": "mlp", "expert.down": "expert"
-}  # fmt: skip
+    name: "expert" if is_expert(name) else str(role(name).part) for name in OUTPUT_PROJECTIONS
+}
 """Roles of the projections that write to the residual state, and the sub-block that each ends."""
 
 _DENSE: Final = 0.95

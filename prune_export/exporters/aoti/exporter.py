@@ -25,7 +25,7 @@ from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import PlanError
 from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.logit_check import PROMPT, refuse_other_logits
-from prune_export.exporters._shared.rope import refuse_rope
+from prune_export.exporters._shared.rope import refuse_untraceable
 from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.machine import Machine
 from prune_export.units import GIB
@@ -80,7 +80,7 @@ class Aoti:
             PlanError: there is no C++ compiler, no GPU for sparse kernels, or no CUDA toolkit; or
                 the model computes what cannot be compiled.
         """
-        refuse_rope("export: aoti", arch.config)
+        refuse_untraceable("export: aoti", arch)
         if not any(map(shutil.which, ("g++", "c++", "clang++"))):
             raise PlanError(
                 "export: aoti", "needs a C++ compiler, and none is on the PATH",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
@@ -76,12 +75,7 @@ class AotiRunner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._run = self._cache = None
 
     def reset(self) -> None:

@@ -38,7 +38,7 @@ from prune_export.exporters._shared.ort_providers import (
     present,
     runtime_version,
 )
-from prune_export.exporters._shared.rope import refuse_rope
+from prune_export.exporters._shared.rope import refuse_untraceable
 from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.machine import Machine
 from prune_export.units import GIB
@@ -145,7 +145,7 @@ class Onnx:
             MissingExtra: onnx, onnxscript or onnxruntime is not installed.
             PlanError: the model computes what no graph can, or nothing here can run it.
         """
-        refuse_rope("export: onnx", arch.config)
+        refuse_untraceable("export: onnx", arch)
         for package in _PACKAGES:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: onnx", package, "onnx")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
@@ -81,12 +80,7 @@ class GenaiRunner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.reset()
         self._session = None
 
@@ -179,12 +173,7 @@ class OgRunner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._generator = self._model = None
 
     def reset(self) -> None:

@@ -27,6 +27,7 @@ _ROPES: Final[Mapping[str, frozenset[str]]] = {
     "phi3": frozenset({"default", "longrope"}),
     "gemma3_text": frozenset({"default"}),
 }
+_CLASSES: Final = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 _OTHER_ROPES: Final = frozenset({"default", "linear"})
 _LANES: Final = 16  # GroupQueryAttention with fused rotary embedding: heads in units of 16
 
@@ -56,9 +57,25 @@ def architectures() -> frozenset[str]:
 
 def architecture(config: Mapping[str, Any]) -> str:
     """The causal language model's class name of a full config, or an empty string."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return _class_names().get(str(config.get("model_type")), "")
 
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")), ""))
+
+@cache
+def _class_names() -> Mapping[str, str]:
+    """Lists transformers' causal language models, class name by model type.
+
+    Read from its source, as the builder's are: to import that module takes a second, in each plan.
+    """
+    spec = find_spec("transformers")
+    if spec is not None and spec.origin is not None:
+        source = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py"
+        for node in ast.parse(source.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == _CLASSES:
+                value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value
+                return dict(ast.literal_eval(value))
+    from transformers.models.auto import modeling_auto
+
+    return dict(getattr(modeling_auto, _CLASSES))
 
 
 def refuse(arch: Arch) -> None:

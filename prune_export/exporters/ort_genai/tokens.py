@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from prune_export.system.bounded import bounded
+
 DIFFERENT: Final = "onnxruntime-genai's own tokenizer gives other ids"
 """How a note begins that tells of a difference."""
 
@@ -65,9 +67,11 @@ def samples(tokenizer: Any) -> Iterator[str]:
     named = tokenizer.chat_template
     if named and (not isinstance(named, dict) or "default" in named):
         for turns in (list(_TURNS[:1]), list(_TURNS)):
-            yield str(
-                tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            )
+            with bounded():
+                text = tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=True, tokenize=False
+                )
+            yield str(text)
 
 
 def note(texts: Sequence[str], wanted: Encode, got: Encode) -> str:

@@ -19,6 +19,7 @@ from prune_export.checkpoint.loading import load_config, load_model, load_tokeni
 from prune_export.exporters.ort_genai.runner import OgRunner, open_runner
 from prune_export.exporters.ort_genai.tokens import compared
 from prune_export.machine import Machine
+from prune_export.numeric.logits import largest_error, mean_kl
 
 _TEXT: Final = (
     "The lighthouse stood at the end of a long pier, and every evening the keeper climbed its "
@@ -81,13 +82,12 @@ def _pytorch(source: Path) -> Callable[[np.ndarray], np.ndarray]:
 
 def _compare(wanted: np.ndarray, got: np.ndarray) -> dict[str, Any]:
     """Compares logits `[positions, vocab]`: errors, and KL of the engine from PyTorch in nats."""
-    p, q = _log_softmax(wanted), _log_softmax(got)
     return {
         "finite": bool(np.isfinite(got).all()),
         "positions": len(got),
-        "max_error": float(np.abs(wanted - got).max()),
+        "max_error": largest_error(wanted, got),
         "spread": float(wanted.std()),
-        "mean_kl": float((np.exp(p) * (p - q)).sum(axis=-1).mean()),
+        "mean_kl": mean_kl(wanted, got),
         "same_choice": int((wanted.argmax(-1) == got.argmax(-1)).sum()),
     }
 
@@ -99,12 +99,6 @@ def _judged(
     wanted = logits(np.asarray([prompt + tokens], np.int64))[len(prompt) - 1 : -1]
     chosen = wanted[np.arange(len(tokens)), tokens]
     return {"generated": len(tokens), "worst_choice": float((wanted.max(-1) - chosen).max())}
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
 
 
 if __name__ == "__main__":

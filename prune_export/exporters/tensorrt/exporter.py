@@ -28,7 +28,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.exporter_facts import SparseNote
-from prune_export.exporters._shared.rope import refuse_rope
+from prune_export.exporters._shared.rope import refuse_untraceable
 from prune_export.exporters._shared.side_files import copy_files
 from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.tensorrt import rules
@@ -132,7 +132,7 @@ class Tensorrt:
             MissingExtra: onnx, onnxscript, onnxruntime or the flavor's library is not installed.
             PlanError: this machine cannot build it, or this GPU cannot run it.
         """
-        refuse_rope("export: tensorrt", arch.config)
+        refuse_untraceable("export: tensorrt", arch)
         for package in _PACKAGES:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: tensorrt", package, "onnx")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
@@ -98,12 +97,7 @@ class TrtRunner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._gpu.wait()
         self._contexts.clear()
         self._buffers.clear()

@@ -49,7 +49,7 @@ class BlockInfluenceDrop(part_choice.Amount):
     def decide(self, model: ModelView) -> Decision:
         if (known := self.listed(model)) is not None:
             return known
-        remove, left = self.of(model.arch), self.left(model, self._candidates(model.arch))
+        remove, left = self.of(model.arch), self.left(model, self.candidates(model.arch))
         if self.select == "one_shot":
             influence = model.stat(self._statistic()).tolist()
             own = [influence[layer] for layer in left]

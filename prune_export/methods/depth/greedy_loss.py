@@ -59,7 +59,7 @@ class GreedyLoss(part_choice.Amount):
         Literal["auto", "float32", "bfloat16"],
         Field(
             description="What losses are computed in. `auto` is bfloat16 where the hardware has it "
-            "(CUDA, or a CPU with AMX), which errs by some 0.001 nats, else float32."
+            "(CUDA, or a CPU with AMX or AVX512-BF16), which errs by some 0.001 nats, else float32."
         ),
     ] = "auto"
 
@@ -81,14 +81,14 @@ class GreedyLoss(part_choice.Amount):
 
     def predict(self, arch: Arch) -> Arch:
         if self.layers is None:
-            self._candidates(arch)
+            self.candidates(arch)
         return super().predict(arch)
 
     def decide(self, model: ModelView) -> Decision:
         arch = model.arch
         if (known := self.listed(model)) is not None:
             return known
-        units = [Unit(layer, self.unit) for layer in self.left(model, self._candidates(arch))]
+        units = [Unit(layer, self.unit) for layer in self.left(model, self.candidates(arch))]
         dtype = native_dtype(model.calibration().machine)
         if self.compute_dtype != "auto":
             dtype = getattr(torch, self.compute_dtype)
@@ -123,7 +123,7 @@ class GreedyLoss(part_choice.Amount):
             passes=passes,
         )
 
-    def _candidates(self, arch: Arch) -> range:
+    def candidates(self, arch: Arch) -> range:
         candidates = range(self.protect_first, arch.layers - self.protect_last)
         remove = self.of(arch)
         if remove > len(candidates):
@@ -138,7 +138,7 @@ class GreedyLoss(part_choice.Amount):
     def _passes(self, arch: Arch) -> tuple[float, float]:
         """Estimates the forward passes of all windows through the blocks and through the head."""
         layers, remove = arch.layers, self.of(arch)
-        racers = len(self._candidates(arch)) + (remove - 1) * (self.shortlist or layers) * self.beam
+        racers = len(self.candidates(arch)) + (remove - 1) * (self.shortlist or layers) * self.beam
         # A racer sees half of the chunks on average, and half of the blocks come after it.
         candidates = racers * (1.0 if self.revise and self.beam == 1 else 0.5)
         head = candidates * arch.head_parameters() / arch.block_parameters()

@@ -21,7 +21,6 @@ from prune_export.calibrate import (
     ExtraPass,
     MergeSimilarity,
     ModelView,
-    TokenSet,
     Unit,
     block_bytes,
 )
@@ -141,10 +140,8 @@ class Laco(block_choice.Amount):
 
     def decide(self, model: ModelView) -> Decision:
         arch, context = model.arch, model.calibration()
-        tokens = TokenSet.of(context.tokens.ids[: self.samples, : self.length])
-        with MergeSimilarity(
-            model.checkpoint, tokens, context.machine, context.told, context.scratch, arch=arch
-        ) as measured:
+        context = context.of_first(self.samples, self.length)
+        with MergeSimilarity(model.checkpoint, context, arch=arch) as measured:
             search = collapse.FoldSearch(
                 measured,
                 self.merge,

@@ -11,12 +11,11 @@ from pydantic import Field
 from prune_export.arch import Arch
 from prune_export.calibrate import ExtraPass, ModelView, SkipLoss, Statistic
 from prune_export.contracts import Decision
-from prune_export.errors import PlanError
-from prune_export.pruning.depth import block_choice, part_choice, selection
+from prune_export.pruning.depth import block_choice, protected_choice, selection
 
 
 @dataclass(frozen=True)
-class Perplexity(part_choice.Amount):
+class Perplexity(protected_choice.ProtectedAmount):
     """Drop the blocks that perplexity needs least, each skipped alone; the ends are protected.
 
     With `unit` it is the attention or the MLP of blocks that is skipped, and goes.
@@ -29,38 +28,11 @@ class Perplexity(part_choice.Amount):
 
     VERSION: ClassVar[str] = "2"
 
-    contiguous: block_choice.Contiguous = False
-    protect_first: Annotated[int, Field(ge=0, description="First blocks never removed.")] = 4
-    protect_last: Annotated[int, Field(ge=0, description="Last blocks never removed.")] = 2
     samples: Annotated[int, Field(ge=1, description="Calibration windows to score on.")] = 10
     length: Annotated[int, Field(ge=2, description="Tokens of each window to score on.")] = 128
 
-    select: selection.Select = "one_shot"
-
-    def __post_init__(self) -> None:
-        """Refuses what contradicts itself.
-
-        Raises:
-            PlanError: a run is to be chosen block by block, or what `Amount` refuses.
-        """
-        super().__post_init__()
-        selection.refuse_run(self.select, self.contiguous)
-
-    def _candidates(self, arch: Arch) -> range:
-        candidates = range(self.protect_first, arch.layers - self.protect_last)
-        remove = self.of(arch)
-        if remove > len(candidates):
-            raise PlanError(
-                "protect_first, protect_last",
-                f"leave {len(candidates)} of {arch.layers} blocks to choose from, "
-                f"expected at least {remove}",
-                "lower them, for example `protect_first: 1` and `protect_last: 1`, "
-                "or remove fewer blocks",
-            )
-        return candidates
-
     def _statistic(self, arch: Arch) -> SkipLoss:
-        return SkipLoss(tuple(self._candidates(arch)), self.samples, self.length, self.unit)
+        return SkipLoss(tuple(self.candidates(arch)), self.samples, self.length, self.unit)
 
     def statistics(self, arch: Arch) -> tuple[Statistic | ExtraPass, ...]:
         if self.layers is not None:
@@ -69,7 +41,7 @@ class Perplexity(part_choice.Amount):
         if self.select == "one_shot":
             return first
         # What the first scoring takes is the statistic's own; the others are like it.
-        half = len(self._candidates(arch)) / 2
+        half = len(self.candidates(arch)) / 2
         return (*first, *selection.passes(self.select, arch, self.of(arch), half))
 
     def _losses(self, model: ModelView) -> list[float]:
@@ -78,17 +50,12 @@ class Perplexity(part_choice.Amount):
         statistic = SkipLoss(every, self.samples, self.length, self.unit)
         return list(model.gather([statistic])[statistic].skipped.values())
 
-    def predict(self, arch: Arch) -> Arch:
-        if self.layers is None:
-            self._candidates(arch)
-        return super().predict(arch)
-
     def decide(self, model: ModelView) -> Decision:
         arch = model.arch
         if (known := self.listed(model)) is not None:
             return known
         losses = model.stat(self._statistic(arch))
-        candidates, remove = self.left(model, self._candidates(arch)), self.of(arch)
+        candidates, remove = self.left(model, self.candidates(arch)), self.of(arch)
         if self.select == "iterative":
             choice = selection.iterative(model, remove, candidates, self._losses, self.unit)
         elif self.select == "greedy":

@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Annotated, Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 
 from prune_export.arch import Arch
+from prune_export.arch.roles import role
 from prune_export.calibrate import ExtraPass, ModelView, Part, Sums, block_bytes
 from prune_export.contracts import Decision
-from prune_export.errors import PlanError
-from prune_export.pruning.depth import block_choice, part_choice, selection
+from prune_export.pruning.depth import block_choice, protected_choice, selection
 
 
 @dataclass(frozen=True)
-class Taylor(part_choice.Amount):
+class Taylor(protected_choice.ProtectedAmount):
     """Drop the blocks with the least sum of |weight x gradient|, the ends being protected.
 
     With `unit` it is the attention or the MLP of blocks whose own weights are summed, and that
@@ -36,35 +35,6 @@ class Taylor(part_choice.Amount):
 
     VERSION: ClassVar[str] = "2"
 
-    contiguous: block_choice.Contiguous = False
-    protect_first: Annotated[
-        int, Field(ge=0, description="First blocks never removed: their gradients mislead.")
-    ] = 4
-    protect_last: Annotated[int, Field(ge=0, description="Last blocks never removed.")] = 2
-    select: selection.Select = "one_shot"
-
-    def __post_init__(self) -> None:
-        """Refuses what contradicts itself.
-
-        Raises:
-            PlanError: a run is to be chosen block by block, or what `Amount` refuses.
-        """
-        super().__post_init__()
-        selection.refuse_run(self.select, self.contiguous)
-
-    def _candidates(self, arch: Arch) -> range:
-        candidates = range(self.protect_first, arch.layers - self.protect_last)
-        remove = self.of(arch)
-        if remove > len(candidates):
-            raise PlanError(
-                "protect_first, protect_last",
-                f"leave {len(candidates)} of {arch.layers} blocks to choose from, "
-                f"expected at least {remove}",
-                "lower them, for example `protect_first: 1` and `protect_last: 1`, "
-                "or remove fewer blocks",
-            )
-        return candidates
-
     def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
         if self.layers is not None:
             return ()
@@ -74,16 +44,11 @@ class Taylor(part_choice.Amount):
             return (ExtraPass(forwards=forwards, ram_bytes=ram),)
         return selection.passes(self.select, arch, self.of(arch), forwards, ram_bytes=ram)
 
-    def predict(self, arch: Arch) -> Arch:
-        if self.layers is None:
-            self._candidates(arch)
-        return super().predict(arch)
-
     def decide(self, model: ModelView) -> Decision:
         arch = model.arch
         if (known := self.listed(model)) is not None:
             return known
-        candidates, remove = self.left(model, self._candidates(arch)), self.of(arch)
+        candidates, remove = self.left(model, self.candidates(arch)), self.of(arch)
         scores = self._changes(model)
         if self.select == "iterative":
             choice = selection.iterative(model, remove, candidates, self._changes, self.unit)
@@ -115,18 +80,10 @@ class Taylor(part_choice.Amount):
         ]
 
 
-_ATTENTION: Final = frozenset({"q", "k", "v", "qkv", "o", "norm.q", "norm.k"})
-_AROUND: Final = ("norm.", "shortcut.")
-
-
-def _part(role: str | None) -> Part | None:
-    """The part (attention, MLP) whose weight a parameter is; None of neither."""
-    if role is None:
-        return "mlp"  # experts and their router, whose names in memory are not those on the disk
-    own = role.removesuffix(".bias")
-    if own in _ATTENTION:
-        return "attention"
-    return None if own.startswith(_AROUND) else "mlp"
+def _part(name: str | None) -> Part | None:
+    """The part (attention, MLP) whose weight a parameter of a role is; None of neither."""
+    # Experts and their router have no role here: their names in memory are not those on the disk.
+    return "mlp" if name is None else role(name).part
 
 
 @dataclass(frozen=True)

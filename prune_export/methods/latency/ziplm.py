@@ -90,7 +90,7 @@ class ZipLM:
             forwards = 1 + min(self.tries, len(kv.sizes))
         else:
             forwards = 2 + self.tries
-        outputs = [narrowing.output(arch, f"{axis}.0") for axis in narrowing.SITE_OF]
+        outputs = [narrowing.output(arch, f"{axis}.0") for axis in narrowing.KIND_OF]
         inputs = max(arch.shape(one)[narrowing.input_dim(one)] for one in outputs)
         # The Hessian, and in float64 itself, its inverse and what updates that.
         ram = inputs**2 * (4 + 4 * 8)
@@ -143,7 +143,7 @@ class ZipLM:
         errors: dict[str, float] = {}
         for axis in sizes:
             name, _, layer = axis.partition(".")
-            own = swept.logs[int(layer)][narrowing.SITE_OF[name]]
+            own = swept.logs[int(layer)][narrowing.KIND_OF[name]]
             kept[axis], errors[axis] = own["kept"], own["error"]
         edits: list[Edit] = [Overwrite(name, value) for name, value in swept.values()]
         if self.uniform:

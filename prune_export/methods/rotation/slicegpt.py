@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch, Tensor
+from prune_export.arch.roles import role
 from prune_export.calibrate import Covariances, ExtraPass, ModelView, NormInputCovariance, Statistic
 from prune_export.checkpoint.header import TORCH
 from prune_export.contracts import Decision
@@ -215,7 +216,7 @@ class _Slicing:
         """The number of the norm that reads what a tensor writes."""
         if tensor.layer is None:
             return 0
-        inside = tensor.role in ("o", "o.bias", "shortcut.attn")
+        inside = role(tensor.role).part == "attention" or tensor.role == "shortcut.attn"
         return 2 * tensor.layer + (1 if inside else 2)
 
     def _reading_at(self, norm_index: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ It takes `rounds` + 1 trainings of the whole model in memory: for small models.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +17,16 @@ from pydantic import Field
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import ExtraPass, ModelView
 from prune_export.calibrate.streaming.block_loader import threads
-from prune_export.calibrate.streaming.checkpointing import pass_key
+from prune_export.calibrate.streaming.driver import PassDriver
 from prune_export.calibrate.streaming.linear_groups import part_of
 from prune_export.checkpoint.header import TORCH
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError, StageError
 from prune_export.pruning.sparse import sparse_method
 from prune_export.pruning.sparse.lottery_ticket import TOKENS, Schedule, Student, drawn, train
-from prune_export.pruning.sparse.masks import count_of, smallest, summary, zeros
+from prune_export.pruning.sparse.masks import count_of, mask_of, smallest, summary
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Overwrite
-from prune_export.system.temporary import Temporary
 
 _HELD_OUT_SHARE: Final = 10
 
@@ -118,9 +116,9 @@ class IterativeMagnitude(sparse_method.SparseMethod):
                 "train on, one to measure with",
                 "raise `samples` in `data.calibration`",
             )
-        temporary = Temporary() if context.scratch is None else None
-        key = pass_key(model.checkpoint, model.arch, context.tokens, context.machine, repr(self))
-        folder = Path(temporary.path if temporary else str(context.scratch)) / f"ticket-{key}"
+        driver = PassDriver.of(model.checkpoint, context, model.arch)
+        made_in = driver.folder("ticket", repr(self))
+        folder = made_in.path
         folder.mkdir(parents=True, exist_ok=True)
         with (
             threads(context.machine.threads),
@@ -135,8 +133,7 @@ class IterativeMagnitude(sparse_method.SparseMethod):
         read: list[Callable[[], torch.Tensor]] = [
             partial(_read, file, tensor.name) for tensor in model.arch.stored()
         ]
-        if temporary is not None:
-            weakref.finalize(read[0], temporary.close)
+        made_in.live_as_long_as(read[0])
         edits = tuple(
             Overwrite(tensor.name, value)
             for tensor, value in zip(model.arch.stored(), read, strict=True)
@@ -185,19 +182,19 @@ class IterativeMagnitude(sparse_method.SparseMethod):
         """Makes the masks after so many rounds; earlier zeros are among them, being smallest."""
         sizes = {tensor.name: student.matrix(tensor).abs() for tensor in targets}
         for name, mask in student.masks.items():
-            sizes[name] = sizes[name].masked_fill(mask, -1)
+            sizes[name] = sizes[name].masked_fill(~mask, -1)
         if self.nm is not None:
             gone = -((self.nm.keep - self.nm.of) * after // self.rounds)
             keep = self.nm.of - gone
             if keep == self.nm.of:
                 return {}
-            return {name: zeros(size, Nm(keep, self.nm.of)) for name, size in sizes.items()}
+            return {name: mask_of(size, Nm(keep, self.nm.of)) for name, size in sizes.items()}
         assert self.sparsity is not None
         count = sum(size.numel() for size in sizes.values())
         left = (1 - self.sparsity) ** (after / self.rounds)
         remove = count_of(self.sparsity if after == self.rounds else 1 - left, count)
         flat = torch.cat([size.flatten() for size in sizes.values()])
-        mask = smallest(flat[None], remove)[0]
+        mask = smallest(flat[None], remove)[0].logical_not_()
         counts = [size.numel() for size in sizes.values()]
         parts = torch.split(mask, counts)  # type: ignore[no-untyped-call]
         return {
@@ -220,15 +217,15 @@ class IterativeMagnitude(sparse_method.SparseMethod):
         logs = {}
         for tensor in self.targets(model.arch):
             weight = student.matrix(tensor)
-            mask = student.masks.get(tensor.name, torch.zeros_like(weight, dtype=torch.bool))
-            logs[tensor.name] = summary(weight, weight.abs(), mask)
+            mask = student.masks.get(tensor.name, torch.ones_like(weight, dtype=torch.bool))
+            logs[tensor.name] = summary(weight, weight.abs(), kept=mask)
         return logs
 
 
 def _entry(student: Student, targets: tuple[Tensor, ...], loss: float) -> dict[str, float]:
     """One row of the log: the sparsity of the model and its loss."""
     weights = sum(student.matrix(tensor).numel() for tensor in targets)
-    gone = sum(int(mask.sum()) for mask in student.masks.values())
+    gone = sum(int((~mask).sum()) for mask in student.masks.values())
     return {"sparsity": gone / weights, "loss": loss}
 
 
@@ -240,7 +237,7 @@ def _shuffled(
     with drawn(seed, "random mask"):
         for name, mask in masks.items():
             if nm is not None:
-                found[name] = zeros(torch.rand(mask.shape), nm).to(mask.device)
+                found[name] = mask_of(torch.rand(mask.shape), nm).to(mask.device)
             else:
                 order = torch.randperm(mask.numel()).to(mask.device)
                 found[name] = mask.flatten()[order].view(mask.shape)

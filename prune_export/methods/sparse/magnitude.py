@@ -16,13 +16,13 @@ from prune_export.calibrate import ModelView, as_matrix
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
 from prune_export.pruning.sparse import free_channels, sparse_method
-from prune_export.pruning.sparse.masks import count_of, put_zeros, summary, zeros
+from prune_export.pruning.sparse.masks import count_of, keep_only, mask_of, summary
 from prune_export.pruning.sparse.threshold import Limit, limit_of
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Overwrite
 
 Find = Callable[[torch.Tensor], torch.Tensor]
-"""The mask (True where zero) of a matrix's scores."""
+"""Makes the mask, True where a weight is kept, of a matrix's scores."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Magnitude(sparse_method.SparseMethod):
             scores = weight.float().abs()
             free = channels.get(tensor.name)
             if free is not None and self.nm is not None:
-                mask, orders[tensor.name] = free_channels.mask(free, scores, self.nm, "row")
+                kept, orders[tensor.name] = free_channels.mask(free, scores, self.nm, "row")
                 columns = free.columns(torch.tensor(orders[tensor.name]["order"]))
                 find = partial(_in_order, columns, self.nm)
             else:
-                mask = find(scores)
-            logs[tensor.name] = summary(put_zeros(weight, mask), scores, mask)
+                kept = find(scores)
+            logs[tensor.name] = summary(keep_only(weight, kept), scores, kept=kept)
             edits.append(Overwrite(tensor.name, partial(_pruned, model, tensor, find)))
         return sparse_method.permuted(self, model, tuple(edits), logs, why, orders)
 
@@ -78,7 +78,7 @@ class Magnitude(sparse_method.SparseMethod):
             for tensor in targets:
                 assert tensor.layer is not None
                 amount = amounts[tensor.layer]
-                found.append((tensor, partial(zeros, amount=amount, compare=self.compare)))
+                found.append((tensor, partial(mask_of, amount=amount, compare=self.compare)))
             return found, why
 
         def sizes() -> Iterator[torch.Tensor]:
@@ -89,21 +89,21 @@ class Magnitude(sparse_method.SparseMethod):
         total = sum(prod(model.arch.shape(tensor)) for tensor in targets)
         limit = limit_of(sizes, count_of(self.sparsity, total))
         for tensor, scores in zip(targets, sizes(), strict=True):
-            found.append((tensor, partial(_least, limit)))
+            found.append((tensor, partial(_above, limit)))
             limit = limit.least(scores)[1]
         return found, {"limit": limit.value}
 
 
-def _least(limit: Limit, scores: torch.Tensor) -> torch.Tensor:
-    return limit.least(scores)[0]
+def _above(limit: Limit, scores: torch.Tensor) -> torch.Tensor:
+    return limit.least(scores)[0].logical_not_()
 
 
 def _in_order(columns: torch.Tensor, nm: Nm, scores: torch.Tensor) -> torch.Tensor:
-    return free_channels.zeros_in(columns, scores, nm, "row")
+    return free_channels.mask_in(columns, scores, nm, "row")
 
 
 def _pruned(model: ModelView, tensor: Tensor, find: Find) -> torch.Tensor:
     """Masks a tensor when it is written: finding the mask again is cheaper than keeping it."""
     stored = as_matrix(tensor, model.checkpoint.read(tensor.name))
-    mask = find(stored.float().abs())
-    return as_matrix(tensor, put_zeros(stored, mask)).contiguous()
+    kept = find(stored.float().abs())
+    return as_matrix(tensor, keep_only(stored, kept)).contiguous()

@@ -60,7 +60,7 @@ class SparseGpt(sparse_method.CalibratedSparseMethod):
             )
 
     def statistics(self, arch: Arch) -> tuple[ExtraPass, ...]:
-        own = sequential_cost.of(arch, self.order, grams=True, permutes=self.permute)
+        own = sequential_cost.of(arch, self.order, hessians=True, permutes=self.permute)
         return (*sparse_method.SparseMethod.statistics(self, arch), own)
 
     def decide(self, model: ModelView) -> Decision:
@@ -76,9 +76,9 @@ class SparseGpt(sparse_method.CalibratedSparseMethod):
         )
         swept = model.sequential(editor, self.order)
         raised = {
-            f"{layer}.{site}": own["damping"]
+            f"{layer}.{group}": own["damping"]
             for layer, log in enumerate(swept.logs)
-            for site, own in log.items()
+            for group, own in log.items()
             if own.get("damping", self.damping) != self.damping
         }
         more = {"raised_damping": raised} if raised else {}
@@ -96,27 +96,29 @@ class _Compensating:
     columns: int
     channels: Mapping[str, Channels]
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> Hessian | None:
+    def watch(self, group: LinearGroup, width: int, device: str) -> Hessian | None:
         """Accumulates the Hessian for a linear group of which a matrix is pruned."""
-        wanted = any(tensor.name in self.targets for tensor in site.tensors)
+        wanted = any(tensor.name in self.targets for tensor in group.tensors)
         return Hessian(width, device) if wanted else None
 
-    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian) -> Edited:
+    def edit(
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian
+    ) -> Edited:
         """Prunes the matrices of a group, and updates their remaining weights."""
-        chosen = [tensor.name for tensor in site.tensors if tensor.name in self.targets]
-        where = f"block {site.layer}, {site.name}"
-        amount, gram, places, orders = self.amounts[site.layer], seen.sums, None, {}
+        chosen = [tensor.name for tensor in group.tensors if tensor.name in self.targets]
+        where = f"block {group.layer}, {group.name}"
+        amount, hessian, places, orders = self.amounts[group.layer], seen.sums, None, {}
         own = [weights[name] for name in chosen]
         if chosen and chosen[0] in self.channels:
             # A group whose channels are free has one matrix.
-            places, orders[chosen[0]] = _placed(self.channels[chosen[0]], own[0], gram, amount)
-            gram, own = gram[places][:, places], [own[0][:, places]]
-        factor = obs_unstructured.factor(gram, self.damping, where)
+            places, orders[chosen[0]] = _placed(self.channels[chosen[0]], own[0], hessian, amount)
+            hessian, own = hessian[places][:, places], [own[0][:, places]]
+        factor = obs_unstructured.factor(hessian, self.damping, where)
         made, log = {}, {}
         for name, pruned in zip(
             chosen, obs_unstructured.prune(own, factor, amount, self.columns), strict=True
         ):
-            log[name] = summary(pruned.weight, pruned.scores, pruned.mask)
+            log[name] = summary(pruned.weight, pruned.scores, kept=pruned.kept)
             made[name] = pruned.weight
             if places is not None:
                 made[name] = torch.empty_like(pruned.weight)
@@ -126,11 +128,11 @@ class _Compensating:
 
 
 def _placed(
-    channels: Channels, weight: torch.Tensor, gram: torch.Tensor, amount: Amount
+    channels: Channels, weight: torch.Tensor, hessian: torch.Tensor, amount: Amount
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Permutes free input channels by Wanda's scores: old place by new, and JSON about it."""
     assert isinstance(amount, Nm)
-    scores = weight.abs() * gram.diagonal().clamp_min(0).sqrt()
+    scores = weight.abs() * hessian.diagonal().clamp_min(0).sqrt()
     order = channels.best(scores, amount)
     places = channels.columns(order).to(weight.device)
     return places, free_channels.noted(order, scores, places, amount)

@@ -13,8 +13,8 @@ from prune_export.arch import Arch
 from prune_export.calibrate import ExtraPass, ModelView, block_bytes
 from prune_export.errors import PlanError
 from prune_export.pruning.width import unit_scores
-from prune_export.pruning.width.unit_choice import units_cut
-from prune_export.pruning.width.width_method import Scores, WidthMethod
+from prune_export.pruning.width.scorer import Scores
+from prune_export.pruning.width.width_method import WidthMethod
 
 Importance = Literal["vector", "first", "fisher", "mixed"]
 
@@ -80,11 +80,20 @@ class LlmPruner(WidthMethod):
         self.protected(arch)
         return super().predict(arch)
 
-    def passes_before(self, arch: Arch) -> tuple[ExtraPass, ...]:
+    @property
+    def scorer(self) -> _Taylor:
+        return _Taylor(self.importance, self.aggregate)
+
+
+@dataclass(frozen=True)
+class _Taylor:
+    importance: Importance
+    aggregate: unit_scores.Aggregate
+
+    def passes(self, arch: Arch) -> tuple[ExtraPass, ...]:
         return (ExtraPass(forwards=4, ram_bytes=3 * block_bytes(arch, torch.float32)),)
 
-    def known(self, model: ModelView) -> Scores:
-        axes = units_cut(model.arch, self.sizes(model.arch))
+    def scores(self, model: ModelView, axes: tuple[str, ...]) -> Scores:
         windows = model.calibration().tokens.samples
         reader = unit_scores.UnitReader(
             model.arch,

@@ -14,7 +14,8 @@ from prune_export.calibrate import InputNorms, LinearGroup, ModelView
 from prune_export.errors import PlanError
 from prune_export.pruning.width import head_residual as residual_of_heads
 from prune_export.pruning.width.activation_scores import Activations, Aggregation
-from prune_export.pruning.width.width_method import Scores, WidthMethod
+from prune_export.pruning.width.scorer import Scores
+from prune_export.pruning.width.width_method import WidthMethod
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class Minitron(WidthMethod):
     """
 
     VERSION: ClassVar[str] = "1"
-    WATCHES: ClassVar[bool] = True
 
     sequence: Annotated[
         Aggregation, Field(description="How sizes are summed up over the tokens of a window.")
@@ -74,23 +74,34 @@ class Minitron(WidthMethod):
                 )
         return found
 
-    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> _Sizes:
-        return _Sizes(self, site, units, width, device)
+    @property
+    def scorer(self) -> _Activity:
+        return _Activity(self.sequence, self.batch, experts="experts" in self.fractions)
+
+
+@dataclass(frozen=True)
+class _Activity:
+    sequence: Aggregation
+    batch: Aggregation
+    experts: bool
+
+    def watch(self, group: LinearGroup, units: int, width: int, device: str) -> _Sizes:
+        return _Sizes(self, group, units, width, device)
 
     def score(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: _Sizes
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: _Sizes
     ) -> torch.Tensor:
-        del site, weights, units
+        del group, weights, units
         return seen.sizes.result()
 
     def score_expert(
         self,
-        site: LinearGroup,
+        group: LinearGroup,
         weights: Mapping[str, torch.Tensor],
         scores: torch.Tensor,
         seen: _Sizes,
     ) -> float:
-        del site, scores
+        del group, scores
         (down,) = weights.values()
         assert seen.squares is not None
         return float((down.square().sum(0) * seen.squares.sums).sum().sqrt())
@@ -98,7 +109,7 @@ class Minitron(WidthMethod):
 
 class _Sizes:
     def __init__(
-        self, own: Minitron, site: LinearGroup, units: int, width: int, device: str
+        self, own: _Activity, group: LinearGroup, units: int, width: int, device: str
     ) -> None:
         self.sizes = Activations(
             units,
@@ -106,10 +117,10 @@ class _Sizes:
             device,
             sequence=own.sequence,
             batch=own.batch,
-            whole=site.expert is None,
+            whole=group.expert is None,
         )
         self.squares = None
-        if site.expert is not None and "experts" in own.fractions:
+        if group.expert is not None and own.experts:
             self.squares = InputNorms(width, device)
 
     def see(self, states: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from prune_export.arch import Arch
+from prune_export.arch.roles import OUTPUT_PROJECTIONS
 from prune_export.calibrate import (
     LINEAR_GROUPS,
     ExtraPass,
@@ -20,13 +21,11 @@ from prune_export.calibrate import (
     block_bytes,
 )
 from prune_export.pruning.width import unit_scores
-from prune_export.pruning.width.unit_choice import units_cut
-from prune_export.pruning.width.width_method import Scores, WidthMethod
+from prune_export.pruning.width.scorer import Scores
+from prune_export.pruning.width.width_method import WidthMethod
 
 _WINDOWS: Final = 128
 """The number of windows that alpha was published for."""
-
-_BACK: Final = frozenset({"o", "down", "expert.down"})
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class StructuredGblm(WidthMethod):
     """
 
     VERSION: ClassVar[str] = "1"
-    WATCHES: ClassVar[bool] = True
 
     alpha: Annotated[float, Field(ge=0, description="How much gradients weigh beside inputs.")] = (
         100.0
@@ -56,11 +54,20 @@ class StructuredGblm(WidthMethod):
         ),
     ] = "l1"
 
-    def passes_before(self, arch: Arch) -> tuple[ExtraPass, ...]:
+    @property
+    def scorer(self) -> _Gblm:
+        return _Gblm(self.alpha, self.norm)
+
+
+@dataclass(frozen=True)
+class _Gblm:
+    alpha: float
+    norm: Literal["l1", "l2"]
+
+    def passes(self, arch: Arch) -> tuple[ExtraPass, ...]:
         return (ExtraPass(forwards=4, ram_bytes=3 * block_bytes(arch, torch.float32)),)
 
-    def known(self, model: ModelView) -> Scores:
-        axes = units_cut(model.arch, self.sizes(model.arch))
+    def scores(self, model: ModelView, axes: tuple[str, ...]) -> Scores:
         samples, length = model.calibration().tokens.ids.shape
         # Inputs count by their root mean square over tokens; sums over a window of `length` are
         # sqrt(length) times that.
@@ -71,20 +78,20 @@ class StructuredGblm(WidthMethod):
             f"structured_gblm-1 {self.norm} {self.alpha} {samples} {length} {' '.join(axes)}",
             ("abs",) if self.norm == "l1" else ("square",),
             _Value(self.norm, samples, self.alpha * of_sum / sqrt(length)),
-            roles=frozenset(LINEAR_GROUPS) if "hidden" in self.fractions else _BACK,
+            roles=frozenset(LINEAR_GROUPS) if "residual" in axes else OUTPUT_PROJECTIONS,
         )
         scores = unit_scores.of_gradients(model.gradients(reader), axes)
         unit_scores.complete(model.arch, axes, scores)
         return scores
 
-    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> InputNorms:
-        del site, units
+    def watch(self, group: LinearGroup, units: int, width: int, device: str) -> InputNorms:
+        del group, units
         return InputNorms(width, device)
 
     def score(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: InputNorms
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: InputNorms
     ) -> torch.Tensor:
-        del site
+        del group
         norms = (seen.sums / max(1, seen.tokens)).sqrt().double()
         total = torch.zeros_like(norms)
         for weight in weights.values():

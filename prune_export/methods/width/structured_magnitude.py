@@ -8,10 +8,11 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from prune_export.calibrate import ModelView
+from prune_export.arch import Arch
+from prune_export.calibrate import ExtraPass, ModelView
 from prune_export.pruning.width import unit_scores
-from prune_export.pruning.width.unit_choice import units_cut
-from prune_export.pruning.width.width_method import Scores, WidthMethod
+from prune_export.pruning.width.scorer import Scores
+from prune_export.pruning.width.width_method import WidthMethod
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,20 @@ class StructuredMagnitude(WidthMethod):
         Literal["l1", "l2"], Field(description="Sum of sizes, or of squares, of the weights.")
     ] = "l2"
 
-    def known(self, model: ModelView) -> Scores:
-        axes = units_cut(model.arch, self.sizes(model.arch))
+    @property
+    def scorer(self) -> _Magnitude:
+        return _Magnitude(self.norm)
+
+
+@dataclass(frozen=True)
+class _Magnitude:
+    norm: Literal["l1", "l2"]
+
+    def passes(self, arch: Arch) -> tuple[ExtraPass, ...]:
+        del arch
+        return ()
+
+    def scores(self, model: ModelView, axes: tuple[str, ...]) -> Scores:
         value = torch.Tensor.square if self.norm == "l2" else torch.Tensor.abs
         scores = unit_scores.of_weights(model, axes, value)
         unit_scores.complete(model.arch, axes, scores)

@@ -27,21 +27,29 @@ class StructuredWanda(WidthMethod):
     """
 
     VERSION: ClassVar[str] = "1"
-    WATCHES: ClassVar[bool] = True
 
     norm: Annotated[
         Literal["l1", "l2"],
         Field(description="How the weights of one input are put together: sizes or squares."),
     ] = "l2"
 
-    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> InputNorms:
-        del site, units
+    @property
+    def scorer(self) -> _Wanda:
+        return _Wanda(self.norm)
+
+
+@dataclass(frozen=True)
+class _Wanda:
+    norm: Literal["l1", "l2"]
+
+    def watch(self, group: LinearGroup, units: int, width: int, device: str) -> InputNorms:
+        del group, units
         return InputNorms(width, device)
 
     def score(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: InputNorms
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: InputNorms
     ) -> torch.Tensor:
-        del site
+        del group
         total = torch.zeros(len(seen.sums), dtype=torch.float64, device=seen.sums.device)
         for weight in weights.values():
             if self.norm == "l2":

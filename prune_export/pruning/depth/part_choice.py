@@ -61,7 +61,7 @@ class Amount(block_choice.Amount):
         places = known.of(self.unit)
         if self.layers is not None:
             return known.replaced(self.unit, places.listed(self.layers))
-        allowed, remove = self._candidates(arch), self.of(arch)
+        allowed, remove = self.candidates(arch), self.of(arch)
         gone = places.least_in(allowed)
         if len(allowed) - gone < remove:
             raise PlanError(
@@ -72,7 +72,7 @@ class Amount(block_choice.Amount):
             )
         return known.replaced(self.unit, places.chosen(remove, allowed))
 
-    def _candidates(self, arch: Arch) -> range:
+    def candidates(self, arch: Arch) -> range:
         """The blocks to choose from, without protected ones."""
         return range(arch.layers)
 

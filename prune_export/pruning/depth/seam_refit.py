@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -52,6 +52,20 @@ Refit = Annotated[
 _NORMED: Final = "a {} model normalizes or turns what is added to its residual states"
 
 
+class KnowsSeams(Protocol):
+    """A depth method that says in the plan where its removed blocks will leave seams."""
+
+    @property
+    def refit(self) -> Literal["auto"] | bool:
+        """Its recipe key: whether projections are refitted."""
+
+    def seams_known(self, arch: Arch) -> tuple[Seam, ...] | None:
+        """The seams (places where blocks are removed) that are known without data, else None."""
+
+    def seams_at_most(self, arch: Arch) -> str:
+        """An upper bound on the number of seams, in words."""
+
+
 class Refits:
     """Adds the recipe key `refit` to depth methods: refit the projection before removed blocks."""
 
@@ -77,10 +91,10 @@ class Refits:
         if not self.refit or added_times(arch) is None:
             return ()
         widths = [
-            inputs_of(arch, site.tensors[0]) + 1
+            inputs_of(arch, group.tensors[0]) + 1
             for layer in range(arch.layers)
-            for site in linear_groups(arch, layer)
-            if has_target(site)
+            for group in linear_groups(arch, layer)
+            if has_target(group)
         ]
         widest, residual = max(widths), arch.sizes["residual"]
         # Sums in float32, and held-out rows; of a solve in float64 the damped sums, their factor
@@ -90,7 +104,7 @@ class Refits:
         head = 8 * arch.sizes["vocab"] * residual
         return (ExtraPass(forwards=1.5, ram_bytes=max(held, head), states=SEAM_STATES),)
 
-    def refit_note(self, arch: Arch) -> str:
+    def refit_note(self: KnowsSeams, arch: Arch) -> str:
         """Says in the plan what will be refitted where the stage has data."""
         if not self.refit:
             return ""
@@ -99,18 +113,10 @@ class Refits:
         known = self.seams_known(arch)
         if known is None:
             return f"refits {self.seams_at_most(arch)}"
-        blocks = [str(seam.site.layer) for seam in known if seam.site is not None]
+        blocks = [str(seam.group.layer) for seam in known if seam.group is not None]
         if not blocks:
             return "no refit: no projection stands before what is removed"
         return f"refits {_count(len(blocks))}, block{'s' * (len(blocks) > 1)} {', '.join(blocks)}"
-
-    def seams_known(self, arch: Arch) -> tuple[Seam, ...] | None:
-        """The seams (places where blocks are removed) that are known without data, else None."""
-        raise NotImplementedError
-
-    def seams_at_most(self, arch: Arch) -> str:
-        """An upper bound on the number of seams, in words."""
-        raise NotImplementedError
 
     def refitted(self, model: ModelView, decision: Decision, removed: Collection[Unit]) -> Decision:
         """Adds refitted projections to a decision, where that is better, and logs what was done.
@@ -126,13 +132,13 @@ class Refits:
             return _told(decision, {"taken": False, "why": "the stage has no calibration data"})
         edits = tuple(decision.edits)
         found = seams_of(arch, removed, partial(_is_zero, model))
-        mendable = [seam for seam in found if seam.site is not None]
+        mendable = [seam for seam in found if seam.group is not None]
         log: dict[str, Any] = {"taken": False}
         if len(mendable) < len(found):
             log["left"] = [
                 {"removed": [unit.layer for unit in seam.removed], "why": seam.why}
                 for seam in found
-                if seam.site is None
+                if seam.group is None
             ]
         samples = model.context.tokens.samples
         if not mendable:

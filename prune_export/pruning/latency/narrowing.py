@@ -19,7 +19,7 @@ from prune_export.calibrate.streaming.linear_groups import inputs_last
 from prune_export.errors import PlanError
 from prune_export.pruning.latency.obs_structured import removed
 
-SITE_OF = {"mlp": "mlp.out", "kv": "attention.out"}
+KIND_OF = {"mlp": "mlp.out", "kv": "attention.out"}
 """For each axis that is cut, the kind of linear group whose inputs it is."""
 
 
@@ -105,7 +105,7 @@ def uniform(arch: Arch, sizes: Mapping[str, int]) -> Arch:
     """The model's shapes with `sizes` of axes in every block."""
     for axis, size in sizes.items():
         for layer in range(arch.layers):
-            if arch.sizes[f"{axis}.{layer}"] != size:
+            if arch.sizes.get(f"{axis}.{layer}", size) != size:
                 arch = arch.resized(f"{axis}.{layer}", size)
     return arch
 
@@ -113,7 +113,7 @@ def uniform(arch: Arch, sizes: Mapping[str, int]) -> Arch:
 def in_all(arch: Arch, sizes: Mapping[str, int]) -> dict[str, int]:
     """Spells out `sizes` for each block, for the axes that are cut."""
     every = {f"{axis}.{i}": size for axis, size in sizes.items() for i in range(arch.layers)}
-    return {axis: size for axis, size in every.items() if size != arch.sizes[axis]}
+    return {axis: size for axis, size in every.items() if size != arch.sizes.get(axis, size)}
 
 
 def groups_of(arch: Arch, tensor: Tensor, axis: str) -> list[list[int]]:
@@ -128,8 +128,8 @@ def groups_of(arch: Arch, tensor: Tensor, axis: str) -> list[list[int]]:
 def output(arch: Arch, axis: str) -> Tensor:
     """The output projection whose inputs are an axis such as `mlp.3`."""
     name, _, layer = axis.partition(".")
-    sites = linear_groups(arch, int(layer))
-    return next(site for site in sites if site.kind == SITE_OF[name]).tensors[0]
+    linears = linear_groups(arch, int(layer))
+    return next(group for group in linears if group.kind == KIND_OF[name]).tensors[0]
 
 
 def input_dim(tensor: Tensor) -> int:
@@ -137,10 +137,10 @@ def input_dim(tensor: Tensor) -> int:
     return 1 if inputs_last(tensor) else 0
 
 
-def _axis_of(site: LinearGroup) -> str | None:
-    for name, kind in SITE_OF.items():
-        if site.kind == kind:
-            return f"{name}.{site.layer}"
+def _axis_of(group: LinearGroup) -> str | None:
+    for name, kind in KIND_OF.items():
+        if group.kind == kind:
+            return f"{name}.{group.layer}"
     return None
 
 
@@ -156,18 +156,20 @@ class Scorer:
     def key(self) -> str:
         return json.dumps(["ziplm scores 1", {name: [*of] for name, of in self.levels.items()}])
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> Hessian | None:
-        axis = _axis_of(site)
+    def watch(self, group: LinearGroup, width: int, device: str) -> Hessian | None:
+        axis = _axis_of(group)
         if axis is None or len(self.levels[axis.split(".")[0]]) < 2:
             return None
         return Hessian(width, device)
 
-    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian) -> Edited:
-        axis = str(_axis_of(site))
-        (tensor,) = site.tensors
+    def edit(
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian
+    ) -> Edited:
+        axis = str(_axis_of(group))
+        (tensor,) = group.tensors
         groups = groups_of(self.arch, tensor, axis)
         levels = self.levels[axis.split(".")[0]]
-        result = removed(weights[tensor.name], seen.sums, groups, levels)
+        result = removed(weights[tensor.name], seen.sums, groups, levels, tensor.name)
         return Edited(log={"errors": [result.errors[size] for size in levels]})
 
 
@@ -182,13 +184,15 @@ class Narrower:
     def key(self) -> str:
         return json.dumps(["ziplm cuts 1", dict(sorted(self.sizes.items()))])
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> Hessian | None:
-        return Hessian(width, device) if _axis_of(site) in self.sizes else None
+    def watch(self, group: LinearGroup, width: int, device: str) -> Hessian | None:
+        return Hessian(width, device) if _axis_of(group) in self.sizes else None
 
-    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian) -> Edited:
-        axis = str(_axis_of(site))
-        (tensor,) = site.tensors
+    def edit(
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian
+    ) -> Edited:
+        axis = str(_axis_of(group))
+        (tensor,) = group.tensors
         groups = groups_of(self.arch, tensor, axis)
-        result = removed(weights[tensor.name], seen.sums, groups, [self.sizes[axis]])
+        result = removed(weights[tensor.name], seen.sums, groups, [self.sizes[axis]], tensor.name)
         log: dict[str, Any] = {"kept": result.kept, "error": result.errors[self.sizes[axis]]}
         return Edited({tensor.name: result.weight}, log)

@@ -14,6 +14,8 @@ from typing import Final
 
 import torch
 
+from prune_export.numeric.cholesky import damped_cholesky
+
 _DAMPING: Final = 1e-4
 """Times the mean of the Hessian's diagonal."""
 
@@ -41,14 +43,19 @@ def removed(
     hessian: torch.Tensor,
     groups: Sequence[Sequence[int]],
     left: Iterable[int],
+    where: str = "ziplm",
 ) -> Removal:
     """Removes groups of inputs down to the least of `left`; records the error at each count.
 
     `groups` share out the inputs of `weight` `[out, in]`; `hessian` is XᵀX `[in, in]` of these.
     Where a group is one input, those with the least scores go several at a time.
+
+    Raises:
+        StageError: the Hessian has no Cholesky factor; `where` names the matrix.
     """
     wanted = sorted({*left}, reverse=True)
-    state = _State(weight.double(), hessian.double(), torch.tensor(groups, device=weight.device))
+    members = torch.tensor(groups, device=weight.device)
+    state = _State(weight.double(), hessian.double(), members, where)
     whole = float((state.weight @ hessian.double() * state.weight).sum())
     errors: dict[int, float] = {}
     order: list[int] = []
@@ -69,16 +76,19 @@ def removed(
 class _State:
     """A matrix, the inverse Hessian of the remaining inputs, and which remain."""
 
-    def __init__(self, weight: torch.Tensor, hessian: torch.Tensor, members: torch.Tensor) -> None:
+    def __init__(
+        self, weight: torch.Tensor, hessian: torch.Tensor, members: torch.Tensor, where: str
+    ) -> None:
         # What is always zero is worth nothing, whatever the damping says.
         self.weight = weight * (hessian.diagonal() > 0)
         self.members = members
         """`[groups, inputs of each]`."""
-        damping = _DAMPING * hessian.diagonal().mean()
-        hessian = hessian + (damping if damping > 0 else 1.0) * torch.eye(
-            len(hessian), dtype=hessian.dtype, device=hessian.device
-        )
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        mean = float(hessian.diagonal().mean())
+        if mean == 0:  # nothing was seen
+            self.inverse = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        else:
+            lower, _ = damped_cholesky(hessian.clone(), _DAMPING, mean, where)
+            self.inverse = torch.cholesky_inverse(lower)
         self.gone = torch.zeros(len(members), dtype=torch.bool, device=weight.device)
 
     def least(self, count: int) -> list[int]:

@@ -197,7 +197,7 @@ class _Apart:
         for layer in range(arch.layers):
             for axis, sizes in levels.items():
                 if len(sizes) > 1:
-                    errors = tuple(logs[layer][narrowing.SITE_OF[axis]]["errors"])
+                    errors = tuple(logs[layer][narrowing.KIND_OF[axis]]["errors"])
                     times = tuple(search.costs.of(axis, size) / arch.layers for size in sizes)
                     self._axes.append((axis, layer))
                     self._parts.append(spdy.Levels(errors, times))

@@ -12,7 +12,7 @@ from pydantic import Field
 from prune_export.arch import Arch, Tensor
 from prune_export.contracts import Decision
 from prune_export.grids import Grid
-from prune_export.pruning.sparse.sparse_method import Roles, chosen_matrices, refuse_unknown_roles
+from prune_export.pruning.sparse.targets import Roles, chosen_matrices, refuse_unknown_roles
 from prune_export.surgery import Edit
 
 

@@ -13,25 +13,17 @@ from typing import Final
 import torch
 
 from prune_export.arch import Arch, Tensor
+from prune_export.arch.roles import ROLES, roles
 from prune_export.arch.table import tables
 from prune_export.errors import PlanError, UnsupportedArch
 
 READS_BEHIND: Final[Mapping[str, str]] = {
-    "q": "norm.attn",
-    "k": "norm.attn",
-    "v": "norm.attn",
-    "qkv": "norm.attn",
-    "gate": "norm.mlp",
-    "up": "norm.mlp",
-    "gate_up": "norm.mlp",
-    "router": "norm.mlp",
-    "expert.gate": "norm.mlp",
-    "expert.up": "norm.mlp",
-    "head": "norm.final",
+    name: own.reads for name, own in ROLES.items() if own.reads is not None
 }
 """For each role that reads the residual states, the role of the norm before it."""
 
-WRITES: Final = frozenset({"embed", "o", "o.bias", "down", "down.bias", "expert.down"})
+WRITES: Final = frozenset(roles(lambda own: own.writes, biases=True))
+"""The roles of what is added to the residual states."""
 TURNS: Final = frozenset({"shortcut.attn", "shortcut.mlp"})
 """Matrices between two bases, which only models that were sliced before have."""
 

@@ -18,22 +18,17 @@ from typing import Any, Final
 import torch
 
 from prune_export.arch import Arch, Tensor
+from prune_export.arch.roles import OUTPUT_PROJECTIONS, role, roles
 from prune_export.calibrate import as_matrix
 from prune_export.pruning.sparse import permutation
-from prune_export.pruning.sparse.masks import Amount, Compare, digest, zeros
+from prune_export.pruning.sparse.masks import Amount, Compare, digest, mask_of
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Overwrite
 
 Moves = dict[str, tuple[int, list[int]]]
 """By stored name: a dimension, and where each of its new places' values stood."""
 
-_MLP: Final = frozenset({
-    "gate", "up", "gate_up", "down", "gate.bias", "up.bias", "gate_up.bias",
-    "expert.gate", "expert.up", "expert.down",
-})  # fmt: skip
-_VALUES: Final = frozenset({"v", "v.bias", "qkv", "qkv.bias"})
-_OTHERS: Final = frozenset({"q", "k", "q.bias", "k.bias", "norm.q", "norm.k", "norm.q.bias",
-                            "norm.k.bias"})  # fmt: skip
+_MLP: Final = frozenset(roles(lambda own: own.part == "mlp" and own.group, biases=True))
 
 
 @dataclass(frozen=True)
@@ -80,17 +75,17 @@ class Channels:
 
 def free(arch: Arch, tensor: Tensor, nm: Nm) -> Channels | None:
     """The channels of a matrix's inputs that may be permuted, or None."""
-    if tensor.role not in ("o", "down", "expert.down"):
+    if tensor.role not in OUTPUT_PROJECTIONS:
         return None
     axes = _input_axes(tensor)
     sizes = [arch.sizes[axis] for axis in axes]
     if sizes[-1] % nm.of:
         return None
-    if tensor.role != "o":
+    if role(tensor.role).part == "mlp":
         if len(axes) != 1 or any(one.role not in _MLP for one in arch.using(axes[0])):
             return None
         return Channels(arch, tensor, torch.arange(sizes[0]).view(1, 1, -1))
-    others = {one.role for one in arch.using(axes[0])} - _VALUES - _OTHERS - {"o"}
+    others = any(role(one.role).part != "attention" for one in arch.using(axes[0]))
     if others or not _values(arch, tensor) or _base(axes[0]) != "kv" or _base(axes[-1]) != "dim":
         return None
     return Channels(arch, tensor, torch.arange(prod(sizes)).view(sizes[0], -1, sizes[-1]))
@@ -99,26 +94,26 @@ def free(arch: Arch, tensor: Tensor, nm: Nm) -> Channels | None:
 def mask(
     channels: Channels | None, scores: torch.Tensor, amount: Amount, compare: Compare
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The mask `[out, in]`, True where a weight becomes zero, in today's order; and the new order.
+    """The mask `[out, in]`, True where a weight is kept, in today's order; and the new order.
 
     In that order, which is JSON, the zeros are in the pattern.
     """
     if channels is None or not isinstance(amount, Nm):
-        return zeros(scores, amount, compare), {}
+        return mask_of(scores, amount, compare), {}
     order = channels.best(scores, amount)
     columns = channels.columns(order).to(scores.device)
-    found = zeros_in(columns, scores, amount, compare)
+    found = mask_in(columns, scores, amount, compare)
     return found, noted(order, scores, columns, amount)
 
 
-def zeros_in(
+def mask_in(
     columns: torch.Tensor | None, scores: torch.Tensor, amount: Amount, compare: Compare
 ) -> torch.Tensor:
-    """The mask, True where a weight becomes zero, for inputs in the order `columns`, if given."""
+    """The mask for inputs in the order `columns`, if given, as they stand today."""
     if columns is None:
-        return zeros(scores, amount, compare)
+        return mask_of(scores, amount, compare)
     found = torch.empty_like(scores, dtype=torch.bool)
-    found[:, columns] = zeros(scores[:, columns], amount, compare)
+    found[:, columns] = mask_of(scores[:, columns], amount, compare)
     return found
 
 
@@ -190,7 +185,7 @@ def _base(axis: str) -> str:
 def _values(arch: Arch, o: Tensor) -> tuple[Tensor, ...]:
     """The tensors of o's block that have value rows."""
     assert o.layer is not None
-    return tuple(tensor for tensor in arch.block(o.layer) if tensor.role in _VALUES)
+    return tuple(tensor for tensor in arch.block(o.layer) if role(tensor.role).values)
 
 
 def _value_rows(

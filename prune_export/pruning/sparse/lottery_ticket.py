@@ -58,10 +58,11 @@ class Student:
         with _no_bars():
             self.model: Any = load_model(checkpoint.path, dtype=torch.float32).to(device)
         names = LayerwiseModel(checkpoint, arch, dtype=torch.float32, device="cpu").name_in_memory
-        own = dict(self.model.named_parameters(remove_duplicate=False))
+        own = dict(self.model.named_buffers())  # some families store buffers
+        own |= dict(self.model.named_parameters(remove_duplicate=False))
         self.places = {tensor.name: own[names(tensor)] for tensor in arch.stored()}
         self.masks: dict[str, torch.Tensor] = {}
-        """By stored matrix, bool `[out, in]`: true where it is zero and stays zero."""
+        """By stored matrix, bool `[out, in]`: False where it is zero and stays zero."""
 
     def matrix(self, tensor: Tensor) -> torch.Tensor:
         """A stored matrix `[out, in]`, in the model's own memory."""
@@ -90,17 +91,17 @@ class Student:
         self.load(dict(fresh.named_parameters()))
 
     def apply(self) -> None:
-        """Zeroes the masked weights."""
+        """Zeroes the weights that the masks do not keep."""
         for name, mask in self.masks.items():
-            self.matrix(self.arch.by_name[name]).masked_fill_(mask, 0)
+            self.matrix(self.arch.by_name[name]).masked_fill_(~mask, 0)
 
     def stop(self) -> None:
-        """Removes the gradients of masked weights."""
+        """Removes the gradients of weights that the masks do not keep."""
         for name, mask in self.masks.items():
             tensor = self.arch.by_name[name]
             whole = self.places[name].grad
             if whole is not None:
-                as_matrix(tensor, part_of(tensor, whole)).masked_fill_(mask, 0)
+                as_matrix(tensor, part_of(tensor, whole)).masked_fill_(~mask, 0)
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """The mean next-token loss of windows."""
@@ -127,7 +128,8 @@ def train(
 ) -> None:
     """Trains from step `first` to `last` (excluded); goes on from the save in `file`.
 
-    Weight decay is AdamW's. What is masked has no gradient, and is made zero again after each step.
+    Weight decay is AdamW's. What no mask keeps has no gradient, and is made zero again after
+    each step.
 
     Raises:
         StageError: the loss is not finite any more.

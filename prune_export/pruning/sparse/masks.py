@@ -1,4 +1,7 @@
-"""Makes masks from scores, with exact counts whatever ties there are; and fingerprints of masks."""
+"""Makes masks from scores, with exact counts whatever ties there are; and fingerprints of masks.
+
+A mask is True where a weight is kept, as in torch.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,16 @@ def count_of(fraction: float, of: int) -> int:
     return int(round(fraction * of, 6))
 
 
-def zeros(scores: torch.Tensor, amount: Amount, compare: Compare = "row") -> torch.Tensor:
-    """Makes a mask `[out, in]`, True at an exact number of weights, those with the least scores.
+def mask_of(scores: torch.Tensor, amount: Amount, compare: Compare = "row") -> torch.Tensor:
+    """Makes the mask `[out, in]` that removes an exact number of weights, those of least scores.
 
     A pattern is met in every group of neighbouring inputs; a fraction in every row (an output), or
     in the matrix as a whole.
     """
+    return _least(scores, amount, compare).logical_not_()
+
+
+def _least(scores: torch.Tensor, amount: Amount, compare: Compare) -> torch.Tensor:
     if isinstance(amount, Nm):
         lanes = scores.reshape(-1, amount.of).T.contiguous()
         found = smallest_lanes(lanes, amount.of - amount.keep)
@@ -119,17 +126,14 @@ def _true(found: torch.Tensor) -> int:
     return int(np.count_nonzero(found.numpy()) if found.device.type == "cpu" else found.sum())
 
 
-def put_zeros(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Zeroes `weight` in place where `mask` is True."""
+def keep_only(weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Zeroes `weight` in place where the mask `kept` is False."""
     # By product, then -0 to 0: 1.4 ns a weight; masked_fill_ takes 4.
-    return weight.mul_((~mask).to(weight.dtype)).add_(0.0)
+    return weight.mul_(kept.to(weight.dtype)).add_(0.0)
 
 
-def summary(weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-    """Describes a pruned matrix `[out, in]`, its scores and its mask (True where zero) as JSON.
-
-    `digest` is that of what is kept.
-    """
+def summary(weight: torch.Tensor, scores: torch.Tensor, *, kept: torch.Tensor) -> dict[str, Any]:
+    """Describes a pruned matrix `[out, in]`, its scores and its mask `kept` as JSON."""
     rows, columns = (max(1, size // _SAMPLE) for size in scores.shape)
     sample = np.sort(scores[::rows, ::columns].flatten().float().cpu().numpy())
     levels = sample[[round(level * (len(sample) - 1)) for level in _QUANTILES]]
@@ -139,7 +143,7 @@ def summary(weight: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor) -> d
         "zeros": weight.numel() - nonzero,
         "weights": weight.numel(),
         "score_quantiles": [float(f"{level:.6g}") for level in levels.tolist()],
-        "digest": digest(~mask),
+        "digest": digest(kept),
     }
 
 

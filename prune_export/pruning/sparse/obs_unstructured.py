@@ -16,8 +16,8 @@ from typing import Final
 
 import torch
 
-from prune_export.errors import StageError
-from prune_export.pruning.sparse.masks import Amount, count_of, put_zeros, smallest, smallest_lanes
+from prune_export.numeric.cholesky import damped_cholesky
+from prune_export.pruning.sparse.masks import Amount, count_of, keep_only, smallest, smallest_lanes
 from prune_export.sparsity.nm import Nm
 
 _LEAF: Final = 16
@@ -25,8 +25,6 @@ _LEAF: Final = 16
 
 _TOGETHER: Final = 2**22
 """Weights of the small matrices that are worked on at once."""
-
-_MOST_DAMPING: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,11 @@ class Factor:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned matrix: new weights, the scores of the old ones, and the mask (True where zero)."""
+    """A pruned matrix: new weights, the scores of the old ones, and what is kept."""
 
     weight: torch.Tensor
     scores: torch.Tensor
-    mask: torch.Tensor
+    kept: torch.Tensor
 
 
 def factor(hessian: torch.Tensor, damping: float, where: str) -> Factor:
@@ -69,20 +67,7 @@ def factor(hessian: torch.Tensor, damping: float, where: str) -> Factor:
     # With all indices reversed, G = L L^T, and U is the inverse of L, reversed again: one
     # factorization and a triangular inverse, where the textbook inverts G and factors that.
     diagonal.masked_fill_(dead, mean)
-    added = 0.0
-    while True:
-        diagonal += (damping - added) * mean
-        added = damping
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not int(failed) and bool(lower.diagonal().isfinite().all()):
-            break
-        if damping >= _MOST_DAMPING:
-            raise StageError(
-                where,
-                f"the Hessian of its inputs has no Cholesky factor with damping {damping:g}",
-                "look for calibration states that are not finite, or exclude its role",
-            )
-        damping = min(10 * damping, _MOST_DAMPING)
+    lower, damping = damped_cholesky(hessian, damping, mean, where, reverse=True)
     _invert(lower)
     return Factor(lower.flip(0, 1), dead, damping)
 
@@ -112,8 +97,10 @@ def prune(
         work = _Work(together, factor, amount, columns)
         work.descend(0, len(work.weight))
         for start, stop in work.spans:
-            weight, mask = (part[:, start:stop].T.contiguous() for part in (work.weight, work.mask))
-            yield Pruned(weight, work.scores[:, start:stop].T, mask)
+            weight, removed = (
+                part[:, start:stop].T.contiguous() for part in (work.weight, work.removed)
+            )
+            yield Pruned(weight, work.scores[:, start:stop].T, removed.logical_not_())
 
 
 def _batches(weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -139,7 +126,7 @@ class _Work:
         self.spans = list(zip([0, *ends], ends, strict=False))
         self.step = amount.of if isinstance(amount, Nm) else columns
         self.gone = self.weight == 0
-        self.mask = torch.empty_like(self.gone)
+        self.removed = torch.empty_like(self.gone)
         self.scores = torch.empty_like(self.weight)
         self.errors = torch.empty_like(self.weight)
         self.worth = factor.upper.diagonal().square().reciprocal()
@@ -155,7 +142,7 @@ class _Work:
             self.halves(start, stop, self.step, self.descend)
 
     def within(self, start: int, stop: int) -> None:
-        """Prunes inputs whose mask is chosen."""
+        """Prunes inputs of which it is chosen what becomes zero."""
         if stop - start <= _LEAF:
             self.leaf(start, stop)
         else:
@@ -175,25 +162,26 @@ class _Work:
         torch.square(self.weight[start:stop], out=scores).mul_(self.worth[start:stop, None])
         # Zeros that were there go first; where there are more than are asked for, they stay.
         scores.masked_fill_(gone, -1)
-        mask = self.mask[start:stop]
+        removed = self.removed[start:stop]
         if isinstance(self.amount, Nm):
-            mask.copy_(smallest_lanes(scores, self.amount.of - self.amount.keep))
+            removed.copy_(smallest_lanes(scores, self.amount.of - self.amount.keep))
         else:
             for first, last in self.spans:
                 own = scores[:, first:last].reshape(1, -1)
                 count = count_of(self.amount, stop * (last - first))
                 count -= count_of(self.amount, start * (last - first))
-                mask[:, first:last] = smallest(own, count).view(stop - start, -1)
-        mask |= gone
+                removed[:, first:last] = smallest(own, count).view(stop - start, -1)
+        removed |= gone
 
     def leaf(self, start: int, stop: int) -> None:
-        """Prunes inputs whose mask is chosen, one by one."""
+        """Prunes inputs of which it is chosen what becomes zero, one by one."""
         here = slice(start, stop)
-        upper, weight, mask = self.factor.upper[here, here], self.weight[here], self.mask[here]
-        scales = (mask * self.inverse[here, None]).unbind(0)
+        upper, weight = self.factor.upper[here, here], self.weight[here]
+        removed = self.removed[here]
+        scales = (removed * self.inverse[here, None]).unbind(0)
         rows, errors = weight.unbind(0), self.errors[here].unbind(0)
         for j in range(stop - start):
             torch.mul(rows[j], scales[j], out=errors[j])
             if j + 1 < stop - start:
                 weight[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
-        put_zeros(weight, mask)
+        keep_only(weight, ~removed)

@@ -96,9 +96,9 @@ def _norms(model: ModelView) -> dict[tuple[int | None, str, int | None], torch.T
     swept = model.sequential(_Norms())
     found: dict[tuple[int | None, str, int | None], torch.Tensor] = {}
     for layer, log in enumerate(swept.logs):
-        for site in linear_groups(model.arch, layer):
-            squares = np.frombuffer(base64.b64decode(log[site.name]["squares"]), np.float32)
-            found[layer, site.kind, site.expert] = torch.from_numpy(squares.copy()).sqrt()
+        for group in linear_groups(model.arch, layer):
+            squares = np.frombuffer(base64.b64decode(log[group.name]["squares"]), np.float32)
+            found[layer, group.kind, group.expert] = torch.from_numpy(squares.copy()).sqrt()
     return found
 
 
@@ -108,13 +108,13 @@ class _Norms:
 
     key: str = "input norms 1"
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> InputNorms:
-        del site
+    def watch(self, group: LinearGroup, width: int, device: str) -> InputNorms:
+        del group
         return InputNorms(width, device)
 
     def edit(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
     ) -> Edited:
-        del site, weights
+        del group, weights
         squares = seen.sums.cpu().numpy().astype(np.float32)
         return Edited({}, {"squares": base64.b64encode(squares.tobytes()).decode("ascii")})

@@ -10,7 +10,7 @@ from prune_export.arch import Arch
 from prune_export.calibrate import ExtraPass, Order, block_bytes, inputs_of, linear_groups
 
 
-def of(arch: Arch, order: Order, *, grams: bool = False, permutes: bool = False) -> ExtraPass:
+def of(arch: Arch, order: Order, *, hessians: bool = False, permutes: bool = False) -> ExtraPass:
     """Estimates what sequential pruning holds and writes; with `grams`, it holds Hessians.
 
     The matrices of a linear group are copied in float32; of one at a time there are scores, what
@@ -20,21 +20,21 @@ def of(arch: Arch, order: Order, *, grams: bool = False, permutes: bool = False)
     site_weights = matrix_weights = widest = squares = total = 0
     for layer in range(arch.layers):
         here = 0
-        for site in linear_groups(arch, layer):
-            sizes = [prod(arch.shape(tensor)) for tensor in site.tensors]
+        for group in linear_groups(arch, layer):
+            sizes = [prod(arch.shape(tensor)) for tensor in group.tensors]
             site_weights = max(site_weights, sum(sizes))
             matrix_weights = max(matrix_weights, *sizes)
-            width = inputs_of(arch, site.tensors[0])
+            width = inputs_of(arch, group.tensors[0])
             widest, here = max(widest, width), here + width**2
             total += sum(sizes)
         squares = max(squares, here)
     held = block_bytes(arch, torch.float32) + 4 * site_weights + 13 * matrix_weights
-    if grams:
+    if hessians:
         held += 4 * squares + 8 * widest**2 + 4 * site_weights + 8 * matrix_weights
     if permutes:
         # The scores of a matrix, input by input, and in two orders.
         held += 12 * matrix_weights
-    if permutes and grams:
+    if permutes and hessians:
         held += 4 * widest**2
     return ExtraPass(
         forwards=1 if order == "sequential" else 2,

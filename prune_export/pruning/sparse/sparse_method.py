@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import gcd
 from typing import Annotated, Any, Final, Literal
 
 import torch
@@ -16,7 +15,6 @@ from pydantic import Field
 
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import (
-    LINEAR_GROUPS,
     CorrectedNorms,
     Edited,
     ExtraPass,
@@ -26,17 +24,20 @@ from prune_export.calibrate import (
     Order,
     SequentialResult,
     inputs_of,
-    linears,
 )
 from prune_export.contracts import Decision
-from prune_export.errors import PlanError, StageError, did_you_mean
+from prune_export.errors import PlanError, StageError
 from prune_export.pruning.sparse import free_channels, owl, sequential_cost
 from prune_export.pruning.sparse.free_channels import Channels
-from prune_export.pruning.sparse.masks import Amount, Compare, put_zeros, summary
+from prune_export.pruning.sparse.masks import Amount, Compare, keep_only, summary
+from prune_export.pruning.sparse.targets import (
+    Roles,
+    check_widths,
+    chosen_matrices,
+    refuse_unknown_roles,
+)
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Edit, Overwrite
-
-Roles = tuple[str, ...]
 
 _CORRECTED: Final = ("attention.out", "mlp.out")
 """Linear groups whose inputs come from pruned matrices of the same block."""
@@ -207,29 +208,29 @@ class Masker:
     channels: Mapping[str, Channels] = field(default_factory=dict)
     corrects: bool = False
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> InputNorms | None:
+    def watch(self, group: LinearGroup, width: int, device: str) -> InputNorms | None:
         """Accumulates input norms for a linear group of which a matrix is pruned."""
-        if not any(tensor.name in self.targets for tensor in site.tensors):
+        if not any(tensor.name in self.targets for tensor in group.tensors):
             return None
         # To an expert, other tokens would be routed.
-        corrected = self.corrects and site.kind in _CORRECTED and site.expert is None
+        corrected = self.corrects and group.kind in _CORRECTED and group.expert is None
         return CorrectedNorms(width, device) if corrected else InputNorms(width, device)
 
     def edit(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
     ) -> Edited:
         """Masks the matrices of a linear group."""
         made, log, orders = {}, {}, {}
-        for tensor in site.tensors:
+        for tensor in group.tensors:
             if tensor.name in self.targets:
                 channels = self.channels.get(tensor.name)
                 weight = weights[tensor.name]
                 scores = self._scores(weight, seen, tensor)
-                mask, orders[tensor.name] = free_channels.mask(
-                    channels, scores, self.amounts[site.layer], self.compare
+                kept, orders[tensor.name] = free_channels.mask(
+                    channels, scores, self.amounts[group.layer], self.compare
                 )
-                made[tensor.name] = put_zeros(weight, mask)
-                log[tensor.name] = summary(weight, scores, mask)
+                made[tensor.name] = keep_only(weight, kept)
+                log[tensor.name] = summary(weight, scores, kept=kept)
         return Edited(made, {"tensors": log, "tokens": seen.tokens, "orders": orders})
 
     def _scores(self, weight: torch.Tensor, seen: InputNorms, tensor: Tensor) -> torch.Tensor:
@@ -279,14 +280,14 @@ def sequential_decision(
     why: Mapping[str, Any],
 ) -> Decision:
     """Makes the decision from the result of a sequential pass: edits and log."""
-    sites = [site for log in swept.logs for site in log.values()]
-    logs = {name: own for site in sites for name, own in site["tensors"].items()}
-    unseen = [name for site in sites if not site["tokens"] for name in site["tensors"]]
+    groups = [group for log in swept.logs for group in log.values()]
+    logs = {name: own for group in groups for name, own in group["tensors"].items()}
+    unseen = [name for group in groups if not group["tokens"] for name in group["tensors"]]
     more = {"order": method.order, **why}
     if unseen:
         more["by_magnitude_for_want_of_tokens"] = unseen
     edits = tuple(Overwrite(name, read) for name, read in swept.values())
-    orders = {name: own for site in sites for name, own in site["orders"].items() if own}
+    orders = {name: own for group in groups for name, own in group["orders"].items() if own}
     return permuted(method, model, edits, logs, more, orders)
 
 
@@ -326,82 +327,3 @@ def decision(
         "tensors": dict(tensors),
     }
     return Decision(edits, log)
-
-
-def refuse_unknown_roles(include: Roles | None, exclude: Roles) -> None:
-    """Refuses roles that no matrix of a linear group has.
-
-    Raises:
-        PlanError: the first of them.
-    """
-    for key, roles in (("include", include), ("exclude", exclude)):
-        for role in roles or ():
-            if role not in LINEAR_GROUPS:
-                raise PlanError(
-                    f"{key}: {role}",
-                    "is not a role that can be pruned, "
-                    f"expected some of {', '.join(f'`{known}`' for known in LINEAR_GROUPS)}",
-                    did_you_mean(role, LINEAR_GROUPS),
-                )
-
-
-def chosen_matrices(
-    arch: Arch, include: Roles | None, exclude: Roles, layers: tuple[int, ...] | None
-) -> tuple[Tensor, ...]:
-    """The matrices of the blocks that the keys `include`, `exclude` and `layers` choose.
-
-    Raises:
-        PlanError: a role or a block that the model does not have, or nothing is left.
-    """
-    every = tuple(linears(arch))
-    roles = dict.fromkeys(tensor.role for tensor in every)
-    for key, named in (("include", include), ("exclude", exclude)):
-        for role in named or ():
-            if role not in roles:
-                raise PlanError(
-                    f"{key}: {role}",
-                    f"this model has none, expected some of "
-                    f"{', '.join(f'`{known}`' for known in roles)}",
-                    did_you_mean(role, roles),
-                )
-    for layer in layers or ():
-        if layer >= arch.layers:
-            raise PlanError(
-                f"layers: {layer}",
-                f"the model has {arch.layers} blocks",
-                f"write numbers up to {arch.layers - 1}",
-            )
-    wanted = set(roles if include is None else include) - set(exclude)
-    found = tuple(
-        tensor
-        for tensor in every
-        if tensor.role in wanted and (layers is None or tensor.layer in layers)
-    )
-    if not found:
-        raise PlanError("include, exclude, layers", "leave nothing to prune", "exclude fewer roles")
-    return found
-
-
-def check_widths(nm: Nm, widths: Mapping[str, int]) -> None:
-    """Refuses a pattern whose groups do not divide the inputs of a matrix.
-
-    Raises:
-        PlanError: the first such matrix, and what would do.
-    """
-    bad = [name for name, width in widths.items() if width % nm.of]
-    if not bad:
-        return
-    common = 0
-    for width in widths.values():
-        common = gcd(common, width)
-    offers = [
-        f"`nm: {{keep: {of * nm.keep // nm.of}, of: {of}}}`"
-        for of in range(nm.of, 1, -1)
-        if common % of == 0 and of * nm.keep % nm.of == 0
-    ]
-    raise PlanError(
-        bad[0],
-        f"has {widths[bad[0]]} inputs, which groups of {nm.of} do not divide "
-        f"({len(bad)} of {len(widths)} matrices)",
-        (f"write {offers[0]}, or " if offers else "") + "`exclude` the role of these matrices",
-    )

@@ -194,11 +194,11 @@ def log(
 
 def _refits(arch: Arch, swept: SequentialResult) -> Iterator[dict[str, Any]]:
     for layer, logs in enumerate(swept.logs):
-        for site in linear_groups(arch, layer):
-            if axis_of(arch, site) is not None and site.name in logs:
-                own = logs[site.name]
+        for group in linear_groups(arch, layer):
+            if axis_of(arch, group) is not None and group.name in logs:
+                own = logs[group.name]
                 yield {
                     "layer": layer,
-                    "site": site.name,
+                    "site": group.name,
                     **{key: own[key] for key in ("error", "cut_error", "ridge", "towards")},
                 }

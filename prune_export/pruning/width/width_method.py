@@ -1,7 +1,7 @@
 """What all width methods share: the recipe keys for sizes, and how scores become edits.
 
-A method gives scores: from weights or gradients before anything runs (`known`), from states as they
-pass (`watch`, `score`), or both. The rest is here. Where only channels and heads go, in equal
+A method holds a scorer: of weights or gradients before anything is cut, of states as they pass, or
+of both (`scorer`). The rest is here. Where only channels and heads go, in equal
 numbers in every block, scoring and refitting are one sweep: each projection is scored when its
 inputs have arrived, cut and refitted, and the blocks after it see what it then gives. What can be
 ranked only when all of the model has been seen (the hidden size, whole experts, widths that differ
@@ -10,9 +10,10 @@ by block) is scored in a pass before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -21,18 +22,17 @@ from prune_export.arch import Arch
 from prune_export.calibrate import (
     DENSE_STATES,
     ExtraPass,
-    LinearGroup,
     ModelView,
     NormEnergy,
     SequentialResult,
     Statistic,
     added_times,
 )
-from prune_export.calibrate.streaming.linear_groups import Accumulator
 from prune_export.contracts import Decision
-from prune_export.errors import PlanError, StageError
+from prune_export.errors import PlanError
 from prune_export.pruning.width import unit_edits, width_passes
-from prune_export.pruning.width.unit_choice import chosen_everywhere, chosen_in_block
+from prune_export.pruning.width.scorer import ModelScorer, Scorer, Scores, StateScorer
+from prune_export.pruning.width.unit_choice import chosen_everywhere, chosen_in_block, units_cut
 from prune_export.pruning.width.width_sizes import (
     PARTS,
     Part,
@@ -43,24 +43,36 @@ from prune_export.pruning.width.width_sizes import (
 
 _Fraction = Annotated[float | None, Field(gt=0, lt=1)]
 
-Scores = Mapping[str, torch.Tensor]
-"""By axis (`mlp.3`, `moe.3.7`, `kv.3` for heads, `residual`, `expert.3`): one score a unit."""
+
+@runtime_checkable
+class ProtectsBlocks(Protocol):
+    """A width method that leaves some blocks whole where it ranks all of them together."""
+
+    def protected(self, arch: Arch) -> frozenset[int]:
+        """The blocks that `per_layer` leaves as they are."""
+
+
+@runtime_checkable
+class MovesUnits(Protocol):
+    """A width method that changes what is kept, before the rest is cut."""
+
+    def reworked(
+        self, model: ModelView, kept: Scores, scores: Scores
+    ) -> dict[str, Callable[[], torch.Tensor]]:
+        """The new values of tensors, by name; `kept` bool by axis, True where a unit stays."""
 
 
 @dataclass(frozen=True)
 class WidthMethod:
     """How much of the channels, heads, hidden size and experts is cut; keys of all width methods.
 
-    A method gives scores; the least go. From states: it sets `WATCHES` and defines `watch` and
-    `score`. Without: it defines `known`. All else may be left as it is.
+    A method defines `scorer`; the units with the least scores go.
 
     Raises:
         PlanError: nothing is to be cut, or something is said twice.
     """
 
     VERSION: ClassVar[str]
-    WATCHES: ClassVar[bool] = False
-    """Whether scores come from states."""
 
     sparsity: Annotated[
         float | None, Field(gt=0, lt=1, description="Fraction to remove of each of `axes`.")
@@ -132,6 +144,15 @@ class WidthMethod:
             )
 
     @property
+    def scorer(self) -> Scorer:
+        """What scores the units: a `StateScorer`, a `ModelScorer`, or one object that is both.
+
+        Raises:
+            PlanError: the method defines none.
+        """
+        raise _without_scorer(self, "defines no `scorer`")
+
+    @property
     def fractions(self) -> dict[Part, float]:
         """The fraction to remove of each part that is cut."""
         found: dict[Part, float] = {}
@@ -169,7 +190,9 @@ class WidthMethod:
     def statistics(self, arch: Arch) -> tuple[Statistic | ExtraPass, ...]:
         """The statistics that `decide` reads, and the passes that it runs, in order."""
         passes: list[Statistic | ExtraPass] = [NormEnergy()] if self._rescales() else []
-        passes += self.passes_before(arch)
+        scorer = self.scorer
+        if isinstance(scorer, ModelScorer):
+            passes += scorer.passes(arch)
         if self._measures():
             passes.append(ExtraPass(forwards=1.1, suspends=True))
         if self.refits():
@@ -187,32 +210,47 @@ class WidthMethod:
     def decide(self, model: ModelView) -> Decision:
         """Scores the units, chooses which to keep, and refits the projections."""
         arch, sizes = model.arch, self.sizes(model.arch)
-        known = dict(self.known(model))
-        if self._measures():
-            measured = model.sequential(width_passes.Measure(self, arch))
-            known = width_passes.added(arch, known, measured)
-        if not known and not self.WATCHES:
-            raise StageError(
-                type(self).__name__,
-                "has no scores, neither of weights nor of states",
-                "define `known`, or set `WATCHES = True` and define `watch` and `score`",
+        known = dict(self.scores_before(model))
+        from_states = self._state_scorer()
+        measures = from_states is not None and self._measures()
+        if from_states is not None and measures:
+            parts = frozenset(self.fractions)
+            measured = model.sequential(
+                width_passes.Measure(from_states, parts, arch, self._digest())
             )
+            known = width_passes.added(arch, known, measured)
         kept: dict[str, torch.Tensor] = {}
-        if known and (self._measures() or not self.WATCHES):
+        if known and (measures or from_states is None):
             if self.per_layer:
-                kept = chosen_everywhere(arch, known, sizes, self.protected(arch), self.multiple_of)
+                own = self.protected(arch) if isinstance(self, ProtectsBlocks) else frozenset[int]()
+                kept = chosen_everywhere(arch, known, sizes, own, self.multiple_of)
             else:
                 kept = chosen_in_block(arch, known, sizes)
         swept: SequentialResult | None = None
         if self.refits():
-            samples, length = model.calibration().tokens.ids.shape
-            cut = width_passes.Cut(self, arch, sizes, known, kept, samples, length)
+            cut = width_passes.Cut(
+                from_states,
+                arch,
+                sizes,
+                known,
+                kept,
+                model.calibration().tokens.ids.shape,
+                always=self.compensate is True,
+                method=self._digest(),
+            )
             swept = model.sequential(cut, dense=self.aims(arch))
             kept |= width_passes.kept_in(arch, swept)
         shares = model.stat(NormEnergy()) if self._rescales() else None
-        own = self.reworked(model, kept, known)
-        edits = unit_edits.edits(model, kept, swept, own, shares, wide=self.per_layer)
+        moved = self.reworked(model, kept, known) if isinstance(self, MovesUnits) else {}
+        edits = unit_edits.edits(model, kept, swept, moved, shares, wide=self.per_layer)
         return Decision(edits, unit_edits.log(arch, kept, known, swept))
+
+    def scores_before(self, model: ModelView) -> Scores:
+        """The scores that are known before any unit is cut: of weights, or of gradients."""
+        scorer = self.scorer
+        if not isinstance(scorer, ModelScorer):
+            return {}
+        return scorer.scores(model, units_cut(model.arch, self.sizes(model.arch)))
 
     def refits(self) -> bool:
         """Whether projections are refitted: channels or heads go, and it is not switched off."""
@@ -231,55 +269,29 @@ class WidthMethod:
     def _measures(self) -> bool:
         """Whether states must have been seen before anything is chosen."""
         whole = self.fractions.keys() & {"hidden", "experts"}
-        return self.WATCHES and (self.per_layer or bool(whole) or not self.refits())
+        from_states = self._state_scorer() is not None
+        return from_states and (self.per_layer or bool(whole) or not self.refits())
 
-    def protected(self, arch: Arch) -> frozenset[int]:
-        """Blocks that `per_layer` leaves as they are."""
-        del arch
-        return frozenset()
+    def _state_scorer(self) -> StateScorer | None:
+        """What scores states, None where scores come from weights or gradients alone."""
+        scorer = self.scorer
+        if isinstance(scorer, StateScorer):
+            return scorer
+        if not isinstance(scorer, ModelScorer):
+            problem = f"gives as `scorer` a {type(scorer).__name__} without such methods"
+            raise _without_scorer(self, problem)
+        return None
 
-    def passes_before(self, arch: Arch) -> tuple[ExtraPass, ...]:
-        """The passes that `known` makes."""
-        del arch
-        return ()
-
-    def known(self, model: ModelView) -> Scores:
-        """Scores that need no activations, by axis, of the units' shape (heads: `[kv, group]`)."""
-        del model
-        return {}
-
-    def score_expert(
-        self,
-        site: LinearGroup,
-        weights: Mapping[str, torch.Tensor],
-        scores: torch.Tensor,
-        seen: Any,
-    ) -> float:
-        """Scores a whole expert at its output projection; `scores` are those of its channels."""
-        del site, weights, seen
-        return float(scores.sum())
-
-    def reworked(
-        self, model: ModelView, kept: Scores, scores: Scores
-    ) -> dict[str, Callable[[], torch.Tensor]]:
-        """Changes tensors before they are cut: new values, by name."""
-        del model, kept, scores
-        return {}
-
-    def watch(self, site: LinearGroup, units: int, width: int, device: str) -> Accumulator:
-        """Makes the accumulator of inputs `[…, width]`, `units` equal runs, that `score` reads."""
-        raise _missing(self, "watch")
-
-    def score(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], units: int, seen: Any
-    ) -> torch.Tensor:
-        """Scores a linear group's inputs, `[units]`; `weights` are its matrices `[out, in]`."""
-        raise _missing(self, "score")
+    def _digest(self) -> str:
+        """What identifies the method: a killed pass goes on only for an equal one."""
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        return json.dumps([name, type(self).VERSION, asdict(self)], sort_keys=True, default=str)
 
 
-def _missing(method: WidthMethod, name: str) -> StageError:
-    return StageError(
-        f"{type(method).__name__}.{name}",
-        "is not defined, but `WATCHES` says that scores come from states",
-        "define `watch` and `score`, or leave `WATCHES` out and define `known`",
+def _without_scorer(method: WidthMethod, problem: str) -> PlanError:
+    return PlanError(
+        type(method).__name__,
+        f"{problem}, expected what scores its units",
+        "define the property `scorer`: an object with `watch` and `score` for scores of states, or "
+        "with `passes` and `scores` for those of weights",
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,22 +17,21 @@ from prune_export.calibrate import Edited, LinearGroup, SequentialResult, has_ta
 from prune_export.calibrate.streaming.linear_groups import Accumulator
 from prune_export.errors import StageError
 from prune_export.pruning.linalg.refit import Products, refit
+from prune_export.pruning.width.scorer import ExpertScorer, StateScorer
 from prune_export.pruning.width.unit_choice import chosen, units_cut
 from prune_export.pruning.width.unit_layout import spread, unit_axes, unit_shape
-
-if TYPE_CHECKING:
-    from prune_export.pruning.width.width_method import WidthMethod
+from prune_export.pruning.width.width_sizes import Part
 
 
-def axis_of(arch: Arch, site: LinearGroup) -> str | None:
+def axis_of(arch: Arch, group: LinearGroup) -> str | None:
     """The axis of the units that are inputs of an output projection; None of other groups."""
-    match site.kind:
+    match group.kind:
         case "mlp.out":
-            return f"mlp.{site.layer}"
+            return f"mlp.{group.layer}"
         case "experts.out":
-            return f"moe.{site.layer}.{site.expert}"
+            return f"moe.{group.layer}.{group.expert}"
         case "attention.out":
-            return f"kv.{site.layer}"
+            return f"kv.{group.layer}"
     return None
 
 
@@ -58,39 +58,46 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Measure:
-    """An editor that scores every linear group that the method reads, and edits nothing."""
+    """An editor that scores every linear group with units to cut, and edits nothing.
 
-    method: WidthMethod
+    `parts` are the parts of the model that are cut; `method` identifies who asks.
+    """
+
+    scorer: StateScorer
+    parts: frozenset[Part]
     arch: Arch
+    method: str
 
     @property
     def key(self) -> str:
         return _key("measure", self.method, {})
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> _Seen | None:
-        units = self._units(site, width)
+    def watch(self, group: LinearGroup, width: int, device: str) -> _Seen | None:
+        units = self._units(group, width)
         if not units:
             return None
-        return _Seen(self.method.watch(site, units, width, device))
+        return _Seen(self.scorer.watch(group, units, width, device))
 
-    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
+    def edit(self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
         width = next(iter(weights.values())).shape[1]
-        units = self._units(site, width)
-        scores = _scored(self.method, site, weights, units, seen)
+        units = self._units(group, width)
+        scores = _scored(self.scorer, group, weights, units, seen)
         log: dict[str, Any] = {"scores": scores.double().tolist()}
-        if site.kind == "experts.out" and "experts" in self.method.fractions:
-            log["expert"] = self.method.score_expert(site, weights, scores, seen.scored)
+        if group.kind == "experts.out" and "experts" in self.parts:
+            log["expert"] = float(scores.sum())
+            if isinstance(self.scorer, ExpertScorer):
+                log["expert"] = self.scorer.score_expert(group, weights, scores, seen.scored)
         return Edited(log=log)
 
-    def _units(self, site: LinearGroup, width: int) -> int:
-        parts = self.method.fractions.keys()
-        if site.kind.endswith(".in"):
+    def _units(self, group: LinearGroup, width: int) -> int:
+        parts = self.parts
+        if group.kind.endswith(".in"):
             return width if "hidden" in parts else 0
-        if site.kind == "attention.out":
+        if group.kind == "attention.out":
             wanted = parts & {"heads", "kv_groups"}
         else:
-            wanted = parts & {"ffn", "experts"} if site.expert is not None else parts & {"ffn"}
-        axis = axis_of(self.arch, site)
+            wanted = parts & {"ffn", "experts"} if group.expert is not None else parts & {"ffn"}
+        axis = axis_of(self.arch, group)
         return prod(unit_shape(self.arch, axis)) if wanted and axis else 0
 
 
@@ -106,13 +113,13 @@ def added(
 
     for layer, logs in enumerate(measured.logs):
         experts = []
-        for site in linear_groups(arch, layer):
-            log = logs.get(site.name)
+        for group in linear_groups(arch, layer):
+            log = logs.get(group.name)
             if log is None:
                 continue
-            axis = axis_of(arch, site)
+            axis = axis_of(arch, group)
             # An expert sees a part of the tokens: all of a block's count as one group.
-            share = 1 / arch.sizes[f"expert.{layer}"] if site.expert is not None else 1.0
+            share = 1 / arch.sizes[f"expert.{layer}"] if group.expert is not None else 1.0
             if axis is None:
                 add("residual", [share * score for score in log["scores"]])
             else:
@@ -131,59 +138,62 @@ class Cut:
     """An editor that zeroes the removed inputs of output projections, and refits these.
 
     `kept` is what has been chosen before; what is not there is chosen when its inputs have been
-    seen. `samples` and `length` are the windows'.
+    seen: then `scorer` is not None. `shape` is the samples and length of the windows. With `always`
+    a refit is kept unjudged; `method` identifies who asks.
     """
 
-    method: WidthMethod
+    scorer: StateScorer | None
     arch: Arch
     sizes: Mapping[str, int]
     known: Mapping[str, torch.Tensor]
     kept: Mapping[str, torch.Tensor]
-    samples: int
-    length: int
-    axes: frozenset[str] = field(init=False)
+    shape: Sequence[int]
+    always: bool
+    method: str
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "axes", frozenset(units_cut(self.arch, self.sizes)))
+    @cached_property
+    def axes(self) -> frozenset[str]:
+        """The axes along which units are cut."""
+        return frozenset(units_cut(self.arch, self.sizes))
 
     @property
     def key(self) -> str:
         return _key("cut", self.method, {**self.known, **self.kept})
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> _Seen | None:
-        axis = axis_of(self.arch, site)
+    def watch(self, group: LinearGroup, width: int, device: str) -> _Seen | None:
+        axis = axis_of(self.arch, group)
         if axis is None or axis not in self.axes:
             return None
         if axis in self.kept and bool(self.kept[axis].all()):
             return None
         scored = None
-        if axis not in self.kept and self.method.WATCHES:
+        if axis not in self.kept and self.scorer is not None:
             units = prod(unit_shape(self.arch, axis))
-            scored = self.method.watch(site, units, width, device)
+            scored = self.scorer.watch(group, units, width, device)
         products = Products(
             width,
             device,
-            tokens=self.samples * self.length,
-            samples=self.samples,
-            whole=site.expert is None,
+            tokens=prod(self.shape),
+            samples=self.shape[0],
+            whole=group.expert is None,
         )
         return _Seen(scored, products)
 
-    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
+    def edit(self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: _Seen) -> Edited:
         ((name, weight),) = weights.items()
-        axis = axis_of(self.arch, site)
+        axis = axis_of(self.arch, group)
         assert axis is not None
         assert seen.products is not None
         if axis in self.kept:
             kept = self.kept[axis]
         else:
-            kept = chosen(self.arch, axis, self._scores(site, axis, weights, seen), self.sizes)
-        columns = spread(kept, site.tensors[0], unit_axes(self.arch, axis), self.arch).flatten()
+            kept = chosen(self.arch, axis, self._scores(group, axis, weights, seen), self.sizes)
+        columns = spread(kept, group.tensors[0], unit_axes(self.arch, axis), self.arch).flatten()
         found = refit(
             weight,
             columns.to(weight.device),
             seen.products,
-            always=self.method.compensate is True,
+            always=self.always,
         )
         log = {
             "kept": kept.flatten().nonzero().flatten().tolist(),
@@ -195,11 +205,12 @@ class Cut:
         return Edited({name: found.weight}, log)
 
     def _scores(
-        self, site: LinearGroup, axis: str, weights: Mapping[str, torch.Tensor], seen: _Seen
+        self, group: LinearGroup, axis: str, weights: Mapping[str, torch.Tensor], seen: _Seen
     ) -> torch.Tensor:
         shape = unit_shape(self.arch, axis)
         units = prod(shape)
-        scores = _scored(self.method, site, weights, units, seen).double().cpu().view(shape)
+        assert self.scorer is not None
+        scores = _scored(self.scorer, group, weights, units, seen).double().cpu().view(shape)
         return scores + self.known[axis] if axis in self.known else scores
 
 
@@ -207,11 +218,11 @@ def kept_in(arch: Arch, swept: SequentialResult) -> dict[str, torch.Tensor]:
     """The units that a cutting pass kept, by axis."""
     found = {}
     for layer, logs in enumerate(swept.logs):
-        for site in linear_groups(arch, layer):
-            axis = axis_of(arch, site)
-            if axis is not None and site.name in logs:
+        for group in linear_groups(arch, layer):
+            axis = axis_of(arch, group)
+            if axis is not None and group.name in logs:
                 flags = torch.zeros(prod(unit_shape(arch, axis)), dtype=torch.bool)
-                flags[logs[site.name]["kept"]] = True
+                flags[logs[group.name]["kept"]] = True
                 found[axis] = flags.view(unit_shape(arch, axis))
     return found
 
@@ -225,33 +236,33 @@ def refit_bytes(arch: Arch, axes: Mapping[str, int], *, dense: bool) -> int:
     residual, most = arch.sizes["residual"], 0
     for layer in range(arch.layers):
         squares, crossed = [], 0
-        for site in linear_groups(arch, layer):
-            if axis_of(arch, site) in cut:
-                width = prod(arch.shape(site.tensors[0])) // residual
+        for group in linear_groups(arch, layer):
+            if axis_of(arch, group) in cut:
+                width = prod(arch.shape(group.tensors[0])) // residual
                 squares.append(width**2)
-                crossed += 4 * residual * width if dense and has_target(site) else 0
+                crossed += 4 * residual * width if dense and has_target(group) else 0
         if squares:
             most = max(most, 4 * sum(squares) + 28 * max(squares) + crossed)
     return most
 
 
 def _scored(
-    method: WidthMethod,
-    site: LinearGroup,
+    scorer: StateScorer,
+    group: LinearGroup,
     weights: Mapping[str, torch.Tensor],
     units: int,
     seen: _Seen,
 ) -> torch.Tensor:
-    """`[units]`: the method's scores of a site's inputs.
+    """Scores a linear group's inputs, `[units]`.
 
     Raises:
         StageError: it gives another number of them, or some that are not numbers.
     """
-    scores = method.score(site, weights, units, seen.scored)
+    scores = scorer.score(group, weights, units, seen.scored)
     missing = int(scores.isnan().sum())
     if scores.shape != (units,) or missing:
         raise StageError(
-            f"{type(method).__name__}.score at {site.name} of block {site.layer}",
+            f"{type(scorer).__name__}.score at {group.name} of block {group.layer}",
             f"got scores {list(scores.shape)}, {missing} of them NaN, expected [{units}] numbers: "
             "one of each unit",
             "sum the scores of a unit's inputs: `scores.view(units, -1).sum(1)`",
@@ -259,11 +270,9 @@ def _scored(
     return scores
 
 
-def _key(kind: str, method: WidthMethod, scores: Mapping[str, torch.Tensor]) -> str:
-    name = f"{type(method).__module__}.{type(method).__qualname__}"
+def _key(kind: str, method: str, scores: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for axis, values in scores.items():
         digest.update(axis.encode())
         digest.update(values.contiguous().cpu().numpy().tobytes())
-    parts = [kind, name, type(method).VERSION, asdict(method), digest.hexdigest()]
-    return json.dumps(parts, sort_keys=True, default=str)
+    return json.dumps([kind, method, digest.hexdigest()])

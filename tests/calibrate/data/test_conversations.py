@@ -17,6 +17,7 @@ from prune_export.calibrate.data.conversations import Conversation
 from prune_export.calibrate.data.tokenizer import Tokenizer as Ours
 from prune_export.errors import PlanError
 from prune_export.recipe import HubDataset, LocalText, TokenFile
+from prune_export.system import bounded
 
 PLAIN = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s>\n{% endfor %}"
@@ -33,6 +34,7 @@ STRICT = (
     "<{{ m.role }}> {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
+ENDLESS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abcd") + "{% endfor %}" * 4
 FORGETFUL = "{{ messages | length }} {% for m in messages %}{{ m.content }} {% endfor %}"
 SPECIAL = ["<unk>", "<s>", "</s>", "<system>", "<user>", "<assistant>"]
 WORDS = [f"w{i}" for i in range(100)]
@@ -214,6 +216,19 @@ def test_code_in_a_template_is_not_run(tmp_path: Path) -> None:
     tokenizer = saved(tmp_path / "t", attack)
     with pytest.raises(PlanError, match=r"refuses these messages.*unsafe"):
         token_set(written(tmp_path, *TWO), tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("loss_on", ["all", "assistant"])
+def test_a_template_that_does_not_end_is_stopped(
+    loss_on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each loop is as long as the sandbox lets it be, and they lie in one another."""
+    monkeypatch.setattr(bounded, "SECONDS", 0.1)
+    for template in (ENDLESS, ENDLESS + MARKED):
+        model = saved(tmp_path / "model", template)
+        asked = written(tmp_path, talk("w1", "w2")).model_copy(update={"loss_on": loss_on})
+        with pytest.raises(PlanError, match="did not end within"):
+            token_set(asked, model, tmp_path)
 
 
 def test_text_and_conversations_are_not_mixed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from prune_export.calibrate import changed_since_first, token_set
 from prune_export.calibrate.data.decoding import lines, whole
-from prune_export.calibrate.data.documents import local_texts
+from prune_export.calibrate.data.documents import texts_of
 from prune_export.errors import PlanError, RecipeError
 from prune_export.recipe import LocalText, Recipe
 
@@ -21,7 +21,7 @@ TEXT = "Zażółć gęślą jaźń.\nLe cœur déçu mais l'âme plutôt naïve.
 
 
 def read(path: Path, column: str = "text", encoding: str | None = None) -> list[object]:
-    return list(local_texts([path], LocalText(files=("x",), column=column, encoding=encoding)))
+    return list(texts_of([path], LocalText(files=("x",), column=column, encoding=encoding)))
 
 
 def refusal(path: Path, column: str = "text", encoding: str | None = None) -> str:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import Ablations, TokenSet, Unit
+from prune_export.calibrate import Ablations, CalibrationContext, TokenSet, Unit
 from prune_export.calibrate.passes import ablation
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.machine import Machine
 
 OUTPUTS = {"attention": ("o", "o.bias"), "mlp": ("down", "down.bias", "expert.down")}
@@ -59,7 +60,7 @@ def test_losses_equal_those_of_whole_models(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, model_type: str
 ) -> None:
     made = twin(model_type)
-    with Ablations(made.checkpoint, tokens, machine) as measured:
+    with Ablations(made.checkpoint, CalibrationContext(tokens, machine)) as measured:
         found = measured.losses(QUESTIONS)
     expected = [by_hand(made, tokens.ids, units) for units in QUESTIONS]
     assert found == pytest.approx(expected, rel=2e-5)
@@ -70,7 +71,7 @@ def test_a_norm_after_the_residual_sum_stays(
 ) -> None:
     """OPT-350m normalises after its attention: what is removed is what is added, not the norm."""
     made = twin("opt", do_layer_norm_before=False)
-    with Ablations(made.checkpoint, tokens, machine) as measured:
+    with Ablations(made.checkpoint, CalibrationContext(tokens, machine)) as measured:
         found = measured.losses(QUESTIONS)
     assert found == pytest.approx(
         [by_hand(made, tokens.ids, units) for units in QUESTIONS], rel=2e-5
@@ -81,7 +82,7 @@ def test_states_are_computed_once_for_all_models_that_share_them(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine
 ) -> None:
     made = twin("llama")  # 6 blocks; 5 windows make 3 chunks
-    with Ablations(made.checkpoint, tokens, machine) as measured:
+    with Ablations(made.checkpoint, CalibrationContext(tokens, machine)) as measured:
         assert measured.chunks == 3
         measured.losses([()], keep=[()])
         assert (measured.block_forwards, measured.head_forwards) == (3 * 6, 3)
@@ -103,10 +104,12 @@ def test_one_block_in_memory_and_states_in_files_give_the_same(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, tmp_path: Path
 ) -> None:
     made = twin("qwen2")
-    with Ablations(made.checkpoint, tokens, machine) as measured:
+    with Ablations(made.checkpoint, CalibrationContext(tokens, machine)) as measured:
         expected = [measured.losses([model], keep=[()])[0] for model in QUESTIONS]
     small = replace(machine, ram_bytes=0)
-    with Ablations(made.checkpoint, tokens, small, scratch=tmp_path) as measured:
+    with Ablations(
+        made.checkpoint, CalibrationContext(tokens, small, scratch=tmp_path)
+    ) as measured:
         found = [measured.losses([model], keep=[()])[0] for model in QUESTIONS]
         files = list(tmp_path.rglob("*.spool"))
         assert len(files) == 3 * 7, "the states on the dense model's way"
@@ -122,19 +125,23 @@ def test_a_killed_search_asks_again_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = twin("gpt2")
-    with Ablations(made.checkpoint, tokens, machine) as measured:
+    with Ablations(made.checkpoint, CalibrationContext(tokens, machine)) as measured:
         expected = measured.losses(QUESTIONS)
-    with Ablations(made.checkpoint, tokens, machine, scratch=tmp_path) as measured:
+    with Ablations(
+        made.checkpoint, CalibrationContext(tokens, machine, scratch=tmp_path)
+    ) as measured:
         measured.losses(QUESTIONS[:3])
 
         def killed(*_: Any) -> float:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(ablation.LayerwiseModel, "loss", killed)
+        monkeypatch.setattr(LayerwiseModel, "loss", killed)
         with pytest.raises(KeyboardInterrupt):
             measured.losses(QUESTIONS[3:])
     monkeypatch.undo()
-    with Ablations(made.checkpoint, tokens, machine, scratch=tmp_path) as measured:
+    with Ablations(
+        made.checkpoint, CalibrationContext(tokens, machine, scratch=tmp_path)
+    ) as measured:
         assert measured.losses(QUESTIONS[:3]) == expected[:3]
         assert measured.block_forwards == 0
         assert measured.losses(QUESTIONS) == expected

@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from prune_export.calibrate import KeptAnswers, TokenSet, answer_bytes, keep_answers
+from prune_export.calibrate import (
+    CalibrationContext,
+    KeptAnswers,
+    TokenSet,
+    answer_bytes,
+    keep_answers,
+)
 from prune_export.calibrate.streaming import checkpointing as saving
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError
@@ -25,8 +32,11 @@ FAMILIES = ["llama", "gpt2", "gemma2", "mixtral", "phi"]
 def kept(source: Path, out: Path, tokens: TokenSet, **options: Any) -> KeptAnswers:
     opened = Checkpoint.open(source)
     out.mkdir(exist_ok=True)
-    asked: dict[str, Any] = {"outcomes": 8, "temperature": 1.0, "machine": MACHINE} | options
-    keep_answers(opened, tokens, out, arch=opened.arch(), **asked)
+    asked: dict[str, Any] = {"outcomes": 8, "temperature": 1.0} | options
+    keys = ("scratch", "progress")
+    own = {key: asked.pop(key) for key in keys if key in asked}
+    given = CalibrationContext(tokens, asked.pop("machine", MACHINE), **own)
+    keep_answers(opened, given, out, arch=opened.arch(), **asked)
     return KeptAnswers.open(out)
 
 
@@ -142,3 +152,10 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match="not a teacher's answers"):
         KeptAnswers.open(tmp_path / "out")
+
+
+def test_answers_whose_parts_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    tensors = {"ids": torch.zeros(3, 4, 2, dtype=torch.int32), "log_p": torch.zeros(3, 5, 2)}
+    save_file(tensors, tmp_path / "answers.safetensors", metadata={"temperature": "1.0"})
+    with pytest.raises(CheckpointError, match=r"has log_p \[3, 5, 2\], expected as many as ids"):
+        KeptAnswers.open(tmp_path)

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import Edited, LinearGroup, Order, TokenSet, run_sequential
+from prune_export.calibrate import (
+    CalibrationContext,
+    Edited,
+    LinearGroup,
+    Order,
+    TokenSet,
+    run_sequential,
+)
 from prune_export.calibrate.passes.dense_reference import added_times, has_target
 from prune_export.calibrate.streaming import checkpointing
 from prune_export.calibrate.streaming.linear_groups import linear_groups
@@ -50,14 +57,14 @@ class Bends:
     def key(self) -> str:
         return "bends"
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> Seen:
+    def watch(self, group: LinearGroup, width: int, device: str) -> Seen:
         del width, device
-        if site.layer == self.fails_at:
+        if group.layer == self.fails_at:
             raise KeyboardInterrupt
         return Seen()
 
-    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Seen) -> Edited:
-        self.seen[site.layer, site.name] = seen
+    def edit(self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Seen) -> Edited:
+        self.seen[group.layer, group.name] = seen
         factor = 0.6
         if seen.wanted:
             factor += 0.3 * float(torch.tanh(torch.cat(seen.wanted).mean()))
@@ -115,13 +122,17 @@ def test_a_target_brings_the_states_back_to_the_dense_models(
     times = added_times(made.arch)
     if times is None:
         with pytest.raises(ValueError, match="not simply added"):
-            run_sequential(made.checkpoint, Bends(), tokens, machine, dense=True)
+            run_sequential(
+                made.checkpoint, Bends(), CalibrationContext(tokens, machine), dense=True
+            )
         return
     if mode == "spooled":
         machine = replace(machine, ram_bytes=0)
     order: Order = "block" if mode == "block" else "sequential"
     editor = Bends()
-    swept = run_sequential(made.checkpoint, editor, tokens, machine, order=order, dense=True)
+    swept = run_sequential(
+        made.checkpoint, editor, CalibrationContext(tokens, machine), order=order, dense=True
+    )
     arch, dense, edited = made.arch, made.model, deepcopy(made.model)
     aimed = 0
     for layer in range(arch.layers):
@@ -130,17 +141,17 @@ def test_a_target_brings_the_states_back_to_the_dense_models(
             assert not any(s.wanted for (_, n), s in editor.seen.items() if "experts" in n)
             assert editor.seen[layer, "attention.out"].wanted
             return
-        for site in linear_groups(arch, layer):
-            seen = editor.seen[layer, site.name]
-            path = site.tensors[0].name.removesuffix(".weight")
-            if not has_target(site):
+        for group in linear_groups(arch, layer):
+            seen = editor.seen[layer, group.name]
+            path = group.tensors[0].name.removesuffix(".weight")
+            if not has_target(group):
                 assert not seen.wanted
             else:
                 at = (arch.table.blocks, layer, path, tokens.ids)
                 was, now = caught(dense, *at), caught(edited, *at)
                 bias = getattr(dense.get_submodule(path), "bias", None)
                 # The edited model, but for what this matrix gives: what is added to it.
-                if site.kind == "mlp.out":
+                if group.kind == "mlp.out":
                     goal, before = was["out"], now["out"] - times * now["own"]
                 else:
                     goal, before = was["in"] + times * was["own"], now["in"]
@@ -150,15 +161,15 @@ def test_a_target_brings_the_states_back_to_the_dense_models(
                 torch.testing.assert_close(torch.cat(seen.weights), weights, atol=0, rtol=1e-3)
                 aimed += 1
             if order == "sequential":
-                bend(edited, site, swept.logs[layer][site.name]["factor"])
+                bend(edited, group, swept.logs[layer][group.name]["factor"])
         if order == "block":
-            for site in linear_groups(arch, layer):
-                bend(edited, site, swept.logs[layer][site.name]["factor"])
+            for group in linear_groups(arch, layer):
+                bend(edited, group, swept.logs[layer][group.name]["factor"])
     assert aimed == 2 * arch.layers
 
 
-def bend(model: Any, site: LinearGroup, factor: float) -> None:
-    for tensor in site.tensors:
+def bend(model: Any, group: LinearGroup, factor: float) -> None:
+    for tensor in group.tensors:
         model.get_submodule(tensor.name.removesuffix(".weight")).weight.data *= factor
 
 
@@ -178,17 +189,26 @@ def test_a_killed_sweep_goes_on_beside_the_dense_model(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, tmp_path: Path
 ) -> None:
     made = twin("llama")
-    whole = run_sequential(made.checkpoint, Bends(), tokens, machine, dense=True)
-    plain = run_sequential(made.checkpoint, Bends(), tokens, machine)
+    whole = run_sequential(
+        made.checkpoint, Bends(), CalibrationContext(tokens, machine), dense=True
+    )
+    plain = run_sequential(made.checkpoint, Bends(), CalibrationContext(tokens, machine))
     assert whole.logs != plain.logs
     killed, scratch = Bends(fails_at=3), tmp_path / "scratch"
     for spooled in (machine, replace(machine, ram_bytes=0)):
         with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpointing, "INTERVAL_SECONDS", 0.0)
             patch.setattr(checkpointing, "_SHARE", 0)
-            run_sequential(made.checkpoint, killed, tokens, spooled, scratch=scratch, dense=True)
+            run_sequential(
+                made.checkpoint,
+                killed,
+                CalibrationContext(tokens, spooled, scratch=scratch),
+                dense=True,
+            )
         again = Bends()
-        found = run_sequential(made.checkpoint, again, tokens, spooled, scratch=scratch, dense=True)
+        found = run_sequential(
+            made.checkpoint, again, CalibrationContext(tokens, spooled, scratch=scratch), dense=True
+        )
         assert min(layer for layer, _ in again.seen) == 3, "it began again"
         for name, read in whole.values():
             assert torch.equal(read(), found.read(name))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import Sums, TokenSet, as_matrix, gradients, linears
+from prune_export.calibrate import CalibrationContext, Sums, TokenSet, as_matrix, gradients, linears
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.calibrate.streaming.linear_groups import part_of
 from prune_export.machine import Machine
@@ -51,7 +51,7 @@ def test_gradients_equal_autograd(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, model_type: str
 ) -> None:
     made = twin(model_type)
-    found = gradients(made.checkpoint, Everything(), tokens, machine)
+    found = gradients(made.checkpoint, Everything(), CalibrationContext(tokens, machine))
     expected: dict[str, dict[str, torch.Tensor]] = {}
     losses = []
     blocks = made.model.get_submodule(made.arch.table.blocks)
@@ -82,8 +82,10 @@ def test_sums_alone_come_in_batches_and_are_the_same(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine
 ) -> None:
     made = twin("qwen3")
-    one = gradients(made.checkpoint, Everything(), tokens, machine).block(2)
-    other = gradients(made.checkpoint, Everything(kinds=("sum",)), tokens, machine).block(2)
+    one = gradients(made.checkpoint, Everything(), CalibrationContext(tokens, machine)).block(2)
+    other = gradients(
+        made.checkpoint, Everything(kinds=("sum",)), CalibrationContext(tokens, machine)
+    ).block(2)
     for key, tensor in other.items():
         torch.testing.assert_close(tensor, one[key], atol=1e-5, rtol=1e-4)
 
@@ -92,11 +94,15 @@ def test_a_killed_pass_goes_on_and_ends_in_the_same_bytes(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, tmp_path: Path
 ) -> None:
     made = twin("llama")
-    whole = gradients(made.checkpoint, Everything(), tokens, machine)
+    whole = gradients(made.checkpoint, Everything(), CalibrationContext(tokens, machine))
     with pytest.raises(KeyboardInterrupt):
-        gradients(made.checkpoint, Everything(fails_at=2), tokens, machine, scratch=tmp_path)
+        gradients(
+            made.checkpoint,
+            Everything(fails_at=2),
+            CalibrationContext(tokens, machine, scratch=tmp_path),
+        )
     again = Everything()
-    found = gradients(made.checkpoint, again, tokens, machine, scratch=tmp_path)
+    found = gradients(made.checkpoint, again, CalibrationContext(tokens, machine, scratch=tmp_path))
     assert again.kept == [2, 1, 0], "it began again"
     assert found.loss == whole.loss
     for layer in range(made.arch.layers):
@@ -127,7 +133,7 @@ def test_a_stored_matrix_finds_its_own_gradient(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, model_type: str
 ) -> None:
     made = twin(model_type)
-    found = gradients(made.checkpoint, Summed(), tokens, machine)
+    found = gradients(made.checkpoint, Summed(), CalibrationContext(tokens, machine))
     made.model.zero_grad()
     for window in tokens.ids:
         logits = made.model(window[None], use_cache=False).logits[0, :-1].float()
@@ -175,7 +181,9 @@ def test_the_way_back_ends_at_the_first_block_of_which_something_is_wanted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = twin("llama")
-    whole = gradients(made.checkpoint, Everything(kinds=("sum",)), tokens, machine)
+    whole = gradients(
+        made.checkpoint, Everything(kinds=("sum",)), CalibrationContext(tokens, machine)
+    )
     real, ran = LayerwiseModel.run, []
 
     def counted(self: LayerwiseModel, layer: int, *args: Any) -> torch.Tensor:
@@ -183,7 +191,9 @@ def test_the_way_back_ends_at_the_first_block_of_which_something_is_wanted(
         return real(self, layer, *args)
 
     monkeypatch.setattr(LayerwiseModel, "run", counted)
-    found = gradients(made.checkpoint, Some((2, 4)), tokens, machine, scratch=tmp_path / "one")
+    found = gradients(
+        made.checkpoint, Some((2, 4)), CalibrationContext(tokens, machine, scratch=tmp_path / "one")
+    )
     assert ran == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2]
     assert found.first == 2
     assert found.loss == whole.loss
@@ -194,11 +204,17 @@ def test_the_way_back_ends_at_the_first_block_of_which_something_is_wanted(
     # Killed on its way, it ends in the same bytes; ended, it is not run again.
     two = tmp_path / "two"
     with pytest.raises(KeyboardInterrupt):
-        gradients(made.checkpoint, Some((2, 4), fails_at=2), tokens, machine, scratch=two)
-    again = gradients(made.checkpoint, Some((2, 4)), tokens, machine, scratch=two)
+        gradients(
+            made.checkpoint,
+            Some((2, 4), fails_at=2),
+            CalibrationContext(tokens, machine, scratch=two),
+        )
+    again = gradients(
+        made.checkpoint, Some((2, 4)), CalibrationContext(tokens, machine, scratch=two)
+    )
     assert all(torch.equal(again.block(2)[name], own) for name, own in found.block(2).items())
     ran.clear()
-    gradients(made.checkpoint, Some((2, 4)), tokens, machine, scratch=two)
+    gradients(made.checkpoint, Some((2, 4)), CalibrationContext(tokens, machine, scratch=two))
     assert not ran
     assert not list(tmp_path.rglob("*.spool"))
 
@@ -207,6 +223,6 @@ def test_of_no_block_wanted_the_loss_is_left(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine
 ) -> None:
     made = twin("llama")
-    found = gradients(made.checkpoint, Some(()), tokens, machine)
+    found = gradients(made.checkpoint, Some(()), CalibrationContext(tokens, machine))
     assert found.loss == pytest.approx(made.loss(tokens.ids), rel=1e-5)
     assert found.first == 6

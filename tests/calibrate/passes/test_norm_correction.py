@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from prune_export.calibrate import (
+    CalibrationContext,
     CorrectedNorms,
     Edited,
     InputNorms,
@@ -33,13 +34,13 @@ class Shrinks:
     sums: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     key: str = "shrinks"
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> InputNorms:
+    def watch(self, group: LinearGroup, width: int, device: str) -> InputNorms:
         return self.kind(width, device)
 
     def edit(
-        self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: InputNorms
     ) -> Edited:
-        self.sums[site.layer, site.kind] = seen.sums.clone()
+        self.sums[group.layer, group.kind] = seen.sums.clone()
         made = {name: weight.clone() for name, weight in weights.items()}
         for weight in made.values():
             weight[: len(weight) // 2] *= 0.3
@@ -50,7 +51,7 @@ def first_block(
     made: Any, tokens: TokenSet, machine: Machine, kind: type[InputNorms], order: Order
 ) -> dict[str, torch.Tensor]:
     editor = Shrinks(kind)
-    run_sequential(made.checkpoint, editor, tokens, machine, order=order)
+    run_sequential(made.checkpoint, editor, CalibrationContext(tokens, machine), order=order)
     return {kind: sums for (layer, kind), sums in editor.sums.items() if layer == 0}
 
 

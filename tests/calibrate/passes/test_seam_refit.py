@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import TokenSet
+from prune_export.calibrate import CalibrationContext, TokenSet
 from prune_export.calibrate.passes import seam_fit, seam_refit
 from prune_export.calibrate.passes.dense_reference import added_times
-from prune_export.calibrate.passes.seam_fit import Moments, mended
+from prune_export.calibrate.passes.seam_fit import Mended, Moments, mended
 from prune_export.calibrate.passes.seam_refit import CutModel, held_out, repair
 from prune_export.calibrate.passes.seams import seams_of
-from prune_export.calibrate.streaming import checkpointing
+from prune_export.calibrate.streaming import checkpointing, driver
 from prune_export.calibrate.streaming.skip import OUTPUTS, Unit
 from prune_export.machine import Machine
 
@@ -30,7 +30,7 @@ ADDED = [name for name in sorted(tables()) if name not in ("gemma2", "gemma3_tex
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four windows at once, so that 21 fitted ones and three held out make ragged batches."""
-    monkeypatch.setattr(seam_refit, "BATCH_TOKENS", {"cpu": 48})
+    monkeypatch.setattr(driver, "BATCH_TOKENS", {"cpu": 48})
     # Of so few tokens, little is learnt of what random models do.
     monkeypatch.setattr(seam_fit, "RIDGES", (10.0, 1.0, 0.1))
 
@@ -115,7 +115,7 @@ def test_each_seam_is_mended_as_the_rows_say(
     made = twin(model_type)
     arch, cut = made.arch, cut_of(made, units)
     seams = seams_of(arch, units, lambda *_: False)
-    found = repair(made.checkpoint, seams, cut, tokens, machine)
+    found = repair(made.checkpoint, seams, cut, CalibrationContext(tokens, machine))
     edited = without(made.model, arch, cut)
     out = held_out(24)
     fitted = [row for row in range(24) if row not in out]
@@ -124,12 +124,12 @@ def test_each_seam_is_mended_as_the_rows_say(
     times = added_times(arch)
     assert (found.tokens, found.held_out_tokens) == (252, 36)
     for seam, log in zip(seams, found.logs, strict=True):
-        assert seam.site is not None
-        (tensor,) = seam.site.tensors
+        assert seam.group is not None
+        (tensor,) = seam.group.tensors
         path = tensor.name.removesuffix(".weight")
         module = edited.get_submodule(path)
         goal = states_after(made.model, arch, seam.goal.layer, ids)
-        lacks = (goal - states_after(edited, arch, seam.site.layer, ids)) / times
+        lacks = (goal - states_after(edited, arch, seam.group.layer, ids)) / times
         weights = 1 / goal.square().mean(-1).flatten()
         rows = inputs_of(edited, path, ids)
         bias = getattr(module, "bias", None) is not None
@@ -171,7 +171,7 @@ def test_a_killed_pass_goes_on_to_the_same_bytes(
     made = twin("llama")
     machine = replace(machine, ram_bytes=0) if spooled else machine
     asked = made.checkpoint, seams_of(made.arch, units, lambda *_: False), cut_of(made, units)
-    whole = repair(*asked, tokens, replace(machine, ram_bytes=8 << 30))
+    whole = repair(*asked, CalibrationContext(tokens, replace(machine, ram_bytes=8 << 30)))
     monkeypatch.setattr(checkpointing, "INTERVAL_SECONDS", 0.0)
     monkeypatch.setattr(checkpointing, "_SHARE", 0)
     take, taken = seam_refit._Pass._take, list[int]()
@@ -188,7 +188,9 @@ def test_a_killed_pass_goes_on_to_the_same_bytes(
     kills, found = 0, None
     while found is None:
         try:
-            found = repair(*asked, tokens, machine, scratch=tmp_path / "scratch")
+            found = repair(
+                *asked, CalibrationContext(tokens, machine, scratch=tmp_path / "scratch")
+            )
         except KeyboardInterrupt:
             kills += 1
     assert kills == len(taken) / 2 > 5, "it goes on from the step that was killed"
@@ -205,10 +207,38 @@ def test_one_window_is_fitted_and_none_held_out(
     made, units = twin("llama"), (Unit(2),)
     seams = seams_of(made.arch, units, lambda *_: False)
     one = TokenSet.of(tokens.ids[:1])
-    found = repair(made.checkpoint, seams, cut_of(made, units), one, machine)
+    found = repair(made.checkpoint, seams, cut_of(made, units), CalibrationContext(one, machine))
     assert (found.loss, found.held_out_tokens) == (None, 0)
     assert found.logs[0]["ridge"] == 0.1
     assert found.logs[0]["state_error"] == [None, None]
+
+
+def test_a_refit_beyond_the_dtype_leaves_weight_and_bias_as_they_were(
+    twin: Callable[..., Any], tokens: TokenSet, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, units = twin("gpt2"), (Unit(2),)
+
+    def too_large(weight: torch.Tensor, moments: Moments) -> Mended:
+        assert moments.bias
+        much = torch.full_like(weight, torch.inf)
+        return Mended(much, much[:, 0], 1.0, 2.0, 1.0)
+
+    monkeypatch.setattr(seam_refit, "mended", too_large)
+    seams = seams_of(made.arch, units, lambda *_: False)
+    context = CalibrationContext(tokens, machine)
+    found = repair(made.checkpoint, seams, cut_of(made, units), context)
+    assert not found.names
+    assert found.loss is not None
+    assert found.loss[0] == found.loss[1]
+
+
+def test_seams_with_nothing_before_them_are_refused(
+    twin: Callable[..., Any], tokens: TokenSet, machine: Machine
+) -> None:
+    made, units = twin("llama"), (Unit(0),)
+    seams = seams_of(made.arch, units, lambda *_: False)
+    with pytest.raises(ValueError, match="no seam has a projection before it"):
+        repair(made.checkpoint, seams, cut_of(made, units), CalibrationContext(tokens, machine))
 
 
 def test_which_windows_are_held_out() -> None:
@@ -224,4 +254,9 @@ def test_a_family_that_norms_outputs_is_refused(
     made = twin("olmo2")
     seams = seams_of(made.arch, (Unit(2),), lambda *_: False)
     with pytest.raises(ValueError, match="not simply added"):
-        repair(made.checkpoint, seams, CutModel(frozenset({2}), {}), tokens, machine)
+        repair(
+            made.checkpoint,
+            seams,
+            CutModel(frozenset({2}), {}),
+            CalibrationContext(tokens, machine),
+        )

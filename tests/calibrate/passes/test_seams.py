@@ -28,7 +28,7 @@ def found(
     made = seams_of(arch_of(8, model_type), removed, lambda layer, part: (layer, part) in zero)
     return [
         (
-            (seam.site.layer, seam.site.kind) if seam.site else seam.why,
+            (seam.group.layer, seam.group.kind) if seam.group else seam.why,
             (seam.goal.layer, seam.goal.part),
         )
         for seam in made
@@ -115,7 +115,7 @@ def test_the_dense_model_goes_ahead_to_the_goal() -> None:
 
 def test_between_seams_both_models_share_a_load() -> None:
     made = seams_of(arch_of(8), blocks(0, 6), lambda *_: False)
-    assert steps(8, {0, 6}, [seam for seam in made if seam.site], 0) == [
+    assert steps(8, {0, 6}, [seam for seam in made if seam.group], 0) == [
         Step(1, edited=True, forks=True), *(Step(layer, edited=True) for layer in (2, 3, 4)),
         *(Step(layer, dense=True) for layer in range(7)),
         Step(5, edited=True, mends=made[1]), Step(7, edited=True),

@@ -13,6 +13,7 @@ import torch
 from prune_export.arch.table import tables
 from prune_export.calibrate import (
     LINEAR_GROUPS,
+    CalibrationContext,
     Edited,
     Hessian,
     LinearGroup,
@@ -99,7 +100,9 @@ def test_an_editor_sees_the_inputs_of_the_edited_model(
     made = twin(model_type)
     order: Order = "block" if mode == "block" else "sequential"
     editor = Halves()
-    swept = run_sequential(made.checkpoint, editor, tokens, machine, order=order)
+    swept = run_sequential(
+        made.checkpoint, editor, CalibrationContext(tokens, machine), order=order
+    )
     expected = by_hand(made, tokens.ids, order)
     assert editor.grams.keys() == expected.keys()
     for key, gram in expected.items():
@@ -122,7 +125,10 @@ def test_an_expert_sees_the_tokens_routed_to_it(
     made = twin(model_type)
     editor = Halves()
     swept = run_sequential(
-        made.checkpoint, editor, tokens, machine, order="block" if mode == "block" else "sequential"
+        made.checkpoint,
+        editor,
+        CalibrationContext(tokens, machine),
+        order="block" if mode == "block" else "sequential",
     )
     assert dict(swept.values()).keys() == {tensor.name for tensor in linears(made.arch)}
     for name, read in swept.values():
@@ -166,15 +172,19 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_bytes(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, tmp_path: Path
 ) -> None:
     made = twin("llama")
-    whole = run_sequential(made.checkpoint, Halves(), tokens, machine)
+    whole = run_sequential(made.checkpoint, Halves(), CalibrationContext(tokens, machine))
     killed, scratch = Halves(fails_at=4), tmp_path / "scratch"
     for spooled in (machine, replace(machine, ram_bytes=0)):
         with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpointing, "INTERVAL_SECONDS", 0.0)
             patch.setattr(checkpointing, "_SHARE", 0)
-            run_sequential(made.checkpoint, killed, tokens, spooled, scratch=scratch)
+            run_sequential(
+                made.checkpoint, killed, CalibrationContext(tokens, spooled, scratch=scratch)
+            )
         again = Halves()
-        found = run_sequential(made.checkpoint, again, tokens, spooled, scratch=scratch)
+        found = run_sequential(
+            made.checkpoint, again, CalibrationContext(tokens, spooled, scratch=scratch)
+        )
         assert min(layer for layer, _ in again.grams) == 4, "it began again"
         for name, read in whole.values():
             assert torch.equal(read(), found.read(name))

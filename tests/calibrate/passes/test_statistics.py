@@ -16,13 +16,13 @@ from prune_export.arch.table import tables
 from prune_export.calibrate import (
     AngularDistance,
     BlockInfluence,
+    CalibrationContext,
     SkipLoss,
     TokenSet,
     gather,
     pass_cost,
 )
-from prune_export.calibrate.passes import statistics
-from prune_export.calibrate.streaming import checkpointing
+from prune_export.calibrate.streaming import checkpointing, driver
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
@@ -40,7 +40,7 @@ ALL = (AngularDistance(), BlockInfluence(), SkipLoss(BYPASSED), SkipLoss((1, 2),
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two windows at once, so that five make a ragged last batch."""
-    monkeypatch.setattr(statistics, "BATCH_TOKENS", {"cpu": 24})
+    monkeypatch.setattr(driver, "BATCH_TOKENS", {"cpu": 24})
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -54,7 +54,7 @@ def test_every_statistic_equals_brute_force(
     tied: bool,
 ) -> None:
     made = twin(model_type, **changes, tie_word_embeddings=tied)
-    found = gather(made.checkpoint, ALL, tokens, machine)
+    found = gather(made.checkpoint, ALL, CalibrationContext(tokens, machine))
     points = made.points(tokens.ids).double()
 
     last = points[:, :, -1]
@@ -82,7 +82,9 @@ def test_the_last_point_is_not_normed(
     made = twin("llama")
     with torch.no_grad():
         states = made.model(tokens.ids, output_hidden_states=True, use_cache=False).hidden_states
-    found = gather(made.checkpoint, [AngularDistance()], tokens, machine)[AngularDistance()]
+    found = gather(made.checkpoint, [AngularDistance()], CalibrationContext(tokens, machine))[
+        AngularDistance()
+    ]
     normed = torch.nn.functional.cosine_similarity(states[-2][:, -1], states[-1][:, -1])
     trapped = (normed.double().arccos() / pi).mean()
     assert abs(found[-2, -1] - trapped) > 1e-3
@@ -97,9 +99,11 @@ def test_a_spooled_pass_gives_the_same_bits(
     model_type: str,
 ) -> None:
     made = twin(model_type)
-    in_memory = gather(made.checkpoint, ALL, tokens, machine)
+    in_memory = gather(made.checkpoint, ALL, CalibrationContext(tokens, machine))
     starved = dataclasses.replace(machine, ram_bytes=1)
-    spooled = gather(made.checkpoint, ALL, tokens, starved, scratch=tmp_path / "scratch")
+    spooled = gather(
+        made.checkpoint, ALL, CalibrationContext(tokens, starved, scratch=tmp_path / "scratch")
+    )
     assert list((tmp_path / "scratch").rglob("*.spool"))
     assert_same_bits(spooled, in_memory)
 
@@ -120,7 +124,7 @@ def test_a_killed_pass_goes_on_and_ends_in_the_same_bits(
     at: int,
 ) -> None:
     made = twin("gemma2")
-    unbroken = gather(made.checkpoint, ALL, tokens, machine)
+    unbroken = gather(made.checkpoint, ALL, CalibrationContext(tokens, machine))
     machine = dataclasses.replace(machine, ram_bytes=ram_bytes)
     monkeypatch.setattr(checkpointing.Saves, "due", lambda _self: True)
     scratch, runs, blocks = tmp_path / "scratch", 0, []
@@ -136,10 +140,12 @@ def test_a_killed_pass_goes_on_and_ends_in_the_same_bits(
 
     monkeypatch.setattr(LayerwiseModel, "run", fragile)
     with pytest.raises(Killed):
-        gather(made.checkpoint, ALL, tokens, machine, scratch=scratch)
+        gather(made.checkpoint, ALL, CalibrationContext(tokens, machine, scratch=scratch))
     reached = max(blocks, default=0)
     blocks.clear()
-    assert_same_bits(gather(made.checkpoint, ALL, tokens, machine, scratch=scratch), unbroken)
+    assert_same_bits(
+        gather(made.checkpoint, ALL, CalibrationContext(tokens, machine, scratch=scratch)), unbroken
+    )
     assert min(blocks) in (reached, reached + 1)
 
 
@@ -155,14 +161,18 @@ def test_a_pass_that_ended_is_not_run_again(
     made = twin("llama")
     machine = dataclasses.replace(machine, ram_bytes=ram_bytes)
     monkeypatch.setattr(checkpointing.Saves, "due", lambda _self: True)
-    first = gather(made.checkpoint, ALL, tokens, machine, scratch=tmp_path / "scratch")
+    first = gather(
+        made.checkpoint, ALL, CalibrationContext(tokens, machine, scratch=tmp_path / "scratch")
+    )
     assert not list((tmp_path / "scratch").rglob("*-states*"))
 
     def refuse(*_: Any) -> torch.Tensor:
         raise Killed
 
     monkeypatch.setattr(LayerwiseModel, "run", refuse)
-    again = gather(made.checkpoint, ALL, tokens, machine, scratch=tmp_path / "scratch")
+    again = gather(
+        made.checkpoint, ALL, CalibrationContext(tokens, machine, scratch=tmp_path / "scratch")
+    )
     assert_same_bits(again, first)
 
 
@@ -176,7 +186,7 @@ def test_a_killed_pass_may_go_on_with_other_memory(
     before: int,
 ) -> None:
     made = twin("llama")
-    unbroken = gather(made.checkpoint, ALL, tokens, machine)
+    unbroken = gather(made.checkpoint, ALL, CalibrationContext(tokens, machine))
     monkeypatch.setattr(checkpointing.Saves, "due", lambda _self: True)
     real = LayerwiseModel.run
 
@@ -188,10 +198,14 @@ def test_a_killed_pass_may_go_on_with_other_memory(
     monkeypatch.setattr(LayerwiseModel, "run", fragile)
     with pytest.raises(Killed):
         first = dataclasses.replace(machine, ram_bytes=before)
-        gather(made.checkpoint, ALL, tokens, first, scratch=tmp_path / "scratch")
+        gather(
+            made.checkpoint, ALL, CalibrationContext(tokens, first, scratch=tmp_path / "scratch")
+        )
     monkeypatch.setattr(LayerwiseModel, "run", real)
     other = dataclasses.replace(machine, ram_bytes=8 * 1024**3 + 1 - before)
-    found = gather(made.checkpoint, ALL, tokens, other, scratch=tmp_path / "scratch")
+    found = gather(
+        made.checkpoint, ALL, CalibrationContext(tokens, other, scratch=tmp_path / "scratch")
+    )
     assert_same_bits(found, unbroken)
 
 
@@ -204,11 +218,13 @@ def test_a_save_of_another_boot_is_not_trusted(
 ) -> None:
     made = twin("llama")
     monkeypatch.setattr(checkpointing.Saves, "due", lambda _self: True)
-    first = gather(made.checkpoint, ALL, tokens, machine, scratch=tmp_path)
+    first = gather(made.checkpoint, ALL, CalibrationContext(tokens, machine, scratch=tmp_path))
     monkeypatch.setattr(checkpointing, "_boot", lambda: "another")
     for saved in tmp_path.rglob("*.saved"):
         saved.write_bytes(b"")
-    assert_same_bits(gather(made.checkpoint, ALL, tokens, machine, scratch=tmp_path), first)
+    assert_same_bits(
+        gather(made.checkpoint, ALL, CalibrationContext(tokens, machine, scratch=tmp_path)), first
+    )
 
 
 def test_a_save_of_other_tokens_is_not_used(
@@ -220,10 +236,10 @@ def test_a_save_of_other_tokens_is_not_used(
 ) -> None:
     made = twin("llama")
     monkeypatch.setattr(checkpointing.Saves, "due", lambda _self: True)
-    gather(made.checkpoint, ALL, tokens, machine, scratch=tmp_path)
+    gather(made.checkpoint, ALL, CalibrationContext(tokens, machine, scratch=tmp_path))
     other = TokenSet.of(tokens.ids.flip(1))
-    found = gather(made.checkpoint, ALL, other, machine, scratch=tmp_path)
-    assert_same_bits(found, gather(made.checkpoint, ALL, other, machine))
+    found = gather(made.checkpoint, ALL, CalibrationContext(other, machine, scratch=tmp_path))
+    assert_same_bits(found, gather(made.checkpoint, ALL, CalibrationContext(other, machine)))
 
 
 def test_bfloat16_weights_are_computed_in_float32(
@@ -235,7 +251,7 @@ def test_bfloat16_weights_are_computed_in_float32(
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
     half = dataclasses.replace(made, model=read.eval())
     checkpoint = Checkpoint.open(tmp_path / "half")
-    losses = gather(checkpoint, ALL[2:3], tokens, machine)[ALL[2]]
+    losses = gather(checkpoint, ALL[2:3], CalibrationContext(tokens, machine))[ALL[2]]
     assert losses.dense == pytest.approx(half.loss(tokens.ids), abs=1e-6)
 
 
@@ -251,14 +267,14 @@ def test_one_block_at_a_time_holds_weights(
         return real(self, layer, *args)
 
     monkeypatch.setattr(LayerwiseModel, "run", watched)
-    gather(made.checkpoint, ALL, tokens, machine)
+    gather(made.checkpoint, ALL, CalibrationContext(tokens, machine))
     assert set(held) == {1}
 
 
 def test_a_pass_over_nothing_reads_nothing(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine
 ) -> None:
-    assert gather(twin("llama").checkpoint, [], tokens, machine) == {}
+    assert gather(twin("llama").checkpoint, [], CalibrationContext(tokens, machine)) == {}
 
 
 def test_windows_longer_than_the_positions_are_refused(
@@ -266,13 +282,13 @@ def test_windows_longer_than_the_positions_are_refused(
 ) -> None:
     tokens = TokenSet.of(torch.ones(1, 65, dtype=torch.int64))
     with pytest.raises(PlanError, match="65, but the model has 64 positions"):
-        gather(twin("llama").checkpoint, ALL, tokens, machine)
+        gather(twin("llama").checkpoint, ALL, CalibrationContext(tokens, machine))
 
 
 def test_ids_of_another_tokenizer_are_refused(twin: Callable[..., Any], machine: Machine) -> None:
     tokens = TokenSet.of(torch.full((1, 4), 64))
     with pytest.raises(PlanError, match="token id 64, but the model knows 64"):
-        gather(twin("llama").checkpoint, ALL, tokens, machine)
+        gather(twin("llama").checkpoint, ALL, CalibrationContext(tokens, machine))
 
 
 def test_the_cost_counts_states_and_forward_passes(

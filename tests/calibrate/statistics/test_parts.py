@@ -23,7 +23,7 @@ from prune_export.calibrate import (
     gather,
     pass_cost,
 )
-from prune_export.calibrate.passes import statistics
+from prune_export.calibrate.streaming import driver
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.machine import Machine
 from prune_export.surgery import Overwrite, rewrite
@@ -40,7 +40,7 @@ PARTS: Any = ("attention", "mlp")
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two windows at once, so that five make a ragged last batch."""
-    monkeypatch.setattr(statistics, "BATCH_TOKENS", {"cpu": 24})
+    monkeypatch.setattr(driver, "BATCH_TOKENS", {"cpu": 24})
 
 
 Steps = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -160,7 +160,9 @@ def test_the_influence_of_a_part_is_that_of_its_residual_step(
 ) -> None:
     made = twin(model_type, **changes)
     asked = {part: BlockInfluence(part=part) for part in PARTS}
-    found = gather(made.checkpoint, [*asked.values(), BlockInfluence()], tokens, machine)
+    found = gather(
+        made.checkpoint, [*asked.values(), BlockInfluence()], CalibrationContext(tokens, machine)
+    )
     steps = steps_of(made, tokens.ids, written)
     assert len(steps) == made.arch.layers
     for part, statistic in asked.items():
@@ -168,7 +170,7 @@ def test_the_influence_of_a_part_is_that_of_its_residual_step(
         expected = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in pairs]
         assert min(expected) > 1e-3
         torch.testing.assert_close(found[statistic], torch.stack(expected), atol=1e-6, rtol=1e-4)
-    alone = gather(made.checkpoint, [BlockInfluence()], tokens, machine)
+    alone = gather(made.checkpoint, [BlockInfluence()], CalibrationContext(tokens, machine))
     assert torch.equal(found[BlockInfluence()], alone[BlockInfluence()])
 
 
@@ -206,7 +208,7 @@ def test_losses_without_parts_equal_those_of_silenced_models(
     """In one pass with blocks bypassed, and on other windows."""
     made = twin(model_type)
     asked = [SkipLoss((0, 2, 5), part=part), SkipLoss((2,)), SkipLoss((3,), 3, 7, part)]
-    found = gather(made.checkpoint, asked, tokens, machine)
+    found = gather(made.checkpoint, asked, CalibrationContext(tokens, machine))
     silent = partial(by_hand, made)
     expected = {layer: silent(tokens.ids, [Unit(layer, part)]) for layer in (0, 2, 5)}
     assert found[asked[0]].skipped == pytest.approx(expected, rel=2e-5)
@@ -220,9 +222,11 @@ def test_who_listens_inside_of_blocks_hears_them_once(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine
 ) -> None:
     made = twin("gpt2")
-    alone = gather(made.checkpoint, [NormEnergy()], tokens, machine)[NormEnergy()]
+    alone = gather(made.checkpoint, [NormEnergy()], CalibrationContext(tokens, machine))[
+        NormEnergy()
+    ]
     both = [BlockInfluence(part="attention"), NormEnergy(), SkipLoss((1, 4), part="attention")]
-    found = gather(made.checkpoint, both, tokens, machine)[NormEnergy()]
+    found = gather(made.checkpoint, both, CalibrationContext(tokens, machine))[NormEnergy()]
     assert alone.keys() == found.keys()
     assert len(alone) == 2 * made.arch.layers + 1
     assert all(torch.equal(alone[key], found[key]) for key in alone)
@@ -244,7 +248,7 @@ def test_a_silenced_view_is_the_written_model(
     ]
     written = rewrite(made.checkpoint, made.arch, edits, tmp_path / "out", ram_bytes=1 << 30)
     asked = [BlockInfluence(), BlockInfluence(part="attention"), SkipLoss((2,), part="mlp")]
-    expected = gather(written, asked, tokens, machine)
+    expected = gather(written, asked, CalibrationContext(tokens, machine))
     for scratch in (tmp_path / "scratch", None):
         view = ModelView(
             made.arch, made.checkpoint, {}, CalibrationContext(tokens, machine, scratch)
@@ -273,12 +277,12 @@ def test_a_pass_runs_what_its_progress_and_the_plan_say(
         return real(self, layer, *args)
 
     monkeypatch.setattr(LayerwiseModel, "run", counted)
-    monkeypatch.setattr(statistics, "BATCH_TOKENS", {"cpu": 2048})
+    monkeypatch.setattr(driver, "BATCH_TOKENS", {"cpu": 2048})
     flops = {}
     for part, expected in (("block", 6 + 3 + 1), ("mlp", 6 + 4 + 2)):
         ran.clear()
         asked = SkipLoss((2, 4), part=part)  # type: ignore[arg-type]
-        gather(made.checkpoint, [asked], tokens, machine)
+        gather(made.checkpoint, [asked], CalibrationContext(tokens, machine))
         assert len(ran) == expected
         flops[part] = pass_cost(made.arch, [asked], 5, 12, machine).flops
     plain = pass_cost(made.arch, [BlockInfluence()], 5, 12, machine).flops

@@ -56,6 +56,7 @@ def test_int8_of_the_portable_graph(model_type: str, tmp_path: Path) -> None:
     assert dense == [OF]
 
 
+@pytest.mark.usefixtures("genai_in_this_process")
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_onnxruntime_genai(precision: Any, tmp_path: Path) -> None:

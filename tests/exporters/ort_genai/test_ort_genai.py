@@ -258,7 +258,10 @@ def test_needs_a_tokenizer(tmp_path: Path) -> None:
 
 # --- real builds ----------------------------------------------------------------------------------
 
+IN_THIS_PROCESS = pytest.mark.usefixtures("genai_in_this_process")
 
+
+@IN_THIS_PROCESS
 @pytest.mark.slow
 @pytest.mark.parametrize("case", RIGHT)
 def test_computes_what_pytorch_does(case: str, tmp_path: Path) -> None:
@@ -281,6 +284,7 @@ def test_computes_what_pytorch_does(case: str, tmp_path: Path) -> None:
     assert abs(record.weight_bytes - 4 * read) <= 0.01 * 4 * read
 
 
+@IN_THIS_PROCESS
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize("tied", [True, False])
@@ -296,6 +300,7 @@ def test_other_precisions(precision: Any, tied: bool, tmp_path: Path) -> None:
     assert seconds > 0
 
 
+@IN_THIS_PROCESS
 @pytest.mark.slow
 def test_bfloat16_weights_lose_nothing(tmp_path: Path) -> None:
     keys = RIGHT["gemma2"][1]
@@ -337,6 +342,7 @@ def test_a_directory_for_onnxruntime_genai(tmp_path: Path) -> None:
         np.testing.assert_allclose(got[:, -1], wanted[:, 20], atol=1e-4)
 
 
+@IN_THIS_PROCESS
 @pytest.mark.slow
 def test_a_wrong_engine_does_not_count(tmp_path: Path) -> None:
     """`check` refuses this one; without it the trial against PyTorch must."""

@@ -36,6 +36,7 @@ def test_what_cannot_be_compared_is_said(tiny_llama: Path, tmp_path: Path) -> No
     assert "could not be compared: " in compared(tiny_llama, tmp_path)
 
 
+@pytest.mark.usefixtures("genai_in_this_process")
 @pytest.mark.slow
 def test_a_space_before_a_special_token_is_told_in_the_build_record(tmp_path: Path) -> None:
     model_in(tmp_path / "model", "Llama", {"num_hidden_layers": 1})

@@ -15,6 +15,8 @@ from prune_export.exporters.ort_genai import OrtGenai
 from tests.exporters.ort_genai.test_ort_genai import MACHINE, export, logits_of, model_in, some_ids
 from tests.zeroed_models import Zeroed
 
+pytestmark = pytest.mark.usefixtures("genai_in_this_process")
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),

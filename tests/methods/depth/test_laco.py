@@ -187,18 +187,14 @@ def test_every_target_is_met_exactly(target: Any, remove: int, tmp_path: Path) -
 def test_untouched_layers_are_shared_and_similarities_kept(tmp_path: Path) -> None:
     _, model = view(tmp_path, "llama")
     context = model.calibration()
-    with MergeSimilarity(
-        model.checkpoint, context.tokens, MACHINE, scratch=context.scratch
-    ) as measured:
+    with MergeSimilarity(model.checkpoint, context) as measured:
         measured.similarity(measured.dense)
         assert measured.block_forwards == 6
         tried = folded(measured.dense, 4, 1, "last")
         measured.similarity(tried)
         assert measured.block_forwards == 6 + 1, "only the folded layer"
         assert measured.similarity(measured.dense) == pytest.approx(1.0)
-    with MergeSimilarity(
-        model.checkpoint, context.tokens, MACHINE, scratch=context.scratch
-    ) as again:
+    with MergeSimilarity(model.checkpoint, context) as again:
         assert again.similarity(tried) < 1.0
         assert again.block_forwards == 0
 

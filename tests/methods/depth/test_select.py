@@ -56,7 +56,10 @@ def test_a_view_without_blocks_is_the_cut_model(model_type: str, tmp_path: Path)
     seen = model.without((1, 4))
     seen.checkpoint.check(seen.arch)
     asked = [BlockInfluence(), AngularDistance()]
-    found, expected = seen.gather(asked), gather(cut, asked, model.calibration().tokens, MACHINE)
+    found, expected = (
+        seen.gather(asked),
+        gather(cut, asked, CalibrationContext(model.calibration().tokens, MACHINE)),
+    )
     for statistic in asked:
         assert torch.equal(found[statistic], expected[statistic])
 

@@ -65,7 +65,9 @@ def loss_of(path: Path) -> float:
         def edit(self, site: Any, weights: Any, seen: Any) -> Any:
             raise AssertionError
 
-    found = run_sequential(Checkpoint.open(path), Nothing(), TokenSet.of(IDS), MACHINE, loss=True)
+    found = run_sequential(
+        Checkpoint.open(path), Nothing(), CalibrationContext(TokenSet.of(IDS), MACHINE), loss=True
+    )
     assert found.loss is not None
     return found.loss
 

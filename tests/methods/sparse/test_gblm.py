@@ -23,7 +23,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.methods.sparse.gblm import Gblm, Norms, score
 from prune_export.methods.sparse.wanda import Wanda
-from prune_export.pruning.sparse.masks import zeros
+from prune_export.pruning.sparse.masks import mask_of
 from prune_export.sparsity.nm import Nm
 from tests.arch.tiny_models import Tiny, random_model
 
@@ -176,9 +176,9 @@ def test_masks_equal_those_of_autograd_on_the_whole_model(
         g = torch.stack([as_matrix(tensor, one) for one in gradients[tensor.name]])
         x = torch.cat(inputs[tensor.name])
         expected = by_formula(method, x, g, weight)
-        mask = zeros(expected.float().contiguous(), 0.5)
+        mask = ~mask_of(expected.float().contiguous(), 0.5)
         found = as_matrix(tensor, values[tensor.name]) == 0
         assert torch.equal(mask, found), tensor.name
-        plain = zeros(by_formula(Gblm(sparsity=0.5, alpha=0), x, g, weight).float(), 0.5)
+        plain = ~mask_of(by_formula(Gblm(sparsity=0.5, alpha=0), x, g, weight).float(), 0.5)
         compared += int((plain != found).sum())
     assert compared > 0, "gradients changed nothing: the test is blind"

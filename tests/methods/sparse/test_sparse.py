@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from prune_export import registry
 from prune_export.arch import Arch
-from prune_export.arch.table import table_for, tables
+from prune_export.arch.table import tables
 from prune_export.calibrate import (
     LINEAR_GROUPS,
     CalibrationContext,
@@ -34,17 +34,12 @@ from prune_export.methods.sparse.ria import Ria, relative_importance
 from prune_export.methods.sparse.sparsegpt import SparseGpt
 from prune_export.methods.sparse.wanda import Wanda
 from prune_export.pruning.sparse import owl, sparse_method
-from prune_export.pruning.sparse.masks import zeros
+from prune_export.pruning.sparse.masks import mask_of
 from prune_export.sparsity.nm import Nm
-from tests.arch.tiny_models import random_model
+from tests.arch.tiny_models import arch_of, random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 METHODS: list[Any] = [Magnitude, Wanda, Ria, SparseGpt]
-
-
-def arch_of(model_type: str, **changes: Any) -> Arch:
-    settings = {**table_for(model_type).tiny.config, **changes}
-    return Arch.from_config(AutoConfig.for_model(model_type, **settings).to_dict())
 
 
 @pytest.fixture
@@ -150,11 +145,11 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input(
         weight = as_matrix(tensor, checkpoint.read(tensor.name)).double()
         scores = weight.abs() * norms[tensor.name]
         own = as_matrix(tensor, found[tensor.name])
-        assert torch.equal(own == 0, zeros(scores, 0.5)), tensor.name
+        assert torch.equal(own != 0, mask_of(scores, 0.5)), tensor.name
         size = weight.abs()
         scores = size / size.sum(0) + size / size.sum(1)[:, None]
         own = as_matrix(tensor, found_relative[tensor.name])
-        assert torch.equal(own == 0, zeros(scores * norms[tensor.name].sqrt(), Nm(2, 4)))
+        assert torch.equal(own != 0, mask_of(scores * norms[tensor.name].sqrt(), Nm(2, 4)))
 
 
 def test_the_true_order_prunes_from_what_pruned_matrices_give(
@@ -214,7 +209,7 @@ def test_an_expert_that_no_token_reached_goes_by_magnitude(
             weight = checkpoint.read(name)
             zero = found[name] == 0
             if isinstance(own, Wanda):
-                assert torch.equal(zero, zeros(weight.abs(), 0.5))
+                assert torch.equal(~zero, mask_of(weight.abs(), 0.5))
             else:
                 assert weight[zero].abs().max() <= weight[~zero].abs().min()
             assert torch.equal(found[name][~zero], weight[~zero])

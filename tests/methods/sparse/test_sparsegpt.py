@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prune_export.errors import PlanError, StageError
 from prune_export.methods.sparse.sparsegpt import SparseGpt
 from prune_export.pruning.sparse import obs_unstructured
-from prune_export.pruning.sparse.masks import Amount, count_of, zeros
+from prune_export.pruning.sparse.masks import Amount, count_of, mask_of
 from prune_export.sparsity.nm import Nm
 
 
@@ -68,7 +68,7 @@ def test_it_is_the_paper_s_recipe(amount: Amount, width: int, columns: int) -> N
     gram = gram_of(400, width)
     expected, mask = by_hand(weight, gram, amount, columns, 0.01)
     found = pruned(weight, gram, amount, columns)
-    assert torch.equal(found.mask, mask)
+    assert torch.equal(found.kept, ~mask)
     torch.testing.assert_close(found.weight, expected.float(), atol=2e-4, rtol=2e-4)
     assert bool((found.weight[mask] == 0).all())
 
@@ -96,7 +96,7 @@ def test_matrices_of_the_same_inputs_are_pruned_as_if_alone(
         weights, obs_unstructured.prune(weights, factor, amount, 40), strict=True
     ):
         (alone,) = obs_unstructured.prune([weight], factor, amount, 40)
-        assert torch.equal(found.mask, alone.mask)
+        assert torch.equal(found.kept, alone.kept)
         torch.testing.assert_close(found.weight, alone.weight, atol=1e-5, rtol=1e-5)
 
 
@@ -108,8 +108,8 @@ def test_compensation_lowers_the_layer_s_error() -> None:
         return float(((new - weight) @ gram * (new - weight)).sum())
 
     found = pruned(weight, gram.clone(), 0.5, 128)
-    assert error(found.weight) < 0.7 * error(weight.masked_fill(found.mask, 0))
-    assert error(found.weight) < error(weight.masked_fill(zeros(weight.abs(), 0.5), 0))
+    assert error(found.weight) < 0.7 * error(weight.masked_fill(~found.kept, 0))
+    assert error(found.weight) < error(weight.masked_fill(~mask_of(weight.abs(), 0.5), 0))
 
 
 @settings(deadline=None, max_examples=25)
@@ -126,14 +126,14 @@ def test_with_independent_inputs_it_is_magnitude_by_block_and_updates_nothing(
     width = 24 * groups
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
     found = pruned(weight, torch.eye(width), amount, columns)
-    assert torch.equal(found.weight, weight.masked_fill(found.mask, 0))
+    assert torch.equal(found.weight, weight.masked_fill(~found.kept, 0))
     if isinstance(amount, Nm):
-        assert torch.equal(found.mask, zeros(weight.abs(), amount))
+        assert torch.equal(found.kept, mask_of(weight.abs(), amount))
     else:
-        assert int(found.mask.sum()) == count_of(amount, weight.numel())
+        assert int((~found.kept).sum()) == count_of(amount, weight.numel())
         for start in range(0, width, columns):
             stop = min(start + columns, width)
-            part, mask = weight[:, start:stop].abs(), found.mask[:, start:stop]
+            part, mask = weight[:, start:stop].abs(), (~found.kept)[:, start:stop]
             count = count_of(amount, stop * rows) - count_of(amount, start * rows)
             assert int(mask.sum()) == count
             if 0 < count < mask.numel():
@@ -149,8 +149,8 @@ def test_what_was_zero_stays_zero_and_what_was_never_seen_goes_first() -> None:
     found = pruned(weight, gram, 0.4, 128)
     assert bool((found.weight[:, 5] == 0).all())
     assert bool((found.weight[2] == 0).all())
-    assert bool(found.mask[:, 7].all())
-    assert int(found.mask.sum()) == count_of(0.4, 8 * 32)
+    assert bool((~found.kept)[:, 7].all())
+    assert int((~found.kept).sum()) == count_of(0.4, 8 * 32)
 
 
 def test_damping_is_raised_where_it_must_be_and_then_it_is_an_error() -> None:

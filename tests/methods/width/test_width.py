@@ -322,7 +322,8 @@ def test_kept_heads_move_away_from_removed_ones(cut: Cutter, tmp_path: Path) -> 
     checkpoint = Checkpoint.open(tiny.path)
     context = CalibrationContext(TokenSet.of(IDS), MACHINE, tmp_path / "again")
     view = ModelView(tiny.arch, checkpoint, {}, context)
-    scores = added(tiny.arch, {}, view.sequential(Measure(Minitron(heads=0.25), tiny.arch)))
+    measure = Measure(Minitron(heads=0.25).scorer, frozenset({"heads"}), tiny.arch, "")
+    scores = added(tiny.arch, {}, view.sequential(measure))
     for layer, block in enumerate(smaller.model.layers):
         a, b, c, d = scores[f"kv.{layer}"].flatten().argsort(descending=True).tolist()
         assert log["removed"][f"kv.{layer}"] == [d]

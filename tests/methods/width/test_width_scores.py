@@ -50,7 +50,8 @@ def inputs_of(tiny: Tiny, name: str) -> torch.Tensor:
 
 
 def measured(method: Any, view: ModelView) -> dict[str, torch.Tensor]:
-    return added(view.arch, {}, view.sequential(Measure(method, view.arch)))
+    measure = Measure(method.scorer, frozenset(method.fractions), view.arch, repr(method))
+    return added(view.arch, {}, view.sequential(measure))
 
 
 def role(tiny: Tiny, layer: int, wanted: str) -> Any:
@@ -113,7 +114,7 @@ def test_wanda_l2_is_the_square_of_what_the_output_loses(model_type: str, made: 
 
 def test_magnitude_counts_everything_that_a_unit_is_part_of(made: Any) -> None:
     tiny, view = made("llama")
-    found = StructuredMagnitude(ffn=0.5, kv_groups=0.5, norm="l1").known(view)
+    found = StructuredMagnitude(ffn=0.5, kv_groups=0.5, norm="l1").scores_before(view)
     w = {t.role: view.checkpoint.read(t.name).abs() for t in tiny.arch.block(1)}
     mlp = w["gate"].sum(1) + w["up"].sum(1) + w["down"].sum(0)
     torch.testing.assert_close(found["mlp.1"].float(), mlp)
@@ -126,7 +127,7 @@ def test_magnitude_counts_everything_that_a_unit_is_part_of(made: Any) -> None:
 @pytest.mark.parametrize("importance", ["vector", "first", "fisher", "mixed"])
 def test_taylor_scores_equal_autograd(model_type: str, importance: Any, made: Any) -> None:
     tiny, view = made(model_type)
-    found = LlmPruner(ffn=0.5, importance=importance, aggregate="max").known(view)
+    found = LlmPruner(ffn=0.5, importance=importance, aggregate="max").scores_before(view)
     model = tiny.model.float()
     weights = {
         r: model.get_parameter(role(tiny, 3, r).name)
@@ -168,12 +169,12 @@ def test_gblm_without_gradients_is_wanda(made: Any) -> None:
     wanda = measured(StructuredWanda(ffn=0.5, norm="l1"), view)
     for axis, scores in gblm.items():
         torch.testing.assert_close(scores / scores.sum(), wanda[axis] / wanda[axis].sum())
-    assert not StructuredGblm(ffn=0.5, alpha=0.0).known(view)["mlp.0"].any()
+    assert not StructuredGblm(ffn=0.5, alpha=0.0).scores_before(view)["mlp.0"].any()
 
 
 def test_gblm_adds_what_gradients_say(made: Any) -> None:
     tiny, view = made("llama")
-    found = StructuredGblm(ffn=0.5, alpha=2.0).known(view)["mlp.2"]
+    found = StructuredGblm(ffn=0.5, alpha=2.0).scores_before(view)["mlp.2"]
     down = tiny.model.float().get_parameter(role(tiny, 2, "down").name)
     sizes = torch.zeros_like(down)
     for window in IDS:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from prune_export.errors import StageError
 from prune_export.pruning.sparse import masks as masks_module
-from prune_export.pruning.sparse.masks import Amount, count_of, put_zeros, summary, zeros
+from prune_export.pruning.sparse.masks import Amount, count_of, keep_only, mask_of, summary
 from prune_export.pruning.sparse.threshold import limit_of
 from prune_export.sparsity.nm import Nm
 
@@ -56,9 +56,10 @@ def test_exactly_the_least_become_zero(
     random = torch.Generator().manual_seed(seed)
     weight = torch.randint(-ties, ties + 1, (rows, width), generator=random).to(dtype)
     scores = weight.abs().float()
-    mask = zeros(scores, amount, compare)
+    kept = mask_of(scores, amount, compare)
+    mask = ~kept
     assert torch.equal(mask, by_sorting(scores, amount, compare))
-    pruned = put_zeros(weight.clone(), mask)
+    pruned = keep_only(weight.clone(), kept)
     assert pruned.dtype == dtype
     assert torch.equal(pruned, weight.masked_fill(mask, 0))
     assert not bool(pruned[mask].signbit().any()), "zero, not minus zero"
@@ -68,9 +69,9 @@ def test_groups_are_cut_alike_where_they_do_not_fit_the_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scores = torch.rand(13, 64, generator=torch.Generator().manual_seed(0))
-    whole = zeros(scores, Nm(3, 8))
+    whole = mask_of(scores, Nm(3, 8))
     monkeypatch.setattr(masks_module, "_CACHED", 10)
-    assert torch.equal(zeros(scores, Nm(3, 8)), whole)
+    assert torch.equal(mask_of(scores, Nm(3, 8)), whole)
 
 
 def test_a_count_is_what_the_fraction_says() -> None:
@@ -87,13 +88,13 @@ def test_scores_that_are_not_numbers_are_refused(amount: Amount) -> None:
     scores = torch.rand(3, 8)
     scores[1] = float("nan")
     with pytest.raises(StageError, match="not numbers"):
-        zeros(scores, amount)
+        mask_of(scores, amount)
 
 
 def test_the_summary_is_of_this_mask() -> None:
     weight = torch.tensor([[1.0, -2.0, 0.5, 4.0], [0.0, 3.0, 2.0, 0.1]])
-    mask = zeros(weight.abs(), Nm(2, 4))
-    found = summary(put_zeros(weight.clone(), mask), weight.abs(), mask)
+    mask = mask_of(weight.abs(), Nm(2, 4))
+    found = summary(keep_only(weight.clone(), mask), weight.abs(), kept=mask)
     kept = np.array([[0, 1, 0, 1], [0, 1, 1, 0]], dtype=bool)
     assert found["digest"] == hashlib.sha256(np.packbits(kept).tobytes()).hexdigest()
     assert (found["zeros"], found["weights"], found["sparsity"]) == (4, 8, 0.5)

@@ -48,7 +48,8 @@ def test_moved_channels_compute_the_same(model_type: str, tmp_path: Path) -> Non
     source = Checkpoint.open(tiny.path)
     random = torch.Generator().manual_seed(0)
     free = free_channels.of_all(tiny.arch, linears(tiny.arch), HALF)
-    assert {tiny.arch.by_name[name].role for name in free} >= {"o"}
+    if model_type not in ("falcon", "gpt_bigcode"):  # whose heads all share one value
+        assert {tiny.arch.by_name[name].role for name in free} >= {"o"}
     assert any(tiny.arch.by_name[name].role.endswith("down") for name in free)
     moves: free_channels.Moves = {}
     for channels in free.values():
@@ -112,7 +113,7 @@ def test_the_pruned_model_is_the_masked_one_in_another_order(tmp_path: Path) -> 
         weight = source.read(tensor.name)
         channels = method.channels(tiny.arch).get(tensor.name)
         mask, _ = free_channels.mask(channels, weight.abs(), HALF, "row")
-        masked[tensor.name] = weight.masked_fill(mask, 0)
+        masked[tensor.name] = weight.masked_fill(~mask, 0)
     model = AutoModelForCausalLM.from_pretrained(tiny.path, dtype=torch.float64).eval()
     with torch.no_grad():
         for name, value in masked.items():

@@ -1,0 +1,70 @@
+"""Keeps configs whose defaults transformers has filled in, so that a plan need not import it.
+
+Its configuration classes import most of transformers and the distributed half of torch: a second
+of processor time for a dictionary. They are kept in the user's cache, by a hash of the config and
+the version of transformers. Nothing depends on it: whatever cannot be read is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+from prune_export.errors import CheckpointError
+from prune_export.machine import user_cache
+from prune_export.system.files import is_regular, read_json_object
+from prune_export.system.locking import write_atomically
+
+_VERSION: Final = 1
+_AUTO: Final = "transformers.models.auto.configuration_auto"
+_COUNTED: Final = "id2label"
+"""The one key of transformers whose value has numbers for keys, which JSON makes text of."""
+
+
+def kept_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Finds a filled config of an earlier process; None where transformers is imported anyway."""
+    if _AUTO in sys.modules:
+        return None
+    try:
+        file = _file(config)
+        if file is None or not is_regular(file):
+            return None
+        found = _restored(read_json_object(file, "a kept config"))
+    except (CheckpointError, OSError, ValueError, AttributeError):
+        return None
+    same = found.get("model_type") == config.get("model_type")
+    return found if same else None
+
+
+def keep_config(config: Mapping[str, Any], filled: Mapping[str, Any], made_by: type) -> None:
+    """Keeps a filled config, if it was made by a class of transformers itself."""
+    if not made_by.__module__.startswith("transformers.models."):
+        return
+    with suppress(OSError, ValueError, TypeError):
+        file = _file(config)
+        text = json.dumps(filled)
+        if file is None or file.exists() or _restored(json.loads(text)) != filled:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
+
+
+def _file(config: Mapping[str, Any]) -> Path | None:
+    try:
+        known = [_VERSION, version("transformers"), config]
+        folder = user_cache() / "configs"
+    except (PackageNotFoundError, RuntimeError):
+        return None
+    return folder / f"{sha256(json.dumps(known).encode()).hexdigest()[:32]}.json"
+
+
+def _restored(found: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(labels := found.get(_COUNTED), dict):
+        found[_COUNTED] = {int(number): name for number, name in labels.items()}
+    return found

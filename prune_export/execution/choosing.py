@@ -1,0 +1,326 @@
+"""Runs a search that ranges over precision, too: structure x engine, the dense model always among.
+
+    1   the dense model on every engine: bytes, speed over the first one, perplexity
+    2   where an engine falls short, and no other comes nearer at the same quality: ways to prune
+        it to the target on that engine, ranked as in any search
+    3   the best of these on every engine
+
+Quality is measured on the engines themselves. What is chosen is the best point by perplexity of
+those that reach the target; it may be dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, log
+from pathlib import Path
+from typing import Any, Final
+
+from prune_export.arch import Arch
+from prune_export.checkpoint import Checkpoint
+from prune_export.errors import MissingExtra, PlanError, StageError
+from prune_export.execution.context import RunContext
+from prune_export.execution.engines import export_engine
+from prune_export.execution.inputs import Base
+from prune_export.execution.measure import dense_latency_ms, engine_perplexity, engine_speed
+from prune_export.execution.search import Data, Found, Row, artifact_of, rank, rows_of, table_of
+from prune_export.execution.stages import run_stage
+from prune_export.planning import CALIBRATION
+from prune_export.recipe import EngineOption, Search, Stage, engines_of
+from prune_export.store import Artifact
+from prune_export.units import bytes_from_text, text_from_bytes
+
+DENSE: Final = "the dense model"
+
+
+@dataclass
+class Point:
+    """A model on an engine, measured; `row` is None for the dense model."""
+
+    option: EngineOption
+    engine: Artifact
+    perplexity: float
+    bytes: int
+    speedup: float | None
+    row: Row | None = None
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """The model, and what it runs on."""
+        return f"{self.row.candidate.label if self.row else DENSE}, {self.option.label}"
+
+    @property
+    def loss(self) -> float:
+        """Its validation loss in nats."""
+        return log(self.perplexity) if self.perplexity > 0 else inf
+
+    @property
+    def told(self) -> str:
+        """What was measured of it, in words."""
+        speed = f"{self.speedup:.2f}x as fast, " if self.speedup else ""
+        return f"perplexity {self.perplexity:.2f}, {speed}{text_from_bytes(self.bytes)}"
+
+
+@dataclass
+class _Choice:
+    """A search at work: what it measures with, and the points so far."""
+
+    context: RunContext
+    search: Search
+    source: Base | Artifact
+    data: Data
+    arch: Arch
+    points: list[Point]
+
+    @property
+    def reference(self) -> Point:
+        """The dense model on the first engine that could be made: what all is compared with."""
+        return self.points[0]
+
+    def measure(self, option: EngineOption, path: Base | Artifact, row: Row | None) -> Point:
+        """Builds a model's engine, and measures it beside the reference."""
+        of = f", {row.candidate.label if row else 'dense'}, {option.label}"
+        tokens = self.data.get(CALIBRATION)
+        if option.quantize is not None:
+            chosen = self.data.get(option.quantize.data)
+            path = run_stage(self.context, option.quantize, path.path, path.id, chosen)
+        engine = export_engine(
+            self.context, option.export, path.path, path.id, of=of,
+            tokens=tokens[1] if tokens else None,
+        )  # fmt: skip
+        text = self.data[self.search.validation][1]
+        perplexity = engine_perplexity(self.context, option.label, engine, text)
+        speedup = None
+        if self.search.target.timed or self.search.measure_speed:
+            speedup = 1.0
+        if speedup and self.points:
+            first, load = self.reference.engine, self.search.target.workload
+            speedup = engine_speed(self.context, first, engine, load)
+        size = engine_bytes(engine)
+        found = Point(option, engine, perplexity, size, speedup, row)
+        self.context.progress.say(f"search: {found.label}: {found.told}")
+        self.points.append(found)
+        return found
+
+    def share(self, point: Point) -> float:
+        """How much of a dense engine's size or time the target leaves it; 1 and more reach it."""
+        target, first = self.search.target, self.reference
+        if target.bytes is not None:
+            return bytes_from_text(target.bytes) / max(point.bytes, 1)
+        if target.parameters is not None:
+            return target.parameters * first.bytes / max(point.bytes, 1)
+        return (point.speedup or 1.0) / self.wanted
+
+    @property
+    def wanted(self) -> float:
+        """The speedup over the reference that the target asks for."""
+        target = self.search.target
+        if target.latency_ms is None:
+            return target.speedup or 1.0
+        step = dense_latency_ms(self.context, self.reference.engine, target.workload)
+        return step / target.latency_ms
+
+    def reaches(self, point: Point) -> bool:
+        """Whether a point reaches the target, within the search's tolerance."""
+        return self.share(point) >= 1 - self.search.target.tolerance
+
+
+def engine_bytes(engine: Artifact) -> int:
+    """The bytes of an engine's files on disk, without tokenizer and settings."""
+    return sum(
+        (engine.path / name).stat().st_size
+        for name in engine.files
+        if not (name.endswith((".json", ".txt", ".jinja")) or Path(name).name.startswith("token"))
+    )
+
+
+def run_choice(
+    context: RunContext,
+    stage: Stage,
+    source: Base | Artifact,
+    data: Data,
+    ignore_keys: tuple[str, ...],
+    teacher: Base | None = None,
+) -> Found:
+    """Runs a search over structure and engine; gives the best point and the table of all.
+
+    Raises:
+        StageError: no engine can be made of the model, or nothing reaches the target.
+    """
+    search: Search = stage.entry
+    arch = Checkpoint.open(source.path).arch(ignore_keys)
+    choice = _Choice(context, search, source, data, arch, [])
+    refused = _dense(choice)
+    rows: list[Row] = []
+    outside = 0
+    for point in to_prune(choice.points, choice.share, choice.reaches, search):
+        if _too_late(choice):
+            context.progress.say("search: time is short: no more is pruned")
+            assert context.watch is not None
+            context.watch.notes.append(
+                "A dense engine reaches the target, and time was too short to prune another."
+            )
+            break
+        made, others, missed = _pruned(choice, point, teacher)
+        rows, outside = rows + made, outside + missed
+        refused += others
+        if made:
+            best = artifact_of(context, made[0].made[-1])
+            best = made[0].last or best
+            for option in dict.fromkeys(one.option.label for one in choice.points[:]):
+                _try(choice, _named(choice, option), best, made[0], refused)
+    chosen = _best(choice, refused)
+    chosen.note = "chosen"
+    if chosen.row is not None:
+        chosen.row.note = "chosen"
+    alternative = alternative_of(choice.points, chosen, choice.reaches)
+    context.progress.say(f"search: chosen is {chosen.label}. {alternative}")
+    table = table_of(search, arch, rows, refused, outside) | {
+        "points": [_to_json(choice, point) for point in choice.points],
+        "reference": choice.reference.option.label,
+        "chosen": chosen.label,
+        "alternative": alternative,
+    }
+    stages = chosen.row.candidate.stages if chosen.row else ()
+    made_ids = chosen.row.made if chosen.row else ()
+    return Found(
+        stages, tuple(artifact_of(context, id_) for id_ in made_ids), table,
+        chosen.option, choice.reference.option,
+    )  # fmt: skip
+
+
+def _too_late(choice: _Choice) -> bool:
+    """Whether a result is in hand, and what is left of the time is needed to prove it."""
+    watch = choice.context.watch
+    if watch is None or not any(choice.reaches(point) for point in choice.points):
+        return False
+    planned = sum(one.seconds for one in watch.planned if one.kind in ("search", "heal"))
+    return watch.left < watch.ratio * planned / 2 + watch.after("heal")
+
+
+def to_prune(points: Sequence[Point], share: Any, reaches: Any, search: Search) -> list[Point]:
+    """Lists the dense points that pruning should bring to the target.
+
+    Left out is an engine beside which another needs less pruning at no worse quality, as far as
+    `close` tells. Where dense models suffice, the first engine is pruned as the alternative.
+    """
+    short = [point for point in points if not reaches(point)]
+    wanted = [
+        point
+        for point in short
+        if not any(
+            other.loss - point.loss <= search.close
+            and (share(other), -other.loss) > (share(point), -point.loss)
+            for other in points
+        )
+    ]
+    if not wanted and search.alternative and short and short[0] is points[0]:
+        return [points[0]]
+    return wanted
+
+
+def alternative_of(points: Sequence[Point], chosen: Point, reaches: Any) -> str:
+    """Says in a sentence what the best other choice would have been, pruned if dense was chosen."""
+    others = [
+        point
+        for point in points
+        if point is not chosen and reaches(point) and (point.row is None) != (chosen.row is None)
+    ]
+    if not others:
+        what = "pruned" if chosen.row is None else "dense"
+        return f"No {what} model that reaches the target was measured."
+    best = min(others, key=lambda point: point.loss)
+    return f"The alternative was {best.label}: {best.told}; chosen has {chosen.told}."
+
+
+def _dense(choice: _Choice) -> list[dict[str, Any]]:
+    """Measures the dense model on every engine; lists those that cannot be made of it.
+
+    Raises:
+        StageError: none can.
+    """
+    refused: list[dict[str, Any]] = []
+    for option in engines_of(choice.search):
+        _try(choice, option, choice.source, None, refused)
+    if not choice.points:
+        told = "; ".join(f"{one['label']} ({one['note']})" for one in refused)
+        raise StageError(
+            "search  engines", f"none can be made of this model: {told}", "name other engines"
+        )
+    return refused
+
+
+def _try(
+    choice: _Choice,
+    option: EngineOption,
+    model: Base | Artifact,
+    row: Row | None,
+    refused: list[dict[str, Any]],
+) -> None:
+    """Measures a model on an engine, or notes why there is no such engine."""
+    arch = row.candidate.arch if row else choice.arch
+    name = row.candidate.label if row else DENSE
+    try:
+        option.export.entry.check(arch, choice.context.machine)
+        choice.measure(option, model, row)
+    except (PlanError, MissingExtra) as error:
+        refused.append({"label": f"{name}, {option.label}", "note": error.problem})
+    except StageError as error:
+        if not choice.points:
+            raise
+        refused.append({"label": f"{name}, {option.label}", "note": error.problem})
+
+
+def _pruned(
+    choice: _Choice, point: Point, teacher: Base | None
+) -> tuple[list[Row], list[dict[str, Any]], int]:
+    """Ranks the ways to prune that bring an engine to the target; none where none does."""
+    share = choice.share(point)
+    left, wanted = (None, 1 / share) if choice.search.target.timed else (share, None)
+    try:
+        rows, refused, outside = rows_of(
+            choice.context, choice.search, choice.source, choice.arch, left,
+            exporter=point.option.export, wanted=wanted,
+        )  # fmt: skip
+    except StageError as error:
+        return [], [{"label": f"pruned, {point.option.label}", "note": error.problem}], 0
+    rank(choice.context, choice.search, choice.source, choice.data, rows, teacher)
+    return rows, refused, outside
+
+
+def _named(choice: _Choice, label: str) -> EngineOption:
+    return next(one.option for one in choice.points if one.option.label == label)
+
+
+def _best(choice: _Choice, refused: Sequence[Mapping[str, Any]]) -> Point:
+    """The best point by quality of those that reach the target; dense where that is too close.
+
+    Raises:
+        StageError: none does.
+    """
+    there = sorted((one for one in choice.points if choice.reaches(one)), key=lambda one: one.loss)
+    if there:
+        near = [one for one in there if one.loss - there[0].loss <= choice.search.close]
+        return next((one for one in near if one.row is None), there[0])
+    told = [f"{one.label} ({choice.share(one):.0%} of the way)" for one in choice.points]
+    told += [f"{one['label']} ({one['note']})" for one in refused]
+    raise StageError(
+        "search  target",
+        f"nothing reaches it: {'; '.join(told)}",
+        "ask for less, or allow coarser precisions and other candidates",
+    )
+
+
+def _to_json(choice: _Choice, point: Point) -> dict[str, Any]:
+    return {
+        "label": point.label,
+        "engine": point.option.label,
+        "pruned": point.row is not None,
+        "perplexity": point.perplexity,
+        "speedup": point.speedup,
+        "bytes": point.bytes,
+        "reaches": choice.reaches(point),
+        "note": point.note,
+    }

@@ -1,0 +1,120 @@
+"""Watches a run: what each step takes beside what was planned, and how much time is left."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any, Final
+
+from prune_export.planning import PlannedStage
+from prune_export.store import Artifact
+
+_STATUS: Final = Path("/proc/self/status")
+_RESET: Final = Path("/proc/self/clear_refs")
+_FORGET_PEAK: Final = "5"
+_SLOWEST, _QUICKEST = 4.0, 0.5
+
+
+@dataclass
+class Watch:
+    """A run's clock and notebook; `budget` in seconds is None where time does not matter."""
+
+    planned: Sequence[PlannedStage]
+    budget: float | None = None
+    began: float = field(default_factory=time.monotonic)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was done otherwise than planned, as time was short, in sentences."""
+    _written: int = 0
+    _built: int = 0
+    _taken: int = 0
+
+    @contextmanager
+    def step(self, kind: str, name: str | None = None, *, dense: bool = False) -> Iterator[None]:
+        """Notes what the body of a `with` takes; `dense` is for engines to compare with."""
+        self._written = self._built = self._taken = 0
+        _forget_peak()
+        children = _children_peak()
+        started = time.monotonic()
+        yield
+        found = [one for one in self.planned if _is(one, kind, name, dense=dense)]
+        now = _children_peak()
+        self.steps.append(
+            {
+                "step": f"{kind}: {name}" if name else kind,
+                "planned_seconds": sum(one.seconds for one in found) if found else None,
+                "seconds": time.monotonic() - started,
+                "planned_ram_bytes": max((one.cost.ram_bytes for one in found), default=None),
+                "ram_bytes": max(_own_peak(), now if now > children else 0),
+                "planned_disk_bytes": sum(one.cost.disk_bytes for one in found) if found else None,
+                "disk_bytes": self._written,
+                "reused": self._taken if not self._built else 0,
+            }
+        )
+
+    def note(self, artifact: Artifact, *, built: bool) -> None:
+        """Counts an artifact that the current step has built, or found in the store."""
+        if not built:
+            self._taken += 1
+            return
+        self._built += 1
+        with suppress(OSError):
+            self._written += sum((artifact.path / name).stat().st_size for name in artifact.files)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; infinite without a budget."""
+        return inf if self.budget is None else self.budget - (time.monotonic() - self.began)
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long as planned the steps took that were done, within bounds.
+
+        What was taken from the store says nothing.
+        """
+        done = [one for one in self.steps if one["planned_seconds"] and not one["reused"]]
+        planned = float(sum(one["planned_seconds"] for one in done))
+        if not planned:
+            return 1.0
+        took = float(sum(one["seconds"] for one in done))
+        return min(max(took / planned, _QUICKEST), _SLOWEST)
+
+    def after(self, kind: str) -> float:
+        """Seconds that are planned for what follows the last step of a kind, at today's pace."""
+        last = max((place for place, one in enumerate(self.planned) if one.kind == kind), default=0)
+        return self.ratio * sum(one.seconds for one in self.planned[last + 1 :])
+
+    def steps_for(self, steps: int, seconds: float, kind: str) -> int:
+        """How many of `steps` training steps, planned to take `seconds`, there is time for."""
+        each = self.ratio * seconds / max(steps, 1)
+        spare = self.left - self.after(kind)
+        return steps if spare >= each * steps else max(1, int(spare / each) if spare > 0 else 1)
+
+
+def _is(one: PlannedStage, kind: str, name: str | None, *, dense: bool) -> bool:
+    if one.kind != kind or (name is not None and one.name != name):
+        return False
+    return kind != "export" or dense == one.note.endswith("to compare with")
+
+
+def _forget_peak() -> None:
+    """Makes the kernel forget this process's peak, where it can; later peaks are then its own."""
+    with suppress(OSError):
+        _RESET.write_text(_FORGET_PEAK)
+
+
+def _own_peak() -> int:
+    with suppress(OSError, ValueError, IndexError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _children_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
