@@ -8,10 +8,14 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo headline test quick lint docs site clean
+# Files stay whole on one core, for what their tests share, and keep their order: by number of tests, the
+# long ones would come last, alone.
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help demo headline test quick lint docs site wheel-check clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(BIN)/.demo  ## prune, heal, export and verify SmolLM2-135M; about 15 minutes on 2 cores
 	$(BIN)/python benchmarks/demo_data.py $(DEMO)
@@ -32,10 +36,10 @@ headline: $(BIN)/.demo  ## the headline recipe on the same model
 	  --set "verify.speed={workloads: [{batch: 1, prompt: 128, new: 32}], at_least: 1.3, minutes: 1}"
 
 test: $(BIN)/.demo  ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(SPREAD)
 
 quick: $(BIN)/.demo  ## the tests that take no more than seconds
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
 
 lint: $(BIN)/.demo  ## ruff, mypy, import-linter and the docs site, as CI runs them
 	$(BIN)/ruff format --check .
@@ -49,6 +53,9 @@ docs: $(BIN)/.demo  ## docs/recipes.md from the schema
 
 site: $(BIN)/.demo  ## the docs as a site, in build/site
 	$(BIN)/properdocs build --strict
+
+wheel-check: $(BIN)/.installed  ## the built wheel in an empty environment; downloads what it needs
+	$(BIN)/python tests/wheel_check.py
 
 # pip and not another installer: the constraints pin a CPU build of torch that only pip finds everywhere.
 $(BIN)/.installed: pyproject.toml constraints.txt

@@ -129,6 +129,7 @@ def _run(name: str, given: argparse.Namespace) -> dict[str, Any]:
 def _of_report(report: dict[str, Any]) -> dict[str, Any]:
     verified = report["verification"]
     return {
+        "estimates": report.get("estimates", []),
         "parameters": [report["base"]["parameters"], report["result"]["parameters"]],
         "stages": [
             {key: stage[key] for key in ("kind", "name", "seconds", "parameters_after")}

@@ -11,16 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Final,
-    Protocol,
-    Self,
-    TypedDict,
-    runtime_checkable,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -102,7 +93,8 @@ class StageLog(TypedDict, total=False):
     `dropped` and `kept` are blocks, for depth methods; `distance_map` is (L+1) x (L+1), None where
     undefined; `block_scores` one number a block, and `block_score_name` says of what. Who makes
     zeros gives `mask_digest`, `zeros`, `weights` and `pattern`. `loss` is of healing: [step, loss,
-    learning rate] of each logged step. `notes` are sentences that the report repeats.
+    learning rate] of each logged step. `notes` are sentences that the report repeats,
+    `grid` says which one a quantizer puts weights on.
     """
 
     dropped: list[int] | None
@@ -117,14 +109,14 @@ class StageLog(TypedDict, total=False):
     pattern: str
     loss: list[list[Any]] | None
     notes: list[str] | None
+    grid: str | None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The result of a method: the edits to make, and a log of why, for manifest and report.
+    """The result of a method: edits, a JSON log of why (`StageLog`), and grids of what is on one.
 
-    `log` is JSON; what a report can show of it are the keys of `StageLog`. `grids` gives, for each
-    matrix that the edits put on a quantization grid, a function that reads its grid.
+    `grids` gives a function for each matrix that is put on a quantization grid, which reads it.
     """
 
     edits: Iterable[Edit]

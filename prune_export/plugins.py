@@ -8,7 +8,8 @@
 - a width method: `WidthMethod`, which brings the keys that all width methods share, and a scorer:
   a `StateScorer`, or a `ModelScorer`;
 - a method of another kind: `ModelView` runs an `Editor` over the blocks, and any `Edit` is stored;
-- an exporter: `load_model`, `Checkpoint`, `BuildRecord` and a `Runner`.
+- an exporter: `load_model`, `Checkpoint`, `BuildRecord` and a `Runner`; `Trim` leaves out what is
+  zero in single blocks.
 
 `docs/your-own.md` shows one of each. What is not listed in `__all__` may change without notice.
 """
@@ -49,6 +50,7 @@ from prune_export.contracts import (
     Work,
 )
 from prune_export.errors import MissingExtra, PlanError, StageError
+from prune_export.exporters._shared.trim import Trim
 from prune_export.machine import Machine
 from prune_export.progress import Progress
 from prune_export.pruning.sparse.sparse_method import (
@@ -103,6 +105,7 @@ __all__ = [
     "Statistic",
     "Tensor",
     "TokenSet",
+    "Trim",
     "WidthMethod",
     "Work",
     "load_config",

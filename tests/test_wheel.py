@@ -78,6 +78,8 @@ def test_the_wheel_has_types_recipes_tables_and_nothing_of_the_tests(wheel: Path
     assert "prune_export/arch/families/llama.yaml" in names
     assert {name.partition("/")[0] for name in names} == {
         "prune_export",
+        "prune_export_llama_cpp",
+        "prune_export_lm_eval",
         "prune_export_server",
         f"prune_export-{prune_export.__version__}.dist-info",
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -146,10 +147,10 @@ def run(
         PruneExportError: from planning, before anything is written, or from a stage; then what
             earlier stages finished is kept, and the same call goes on from there.
     """
-    progress = progress or Silent()
+    progress, began = progress or Silent(), time.monotonic()
     recipe, planned = _fitted(recipe, model, options)
     planned.check()
-    watch = Watch(planned.stages, options.seconds)
+    watch = Watch(planned.stages, options.seconds, began)
     out = Path(os.path.realpath(options.out))
     mend(out)
     sweep()
@@ -169,7 +170,8 @@ def run(
         progress.say(planned.notes[-1])
     with watch.step("import"):
         base = open_base(context, *model_of(recipe, model))
-    data = _data(context, recipe, base)
+    with watch.step("ask", label="data"):
+        data = _data(context, recipe, base)
     asked = recipe.to_yaml()
     staged = _stages(context, recipe, base, data, options.ignore_keys)
     recipe, stages = staged.recipe, staged.made
@@ -308,6 +310,7 @@ def _in_time(context: RunContext, stage: Stage) -> Stage:
     if fitting >= steps:
         return stage
     context.progress.say(f"heal {stage.name}: {fitting} of {steps} steps, as time is short")
+    context.watch.notes.append(f"Healing took {fitting} of {steps} steps, as time was short.")
     return replace(stage, entry=replace(stage.entry, steps=fitting))
 
 
@@ -358,6 +361,7 @@ def _finished(context: RunContext, recipe: Recipe, out: Path, made: _Made) -> di
     report["searches"] = made.staged.searches
     report["notes"] = list(made.notes)
     if context.watch is not None:
+        report["notes"] += context.watch.notes
         report["estimates"] = context.watch.steps
     if made.staged.reference is not None:
         report["reference"] = made.staged.reference.label

@@ -156,8 +156,8 @@ def run_choice(
     rows: list[Row] = []
     outside = 0
     for point in to_prune(choice.points, choice.share, choice.reaches, search):
-        if _too_late(choice):
-            context.progress.say("search: time is short: no more is pruned")
+        if _too_late(choice, to_prune=True):
+            _note(choice, "A dense engine reaches the target; time was too short to prune another.")
             break
         made, others, missed = _pruned(choice, point, teacher)
         rows, outside = rows + made, outside + missed
@@ -187,13 +187,23 @@ def run_choice(
     )  # fmt: skip
 
 
-def _too_late(choice: _Choice) -> bool:
-    """Whether a result is in hand, and what is left of the time is needed to prove it."""
-    watch = choice.context.watch
-    if watch is None or not any(choice.reaches(point) for point in choice.points):
+def _too_late(choice: _Choice, *, to_prune: bool) -> bool:
+    """Whether a result is in hand, and what is left of the time is needed to prove it.
+
+    The pace is that of the engines so far, of which the plan counts a dense and a pruned one each.
+    """
+    watch, done = choice.context.watch, len(choice.points)
+    if watch is None or watch.budget is None:
         return False
-    planned = sum(one.seconds for one in watch.planned if one.kind in ("search", "heal"))
-    return watch.left < watch.ratio * planned / 2 + watch.after("heal")
+    if not any(choice.reaches(point) for point in choice.points):
+        return False
+    search = sum(one.seconds for one in watch.planned if one.kind == "search")
+    heal = sum(one.seconds for one in watch.planned if one.kind == "heal")
+    share = done / (2 * len(choice.search.engines) + 1)
+    pace = max(watch.ratio, watch.elapsed / max(search * share, 1.0))
+    needed = pace * (search + heal) / 2 if to_prune else watch.elapsed / done
+    last = "heal" if heal else "search"
+    return watch.left < needed + watch.after(last, pace)
 
 
 def to_prune(points: Sequence[Point], share: Any, reaches: Any, search: Search) -> list[Point]:
@@ -239,6 +249,9 @@ def _dense(choice: _Choice) -> list[dict[str, Any]]:
     """
     refused: list[dict[str, Any]] = []
     for option in engines_of(choice.search):
+        if _too_late(choice, to_prune=False):
+            _note(choice, f"Time was too short to try the dense model as {option.label}.")
+            continue
         _try(choice, option, choice.source, None, refused)
     if not choice.points:
         told = "; ".join(f"{one['label']} ({one['note']})" for one in refused)
@@ -246,6 +259,12 @@ def _dense(choice: _Choice) -> list[dict[str, Any]]:
             "search  engines", f"none can be made of this model: {told}", "name other engines"
         )
     return refused
+
+
+def _note(choice: _Choice, text: str) -> None:
+    choice.context.progress.say(f"search: {text}")
+    if choice.context.watch is not None:
+        choice.context.watch.notes.append(text)
 
 
 def _try(

@@ -54,6 +54,7 @@ from prune_export.verify.results import (
 
 T = TypeVar("T")
 _VERSION: Final = "2"
+_GENERATION_VERSION: Final = "3"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def measure_run(
                     _perplexity(context, engine.exporter, engine, artifact.id, text)
                 )
     if asked.generation:
-        found.generation.extend(_generation(context, point) for point in (points[0], points[-1]))
+        found.generation.extend(_generation(context, point) for point in points)
     if quality and quality.tasks:
         found.tasks.extend(_tasks(context, quality, points))
     for artifact, engine in runnable:
@@ -166,9 +167,10 @@ def _kept(
     inputs: tuple[str, ...],
     parameters: Mapping[str, Any],
     measure: Callable[[], T],
+    version: str = _VERSION,
 ) -> T:
     """Takes a measurement from the store, or makes it by `measure`."""
-    key = Key("verify", name, _VERSION, parameters, inputs)
+    key = Key("verify", name, version, parameters, inputs)
 
     def build(files: Path, work: Work) -> Mapping[str, Any]:
         del files, work
@@ -230,6 +232,7 @@ def _generation(context: RunContext, point: Point) -> Generation:
             point.name, Engine.pytorch(point.path), point.path, context.machine,
             progress=context.progress,
         ),
+        version=_GENERATION_VERSION,
     )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ def report_of(
                 "kind": stage.kind,
                 "name": stage.name,
                 "parameters": stage.parameters(),
+                "data": stage.data,
                 "id": artifact.id,
                 "seconds": artifact.seconds,
                 "parameters_after": artifact.record["parameters"],

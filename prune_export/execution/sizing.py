@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from prune_export import registry
 from prune_export.arch import Arch
-from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError, StageError
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
 from prune_export.execution.inputs import Base
 from prune_export.execution.measure import dense_latency_ms, engine_speed
+from prune_export.execution.shapes import checkpoint_of_shapes
 from prune_export.recipe import Candidate, Export, Search, Template
-from prune_export.store import Artifact, Key
-from prune_export.surgery import Drop, Edit, Keep, rewrite
+from prune_export.store import Artifact
+from prune_export.surgery import Drop, Edit, Keep
 
-_SHAPES_VERSION: Final = "1"
 _TRIALS: Final = 5
 """Engines built, at most, to bring one candidate to a speed."""
 
@@ -109,25 +106,19 @@ def shaped_model(context: RunContext, source: Base | Artifact, arch: Arch, after
         own = ".".join((name, *(str(kept[int(numbers[0])]), *numbers[1:]))) if numbers else name
         if arch.sizes[own] != size:
             sizes[own] = size
-    key = Key(
-        "shapes", "shapes", _SHAPES_VERSION, {"kept": list(kept), "sizes": sizes}, (source.id,)
+    edits: list[Edit] = [Keep(axis, tuple(range(size))) for axis, size in sizes.items()]
+    if drop:
+        edits.append(Drop(drop))
+    return checkpoint_of_shapes(
+        context,
+        "shapes",
+        {"kept": list(kept), "sizes": sizes},
+        source.path,
+        source.id,
+        arch,
+        edits,
+        title="search: a model of these shapes",
     )
-
-    def build(files: Path, work: Any) -> Mapping[str, Any]:
-        edits: list[Edit] = [Keep(axis, tuple(range(size))) for axis, size in sizes.items()]
-        if drop:
-            edits.append(Drop(drop))
-        rewrite(
-            Checkpoint.open(source.path),
-            arch,
-            edits,
-            files,
-            ram_bytes=work.machine.ram_bytes,
-            progress=work.progress,
-        )
-        return {}
-
-    return context.make(key, "search: a model of these shapes", build)
 
 
 def _alike(arch: Arch, after: Arch) -> tuple[int, ...]:

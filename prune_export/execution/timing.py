@@ -10,22 +10,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from prune_export import registry
 from prune_export.arch import Arch
 from prune_export.arch.roles import OUTPUT_PROJECTIONS
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import Work
 from prune_export.errors import PlanError
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
 from prune_export.execution.measure import engine_speed
+from prune_export.execution.shapes import checkpoint_of_shapes
 from prune_export.recipe import Export, Workload
-from prune_export.store import Artifact, Key
-from prune_export.surgery import Edit, Keep, Overwrite, rewrite
-
-_VERSION: Final = "1"
+from prune_export.store import Artifact
+from prune_export.surgery import Edit, Keep, Overwrite
 
 
 @dataclass(frozen=True)
@@ -57,20 +55,16 @@ class TimedEngines:
         return found
 
     def _shaped(self, sizes: Mapping[str, int]) -> Artifact:
-        key = Key("shapes", "widths", _VERSION, {"sizes": dict(sizes)}, (self.id,))
-
-        def build(files: Path, work: Work) -> Mapping[str, Any]:
-            rewrite(
-                Checkpoint.open(self.path),
-                self.arch,
-                self._edits(sizes),
-                files,
-                ram_bytes=work.machine.ram_bytes,
-                progress=work.progress,
-            )
-            return {}
-
-        return self.context.make(key, "a model of these widths", build)
+        return checkpoint_of_shapes(
+            self.context,
+            "widths",
+            {"sizes": dict(sizes)},
+            self.path,
+            self.id,
+            self.arch,
+            self._edits(sizes),
+            title="a model of these widths",
+        )
 
     def _edits(self, sizes: Mapping[str, int]) -> list[Edit]:
         arch = self.arch

@@ -17,7 +17,7 @@ from prune_export.store import Artifact
 _STATUS: Final = Path("/proc/self/status")
 _RESET: Final = Path("/proc/self/clear_refs")
 _FORGET_PEAK: Final = "5"
-_SLOWEST, _QUICKEST = 4.0, 0.5
+_SLOWEST, _QUICKEST = 10.0, 0.5
 
 
 @dataclass
@@ -28,23 +28,31 @@ class Watch:
     budget: float | None = None
     began: float = field(default_factory=time.monotonic)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was done otherwise than planned, as time was short, in sentences."""
+    _started: float = 0.0
     _written: int = 0
     _built: int = 0
     _taken: int = 0
 
     @contextmanager
-    def step(self, kind: str, name: str | None = None, *, dense: bool = False) -> Iterator[None]:
-        """Notes what the body of a `with` takes; `dense` is for engines to compare with."""
+    def step(
+        self, kind: str, name: str | None = None, *, dense: bool = False, label: str = ""
+    ) -> Iterator[None]:
+        """Notes what the body of a `with` takes, as a step of the plan or under a `label`.
+
+        `dense` is for engines to compare with.
+        """
         self._written = self._built = self._taken = 0
         _forget_peak()
         children = _children_peak()
-        started = time.monotonic()
+        started = self._started = time.monotonic()
         yield
         found = [one for one in self.planned if _is(one, kind, name, dense=dense)]
         now = _children_peak()
         self.steps.append(
             {
-                "step": f"{kind}: {name}" if name else kind,
+                "step": label or (f"{kind}: {name}" if name else kind),
                 "planned_seconds": sum(one.seconds for one in found) if found else None,
                 "seconds": time.monotonic() - started,
                 "planned_ram_bytes": max((one.cost.ram_bytes for one in found), default=None),
@@ -65,6 +73,11 @@ class Watch:
             self._written += sum((artifact.path / name).stat().st_size for name in artifact.files)
 
     @property
+    def elapsed(self) -> float:
+        """Seconds since the current step began."""
+        return time.monotonic() - self._started
+
+    @property
     def left(self) -> float:
         """Seconds that are left; infinite without a budget."""
         return inf if self.budget is None else self.budget - (time.monotonic() - self.began)
@@ -82,10 +95,11 @@ class Watch:
         took = float(sum(one["seconds"] for one in done))
         return min(max(took / planned, _QUICKEST), _SLOWEST)
 
-    def after(self, kind: str) -> float:
+    def after(self, kind: str, ratio: float | None = None) -> float:
         """Seconds that are planned for what follows the last step of a kind, at today's pace."""
         last = max((place for place, one in enumerate(self.planned) if one.kind == kind), default=0)
-        return self.ratio * sum(one.seconds for one in self.planned[last + 1 :])
+        rest = sum(one.seconds for one in self.planned[last + 1 :])
+        return (self.ratio if ratio is None else ratio) * rest
 
     def steps_for(self, steps: int, seconds: float, kind: str) -> int:
         """How many of `steps` training steps, planned to take `seconds`, there is time for."""

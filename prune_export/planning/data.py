@@ -14,7 +14,7 @@ from prune_export.calibrate import (
 )
 from prune_export.contracts import HEALING_WINDOWS
 from prune_export.errors import CheckpointError, PlanError
-from prune_export.recipe import LocalText, Recipe, TokenFile, heal_of
+from prune_export.recipe import LocalText, Recipe, Source, Stage, TokenFile, heal_of
 
 CALIBRATION: Final = "calibration"
 """The data that exporters calibrate with, where a recipe names a source so."""
@@ -34,6 +34,21 @@ def sets_of(recipe: Recipe) -> tuple[tuple[str, bool], ...]:
     judges = (*evaluation, *sorted(ranking - evaluation))
     others = sorted(used - ranking - evaluation)
     return (*((name, True) for name in judges), *((name, False) for name in others))
+
+
+def source_of(recipe: Recipe, stage: Stage) -> Source:
+    """The data source that a stage names.
+
+    Raises:
+        PlanError: the recipe does not define it.
+    """
+    if stage.data not in recipe.data:
+        raise PlanError(
+            "data",
+            f"the recipe defines no `{stage.data}`, which {stage.name} needs",
+            f"add `data: {{{stage.data}: {{files: [...]}}}}`",
+        )
+    return recipe.data[stage.data]
 
 
 def refuse_too_little(recipe: Recipe, model: Path, vocabulary: int) -> None:

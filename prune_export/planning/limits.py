@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from prune_export.calibrate import inside
 from prune_export.errors import PlanError
 from prune_export.planning.planned import Plan
-from prune_export.recipe import Generated, Source, TokenFile
+from prune_export.recipe import Generated, Recipe, Source, TokenFile
 from prune_export.store import refuse_foreign_store
 from prune_export.system.files import shown
 from prune_export.system.places import judged
@@ -44,6 +45,18 @@ def windows_of(source: Source, root: Path) -> int:
     part = getattr(source, "part", None)
     size = round(size * (part.stop - part.start)) if part else size
     return max(1, size // _CHARACTERS_PER_TOKEN // source.length) if size else _UNKNOWN_WINDOWS
+
+
+def with_lacking(
+    plan: Plan, recipe: Recipe, model: Path, store: Path, out: Path, ram_limit: int | None
+) -> Plan:
+    """The plan with what is lacking for it: of this machine, or of devices that are not here."""
+    if plan.devices.elsewhere:
+        return replace(plan, lacking=tuple(what_devices_lack(plan, ram_limit)))
+    reads = {"the model": model, "the store": store, "the data root": recipe.root}
+    reads |= {"the recipe": recipe.file} if recipe.file else {}
+    limit = ram_limit or plan.machine.ram_bytes
+    return replace(plan, lacking=tuple(what_does_not_fit(plan, limit, store, out, reads)))
 
 
 def what_devices_lack(plan: Plan, ram_limit: int | None) -> Iterator[PlanError]:

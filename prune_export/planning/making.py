@@ -17,24 +17,22 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
-from prune_export.errors import MissingExtra, PlanError, PruneExportError
-from prune_export.generated import talk_of
+from prune_export.errors import MissingExtra, PlanError
 from prune_export.machine import Machine
 from prune_export.planning.choices import exported, left_of, tokens_judged
-from prune_export.planning.data import refuse_too_little, sets_of
+from prune_export.planning.data import refuse_too_little, source_of
 from prune_export.planning.devices import HERE, Devices
 from prune_export.planning.grid_rules import refuse_lost_grids
-from prune_export.planning.limits import what_devices_lack, what_does_not_fit, windows_of
+from prune_export.planning.limits import windows_of, with_lacking
 from prune_export.planning.own_data import data_notes
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size, together
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
+from prune_export.planning.talks import talks_of
 from prune_export.planning.teacher import teacher_of
 from prune_export.recipe import (
-    Generated,
     Recipe,
     Search,
-    Source,
     Stage,
     engines_of,
     heal_of,
@@ -90,14 +88,11 @@ def make_plan(
         rates = Rates.known(devices.flops) if devices.elsewhere else Rates.measure(machine)
     machine = devices.machine(machine)
     planner = _Planner(recipe, checkpoint, machine, rates, arch, ignore_keys, devices)
-    stages, archs = [], [arch]
+    stages, archs = ([planner.imported(arch)] if imported else []), [arch]
     ablated = Ablated()
-    if imported:
-        stages.append(planner.imported(arch))
-    stages += planner.generated()
+    stages += talks_of(recipe, checkpoint, arch, machine, planner.planned)
     for index, stage in enumerate(recipe.stages):
-        before = arch
-        planned, arch = planner.stage(index, stage, before)
+        (planned, arch), before = planner.stage(index, stage, arch), arch
         ablated = planner.ablated(index, stage, before, ablated)
         stages.append(planned)
         archs.append(arch)
@@ -112,18 +107,8 @@ def make_plan(
     if recipe.verify.generation and Tokenizer.lies_in(checkpoint.path):
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
-    plan = dataclasses.replace(plan, devices=devices)
-    reads = {
-        "the model": checkpoint.path,
-        "the store": store,
-        "the data root": recipe.root,
-    } | ({"the recipe": recipe.file} if recipe.file else {})
-    if devices.elsewhere:
-        lacking = tuple(what_devices_lack(plan, ram_limit))
-    else:
-        limit = ram_limit or machine.ram_bytes
-        lacking = tuple(what_does_not_fit(plan, limit, store, out, reads))
-    return dataclasses.replace(plan, lacking=lacking, notes=data_notes(recipe))
+    plan = dataclasses.replace(plan, devices=devices, notes=data_notes(recipe))
+    return with_lacking(plan, recipe, checkpoint.path, store, out, ram_limit)
 
 
 @dataclass(frozen=True)
@@ -177,22 +162,6 @@ class _Planner:
         )
         return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
 
-    def generated(self) -> Iterator[PlannedStage]:
-        """What models are to say: the data that are none yet."""
-        for name, _ in sets_of(self.recipe):
-            source = self.recipe.data[name]
-            if not isinstance(source, Generated):
-                continue
-            refuse_long_text(f"data.{name}.length", source.length, self.dense.config)
-            try:
-                talk = talk_of(source, self.checkpoint, self.dense, self.recipe.root, self.machine)
-            except PruneExportError as error:
-                where = f"{self.recipe.name}  data.{name}"
-                raise type(error)(where, f"{error.where}: {error.problem}", error.fix) from None
-            keys = source.generated.model_dump(mode="json")
-            yield self.planned("ask", talk.name, keys, talk.arch, talk.arch, talk.cost,
-                               f"{name}: {talk.note}")  # fmt: skip
-
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         how = {
             "prune": self._prune,
@@ -241,7 +210,7 @@ class _Planner:
             statistics += stage.entry.passes_with_data(arch)
             more = stage.entry.refit_note(arch)
         if statistics:
-            source = self._source(stage)
+            source = source_of(self.recipe, stage)
             samples, length = windows_of(source, self.recipe.root), source.length
             refuse_long_text(f"data.{stage.data}.length", length, arch.config)
             found = pass_cost(arch, statistics, samples, length, self.machine)
@@ -267,7 +236,7 @@ class _Planner:
         return self.planned(stage.kind, stage.name, keys, arch, after, cost, note), after
 
     def _heal(self, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
-        source = self._source(stage)
+        source = source_of(self.recipe, stage)
         refuse_long_text(f"data.{stage.data}.length", source.length, arch.config)
         stage.entry.check(arch, self.machine)
         samples, machine = windows_of(source, self.recipe.root), self.machine
@@ -409,12 +378,3 @@ class _Planner:
         written = self.size(arch).bytes + exported + _REPORT_BYTES
         cost = Cost(ram_bytes=_PROCESS_BYTES, disk_bytes=written, moved_bytes=written, seconds=5)
         return self.planned("report", "report and card", {}, arch, arch, cost)
-
-    def _source(self, stage: Stage) -> Source:
-        if stage.data not in self.recipe.data:
-            raise PlanError(
-                "data",
-                f"the recipe defines no `{stage.data}`, which {stage.name} needs",
-                f"add `data: {{{stage.data}: {{files: [...]}}}}`",
-            )
-        return self.recipe.data[stage.data]

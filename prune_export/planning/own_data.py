@@ -28,7 +28,7 @@ from prune_export.calibrate import (
 )
 from prune_export.errors import PlanError
 from prune_export.planning.data import sets_of
-from prune_export.recipe import LocalText, Recipe, Source, heal_of
+from prune_export.recipe import DENSE, Generated, LocalText, Recipe, Source, heal_of
 from prune_export.recipe.sources import SOURCES, Part
 from prune_export.system.files import shown
 
@@ -111,9 +111,15 @@ def with_own_samples(recipe: Recipe, *, longest: int | None = None) -> Recipe:
     for seed, one in enumerate(_uses(recipe)):
         length = min(one.source.length, _OWN_LENGTH, longest or _OWN_LENGTH)
         body = {
-            _SAYS_ITSELF: {"from": "dense", "prompts": "none", "seed": seed},
+            _SAYS_ITSELF: {
+                "from": "dense",
+                "prompts": "none",
+                "new_tokens": max(1, min(_OWN_LENGTH, length) // 2),
+                "seed": seed,
+            },
             "samples": min(one.source.samples or _OWN_SAMPLES, _OWN_SAMPLES),
             "length": length,
+            "packing": "stream" if one.role == "evaluation" else "packed",
         }
         data[one.name] = kind.model_validate(body)
     return replace(recipe, data=data)
@@ -136,7 +142,11 @@ def data_notes(recipe: Recipe) -> tuple[str, ...]:
             f"The text is split by documents ({shares}; seed {', '.join(map(str, sorted(seeds)))})"
             ": what measures is not trained on.",
         )
-    said = [name for name, source in recipe.data.items() if hasattr(source, _SAYS_ITSELF)]
+    said = [
+        name
+        for name, source in recipe.data.items()
+        if isinstance(source, Generated) and source.generated.speaker == DENSE
+    ]
     if said:
         return (
             f"No text was given: {', '.join(said)} are what the dense model says itself, which "

@@ -28,6 +28,7 @@ from prune_export.exporter_facts import ExporterFacts
 from prune_export.report import table
 from prune_export.report.caveats import caveats
 from prune_export.report.figures import figure_names
+from prune_export.report.healing import healing_text
 from prune_export.report.html import scalars, value_text, what_was_done
 from prune_export.report.reading import Report, text_from_blocks
 from prune_export.units import text_from_bytes, text_from_count, text_from_seconds
@@ -147,7 +148,8 @@ def _title(report: Report, repo_id: str | None) -> str:
     if not report.stages:
         return f"{name}, exported"
     fewer = report.result.layers != report.base.layers
-    return f"{name}, pruned to {report.result.layers} blocks" if fewer else f"{name}, pruned"
+    made = "quantized" if report.quantizes and not report.prunes else "pruned"
+    return f"{name}, pruned to {report.result.layers} blocks" if fewer else f"{name}, {made}"
 
 
 def _hub_base(report: Report) -> str | None:
@@ -249,6 +251,7 @@ def _environment() -> jinja2.Environment:
         "code": spanned,
         "count": text_from_count,
         "fenced": fenced,
+        "healing": healing_text,
         "literal": Markup,
         "string": lambda text: Markup(json.dumps(_flat(text))),
         "scalars": scalars,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from prune_export.exporters.ort_genai.tokens import DIFFERENT
+from prune_export.report.healing import said_text, terms_of
 from prune_export.report.reading import Report, perplexity_change
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.report.table import interval, number, speed_text, times, workload_text
@@ -186,6 +187,11 @@ def _sparsity(checks: Verification) -> Iterator[Caveat]:
 def _scope(report: Report) -> Iterator[Caveat]:
     for note in dict.fromkeys(note for one in report.prunes for note in one.log.get("notes") or ()):
         yield Caveat("limit", f"{note[:1].upper()}{note[1:]}.")
+    for name, about in report.data.items():
+        if terms := terms_of(about):
+            yield Caveat(
+                "limit", f"`{name}` holds {said_text(about)}; {terms}. Read them before you use it."
+            )
     if report.prunes and not report.heals:
         yield Caveat("limit", "The model was not healed (trained) after pruning.")
     for export in report.exports:

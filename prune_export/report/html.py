@@ -21,6 +21,7 @@ from prune_export.escapes import escaped_page
 from prune_export.report import table
 from prune_export.report.caveats import caveats, failed
 from prune_export.report.figures import figure_title, names_by_stage
+from prune_export.report.healing import healing_text
 from prune_export.report.reading import (
     Change,
     Report,
@@ -116,6 +117,9 @@ def what_was_done(report: Report) -> str:
         parts.append(f"pruned by {_named(report.prunes)}")
     if report.heals:
         parts.append(f"healed with {_named(report.heals)}")
+    for stage in report.quantizes:
+        grid = stage.log.get("grid")
+        parts.append(f"quantized by {stage.name}" + (f" ({grid})" if grid else ""))
     if report.exports:
         engines = ", ".join(export.directory for export in report.exports)
         parts.append(f"exported to {engines}")
@@ -241,6 +245,7 @@ def environment() -> jinja2.Environment:
         "blocks": text_from_blocks,
         "bytes": text_from_bytes,
         "count": text_from_count,
+        "healing": healing_text,
         "kernels": kernels_text,
         "number": table.number,
         "parity": _parity_words,

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from prune_export.report import style
 from prune_export.report.candidates import SearchReading
+from prune_export.report.healing import distilled, floor
 from prune_export.report.reading import Report, StageReading, as_number, runs, text_from_blocks
 from prune_export.report.table import has_bound, number, speed_text, times, workload_text
 from prune_export.verify.results import Speed
@@ -138,8 +139,16 @@ def loss_curve(axes: Axes, stage: StageReading) -> None:
                 color=style.HEALED,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2},
             )  # fmt: skip
+    least = floor(stage)
+    if least is not None and points:
+        axes.axhline(least, color=style.DENSE, linewidth=1.2, linestyle="--")
+        axes.annotate(
+            f"the teacher itself: {least:.2f}", (1.0, least), xytext=(-4, 3), ha="right",
+            xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8.5,
+            color=style.DENSE,
+        )  # fmt: skip
     axes.set_xlabel("training step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"{'loss' if distilled(stage) is None else 'divergence'} (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.margins(x=0.01, y=0.12)
     axes.grid(axis="y")

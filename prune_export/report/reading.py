@@ -70,12 +70,16 @@ class Size:
 
 @dataclass(frozen=True)
 class StageReading:
-    """One stage as it ran; `log` is the method's or the healer's own account."""
+    """One stage as it ran; `log` is the method's or the healer's own account.
+
+    `data` names the data that it was given, empty where the report is older than the key.
+    """
 
     index: int
     kind: Literal["prune", "quantize", "heal"]
     name: str
     parameters: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
     id: str = ""
     seconds: Seconds | None = None
     parameters_after: Count | None = None
@@ -191,6 +195,10 @@ class Report:
     @property
     def heals(self) -> list[StageReading]:
         return [stage for stage in self.stages if stage.kind == "heal"]
+
+    @property
+    def quantizes(self) -> list[StageReading]:
+        return [stage for stage in self.stages if stage.kind == "quantize"]
 
     @cached_property
     def removed_blocks(self) -> tuple[int, ...]:

@@ -178,7 +178,8 @@ def _quality_rows(report: Report) -> list[Row]:
     dense = report.perplexity("dense")
     before = number(dense.value) if dense else "not measured"
     rows = []
-    named = [("pruned", "perplexity, pruned"), ("healed", "perplexity, healed")]
+    made = "quantized" if report.quantizes and not report.prunes else "pruned"
+    named = [("pruned", f"perplexity, {made}"), ("healed", "perplexity, healed")]
     named += [(entry.name, f"perplexity, {entry.name}") for entry in report.engine_perplexities]
     for name, label in named:
         after = report.perplexity(name)

@@ -109,7 +109,12 @@ def heal(
             before = held_out_loss(student.model, held_out, 1, run.device, kept_back)
             state = dataclasses.replace(state, held_out={"before": before})
         with (
-            left_out(student.model, student.blocks(arch), settings.layerdrop),
+            left_out(
+                student.model,
+                student.blocks(arch),
+                settings.layerdrop,
+                in_tuple=arch.table.tuple_blocks,
+            ),
             comparing(goal, student.blocks(arch), arch, settings, lesson.dense, run.device) as goal,
         ):
             state = train(

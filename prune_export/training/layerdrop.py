@@ -31,9 +31,15 @@ def skipped(blocks: int, share: float, seed: int) -> frozenset[int]:
 
 @contextmanager
 def left_out(
-    model: torch.nn.Module, blocks: Sequence[torch.nn.Module], share: float
+    model: torch.nn.Module,
+    blocks: Sequence[torch.nn.Module],
+    share: float,
+    *,
+    in_tuple: bool = False,
 ) -> Iterator[None]:
     """Makes forward passes in training skip some of `blocks` inside a `with`.
+
+    With `in_tuple` the model takes the first of what a block returns (`Table.tuple_blocks`).
 
     Which ones follows from the seed that torch was last given, which the training sets for every
     micro-batch. What runs is not scaled up, and in evaluation all run.
@@ -49,7 +55,7 @@ def left_out(
             undo.callback(model.register_forward_pre_hook(draw).remove)
             for number, block in enumerate(blocks):
                 # An instance's own `forward` hides that of its class.
-                block.forward = partial(_forward, now, number, block, block.forward)
+                block.forward = partial(_forward, now, number, in_tuple, block, block.forward)
                 undo.callback(delattr, block, "forward")
         yield
 
@@ -57,11 +63,13 @@ def left_out(
 def _forward(
     now: set[int],
     number: int,
+    in_tuple: bool,
     block: torch.nn.Module,
     forward: Callable[..., Any],
     *args: Any,
     **named: Any,
 ) -> Any:
     if block.training and number in now:
-        return args[0] if args else named["hidden_states"]
+        states = args[0] if args else named["hidden_states"]
+        return (states, None) if in_tuple else states
     return forward(*args, **named)

@@ -84,7 +84,7 @@ def _take_part(team: Team, lesson: Lesson) -> None:
         )
         blocks, how = student.blocks(arch), lesson.settings
         with (
-            left_out(student.model, blocks, how.layerdrop),
+            left_out(student.model, blocks, how.layerdrop, in_tuple=arch.table.tuple_blocks),
             comparing(goal, blocks, arch, how, lesson.dense, lesson.run.device) as goal,
         ):
             train(

@@ -197,7 +197,7 @@ def _drawn_together(
         # What has ended is fed its last token on, which nobody reads.
         fed = [[text[min(position, len(text)) - 1]] for text in texts]
         logits, _ = runner.step(np.array(fed, dtype=np.int64))
-        advance(len(texts))
+        advance(len(ready))
     runner.reset()
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 

@@ -129,6 +129,7 @@ def judge(
         examples=[
             {"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)
         ],
+        distinct=[distinct_share(tokens, length) for length in (1, 2, 3)],
     )
 
 
@@ -138,6 +139,16 @@ def repeated_share(tokens: Sequence[int]) -> float:
     if len(tokens) < 2 * _GRAM:
         return 0.0
     return 1 - len(set(grams)) / len(grams)
+
+
+def distinct_share(texts: Sequence[Sequence[int]], length: int) -> float:
+    """The share of different ones among all runs of `length` tokens of texts; 0 without any.
+
+    Source: Li et al., A Diversity-Promoting Objective Function (1510.03055), section 5.3
+    (distinct-1 and distinct-2).
+    """
+    runs = [tuple(one[at : at + length]) for one in texts for at in range(len(one) - length + 1)]
+    return len(set(runs)) / len(runs) if runs else 0.0
 
 
 def is_broken(tokens: Sequence[int], text: str) -> bool:

@@ -80,7 +80,11 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Generation:
-    """How many of the greedy continuations of the built-in prompts went wrong, and the texts."""
+    """How many of the greedy continuations of the built-in prompts went wrong, and the texts.
+
+    `distinct` has the share of different ones among all their tokens, pairs and triples of tokens;
+    empty where it was measured before there was such a thing.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -90,6 +94,7 @@ class Generation:
     repetitive: int
     broken: int
     examples: list[dict[str, str]]
+    distinct: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,12 @@ def tiny_config(model_type: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {**ends, **table_for(model_type).tiny.config, **changes}
 
 
+def arch_of(model_type: str, **changes: Any) -> Arch:
+    """The shapes of a tiny model, from its config alone."""
+    settings = {**table_for(model_type).tiny.config, **changes}
+    return Arch.from_config(AutoConfig.for_model(model_type, **settings).to_dict())
+
+
 def random_model(model_type: str, changes: Mapping[str, Any], path: Path) -> Tiny:
     """Every parameter is random, so that none is a zero that hides a mistake."""
     torch.manual_seed(0)

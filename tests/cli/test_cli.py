@@ -203,8 +203,9 @@ def test_a_failed_gate_is_exit_1_and_keeps_the_result(
 
 @pytest.mark.slow
 def test_killed_and_resumed_ends_in_the_same_bytes(
-    tiny_llama: Path, corpus: Path, tmp_path: Path
+    cli: Any, measured_here: None, tiny_llama: Path, corpus: Path, tmp_path: Path
 ) -> None:
+    """One is killed and goes on in processes of their own, and is held against one of this."""
     file = tmp_path / "r.yaml"
     file.write_text(
         "recipe: 1\n"
@@ -223,7 +224,7 @@ def test_killed_and_resumed_ends_in_the_same_bytes(
             "--out", str(tmp_path / place / "out"), "--threads", "1", "-q",
         ]  # fmt: skip
 
-    subprocess.run(command("whole"), check=True, capture_output=True)
+    assert cli(*command("whole")[3:])[0] == 0
     wanted = (tmp_path / "whole" / "out" / "model.safetensors").read_bytes()
     process = subprocess.Popen(command("killed"), start_new_session=True)
     scratch = tmp_path / "killed" / "store"

@@ -19,6 +19,7 @@ description: "Drop two blocks × – − … → é 漢"
 data: {e: {files: [text.txt], samples: 2, length: 32}}
 stages:
   - prune: {method: deepest, remove: 2}
+export: [onnx]
 verify: {parity: false, generation: false, quality: {perplexity: e}}
 """
 
@@ -47,10 +48,17 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, corpus: Pa
     return root
 
 
-def test_a_whole_run_in_ascii(place: Path) -> None:
+@pytest.fixture(scope="module")
+def made(place: Path) -> tuple[str, str]:
+    """What a whole run says; its result is `sortie`."""
+    where = ("--model", place / "modele", "--store", place / "magasin", "--threads", 1)
+    return command("run", place / "régime.yaml", *where, "--out", place / "sortie")
+
+
+def test_a_whole_run_in_ascii(place: Path, made: tuple[str, str]) -> None:
     out, store = place / "sortie", place / "magasin"
     where = ("--model", place / "modele", "--store", store, "--threads", 1)
-    shown, told = command("run", place / "régime.yaml", *where, "--out", out)
+    shown, told = made
     assert "Drop two blocks x - - ... ->" in shown
     assert "prune: deepest" in told
     assert (out / "model.safetensors").is_file()
@@ -77,7 +85,7 @@ def test_commands_that_read_little_in_ascii(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_measuring_commands_in_ascii(place: Path) -> None:
+def test_measuring_commands_in_ascii(place: Path, made: tuple[str, str]) -> None:
     data = ("--data", place / "text.txt", "--threads", 1, "--store", place / "magasin")
     picture = place / "carte.png"
     few = ("--samples", 2, "--length", 32)
@@ -86,9 +94,10 @@ def test_measuring_commands_in_ascii(place: Path) -> None:
     assert picture.is_file()
     command("verify", place / "modele", *data, *few)
     short = ("--prompt", 4, "--new", 2, "--minutes", 0.05)
-    command("compare", place / "modele", place / "modele", *data, *short)
     engine = place / "moteur"
     command("export", place / "modele", "--to", "onnx", "--out", engine, *data[2:])
+    result = place / "sortie"
+    command("compare", result, result, "--engine", "onnx", *data, *short)
 
 
 def test_other_encodings(place: Path) -> None:

@@ -1,4 +1,8 @@
-"""What every registered method, healer and exporter owes; a new file is found here unasked."""
+"""What every registered method, healer and exporter owes; a new file is found here unasked.
+
+Each method meets seven families that differ most, and a third of all pairs besides, so that every
+family meets a third of the methods; `--all-pairs` runs all.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ from prune_export.recipe.reference import described
 from prune_export.report.reading import StageReading
 from prune_export.surgery import rewrite
 from tests.contracts.made import alike, an_instance, units_of, view_for
+from tests.contracts.refused import REFUSED, refuses
 
 ENTRIES = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
 
@@ -32,6 +37,16 @@ UNITS = [
     for name in registry.names("methods")
     for unit in units_of(registry.find("methods", name))
 ] + [(name, "quantize") for name in registry.names("quantize")]
+
+PAIRS = [
+    (name, unit, model_type)
+    for name, unit in UNITS
+    for model_type in sorted(tables())
+    if not refuses(name, model_type)
+]
+_FIRST = ("llama", "gpt2", "gemma2", "phi3", "qwen3_moe", "olmo2", "falcon")
+"""Families that differ most from each other: each method meets them all."""
+_EACH_ONCE = [pair for pair in PAIRS if pair[2] in _FIRST]
 
 
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
@@ -44,20 +59,41 @@ def test_an_entry_is_a_frozen_dataclass_that_explains_itself(kind: Any, name: st
     assert all(key.help for key in text.keys), "every key says what it means"
 
 
-@pytest.mark.parametrize("model_type", sorted(tables()))
+def _instance(name: str, unit: str | None) -> Any:
+    if unit == "quantize":
+        return an_instance(registry.find("quantize", name), None)
+    return an_instance(registry.find("methods", name), unit)
+
+
 @pytest.mark.parametrize(("name", "unit"), UNITS)
+def test_a_method_refuses_these_families_and_no_others(
+    name: str, unit: str | None, tiny: Callable[[str], Checkpoint]
+) -> None:
+    refused = set()
+    for model_type in tables():
+        try:
+            _instance(name, unit).predict(tiny(model_type).arch())
+        except PlanError as refusal:
+            assert refusal.fix, (
+                "a family that a method cannot do is refused with what to do instead"
+            )
+            refused.add(model_type)
+    assert refused == REFUSED.get(name, set())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "model_type" in metafunc.fixturenames:
+        pairs = PAIRS if metafunc.config.getoption("--all-pairs") else PAIRS[::3] + _EACH_ONCE
+        metafunc.parametrize(("name", "unit", "model_type"), list(dict.fromkeys(pairs)))
+
+
 def test_a_method_leaves_what_it_predicted_and_it_reloads(
     name: str, unit: str | None, model_type: str, tiny: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:
     checkpoint = tiny(model_type)
     arch = checkpoint.arch()
-    kind = "quantize" if unit == "quantize" else "methods"
-    method = an_instance(registry.find(kind, name), None if kind == "quantize" else unit)
-    try:
-        predicted = method.predict(arch)
-    except PlanError as refusal:
-        assert refusal.fix, "a family that a method cannot do is refused with what to do instead"
-        return
+    method = _instance(name, unit)
+    predicted = method.predict(arch)
     decision = method.decide(view_for(method, checkpoint, tmp_path))
     after = rewrite(checkpoint, arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
     _lie_on_their_grids(after, decision)
@@ -74,7 +110,7 @@ def test_a_method_leaves_what_it_predicted_and_it_reloads(
     assert not loading["unexpected_keys"]
     told = json.loads(json.dumps(decision.log))
     assert told, "the log says what was decided, as JSON"
-    kind = "prune" if kind == "methods" else kind
+    kind = "quantize" if unit == "quantize" else "prune"
     stage = {"index": 0, "kind": kind, "name": name, "log": told}
     TypeAdapter(StageReading).validate_python(stage)  # what a report reads of it has its types
     refit = decision.log.get("refit", {})

@@ -16,8 +16,17 @@ from onnx.reference import ReferenceEvaluator
 
 from prune_export.arch.table import tables
 from prune_export.exporters.onnx import Onnx
+from tests.arch.kinds import one_of_each
 from tests.contracts.made import MACHINE
-from tests.exporters.onnx.test_onnx import error, expected_logits, exported, padded, saved, stepped
+from tests.exporters.onnx.test_onnx import (
+    UNTRACEABLE,
+    error,
+    expected_logits,
+    exported,
+    padded,
+    saved,
+    stepped,
+)
 
 ALLOWED = {"fp32": 1e-5, "fp16": 3e-2, "bf16": 1e-1, "int8": 5e-1}
 """Largest error as a fraction of the largest logit; random models magnify every rounding."""
@@ -28,16 +37,18 @@ ROUTED = {("mixtral", "bf16"): 6e-1}
 QUICK = {"gemma3_text": "bf16", "olmo2": "fp16", "qwen3_moe": "fp16"}
 """Each once was refused by the runtime."""
 
-SOME = {family: ("fp16", "int8", "bf16")[at % 3] for at, family in enumerate(sorted(tables()))} | {
-    "gemma2": "fp16"
-}
-"""One precision of each family; `--all-pairs` runs all, and test_onnx.py has fp32."""
+TRACEABLE = sorted(tables().keys() - UNTRACEABLE)
+SOME = {
+    family: ("fp16", "int8", "bf16")[at % 3]
+    for at, family in enumerate(one for one in one_of_each() if one in TRACEABLE)
+} | {"gemma2": "fp16"}
+"""One precision of one family of each kind; `--all-pairs` runs all, and test_onnx.py has fp32."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "precision" not in metafunc.fixturenames:
         return
-    pairs = [(family, precision) for family in sorted(tables()) for precision in ALLOWED]
+    pairs = [(family, precision) for family in TRACEABLE for precision in ALLOWED]
     if not metafunc.config.getoption("--all-pairs"):
         pairs = list((SOME | QUICK).items())
     cases = [

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from prune_export import registry
-from prune_export.arch.table import tables
 from prune_export.calibrate import LINEAR_GROUPS, ModelView, added_times
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Decision, Refitting
 from prune_export.errors import PlanError
 from prune_export.pruning.depth import seam_refit
 from prune_export.surgery import Overwrite, rewrite
+from tests.arch.kinds import one_of_each
 from tests.contracts.made import an_instance, plain_view, units_of, view_for
 
 DEPTH = [
@@ -52,7 +52,7 @@ def test_every_depth_method_refits() -> None:
 
 
 # Every method of every family refits in `test_methods.py`; here, one method and one family each.
-PAIRS = [("deepest", None, model_type) for model_type in sorted(tables())]
+PAIRS = [("deepest", None, model_type) for model_type in one_of_each(2)]
 PAIRS += [(name, unit, "llama") for name, unit in DEPTH if (name, unit) != ("deepest", None)]
 PAIRS += [("block_influence", unit, "phi") for unit in ("attention", "mlp")]
 
@@ -64,10 +64,6 @@ def test_refits_come_beside_the_same_cut(
     """With `refit: false` the edits are those of the cut alone, which the refits leave as it is."""
     checkpoint = tiny(model_type)
     method = an_instance(registry.find("methods", name), unit)
-    try:
-        method.predict(checkpoint.arch())
-    except PlanError:
-        return
     off = dataclasses.replace(method, refit=False)
     for scratch in ("off", "auto"):
         (tmp_path / scratch).mkdir()

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prune_export.errors import RecipeError, StageError
 from prune_export.execution import Options, plan, run
-from prune_export.execution.choosing import Point, alternative_of, to_prune
+from prune_export.execution.choosing import Point, _too_late, alternative_of, to_prune
 from prune_export.machine import Machine
 from prune_export.recipe import EngineOption, Recipe, Search, engines_of
 from prune_export.recipe.search import Target
@@ -102,6 +102,33 @@ class TestWhatIsPruned:
         assert alternative_of([dense], dense, reaches).startswith("No pruned model")
 
 
+class TestTooLate:
+    def choice(self, left: float, elapsed: float, *points: Any) -> Any:
+        watch = SimpleNamespace(
+            budget=1800.0, ratio=1.0, left=left, elapsed=elapsed,
+            planned=[SimpleNamespace(kind="search", seconds=700.0)],
+            after=lambda kind, ratio: 100.0 * ratio,
+        )  # fmt: skip
+        return SimpleNamespace(
+            context=SimpleNamespace(watch=watch), points=list(points), reaches=reaches,
+            search=SimpleNamespace(engines=[1, 2, 3]),
+        )  # fmt: skip
+
+    def test_nothing_is_left_out_before_a_result_is_in_hand(self) -> None:
+        full, half = point("32", 17.57, 0.7), point("8", 17.62, 1.4)
+        assert not _too_late(self.choice(1.0, 900.0, full), to_prune=True)
+        assert _too_late(self.choice(1.0, 900.0, full, half), to_prune=True)
+
+    def test_the_pace_of_the_engines_so_far_counts(self) -> None:
+        points = [point("32", 17.57, 0.7), point("8", 17.62, 1.4)]
+        # Two of seven engines were planned to take 200 s; one more and the proof follow.
+        assert not _too_late(self.choice(210.0, 200.0, *points), to_prune=False)
+        assert _too_late(self.choice(190.0, 200.0, *points), to_prune=False)
+        assert _too_late(self.choice(790.0, 800.0, *points), to_prune=False)
+        assert _too_late(self.choice(440.0, 200.0, *points), to_prune=True)
+        assert not _too_late(self.choice(460.0, 200.0, *points), to_prune=True)
+
+
 @pytest.mark.slow
 def test_a_dense_int8_model_is_chosen_over_a_pruned_one(
     wide_llama: Path, corpus: Path, options: Options
@@ -118,6 +145,11 @@ def test_a_dense_int8_model_is_chosen_over_a_pruned_one(
     assert points["deepest, int8 on onnx"]["bytes"] < points[table["chosen"]]["bytes"]
     (refused,) = [one for one in table["candidates"] if "int4 on ort_genai" in one["label"]][:1]
     assert "heads in units of 16" in refused["note"]
+    steps = {one["step"]: one for one in report["estimates"]}
+    assert list(steps) == ["import", "data", "search", "export: onnx", "verify"]
+    assert all(one["planned_seconds"] > 0 for one in [*steps.values()][2:])
+    assert steps["search"]["disk_bytes"] > points[table["chosen"]]["bytes"]
+    assert steps["export: onnx"]["reused"] == 1
     assert report["stages"] == []  # nothing is healed, as nothing was pruned
     assert [one["parameters"]["precision"] for one in report["exports"]] == ["int8"]
     for name in ("model.safetensors", "tokenizer.json", "onnx/model.onnx"):

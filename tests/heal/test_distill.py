@@ -27,10 +27,10 @@ from prune_export.training.memory import answers_to_keep
 from prune_export.training.objective import Distill, Distilled
 from prune_export.training.settings import Training
 from prune_export.units import GIB
-from tests.training.test_memory import CPU, SMOLLM2_24, arch_of
-
-from .conftest import QUICK, save_tiny, windows
-from .test_resume import Killed, KilledAt, files
+from tests.arch.tiny_models import arch_of
+from tests.heal.conftest import QUICK, save_tiny, windows
+from tests.heal.test_resume import Killed, KilledAt, files
+from tests.training.test_memory import CPU, SMOLLM2_24
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 

@@ -25,8 +25,7 @@ from prune_export.training.loop import Run, _picked
 from prune_export.training.model import Trainee, plain, trainee
 from prune_export.training.settings import Quantization
 from prune_export.training.targets import targets
-
-from .conftest import MACHINE, QUICK, logits, save_tiny, windows
+from tests.heal.conftest import MACHINE, QUICK, logits, save_tiny, windows
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 

@@ -17,10 +17,9 @@ from prune_export.progress import Silent
 from prune_export.surgery import Drop, rewrite
 from prune_export.training.hidden import States, paired, watched
 from prune_export.training.objective import Hidden
-
-from .conftest import MACHINE, save_tiny, windows
-from .test_distill import full, how
-from .test_resume import Killed, KilledAt, files
+from tests.heal.conftest import MACHINE, save_tiny, windows
+from tests.heal.test_distill import full, how
+from tests.heal.test_resume import Killed, KilledAt, files
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 

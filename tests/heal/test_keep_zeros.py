@@ -25,10 +25,10 @@ from prune_export.training.memory import fit
 from prune_export.training.model import Trainee, quiet, trainee
 from prune_export.training.settings import Quantization
 from prune_export.training.zeros import Packed, kept_zeros, refuse_filled
-from tests.training.test_memory import SMOLLM2_24, arch_of
-
-from .conftest import QUICK, save_tiny, windows
-from .test_resume import Killed, KilledAt, files
+from tests.arch.tiny_models import arch_of
+from tests.heal.conftest import QUICK, save_tiny, windows
+from tests.heal.test_resume import Killed, KilledAt, files
+from tests.training.test_memory import SMOLLM2_24
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 HEALERS = {

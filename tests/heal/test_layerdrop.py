@@ -15,9 +15,8 @@ from prune_export.contracts import HealRecord
 from prune_export.errors import PlanError
 from prune_export.heal.lora import Lora
 from prune_export.training.layerdrop import left_out, skipped
-
-from .conftest import QUICK, save_tiny
-from .test_resume import Killed, KilledAt, files
+from tests.heal.conftest import QUICK, save_tiny
+from tests.heal.test_resume import Killed, KilledAt, files
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 
@@ -47,10 +46,11 @@ def test_a_block_left_out_is_a_block_removed(model_type: str, tmp_path: Path) ->
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for key in ("dropout", "attention_dropout"):
-            if isinstance(getattr(module, key, None), float):
+        for key, value in list(vars(module).items()):
+            if key.endswith("dropout") and isinstance(value, float):
                 setattr(module, key, 0.0)
-    with torch.no_grad(), left_out(model, blocks, 0.5):
+    in_tuple = table_for(model_type).tuple_blocks
+    with torch.no_grad(), left_out(model, blocks, 0.5, in_tuple=in_tuple):
         torch.manual_seed(seed)
         evaluated = model.eval()(ids, use_cache=False).logits
         torch.manual_seed(seed)

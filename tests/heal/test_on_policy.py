@@ -19,11 +19,10 @@ from prune_export.heal.qlora import Qlora
 from prune_export.training.memory import answers_to_keep
 from prune_export.training.on_policy import is_on_policy, said_by_student
 from prune_export.training.settings import Training
+from tests.heal.conftest import QUICK, save_tiny, windows
+from tests.heal.test_distill import divergence, full, how
+from tests.heal.test_resume import Killed, KilledAt, files
 from tests.training.test_memory import CPU, SMOLLM2_24, arch_of
-
-from .conftest import QUICK, save_tiny, windows
-from .test_distill import divergence, full, how
-from .test_resume import Killed, KilledAt, files
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 

@@ -22,8 +22,7 @@ from prune_export.heal.qlora import Qlora
 from prune_export.training.loop import _Pause
 from prune_export.training.settings import Training
 from prune_export.training.state import State
-
-from .conftest import QUICK, save_tiny
+from tests.heal.conftest import QUICK, save_tiny
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 NARROW: dict[str, Any] = {

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from prune_export.arch import Arch
 from prune_export.arch.table import tables
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
@@ -14,13 +13,8 @@ from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.training.model import trainee
 from prune_export.training.targets import is_expert, linear_weights, targets
-
-from .conftest import MACHINE, save_tiny
-
-
-def arch_of(model_type: str) -> Arch:
-    config = AutoConfig.for_model(model_type, **tables()[model_type].tiny.config)
-    return Arch.from_config(config.to_dict())
+from tests.arch.tiny_models import arch_of
+from tests.heal.conftest import MACHINE, save_tiny
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,10 @@ def test_without_text_the_model_speaks_for_itself(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(PlanError, match="pass text of the kind that the model is for"):
             with_own_samples(recipe)
         return
-    said: Any = with_own_samples(recipe, longest=256).data
+    own = with_own_samples(recipe, longest=256)
+    said: Any = own.data
+    assert Recipe.parse(own.to_yaml()).data == said
+    assert "what the dense model says itself" in data_notes(own)[0]
     assert list(said) == ["evaluation", "ranking", "calibration", "healing"]
     assert len({source.generated.seed for source in said.values()}) == 4
     assert {source.length for source in said.values()} == {256}

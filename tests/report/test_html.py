@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from prune_export.report.card import model_card
 from prune_export.report.html import figure_of, render_page, scalars, value_text, what_was_done
 from prune_export.report.reading import Report
+from prune_export.report.table import summary_rows
 from tests.report.variants import made
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -148,6 +150,19 @@ def test_one_sentence() -> None:
         "6 of 30 blocks (13–18) were removed by angular_distance; healed with qlora; "
         "exported to onnx, genai."
     )
+
+
+def test_a_quantized_model_is_called_so() -> None:
+    report = made("full")
+    report["stages"] = [
+        {"index": 0, "kind": "quantize", "name": "gptq", "parameters": {}, "id": "q",
+         "log": {"grid": "4 bits, groups of 32, asymmetric"}}
+    ]  # fmt: skip
+    report["result"]["layers"] = report["base"]["layers"]
+    read = Report.of(report)
+    assert what_was_done(read).startswith("Quantized by gptq (4 bits, groups of 32, asymmetric)")
+    assert "1. **Quantize** with `gptq`" in model_card(read)
+    assert "perplexity, quantized" in {row.label for row in summary_rows(read)}
 
 
 def test_block_strip_marks_the_removed(tmp_path: Path) -> None:

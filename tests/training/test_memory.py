@@ -4,22 +4,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
 
-from prune_export.arch import Arch
-from prune_export.arch.table import table_for
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
 from prune_export.training.memory import fit
 from prune_export.units import GIB
+from tests.arch.tiny_models import arch_of
 
 CPU = Machine("cpu", 64 * GIB, 0, 2)
-
-
-def arch_of(model_type: str, **changes: Any) -> Arch:
-    config = AutoConfig.for_model(model_type, **{**table_for(model_type).tiny.config, **changes})
-    return Arch.from_config(config.to_dict())
 
 
 LLAMA_8B = {

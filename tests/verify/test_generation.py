@@ -9,6 +9,7 @@ from prune_export.verify.generation import (
     PROMPTS,
     _encoded,
     _fitting,
+    distinct_share,
     is_broken,
     judge,
     measure_generation,
@@ -89,3 +90,13 @@ def test_random_models_do_not_speak(tmp_path: Path, machine: Machine) -> None:
     found = measure_generation("dense", Engine.pytorch(checkpoint), checkpoint, machine)
     assert found.prompts == len(PROMPTS) == len(found.examples)
     assert found.empty + found.broken + found.repetitive >= len(PROMPTS) - 2
+
+
+def test_distinct_runs_are_counted_over_all_texts() -> None:
+    texts = [[1, 2, 1, 2], [1, 2], []]
+    assert distinct_share(texts, 1) == pytest.approx(2 / 6)
+    assert distinct_share(texts, 2) == pytest.approx(2 / 4)
+    assert distinct_share(texts, 3) == 1.0
+    assert distinct_share(texts, 5) == 0.0
+    found = judge("m", ["a"], [[1, 2, 3, 4]], ["text"])
+    assert found.distinct == [1.0, 1.0, 1.0]

@@ -37,14 +37,14 @@ _LEAST_IDS: Final = 1 << 16
 
 
 def answer_bytes(vocabulary: int, outcomes: int) -> int:
-    """Bytes that a token takes on the disk."""
+    """The bytes on disk of one position: its likeliest tokens and their log-probabilities."""
     return sum(_row_bytes(vocabulary, outcomes).values())
 
 
 def answers_cost(
     arch: Arch, samples: int, length: int, outcomes: int, machine: Machine
 ) -> PassCost:
-    """What it takes to keep a model's answers, from shapes alone."""
+    """Estimates the cost of keeping a model's answers, from shapes alone."""
     found = pass_cost(arch, (_Said(0, 1.0, _Nowhere()),), samples, length, machine)
     vocab, residual = arch.sizes["vocab"], arch.sizes["residual"]
     head = 4 * vocab * residual
@@ -131,7 +131,11 @@ def _say_part(team: Team, job: _Job) -> None:
 
 @dataclass(frozen=True)
 class KeptAnswers:
-    """Answers that lie in a directory; read window by window."""
+    """A teacher's kept answers, read window by window.
+
+    Of each window `length - 1` positions, and of each `outcomes` tokens; log-probabilities are of
+    logits divided by `temperature`.
+    """
 
     path: Path
     samples: int
@@ -141,10 +145,10 @@ class KeptAnswers:
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """The answers in a directory that `keep_answers` wrote.
+        """Opens the answers in a directory that `keep_answers` wrote.
 
         Raises:
-            CheckpointError: the file is none, or is cut off.
+            CheckpointError: it is another file, or is cut off.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -154,14 +158,25 @@ class KeptAnswers:
             with safe_open(path, framework="pt") as file:
                 samples, positions, outcomes = file.get_slice("ids").get_shape()
                 temperature = float((file.metadata() or {})["temperature"])
+                given = file.get_slice("log_p").get_shape()
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
                 str(path), f"is not a teacher's answers: {error}", "delete it; it is made again"
             ) from None
+        if given not in [[samples, positions, outcomes + more] for more in (0, 1)]:
+            raise CheckpointError(
+                str(path),
+                f"has log_p {given}, expected as many as ids {[samples, positions, outcomes]}, or "
+                "one more",
+                "delete it; it is made again",
+            )
         return cls(path, samples, positions + 1, outcomes, temperature)
 
     def of(self, windows: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids int64 `[windows, length - 1, k]` and log-probabilities float32 `[…, k or k + 1]`."""
+        """Reads ids int64 `[windows, length - 1, k]`, and float32 log-probabilities of them.
+
+        Where these are k + 1, the last is that of all other tokens together.
+        """
         from safetensors import safe_open
 
         with safe_open(self.path, framework="pt") as file:

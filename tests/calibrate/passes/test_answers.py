@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from prune_export.calibrate import (
@@ -151,3 +152,10 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match="not a teacher's answers"):
         KeptAnswers.open(tmp_path / "out")
+
+
+def test_answers_whose_parts_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    tensors = {"ids": torch.zeros(3, 4, 2, dtype=torch.int32), "log_p": torch.zeros(3, 5, 2)}
+    save_file(tensors, tmp_path / "answers.safetensors", metadata={"temperature": "1.0"})
+    with pytest.raises(CheckpointError, match=r"has log_p \[3, 5, 2\], expected as many as ids"):
+        KeptAnswers.open(tmp_path)

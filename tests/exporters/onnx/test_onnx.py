@@ -36,8 +36,11 @@ from prune_export.sparsity.slidesparse import holds
 
 MACHINE = Machine(device="cpu", ram_bytes=4 * 1024**3, gpu_bytes=0, threads=1)
 QUICK = ("llama",)
+UNTRACEABLE = {"bloom", "falcon", "gptj"}
+"""Their code cannot be followed by torch.export: exporters refuse them in the plan."""
 FAMILIES = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(tables())
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in sorted(tables().keys() - UNTRACEABLE)
 ]
 ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 

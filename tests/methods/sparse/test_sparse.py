@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from prune_export import registry
 from prune_export.arch import Arch
-from prune_export.arch.table import table_for, tables
+from prune_export.arch.table import tables
 from prune_export.calibrate import (
     LINEAR_GROUPS,
     CalibrationContext,
@@ -36,15 +36,10 @@ from prune_export.methods.sparse.wanda import Wanda
 from prune_export.pruning.sparse import owl, sparse_method
 from prune_export.pruning.sparse.masks import mask_of
 from prune_export.sparsity.nm import Nm
-from tests.arch.tiny_models import random_model
+from tests.arch.tiny_models import arch_of, random_model
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 METHODS: list[Any] = [Magnitude, Wanda, Ria, SparseGpt]
-
-
-def arch_of(model_type: str, **changes: Any) -> Arch:
-    settings = {**table_for(model_type).tiny.config, **changes}
-    return Arch.from_config(AutoConfig.for_model(model_type, **settings).to_dict())
 
 
 @pytest.fixture

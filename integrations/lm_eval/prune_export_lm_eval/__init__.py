@@ -1,0 +1,1 @@
+"""Every engine as a model of lm-evaluation-harness: `prune-export lm-eval out/ -t arc_easy`."""

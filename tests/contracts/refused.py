@@ -1,0 +1,45 @@
+"""The families that a method refuses, each for a reason that the method names: these and no others.
+
+A contract that returned on any refusal would pass for a method that refuses everything.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+_ALIBI: Final = frozenset({"bloom"})
+"""Heads have slopes by their number, and the MLP is always four times as wide as the states."""
+
+REFUSED: Final[dict[str, frozenset[str]]] = {
+    "laco": frozenset({"qwen3_moe"}),  # its blocks differ in shape and cannot be merged
+    "llm_pruner": _ALIBI,
+    "minitron": _ALIBI,
+    "structured_gblm": _ALIBI,
+    "structured_magnitude": _ALIBI,
+    "structured_wanda": _ALIBI,
+    # Norms that subtract the mean, norms of outputs, models that are sliced already, and configs
+    # that cannot say another hidden size.
+    "slicegpt": frozenset(
+        {
+            "bloom", "cohere", "cohere2", "exaone4", "falcon", "flex_olmo", "gemma2", "gemma3_text",
+            "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium", "hyperclovax", "jais2",
+            "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phimoe",
+            "sliced_llama", "sliced_mistral", "sliced_qwen2", "sliced_qwen3", "stablelm",
+            "starcoder2",
+        }
+    ),
+    # Their MLPs differ, or are experts, or are as wide as the states ask.
+    "ziplm": frozenset({"bloom", "flex_olmo", "mixtral", "olmoe", "phimoe", "qwen3_moe"}),
+}  # fmt: skip
+
+WHOLE_HEADS: Final = frozenset(
+    {
+        "bloom", "falcon", "flex_olmo", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium",
+        "olmo2", "olmo3", "olmoe", "opt", "persimmon", "stablelm",
+    }
+)  # fmt: skip
+"""Families whose config has no head size, or a norm over all heads: nothing cuts their heads."""
+
+
+def refuses(name: str, model_type: str) -> bool:
+    return model_type in REFUSED.get(name, frozenset())
