@@ -147,6 +147,8 @@ class Table(_Frozen):
 
     `tuple_blocks` says that the model takes the first of what a block returns, not all of it.
 
+    `parts_add` says that the modules of attention and MLP add the residual states themselves.
+
     `per_sample` names arguments of a block whose first dimension is samples times heads (ALiBi's
     bias), so that they do not broadcast from one sample to many.
 
@@ -175,6 +177,7 @@ class Table(_Frozen):
     norm: Literal["rms", "layer"]
     parallel: bool | str = False
     tuple_blocks: bool = False
+    parts_add: bool = False
     per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]
     axes: dict[str, Axis]

@@ -283,7 +283,11 @@ class LayerwiseModel:
         for name in list(tensors):
             path, _, leaf = name.rpartition(".")
             value = tensors.pop(name).to(self.device, self.dtype, non_blocking=True)
-            setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+            owner = module.get_submodule(path)
+            if leaf in dict(owner.named_buffers(recurse=False)):
+                setattr(owner, leaf, value)
+            else:
+                setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
