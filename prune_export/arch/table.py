@@ -166,6 +166,8 @@ class Table(_Frozen):
 
     `untraceable` says what of it no exporter's graph can hold, as an end of a sentence.
 
+    `parts_add` says that the modules of attention and MLP add the residual states themselves.
+
     `per_sample` names arguments of a block whose first dimension is samples times heads (ALiBi's
     bias), so that they do not broadcast from one sample to many.
 
@@ -196,6 +198,7 @@ class Table(_Frozen):
     tuple_blocks: bool = False
     untraceable: str = ""
     tuple_mlp: bool = False
+    parts_add: bool = False
     per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]
     axes: dict[str, Axis]

@@ -108,7 +108,8 @@ class Steps:
 def _modules(layerwise: LayerwiseModel, layer: int, part: Part) -> list[tuple[Any, bool]]:
     """The modules of a block that are a part, and True: one, or that of a shared expert too.
 
-    Where there is none (OPT's MLP), the part's last one, and False.
+    Else its last one, and False: some MLPs have no module (OPT), and some modules add the residual
+    states (Bloom).
     """
     found: list[tuple[Any, bool]] = []
     for tensor in layerwise.arch.block(layer):
@@ -119,6 +120,8 @@ def _modules(layerwise: LayerwiseModel, layer: int, part: Part) -> list[tuple[An
                 for child in layerwise.block(layer).children()
                 if any(module is leaf for module in child.modules())
             )
+            if layerwise.arch.table.parts_add:
+                whole = leaf
             if all(whole is not other for other, _ in found):
                 found.append((whole, whole is not leaf))
     return found
