@@ -32,7 +32,8 @@ NARROWED = {*one_of_each(1), "llama"}
 
 KINDS = {
     "deepseek_v3": 2, "dots1": 2, "ernie4_5_moe": 2, "gemma2": 2, "gemma3_text": 2, "glm4_moe": 2,
-    "qwen2": 2, "qwen2_moe": 3, "qwen3": 2, "qwen3_moe": 2, "sliced_qwen2": 2, "sliced_qwen3": 2, "smollm3": 2,
+    "qwen2": 2, "qwen2_moe": 3, "qwen3": 2, "qwen3_moe": 2, "sliced_qwen2": 2, "sliced_qwen3": 2,
+    "smollm3": 2,
 }  # fmt: skip
 """Kinds of blocks in the tiny model of a family, where there is more than one."""
 
