@@ -112,10 +112,10 @@ def _module(layerwise: LayerwiseModel, layer: int, part: Part) -> tuple[Any, boo
     leaf, block = layerwise.module(landmark), layerwise.block(layer)
     if layerwise.arch.table.parts_add:
         return leaf, False
-    for parent in block.modules():
-        if parent is not block and any(child is leaf for child in parent.children()):
-            return parent, True
-    return leaf, False
+    part_of_block = next(
+        child for child in block.children() if any(module is leaf for module in child.modules())
+    )
+    return part_of_block, part_of_block is not leaf
 
 
 def _instead(module: Any, forward: Callable[..., Any], undo: ExitStack) -> None:
