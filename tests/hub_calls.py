@@ -32,6 +32,22 @@ class Lines(Silent):
         self.said.append(text)
 
 
+def again(target: str, work: str, model: str) -> dict[str, Any]:
+    """Reproduces a published result; engines answer from threads of this process."""
+    import pytest
+
+    from prune_export.execution import Options
+    from prune_export.machine import Machine
+    from prune_export.reproduction import places, reproduce
+    from tests.measured_here import install
+
+    machine = Machine.detect(device="cpu", threads=1)
+    chosen = places(Path(work), Options(Path(work), Path(work), machine))
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        return reproduce(target, chosen, model=model).to_json()
+
+
 def outcome(call: dict[str, Any]) -> dict[str, Any]:
     lines = Lines()
     arguments = dict(call["arguments"])
@@ -39,6 +55,8 @@ def outcome(call: dict[str, Any]) -> dict[str, Any]:
         if call["function"] == "fetched":
             path = fetched(**arguments)
             return {"path": str(path), "text": path.read_text(encoding="utf-8")}
+        if call["function"] == "reproduce":
+            return again(**arguments)
         directory = Path(arguments.pop("directory"))
         return dataclasses.asdict(publish(directory, progress=lines, **arguments)) | {
             "said": lines.said

@@ -16,6 +16,7 @@ from prune_export.cli.help import Command, Group
 from prune_export.cli.listing import methods, recipes, schema
 from prune_export.cli.others import commands_of_others
 from prune_export.cli.publishing import destination, publish
+from prune_export.cli.reproducing import reproduce
 from prune_export.cli.running import carry_out
 from prune_export.cli.showing import show_plan
 from prune_export.cli.storing import store_app
@@ -304,7 +305,7 @@ def verify(
                           "export again, or run the recipe again")  # fmt: skip
 
 
-for last in (compare, publish, doctor):
+for last in (reproduce, compare, publish, doctor):
     app.command(cls=Command)(last)
 
 for entry in commands_of_others():

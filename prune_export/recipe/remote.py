@@ -1,13 +1,15 @@
-"""Fetches recipes from the Hub: one file of a repository, and nothing else of it."""
+"""Fetches recipes from the Hub: named small files of a repository, and nothing else of it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from prune_export.errors import RecipeError
 
 _URI = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_MISSING = "check the address, the revision and your access to it"
 
 
 def fetched(uri: str) -> Path:
@@ -16,23 +18,45 @@ def fetched(uri: str) -> Path:
     Raises:
         RecipeError: the URI is malformed, or the Hub or its cache does not give the file.
     """
+    return fetched_files(uri, ("prune_recipe.yaml",)) / "prune_recipe.yaml"
+
+
+def fetched_files(uri: str, needed: Sequence[str], wanted: Sequence[str] = ()) -> Path:
+    """Fetches files of one commit of `hf://owner/name[@revision]`; gives their local directory.
+
+    Those in `wanted` may be missing there.
+
+    Raises:
+        RecipeError: the URI is malformed, or the Hub or its cache does not give what is needed.
+    """
     match = _URI.fullmatch(uri)
     if match is None:
         raise RecipeError(uri, "is not a recipe address", "write `hf://owner/name[@revision]`")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+    )
 
-    try:
-        return Path(hf_hub_download(match[1], "prune_recipe.yaml", revision=match[2]))
-    except LocalEntryNotFoundError:
-        raise RecipeError(
-            uri,
-            "is not in the local cache, and the Hub cannot be reached",
-            "connect, unset HF_HUB_OFFLINE, or copy the recipe here",
-        ) from None
-    except (HfHubHTTPError, ValueError, OSError) as error:
-        raise RecipeError(
-            uri,
-            f"cannot be fetched: {str(error).splitlines()[0]}",
-            "check the address, the revision and your access to it",
-        ) from None
+    revision, folder = match[2], Path()
+    for name in (*needed, *wanted):
+        try:
+            file = Path(hf_hub_download(match[1], name, revision=revision))
+        except LocalEntryNotFoundError:
+            if name in wanted:
+                continue
+            raise RecipeError(
+                uri,
+                "is not in the local cache, and the Hub cannot be reached",
+                "connect, unset HF_HUB_OFFLINE, or copy the recipe here",
+            ) from None
+        except (HfHubHTTPError, ValueError, OSError) as error:
+            if name in wanted and isinstance(error, EntryNotFoundError):
+                continue
+            raise RecipeError(
+                uri, f"cannot be fetched: {str(error).splitlines()[0]}", _MISSING
+            ) from None
+        # Whatever else is fetched is of the commit that the first file was found in.
+        revision, folder = file.parent.name, file.parent
+    return folder
