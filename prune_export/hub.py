@@ -110,13 +110,13 @@ def publish(
     if dry_run:
         progress.say(f"Would upload {size} to {repo_id}")
         return found
-    token = _token(token)
-    _check_online()
+    token = found_token(token)
+    check_online()
     refuse_secrets(directory, files, token)
     progress.say(f"Uploading {size} to {repo_id}")
     stale = ("*.safetensors", "model.safetensors.index.json", "figures/*",
              *(f"{folder}/*" for folder in folders))  # fmt: skip
-    url, commit = _upload(
+    url, commit = upload(
         directory, repo_id, files, stale=stale, private=private, revision=revision, token=token,
         endpoint=endpoint, bars=not isinstance(progress, Silent),
     )  # fmt: skip
@@ -258,7 +258,12 @@ def _check_verified(directory: Path) -> None:
     raise PublishError(str(directory), problem, _UNVERIFIED)
 
 
-def _token(given: str | None) -> str:
+def found_token(given: str | None) -> str:
+    """The token: as given, or as huggingface_hub finds it.
+
+    Raises:
+        PublishError: there is none.
+    """
     from huggingface_hub import get_token
 
     token = given or get_token()
@@ -269,7 +274,12 @@ def _token(given: str | None) -> str:
     return token.strip()
 
 
-def _check_online() -> None:
+def check_online() -> None:
+    """Refuses to publish in offline mode.
+
+    Raises:
+        PublishError: it is on.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -280,7 +290,7 @@ def _check_online() -> None:
         )
 
 
-def _upload(
+def upload(
     directory: Path,
     repo_id: str,
     files: list[str],
@@ -292,7 +302,11 @@ def _upload(
     endpoint: str | None,
     bars: bool,
 ) -> tuple[str, str]:
-    """Uploads the files; gives the address and the commit."""
+    """Uploads files that were checked, removes `stale` ones; gives the address and the commit.
+
+    Raises:
+        PublishError: the Hub refuses.
+    """
     from huggingface_hub import HfApi, utils
     from huggingface_hub.errors import HTTPError  # httpx's, whichever httpx the library uses
 

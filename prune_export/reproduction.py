@@ -25,6 +25,7 @@ from prune_export.exporter_facts import ExporterFacts
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Recipe
 from prune_export.recipe.document import MAX_BYTES
+from prune_export.recipe.fetching import fetches
 from prune_export.recipe.remote import fetched_files
 from prune_export.report.reading import perplexity_change
 from prune_export.store import Store, sha256_of_file
@@ -134,6 +135,8 @@ def reproduce(
     first = read_made(target)
     recipe = recipe_of(first, data_root)
     spec = model or _base_of(first)
+    for line in fetches(recipe, spec) if not Path(target).is_dir() else ():
+        (progress or Silent()).say(f"the recipe fetches {line}")
     _check_base(first, recipe, spec, options, progress)
     run(recipe, spec, options, progress)
     return compared(target, first, read_made(str(options.out)))

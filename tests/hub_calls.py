@@ -18,7 +18,10 @@ from typing import Any
 
 from prune_export.errors import PruneExportError
 from prune_export.hub import publish
+from prune_export.hub_recipes import publish_recipes, search
 from prune_export.progress import Silent
+from prune_export.recipe import Recipe
+from prune_export.recipe.fetching import fetches
 from prune_export.recipe.remote import fetched
 
 
@@ -30,6 +33,23 @@ class Lines(Silent):
 
     def say(self, text: str) -> None:
         self.said.append(text)
+
+
+def ended(arguments: list[str]) -> dict[str, Any]:
+    """How a command ends, and what it says on standard error."""
+    from contextlib import redirect_stderr
+    from io import StringIO
+
+    from prune_export.cli import console, main
+
+    sys.argv, told = ["prune-export", *arguments], StringIO()
+    console.errors.file = told
+    with redirect_stderr(told):
+        try:
+            main()
+        except SystemExit as end:
+            return {"status": end.code, "told": told.getvalue()}
+    return {"status": 0, "told": told.getvalue()}
 
 
 def again(target: str, work: str, model: str) -> dict[str, Any]:
@@ -57,7 +77,16 @@ def outcome(call: dict[str, Any]) -> dict[str, Any]:
             return {"path": str(path), "text": path.read_text(encoding="utf-8")}
         if call["function"] == "reproduce":
             return again(**arguments)
+        if call["function"] == "search":
+            return {"found": [dataclasses.asdict(one) for one in search(**arguments)]}
+        if call["function"] == "load":
+            recipe = Recipe.load(**arguments)
+            return {"stages": [one.name for one in recipe.stages], "fetches": fetches(recipe)}
+        if call["function"] == "cli":
+            return ended(**arguments)
         directory = Path(arguments.pop("directory"))
+        if call["function"] == "publish_recipes":
+            return dataclasses.asdict(publish_recipes(directory, **arguments))
         return dataclasses.asdict(publish(directory, progress=lines, **arguments)) | {
             "said": lines.said
         }

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prune_export.cli import console, options
 from prune_export.errors import PlanError
+
+if TYPE_CHECKING:
+    from prune_export.hub import Published
 
 
 def publish(
@@ -24,6 +27,12 @@ def publish(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would be uploaded.")
     ] = False,
+    recipe_only: Annotated[
+        bool,
+        typer.Option(
+            "--recipe-only", help="Publish the recipe DIR alone: a file, or a directory of them."
+        ),
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -31,9 +40,19 @@ def publish(
     """Upload a result directory to the Hub: checkpoint, engines, recipe, lock, card, report.
 
     prune-export publish out/ --repo me/SmolLM2-135M-depth24
+    prune-export publish mine.yaml --repo me/recipes --recipe-only
 
     The token is taken from the environment or the Hub's login, and written nowhere.
     """
+    if recipe_only:
+        from prune_export.hub_recipes import publish_recipes
+
+        found = publish_recipes(
+            directory, repo, private=not public, dry_run=dry_run,
+            progress=console.progress(quiet=quiet or json),
+        )  # fmt: skip
+        _show(found, as_json=json)
+        return
     upload(
         directory, repo, private=not public, force=force, quiet=quiet, dry_run=dry_run, as_json=json
     )
@@ -73,6 +92,10 @@ def upload(
 
     found = publish_result(directory, repo, private=private, force=force, dry_run=dry_run,
                    progress=console.progress(quiet=quiet or as_json))  # fmt: skip
+    _show(found, as_json=as_json)
+
+
+def _show(found: Published, *, as_json: bool) -> None:
     if as_json:
         console.print_json(dataclasses.asdict(found))
     else:
