@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -82,6 +82,7 @@ def publish(
     dry_run: bool = False,
     force: bool = False,
     engines: bool = False,
+    allow: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Published:
     """Uploads a result directory in one go, creating the repository where it is missing.
@@ -89,7 +90,7 @@ def publish(
     `force` uploads a result whose verification failed or was not made; `engines` uploads
     machine-bound engine files too. Files of an earlier upload that this one no longer has are
     removed where they are ours: weights, engines, figures. A dry run does every check that needs
-    no network.
+    no network. Names and paths of this machine are refused but for those in `allow`.
 
     Raises:
         PublishError: the directory is not fit for it, or the Hub refuses.
@@ -102,7 +103,8 @@ def publish(
     _check_code(directory, files)
     if not force:
         _check_verified(directory)
-    refuse_secrets(directory, files, token)
+    owner = repo_id.partition("/")[0]
+    refuse_secrets(directory, files, token, owner=owner, allowed=allow)
     total = sum((directory / name).stat().st_size for name in files)
     found = Published(repo_id, "", "", tuple(files), tuple(left_out), total)
     progress = progress or Silent()
@@ -112,7 +114,7 @@ def publish(
         return found
     token = found_token(token)
     check_online()
-    refuse_secrets(directory, files, token)
+    refuse_secrets(directory, files, token, owner=owner, allowed=allow)
     progress.say(f"Uploading {size} to {repo_id}")
     stale = ("*.safetensors", "model.safetensors.index.json", "figures/*",
              *(f"{folder}/*" for folder in folders))  # fmt: skip

@@ -102,6 +102,7 @@ def publish_recipes(
     token: str | None = None,
     endpoint: str | None = None,
     dry_run: bool = False,
+    allow: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Published:
     """Uploads a recipe, or all of a directory, with a card and nothing else.
@@ -125,7 +126,8 @@ def publish_recipes(
             loaded[name] = Recipe.load(file)
         (folder / "README.md").write_text(_card(repo_id, loaded), encoding="utf-8")
         names = ["README.md", *texts]
-        refuse_secrets(folder, names, token)
+        owner = repo_id.partition("/")[0]
+        refuse_secrets(folder, names, token, owner=owner, allowed=allow)
         total = sum((folder / name).stat().st_size for name in names)
         size = f"{len(names)} files, {text_from_bytes(total)}"
         if dry_run:
@@ -133,7 +135,7 @@ def publish_recipes(
             return Published(repo_id, "", "", tuple(names), (), total)
         token = found_token(token)
         check_online()
-        refuse_secrets(folder, names, token)
+        refuse_secrets(folder, names, token, owner=owner, allowed=allow)
         _refuse_results(repo_id, token, endpoint)
         progress.say(f"Uploading {size} to {repo_id}")
         url, commit = upload(

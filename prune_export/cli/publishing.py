@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,12 @@ def publish(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would be uploaded.")
     ] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="Let this name, or paths below it, be published. Repeatable."
+        ),
+    ] = None,
     recipe_only: Annotated[
         bool,
         typer.Option(
@@ -48,13 +55,20 @@ def publish(
         from prune_export.hub_recipes import publish_recipes
 
         found = publish_recipes(
-            directory, repo, private=not public, dry_run=dry_run,
+            directory, repo, private=not public, dry_run=dry_run, allow=allow or (),
             progress=console.progress(quiet=quiet or json),
         )  # fmt: skip
         _show(found, as_json=json)
         return
     upload(
-        directory, repo, private=not public, force=force, quiet=quiet, dry_run=dry_run, as_json=json
+        directory,
+        repo,
+        private=not public,
+        force=force,
+        quiet=quiet,
+        dry_run=dry_run,
+        as_json=json,
+        allow=allow or (),
     )
 
 
@@ -86,12 +100,15 @@ def upload(
     quiet: bool,
     dry_run: bool = False,
     as_json: bool = False,
+    allow: Sequence[str] = (),
 ) -> None:
     """Uploads a result directory and shows what went where."""
     from prune_export.hub import publish as publish_result
 
-    found = publish_result(directory, repo, private=private, force=force, dry_run=dry_run,
-                   progress=console.progress(quiet=quiet or as_json))  # fmt: skip
+    found = publish_result(
+        directory, repo, private=private, force=force, dry_run=dry_run, allow=allow,
+        progress=console.progress(quiet=quiet or as_json),
+    )  # fmt: skip
     _show(found, as_json=as_json)
 
 
