@@ -100,6 +100,7 @@ def called(
     } | {
         "HF_ENDPOINT": fake.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": GOOD, "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(CALLS.parents[1]),
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(CALLS)], input=json.dumps(calls), env=environment, text=True,
