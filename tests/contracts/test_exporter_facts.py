@@ -23,6 +23,7 @@ DECLARED: dict[str, Any] = {
 }  # fmt: skip
 
 ALLOWED = {
+    "doctor.py": {"onnx", "tensorrt"},  # extras of the package, called like the exporters
     "report/card.py": {"onnx"},  # the Hub's tag for a graph of that format
     "recipe/search.py": {"onnx"},  # a default of the recipe, which names an exporter
 }
