@@ -48,6 +48,9 @@ ROLES: Final[Mapping[str, Role]] = {
     "expert.gate": Role("mlp", "experts.in", reads="norm.mlp"),
     "expert.up": Role("mlp", "experts.in", reads="norm.mlp"),
     "expert.down": Role("mlp", "experts.out", writes=True),
+    "experts.gate_up": Role("mlp", reads="norm.mlp"),
+    "experts.down": Role("mlp", writes=True),
+    "shared.gate_up": Role("mlp", "shared.in", reads="norm.mlp"),
     "shared.gate": Role("mlp", "shared.in", reads="norm.mlp"),
     "shared.up": Role("mlp", "shared.in", reads="norm.mlp"),
     "shared.down": Role("mlp", "shared.out", writes=True),
@@ -58,6 +61,7 @@ ROLES: Final[Mapping[str, Role]] = {
     "buffer.beta": Role("mlp"),
     "buffer.eps": Role("mlp"),
     "buffer.correction": Role("mlp"),
+    "sinks": Role("attention"),
     "norm.q": Role("attention"),
     "norm.k": Role("attention"),
     "norm.q_a": Role("attention"),
@@ -100,6 +104,11 @@ def roles(which: Callable[[Role], object], *, biases: bool = False) -> tuple[str
 def is_expert(name: str) -> bool:
     """Whether a role is of a weight of one expert of a mixture."""
     return name.partition(".")[0] == "expert"
+
+
+def is_fused(name: str) -> bool:
+    """Whether a role is of a tensor that holds all experts of a block, on disk too."""
+    return name.partition(".")[0] == "experts"
 
 
 OUTPUT_PROJECTIONS: Final = frozenset(roles(lambda own: own.writes and own.group))

@@ -162,9 +162,11 @@ class Table(_Frozen):
 
     `tuple_blocks` says that the model takes the first of what a block returns, not all of it.
 
-    `parts_add` says that the modules of attention and MLP add the residual states themselves.
+    `tuple_mlp` says that an MLP returns its output as the first of two.
 
-    `complex_rotary` says that its rotary embedding multiplies complex numbers, which graphs lack.
+    `untraceable` says what of it no exporter's graph can hold, as an end of a sentence.
+
+    `parts_add` says that the modules of attention and MLP add the residual states themselves.
 
     `per_sample` names arguments of a block whose first dimension is samples times heads (ALiBi's
     bias), so that they do not broadcast from one sample to many.
@@ -194,8 +196,9 @@ class Table(_Frozen):
     norm: Literal["rms", "layer"]
     parallel: bool | str = False
     tuple_blocks: bool = False
+    untraceable: str = ""
+    tuple_mlp: bool = False
     parts_add: bool = False
-    complex_rotary: bool = False
     per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]
     axes: dict[str, Axis]

@@ -21,7 +21,7 @@ from prune_export.training import heal as training
 from prune_export.training import memory
 from prune_export.training.model import require
 from prune_export.training.settings import Quantization, Settings
-from prune_export.training.targets import is_expert, linear_weights, targets
+from prune_export.training.targets import stacks_experts, targets
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Qlora(Settings):
         del machine
         require("heal: qlora", "peft", "accelerate", "bitsandbytes")
         targets(self.targets, arch)
-        if any(is_expert(tensor) for tensor in linear_weights(arch)):
+        if stacks_experts(arch):
             raise PlanError(
                 "heal: qlora",
                 f"bitsandbytes does not quantize the stacked experts of a {arch.family} model, "

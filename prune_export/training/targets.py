@@ -6,9 +6,10 @@ from typing import Final
 
 from prune_export.arch import Arch, Tensor
 from prune_export.arch.roles import is_expert as is_expert_role
+from prune_export.arch.roles import is_fused
 from prune_export.errors import PlanError, did_you_mean
 
-_ROUTERS: Final = frozenset({"router", "router.bias", "shared.router"})
+_ROUTERS: Final = frozenset({"router", "shared.router"})
 _FFN_AXES: Final = frozenset({"mlp", "moe", "shared"})
 
 
@@ -17,13 +18,21 @@ def linear_weights(arch: Arch) -> tuple[Tensor, ...]:
     return tuple(
         tensor
         for tensor in arch.tensors
-        if tensor.layer is not None and len(tensor.dims.of) == 2 and tensor.role not in _ROUTERS
+        if tensor.layer is not None
+        and len(tensor.dims.of) == 2
+        and tensor.role not in _ROUTERS
+        and not tensor.role.endswith(".bias")
     )
 
 
 def is_expert(tensor: Tensor) -> bool:
     """Whether a weight is one expert's of a mixture; transformers stacks those of a block."""
     return is_expert_role(tensor.role)
+
+
+def stacks_experts(arch: Arch) -> bool:
+    """Whether a model has experts, which transformers stacks; some are stored so too."""
+    return any(is_expert(tensor) or is_fused(tensor.role) for tensor in arch.tensors)
 
 
 def targets(which: str | tuple[str, ...], arch: Arch) -> tuple[Tensor, ...]:
@@ -47,19 +56,20 @@ def targets(which: str | tuple[str, ...], arch: Arch) -> tuple[Tensor, ...]:
                 did_you_mean(unknown[0], roles),
             )
         chosen = tuple(tensor for tensor in weights if tensor.role in which)
-    if not chosen:
-        raise PlanError(
-            "targets",
-            f"`{which}` matches no linear weight of this {arch.family} model",
-            f"write roles it has: [{', '.join(roles)}]",
-        )
-    if any(is_expert(tensor) for tensor in chosen):
+    whole = which in ("all", "ffn") and stacks_experts(arch)
+    if whole or any(is_expert(tensor) for tensor in chosen):
         rest = [role for role in roles if not is_expert_role(role)]
         raise PlanError(
             "targets",
             f"`{which if isinstance(which, str) else ', '.join(which)}` takes in the experts of "
             f"this {arch.family} model, which share one stacked tensor and get no adapter",
             f"write `targets: [{', '.join(rest)}]`",
+        )
+    if not chosen:
+        raise PlanError(
+            "targets",
+            f"`{which}` matches no linear weight of this {arch.family} model",
+            f"write roles it has: [{', '.join(roles)}]",
         )
     return chosen
 

@@ -10,7 +10,18 @@ from typing import Final
 _ALIBI: Final = frozenset({"bloom"})
 """Heads have slopes by their number, and the MLP is always four times as wide as the states."""
 
+_FUSED: Final = frozenset({"gpt_oss", "granitemoe", "granitemoeshared"})
+"""The experts of a block are one tensor on disk, of which nothing is cut and made sparse."""
+
 REFUSED: Final[dict[str, frozenset[str]]] = {
+    "gblm": _FUSED,
+    "gptq": _FUSED,
+    "iterative_magnitude": _FUSED,
+    "magnitude": _FUSED,
+    "ria": _FUSED,
+    "rtn": _FUSED,
+    "sparsegpt": _FUSED,
+    "wanda": _FUSED,
     # Their blocks differ in shape and cannot be merged.
     "laco": frozenset(
         {
@@ -18,11 +29,11 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
             "qwen3_moe",
         }
     ),
-    "llm_pruner": _ALIBI,
-    "minitron": _ALIBI,
-    "structured_gblm": _ALIBI,
-    "structured_magnitude": _ALIBI,
-    "structured_wanda": _ALIBI,
+    "llm_pruner": _ALIBI | _FUSED,
+    "minitron": _ALIBI | _FUSED,
+    "structured_gblm": _ALIBI | _FUSED,
+    "structured_magnitude": _ALIBI | _FUSED,
+    "structured_wanda": _ALIBI | _FUSED,
     # Norms that subtract the mean, norms of outputs, models that are sliced already, and configs
     # that cannot say another hidden size.
     "slicegpt": frozenset(
@@ -38,8 +49,8 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
     "ziplm": frozenset(
         {
             "bloom", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo",
-            "glm4_moe", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe",
-            "qwen3_moe",
+            "glm4_moe", "gpt_oss", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "minimax_m2",
+            "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
         }
     ),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from prune_export.errors import PlanError
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.training.model import trainee
-from prune_export.training.targets import is_expert, linear_weights, targets
+from prune_export.training.targets import stacks_experts, targets
 from tests.arch.tiny_models import arch_of
 from tests.heal.conftest import MACHINE, save_tiny
 
@@ -47,6 +47,8 @@ def test_roles(model_type: str, ffn: str, all_: str) -> None:
         ("mixtral", "all", "experts"),
         ("mixtral", ("q", "expert.up"), "experts"),
         ("qwen3_moe", "all", "stacked"),
+        ("gpt_oss", "all", "stacked"),
+        ("granitemoeshared", "ffn", "stacked"),
     ],
 )
 def test_refusals_say_what_to_write(
@@ -65,11 +67,7 @@ def test_experts_are_healed_by_attention_in_full_precision_only() -> None:
 
 
 def dense_types() -> list[str]:
-    return sorted(
-        name
-        for name in tables()
-        if not any(is_expert(tensor) for tensor in linear_weights(arch_of(name)))
-    )
+    return sorted(name for name in tables() if not stacks_experts(arch_of(name)))
 
 
 @pytest.mark.parametrize("model_type", dense_types())

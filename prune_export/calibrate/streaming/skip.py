@@ -37,7 +37,7 @@ OUTPUTS: Final[Mapping[Part, tuple[str, ...]]] = {
 
 _LANDMARKS: Final[Mapping[Part, tuple[str, ...]]] = {
     "attention": ("o",),
-    "mlp": ("down", "router"),
+    "mlp": ("down", "router", "shared.down"),
 }
 """The roles of matrices by which a part is found; experts are fused in memory, their router not."""
 
@@ -47,13 +47,14 @@ def skipped(layerwise: LayerwiseModel, layer: int, parts: Collection[Part]) -> I
     """Makes these parts of a loaded block give zeros inside a `with`; modules are not computed."""
     with ExitStack() as undo:
         for part in parts:
-            module, whole = _module(layerwise, layer, part)
-            if whole:
-                zeros = _zeros_and_none if part == "attention" else _zeros
-                _instead(module, partial(zeros, layerwise.arch.sizes["residual"]), undo)
-            else:
-                handle = module.register_forward_hook(lambda _m, _i, out: torch.zeros_like(out))
-                undo.callback(handle.remove)
+            for module, whole in _modules(layerwise, layer, part):
+                if whole:
+                    pair = part == "attention" or layerwise.arch.table.tuple_mlp
+                    zeros = _zeros_and_none if pair else _zeros
+                    _instead(module, partial(zeros, layerwise.arch.sizes["residual"]), undo)
+                else:
+                    handle = module.register_forward_hook(lambda _m, _i, out: torch.zeros_like(out))
+                    undo.callback(handle.remove)
         yield
 
 
@@ -73,14 +74,17 @@ class Steps:
 
     def __init__(self, layerwise: LayerwiseModel, layer: int, call: Call) -> None:
         self._layerwise, self._layer, self._call = layerwise, layer, call
-        self._modules = {part: _module(layerwise, layer, part)[0] for part in ("attention", "mlp")}
-        self._kept: dict[str, Any] = {}
+        parts: tuple[Part, ...] = ("attention", "mlp")
+        self._modules = [
+            (part, module) for part in parts for module, _ in _modules(layerwise, layer, part)
+        ]
+        self._kept: dict[Any, Any] = {}
 
     def run(self, states: torch.Tensor) -> torch.Tensor:
         """Runs the whole block, and keeps the outputs of its parts."""
         with ExitStack() as undo:
-            for part, module in self._modules.items():
-                handle = module.register_forward_hook(partial(_keep, self._kept, part))
+            for _, module in self._modules:
+                handle = module.register_forward_hook(partial(_keep, self._kept))
                 undo.callback(handle.remove)
             return self._layerwise.run(self._layer, states, self._call)
 
@@ -95,27 +99,32 @@ class Steps:
     def _with(self, parts: Collection[str], states: torch.Tensor) -> torch.Tensor:
         """The block's output with the kept outputs of only these parts."""
         with ExitStack() as undo:
-            for part, module in self._modules.items():
-                kept = self._kept[part]
+            for part, module in self._modules:
+                kept = self._kept[module]
                 _instead(module, partial(_given, kept if part in parts else _blank(kept)), undo)
             return self._layerwise.run(self._layer, states, self._call)
 
 
-def _module(layerwise: LayerwiseModel, layer: int, part: Part) -> tuple[Any, bool]:
-    """The module of a part, and True; else its last one, and False.
+def _modules(layerwise: LayerwiseModel, layer: int, part: Part) -> list[tuple[Any, bool]]:
+    """The modules of a block that are a part, and True: one, or that of a shared expert too.
 
-    Some MLPs have no module (OPT), and some modules add the residual states (Bloom).
+    Else its last one, and False: some MLPs have no module (OPT), and some modules add the residual
+    states (Bloom).
     """
-    landmark = next(
-        tensor for tensor in layerwise.arch.block(layer) if tensor.role in _LANDMARKS[part]
-    )
-    leaf, block = layerwise.module(landmark), layerwise.block(layer)
-    if layerwise.arch.table.parts_add:
-        return leaf, False
-    part_of_block = next(
-        child for child in block.children() if any(module is leaf for module in child.modules())
-    )
-    return part_of_block, part_of_block is not leaf
+    found: list[tuple[Any, bool]] = []
+    for tensor in layerwise.arch.block(layer):
+        if tensor.role in _LANDMARKS[part]:
+            leaf = layerwise.module(tensor)
+            whole = next(
+                child
+                for child in layerwise.block(layer).children()
+                if any(module is leaf for module in child.modules())
+            )
+            if layerwise.arch.table.parts_add:
+                whole = leaf
+            if all(whole is not other for other, _ in found):
+                found.append((whole, whole is not leaf))
+    return found
 
 
 def _instead(module: Any, forward: Callable[..., Any], undo: ExitStack) -> None:
@@ -135,9 +144,9 @@ def _zeros_and_none(width: int, *args: Any, **named: Any) -> tuple[torch.Tensor,
     return _zeros(width, *args, **named), None
 
 
-def _keep(kept: dict[str, Any], part: str, module: Any, args: Any, output: Any) -> None:
-    del module, args
-    kept[part] = output
+def _keep(kept: dict[Any, Any], module: Any, args: Any, output: Any) -> None:
+    del args
+    kept[module] = output
 
 
 def _given(output: Any, *args: Any, **named: Any) -> Any:

@@ -26,7 +26,7 @@ def rope_kinds(config: Mapping[str, Any]) -> set[str]:
 
 
 def refuse_untraceable(where: str, arch: Arch) -> None:
-    """Refuses what torch.export cannot follow: dynamic or complex rotary embeddings, and old code.
+    """Refuses what torch.export cannot follow: dynamic rotary scaling, and what models do that.
 
     Raises:
         PlanError: with what is the same, or runs it.
@@ -39,11 +39,11 @@ def refuse_untraceable(where: str, arch: Arch) -> None:
             "caches in ways of before torch.export",
             "run it in PyTorch: leave the export out",
         )
-    if arch.table.complex_rotary:
+    if arch.table.untraceable:
         raise PlanError(
             where,
-            f"torch.export cannot follow {arch.family} into such a graph: its rotary embedding "
-            "multiplies complex numbers",
+            f"torch.export cannot follow {arch.family} into a graph that an exporter writes: "
+            f"{arch.table.untraceable}",
             "run it in PyTorch: leave the export out",
         )
 

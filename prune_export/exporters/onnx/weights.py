@@ -87,6 +87,8 @@ class Source:
         """The positions left of each dimension of a torch parameter `shape`, or of one expert."""
         found = [list(range(size)) for size in shape]
         names = [n for n in (parameter, *self.tied.get(parameter, ())) if n in self.stored][:1]
+        if expert is not None and names:
+            return found  # of experts that are one tensor on disk nothing is trimmed
         if expert is not None:
             names = self._expert_names(parameter, expert)
         if self.trim is None or not names:
@@ -102,7 +104,7 @@ class Source:
     def names_of(self, parameter: str, expert: int | None = None) -> list[str]:
         """The stored matrices that make up a parameter, or one expert of it, by their outputs."""
         if expert is not None:
-            return self._expert_names(parameter, expert)
+            return [] if parameter in self.stored else self._expert_names(parameter, expert)
         found = []
         for part in parts(parameter):
             own = next((n for n in (part, *self.tied.get(part, ())) if n in self.stored), None)
@@ -132,6 +134,8 @@ class Source:
         return self.trim.cut(self.stored[name], values) if self.trim else values
 
     def _expert(self, parameter: str, expert: int) -> torch.Tensor:
+        if parameter in self.stored:  # all experts of a block, on disk too
+            return self.checkpoint.read_rows(self.stored[parameter], expert, expert + 1)[0]
         return torch.cat([self._read(name) for name in self._expert_names(parameter, expert)])
 
     def _expert_names(self, parameter: str, expert: int) -> list[str]:

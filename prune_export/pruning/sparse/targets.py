@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import gcd
 
 from prune_export.arch import Arch, Tensor
+from prune_export.arch.roles import is_fused
 from prune_export.calibrate import LINEAR_GROUPS, linears
 from prune_export.errors import PlanError, did_you_mean
 from prune_export.sparsity.nm import Nm
@@ -56,6 +57,13 @@ def chosen_matrices(
                 f"the model has {arch.layers} blocks",
                 f"write numbers up to {arch.layers - 1}",
             )
+    if include is None and any(is_fused(tensor.role) for tensor in arch.block(0)):
+        raise PlanError(
+            f"model  {arch.family}",
+            "has the experts of a block in one tensor on disk, most of its weights, and these "
+            "cannot be worked on yet",
+            f"write `include: [{', '.join(roles)}]` to leave its experts as they are",
+        )
     wanted = set(roles if include is None else include) - set(exclude)
     found = tuple(
         tensor

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final, Literal
 
 from prune_export.arch import Arch
+from prune_export.arch.roles import is_fused
 from prune_export.errors import PlanError
 
 Part = Literal["ffn", "heads", "kv_groups", "hidden", "experts"]
@@ -89,6 +90,12 @@ def axes_of(arch: Arch, part: Part) -> list[str]:
     if part == "heads" and not shares_keys(arch):
         names = ("kv",)
     axes = [axis for axis in arch.sizes if axis.split(".")[0] in names]
+    if part in ("ffn", "experts") and any(is_fused(tensor.role) for tensor in arch.block(0)):
+        raise PlanError(
+            part,
+            f"cannot be cut in a {arch.family} model: a block's experts are one tensor on disk",
+            "remove the key, and cut `heads` or `hidden`, or blocks",
+        )
     if not axes:
         raise PlanError(part, f"is nothing that a {arch.family} model has", "remove the key")
     return axes

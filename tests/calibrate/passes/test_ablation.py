@@ -16,7 +16,13 @@ from prune_export.calibrate.passes import ablation
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.machine import Machine
 
-OUTPUTS = {"attention": ("o", "o.bias"), "mlp": ("down", "down.bias", "expert.down")}
+OUTPUTS = {
+    "attention": ("o", "o.bias"),
+    "mlp": (
+        "down", "down.bias", "expert.down", "experts.down", "experts.down.bias", "shared.down",
+        "shared.down.bias",
+    ),
+}  # fmt: skip
 
 
 def by_hand(made: Any, ids: torch.Tensor, units: Iterable[Unit]) -> float:
@@ -29,7 +35,7 @@ def by_hand(made: Any, ids: torch.Tensor, units: Iterable[Unit]) -> float:
             if tensor.role not in OUTPUTS[unit.part]:
                 continue
             name = tensor.name
-            if tensor.role == "expert.down":
+            if tensor.role in ("expert.down", "experts.down") and name not in parameters:
                 prefix = f"{made.arch.table.blocks}.{unit.layer}."
                 inside = next(
                     name
