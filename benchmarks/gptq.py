@@ -59,8 +59,7 @@ def main() -> None:
         rows.append({"case": name, **row})
         print(f"{name:44} {row['perplexity']:8.2f}  {row.get('processor_seconds', 0):7.1f} s")
     settings = {"model": options.model.name, "threads": options.threads, "tokens": tokens}
-    if not options.cases:
-        print(save("gptq", {**settings, "rows": rows}))
+    print(save("gptq", {**settings, "rows": rows}))
 
 
 def _done(name: str, options: argparse.Namespace, **asked: str) -> dict[str, Any]:
@@ -229,7 +228,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--windows", type=int, default=8, help="of the evaluation")
     parser.add_argument("--window-length", type=int, default=1024, help="tokens of each")
-    parser.add_argument("--cases", nargs="*", choices=list(CASES), help="these; writes no results")
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), help="these alone")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--job", choices=list(JOBS), help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)

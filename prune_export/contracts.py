@@ -11,16 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Final,
-    Protocol,
-    Self,
-    TypedDict,
-    runtime_checkable,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -123,10 +114,9 @@ class StageLog(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Decision:
-    """The result of a method: the edits to make, and a log of why, for manifest and report.
+    """The result of a method: edits, a JSON log of why (`StageLog`), and grids of what is on one.
 
-    `log` is JSON; what a report can show of it are the keys of `StageLog`. `grids` gives, for each
-    matrix that the edits put on a quantization grid, a function that reads its grid.
+    `grids` gives a function for each matrix that is put on a quantization grid, which reads it.
     """
 
     edits: Iterable[Edit]

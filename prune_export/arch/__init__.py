@@ -114,7 +114,11 @@ class Arch:
 
     def block_parameters(self) -> int:
         """The number of parameters of all blocks, without embeddings and head."""
-        return sum(prod(self.shape(tensor)) for tensor in self.stored() if tensor.layer is not None)
+        return sum(
+            prod(self.shape(tensor))
+            for tensor in self.stored()
+            if tensor.layer is not None and not tensor.is_buffer
+        )
 
     def head_parameters(self) -> int:
         """The number of weights of the LM head, stored or tied."""

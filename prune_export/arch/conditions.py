@@ -1,7 +1,7 @@
 """Evaluates the expressions of a table: sizes over config keys, and conditions on them.
 
 head_dim | hidden_size / num_attention_heads     the first alternative with no missing key
-kv * group                                       left to right, integers only
+kv * group + 1                                   left to right, integers only
 attention_bias and not use_gelu                  true of the config's values
 word_embed_proj_dim != hidden_size               the right side is a key's value, or a word
 """
@@ -18,7 +18,8 @@ LARGEST_SIZE: Final = 2**40
 """No axis is longer; the longest of 2026, a vocabulary, has 262,144."""
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_TERM = re.compile(r"[*/]|[A-Za-z_][A-Za-z0-9_]*|[0-9]+")
+_TERM = re.compile(r"[+*/]|[A-Za-z_][A-Za-z0-9_]*|[0-9]+")
+_SIGNS: Final = "+*/"
 _TEST = re.compile(r"(?P<no>not +)?(?P<key>\w+)(?: *(?P<sign>==|!=) *(?P<value>\S+))?")
 
 
@@ -37,14 +38,16 @@ def value(expression: str, config: Mapping[str, Any]) -> int:
     """
     for alternative in expression.split("|"):
         terms = _TERM.findall(alternative)
-        operands = [term for term in terms if term not in "*/"]
+        operands = [term for term in terms if term not in _SIGNS]
         numbers = [_number(term, config) for term in operands]
         if any(number is None for number in numbers):
             continue
         total = numbers[0] or 0
-        for sign, number in zip((t for t in terms if t in "*/"), numbers[1:], strict=True):
+        for sign, number in zip((t for t in terms if t in _SIGNS), numbers[1:], strict=True):
             if sign == "*":
                 total *= number or 0
+            elif sign == "+":
+                total += number or 0
             elif not number or total % number:
                 raise UnsupportedArch(
                     "config.json", f"{alternative.strip()} leaves a rest: {total} / {number}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from prune_export.arch.conditions import value
-from prune_export.arch.table import Table, common
+from prune_export.arch.conditions import keys_of, value
+from prune_export.arch.table import LayerSet, Table, common
 from prune_export.arch.tensors import members
 from prune_export.errors import PlanError, UnsupportedArch, did_you_mean
 
@@ -104,14 +104,47 @@ def cut_config(table: Table, config: Mapping[str, Any], kept: Sequence[int]) -> 
     for key in rules.per_layer:
         if config.get(key) is not None:
             cut[key] = [config[key][layer] for layer in kept]
+    for key in rules.by_root_of_depth:
+        if isinstance(config.get(key), int | float):
+            cut[key] = config[key] * (len(kept) / layers) ** 0.5
     for name, row in table.layer_sets.items():
         inside = members(table, name, config, layers)
-        cut[row.every] = 1
-        cut[row.excluding] = [new for new, old in enumerate(kept) if old not in inside]
+        new = [number for number, old in enumerate(kept) if old in inside]
+        cut |= _set_keys(row, new, len(kept))
     for key, count in rules.counts.items():
         if cut.get(count.of) is not None and key in config:
             cut[key] = cut[count.of].count(count.value)
     return cut
+
+
+def _set_keys(row: LayerSet, inside: Sequence[int], layers: int) -> dict[str, Any]:
+    """The config keys of a layer set that is to hold the layers `inside`, of so many.
+
+    Raises:
+        PlanError: its keys cannot say them.
+    """
+    if row.excluding:
+        said: dict[str | None, Any] = {
+            row.every: 1,
+            row.excluding: [layer for layer in range(layers) if layer not in set(inside)],
+        }
+        return {key: value for key, value in said.items() if key}
+    if not inside:
+        said = {row.every: 1, row.first: layers, row.last: layers}
+        return {key: value for key, value in said.items() if key}
+    # Told from the first layer on up to the last one; where a key is missing, from end to end.
+    first = inside[0] if row.first else 0
+    last = inside[-1] if row.last else layers - 1
+    for every in range(1, layers + 1 if row.every else 2):
+        if [i for i in range(first, last + 1) if (i + 1) % every == 0] == list(inside):
+            said = {row.every: every, row.first: first, row.last: last}
+            return {key: value for key, value in said.items() if key}
+    raise PlanError(
+        f"config.json  {', '.join(row.keys)}",
+        f"cannot say which of the {layers} blocks left are of which kind: {list(inside)} are of "
+        "one kind, and the keys tell a first block, a last one and a step",
+        "drop other blocks: whole runs of one kind, or as many of each kind in turn",
+    )
 
 
 def write_depth(table: Table, cut: Mapping[str, Any], written: dict[str, Any]) -> None:
@@ -147,14 +180,23 @@ def write_width(
                 f"has sizes {found} in different places, which a stock config cannot say",
                 "choose one size for all",
             )
-    if not _unsaid(table, config, uniform):
+    changed = _unsaid(table, config, uniform)
+    if not changed:
         return False
+    for name, key in table.config.grouped.items():
+        if name in changed and value(f"{key} | 1", config) > 1:
+            raise PlanError(
+                f"axis {name}",
+                f"is divided into {config[key]} groups by `{key}`, of which some are chosen for "
+                "each token: without some of their members, others would be chosen",
+                "cut another part",
+            )
     everywhere = {
         name: uniform[name] if name in uniform else value(axis.size, config)
         for name, axis in table.axes.items()
     }
     for key, expression in table.config.writes.items():
-        written[key] = value(expression, everywhere)
+        written[key] = _written(key, expression, everywhere)
     said = {**config, **written}
     for name in _unsaid(table, said, uniform):
         raise PlanError(
@@ -180,6 +222,18 @@ def write_width(
                 f"keep at least {said[less]}",
             )
     return True
+
+
+def _written(key: str, expression: str, sizes: Mapping[str, int]) -> int:
+    try:
+        return value(expression, sizes)
+    except UnsupportedArch:
+        raise PlanError(
+            f"config.json  {key}",
+            f"is `{expression}`, which would be no whole number: "
+            f"{' and '.join(f'{axis} {sizes[axis]}' for axis in sorted(keys_of(expression)))}",
+            "choose sizes that divide each other",
+        ) from None
 
 
 def _unsaid(table: Table, config: Mapping[str, Any], uniform: Mapping[str, int]) -> list[str]:

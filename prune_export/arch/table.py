@@ -55,13 +55,22 @@ class TensorRow(_Frozen):
 
 
 class LayerSet(_Frozen):
-    """Layers chosen by config: those with (i + 1) divisible by `every`, less those in `excluding`.
+    """Layers chosen by config keys: those with (i + 1) divisible by `every`, which are not listed.
 
-    After a depth cut the set is written back as `every: 1` and the renumbered rest in `excluding`.
+    `first` and `last` are keys that say from which layer on, and up to which one; `excluding` is a
+    list of layers. After a depth cut the set is written back: with `excluding`, as `every: 1` and
+    the renumbered rest in the list; else by the step, first and last layer that say the same.
     """
 
-    every: str
-    excluding: str
+    every: str | None = None
+    excluding: str | None = None
+    first: str | None = None
+    last: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The config keys that say it."""
+        return tuple(filter(None, (self.every, self.excluding, self.first, self.last)))
 
 
 class Count(_Frozen):
@@ -84,9 +93,13 @@ class ConfigRules(_Frozen):
         counts: keys that count entries of a `per_layer` list; recounted after a depth cut.
         depth_requires: keys that must have the value given before blocks may be renumbered,
             because a block computes with its own number.
+        by_root_of_depth: numbers that a block divides by the square root of the number of layers;
+            a depth cut scales them, so that blocks compute what they did.
         writes: for each key that states a size, its value as an expression over the axes.
         divides: key pairs (divisor, multiple) that transformers insists on.
         at_most: key pairs (less, more) without which the model cannot run.
+        grouped: for an axis, the key that says into how many groups its places are divided, each
+            with a part of its own in the computation; with more than one it cannot be cut.
         aliases: other names that transformers accepts for a key, and the name that it writes.
     """
 
@@ -96,9 +109,11 @@ class ConfigRules(_Frozen):
     derives: list[str] = Field(default_factory=list)
     counts: dict[str, Count] = Field(default_factory=dict)
     depth_requires: dict[str, Any] = Field(default_factory=dict)
+    by_root_of_depth: list[str] = Field(default_factory=list)
     writes: dict[str, str] = Field(default_factory=dict)
     divides: list[tuple[str, str]] = Field(default_factory=list)
     at_most: list[tuple[str, str]] = Field(default_factory=list)
+    grouped: dict[str, str] = Field(default_factory=dict)
     aliases: dict[str, str] = Field(default_factory=dict)
 
 
@@ -147,6 +162,10 @@ class Table(_Frozen):
 
     `tuple_blocks` says that the model takes the first of what a block returns, not all of it.
 
+    `parts_add` says that the modules of attention and MLP add the residual states themselves.
+
+    `complex_rotary` says that its rotary embedding multiplies complex numbers, which graphs lack.
+
     `per_sample` names arguments of a block whose first dimension is samples times heads (ALiBi's
     bias), so that they do not broadcast from one sample to many.
 
@@ -175,6 +194,8 @@ class Table(_Frozen):
     norm: Literal["rms", "layer"]
     parallel: bool | str = False
     tuple_blocks: bool = False
+    parts_add: bool = False
+    complex_rotary: bool = False
     per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]
     axes: dict[str, Axis]
@@ -197,8 +218,9 @@ class Table(_Frozen):
 
     def depth_keys(self) -> tuple[str, ...]:
         """The config keys that a depth cut rewrites."""
-        sets = [key for row in self.layer_sets.values() for key in (row.every, row.excluding)]
-        return (self.layers, *self.config.per_layer, *sets, *self.config.counts)
+        sets = [key for row in self.layer_sets.values() for key in row.keys]
+        rules = self.config
+        return (self.layers, *rules.per_layer, *sets, *rules.counts, *rules.by_root_of_depth)
 
     def keys(self) -> frozenset[str]:
         """Every config key that the table knows, without those common to all families."""
@@ -206,7 +228,7 @@ class Table(_Frozen):
         sized = {key for axis in self.axes.values() for key in keys_of(axis.size)}
         return frozenset(
             {*rules.known, *rules.accepts, *rules.derives, *rules.depth_requires, *rules.writes}
-            | {*rules.aliases, *self.depth_keys()}
+            | {*rules.aliases, *rules.grouped.values(), *self.depth_keys()}
             | sized
         )
 
@@ -228,6 +250,9 @@ class Table(_Frozen):
         unknown = (keys_of(self.added_when or "") | {self.added_times or ""}) - known - {""}
         if unknown:
             raise ValueError(f"added_when, added_times: unknown keys {sorted(unknown)}")
+        unknown = frozenset(self.config.grouped.keys() - self.axes.keys())
+        if unknown:
+            raise ValueError(f"config.grouped: unknown axes {sorted(unknown)}")
         for key, expression in self.config.writes.items():
             unknown = keys_of(expression) - self.axes.keys()
             if unknown:

@@ -140,13 +140,19 @@ class Binding:
 def members(table: Table, name: str, config: Mapping[str, Any], layers: int) -> frozenset[int]:
     """The layers of a layer set."""
     row = table.layer_sets[name]
-    every = value(f"{row.every} | 1", config)
+    every = value(f"{row.every or 1} | 1", config)
     if every < 1:
         raise UnsupportedArch(f"config.json  {row.every}", f"got {every}, expected 1 or more")
-    listed = config.get(row.excluding) or ()
+    first = value(f"{row.first or 0} | 0", config)
+    last = value(f"{row.last or layers} | {layers}", config)
+    listed = config.get(row.excluding or "") or ()
     if not isinstance(listed, list | tuple) or any(type(one) is not int for one in listed):
         raise UnsupportedArch(
             f"config.json  {row.excluding}", f"got {listed!r:.60}, expected a list of layers"
         )
     outside = set(listed)
-    return frozenset(i for i in range(layers) if (i + 1) % every == 0 and i not in outside)
+    return frozenset(
+        layer
+        for layer in range(max(first, 0), min(last + 1, layers))
+        if (layer + 1) % every == 0 and layer not in outside
+    )

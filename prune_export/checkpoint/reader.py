@@ -242,11 +242,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def read_entry(entry: Entry, name: str) -> torch.Tensor:
-    """Reads a whole tensor of a safetensors file, which a message calls `name`.
-
-    Raises:
-        CheckpointError: the file has changed since its header was read.
-    """
+    """Reads a whole tensor of a file whose header was read; a message calls it `name`."""
     return _read(entry, entry.shape, entry.start, name)
 
 

@@ -121,13 +121,16 @@ class Team:
         Raises:
             StageError: another process is gone.
         """
+        import torch
         import torch.distributed as dist
 
         if self.size == 1:
             return
         with self._together():
             for tensor in tensors:
-                dist.broadcast(tensor, 0, group=self._group(tensor))
+                # gloo knows no bool; the view is the same memory.
+                sent = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+                dist.broadcast(sent, 0, group=self._group(tensor))
 
     def told(self, value: Any) -> Any:
         """The leader's value of a small object, in all processes.
@@ -247,20 +250,26 @@ def started_team() -> Iterator[Team]:
         PlanError: a launcher asks for what is not there, such as FSDP.
         StageError: the others did not come.
     """
-    _refuse_other_strategies()
     size = int(os.environ.get("WORLD_SIZE") or 1)
     if size == 1 or "RANK" not in os.environ:
         yield ALONE
         return
+    _refuse_other_strategies()
     import torch.distributed as dist
 
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK") or 0)
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or size)
     team = Team(rank, size, here)
     _see_one_gpu(local, here)
-    with team._together():
+    try:
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=_TO_COME)
         cpus = dist.new_group(backend="gloo", timeout=_FOR_EVER)
+    except RuntimeError as error:
+        raise StageError(
+            team.name,
+            f"the others did not all come ({str(error).splitlines()[0]:.120})",
+            f"start {size}, as WORLD_SIZE says, which reach one another at MASTER_ADDR",
+        ) from error
     for name in [*_LAUNCHERS_OWN, *(key for key in os.environ if _is_a_launchers(key))]:
         os.environ.pop(name, None)
     try:
@@ -298,18 +307,29 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def _refuse_other_strategies() -> None:
+    """Refuses what a launcher was configured for; the first process says it, the others end."""
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    problem: tuple[str, str] | None = None
+    if lacking:
+        problem = (
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {lacking[0]} is not set",
+            "start with torchrun, which sets both; or unset WORLD_SIZE to be alone",
+        )
     for variable, what in (
         ("ACCELERATE_USE_FSDP", "FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
     ):
         if os.environ.get(variable, "").lower() in ("true", "1"):
-            raise PlanError(
-                "accelerate launch",
+            problem = (
                 f"is configured for {what}, which shards a model: here each process holds the "
                 "whole model in training (data parallel)",
                 "launch with `--multi_gpu` or by torchrun; `plan --devices` says whether it fits",
             )
+    if problem and os.environ["RANK"] != "0":
+        raise SystemExit(2)
+    if problem:
+        raise PlanError("the launcher", *problem)
 
 
 def _see_one_gpu(local: int, here: int) -> None:

@@ -27,7 +27,8 @@ def trained_tensors(arch: Arch, embeddings: bool) -> tuple[Tensor, ...]:
     return tuple(
         tensor
         for tensor in arch.stored()
-        if embeddings or tensor.layer is not None or tensor.role.startswith("norm")
+        if not tensor.is_buffer
+        and (embeddings or tensor.layer is not None or tensor.role.startswith("norm"))
     )
 
 

@@ -8,8 +8,8 @@ from prune_export.arch import Arch, Tensor
 from prune_export.arch.roles import is_expert as is_expert_role
 from prune_export.errors import PlanError, did_you_mean
 
-_ROUTER: Final = "router"
-_FFN_AXES: Final = frozenset({"mlp", "moe"})
+_ROUTERS: Final = frozenset({"router", "router.bias", "shared.router"})
+_FFN_AXES: Final = frozenset({"mlp", "moe", "shared"})
 
 
 def linear_weights(arch: Arch) -> tuple[Tensor, ...]:
@@ -17,7 +17,7 @@ def linear_weights(arch: Arch) -> tuple[Tensor, ...]:
     return tuple(
         tensor
         for tensor in arch.tensors
-        if tensor.layer is not None and len(tensor.dims.of) == 2 and tensor.role != _ROUTER
+        if tensor.layer is not None and len(tensor.dims.of) == 2 and tensor.role not in _ROUTERS
     )
 
 

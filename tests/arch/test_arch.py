@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from prune_export.arch import Arch
 from prune_export.errors import PlanError, UnsupportedArch
-from tests.arch.tiny_models import tiny_config
+from tests.arch.tiny_models import arch_of, tiny_config
 
 # config.json as the Hub has it, written by many releases of transformers, and the known count.
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
@@ -307,3 +307,60 @@ def test_other_sizes_are_those_of_a_model_that_is_made_anew(model_type: str) -> 
             made = arch._bound(arch.config, arch.layers, {**arch.sizes, axis: size - 1})
             assert (found.tensors, dict(found.sizes)) == (made.tensors, dict(made.sizes))
             assert list(found.sizes) == list(made.sizes)
+
+
+def with_steps(**changes: int) -> Arch:
+    """Six blocks, of which keys of `ernie4_5_moe` say by step, first and last which are sparse."""
+    return arch_of("ernie4_5_moe", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "drop", "left"),
+    [
+        ({"moe_layer_start_index": 2, "moe_layer_end_index": 4}, (0, 3), (1, 2, 1)),
+        ({"moe_layer_start_index": 2, "moe_layer_end_index": -1}, (2, 3, 4, 5), (2, 2, 1)),
+        ({"moe_layer_interval": 2, "moe_layer_end_index": 5}, (0, 1), (1, 3, 2)),
+        ({"moe_layer_interval": 2, "moe_layer_end_index": 5}, (0, 2, 4), (0, 2, 1)),
+        ({"moe_layer_interval": 3, "moe_layer_end_index": 4}, (0, 1), (0, 0, 1)),
+    ],
+)
+def test_which_layers_are_sparse_is_recounted(
+    changes: dict[str, int], drop: tuple[int, ...], left: tuple[int, int, int]
+) -> None:
+    arch = with_steps(**changes)
+    written = arch.without(drop).to_config(arch.config)
+    keys = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
+    assert tuple(written[key] for key in keys) == left
+    again = Arch.from_config(written)
+    assert {t.name: again.shape(t) for t in again.stored()} == {
+        t.name: arch.without(drop).shape(t) for t in arch.without(drop).stored()
+    }
+
+
+def test_blocks_left_whose_kinds_no_keys_can_say_are_refused() -> None:
+    arch = with_steps(moe_layer_interval=2, moe_layer_start_index=0, moe_layer_end_index=5)
+    with pytest.raises(PlanError, match="cannot say which of the 5 blocks left") as refusal:
+        arch.without((4,))
+    assert "drop other blocks" in refusal.value.fix
+
+
+def test_experts_that_are_chosen_by_groups_are_not_cut() -> None:
+    arch = arch_of("glm4_moe", n_group=2)
+    axes = [axis for axis in arch.sizes if axis.startswith("expert.")]
+    with pytest.raises(PlanError, match="divided into 2 groups by `n_group`"):
+        arch.with_sizes(dict.fromkeys(axes, 2)).to_config(arch.config)
+
+
+def test_a_shared_expert_is_as_wide_as_whole_experts() -> None:
+    arch = arch_of("glm4_moe")
+    moe = [axis for axis in arch.sizes if axis.startswith("moe.")]
+    assert arch.with_sizes(dict.fromkeys(moe, 8)).to_config(arch.config)["n_shared_experts"] == 2
+    with pytest.raises(PlanError, match=r"`shared / moe`, which would be no whole number"):
+        arch.with_sizes(dict.fromkeys(moe, 12)).to_config(arch.config)
+
+
+def test_what_blocks_divide_by_the_root_of_their_number_is_scaled() -> None:
+    arch = arch_of("minicpm3")
+    written = arch.without((1, 4, 5)).to_config(arch.config)
+    assert written["scale_depth"] == pytest.approx(1.4 * 0.5**0.5)
+    assert arch.to_config(arch.config)["scale_depth"] == 1.4

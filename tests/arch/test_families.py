@@ -205,7 +205,9 @@ def test_a_width_cut_is_written_so_that_transformers_builds_it_or_refused(
 
 
 def halved(arch: Arch, name: str) -> Arch:
-    for axis in [axis for axis in arch.sizes if axis.split(".")[0] == name]:
+    """Halves an axis, and those that the same config key says with it."""
+    axes, said = arch.table.axes, arch.table.axes[name].size
+    for axis in [axis for axis in arch.sizes if axes[axis.split(".")[0]].size == said]:
         if arch.sizes.get(axis, 1) > 1:
             arch = arch.resized(axis, arch.sizes[axis] // 2)
     return arch

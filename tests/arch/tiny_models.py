@@ -63,11 +63,15 @@ def random_model(model_type: str, changes: Mapping[str, Any], path: Path) -> Tin
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **tiny_config(model_type, changes))
     model = AutoModelForCausalLM.from_config(config).eval()
+    stored = model.state_dict().keys()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.6 if parameter.dim() > 1 else 0.3)
             if parameter.dim() == 1:
                 parameter.add_(0.5)
+        for name, buffer in model.named_buffers():
+            if buffer.dim() and name in stored:
+                buffer.normal_(std=0.3)
     model.save_pretrained(path)
     full = AutoConfig.from_pretrained(path).to_dict()
     return Tiny(model, path, full, Arch.from_config(full))

@@ -11,7 +11,13 @@ _ALIBI: Final = frozenset({"bloom"})
 """Heads have slopes by their number, and the MLP is always four times as wide as the states."""
 
 REFUSED: Final[dict[str, frozenset[str]]] = {
-    "laco": frozenset({"qwen3_moe"}),  # its blocks differ in shape and cannot be merged
+    # Their blocks differ in shape and cannot be merged.
+    "laco": frozenset(
+        {
+            "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "qwen2_moe",
+            "qwen3_moe",
+        }
+    ),
     "llm_pruner": _ALIBI,
     "minitron": _ALIBI,
     "structured_gblm": _ALIBI,
@@ -23,19 +29,25 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
         {
             "bloom", "cohere", "cohere2", "exaone4", "falcon", "flex_olmo", "gemma2", "gemma3_text",
             "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium", "hyperclovax", "jais2",
-            "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phimoe",
-            "sliced_llama", "sliced_mistral", "sliced_qwen2", "sliced_qwen3", "stablelm",
+            "minicpm3", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi",
+            "phimoe", "sliced_llama", "sliced_mistral", "sliced_qwen2", "sliced_qwen3", "stablelm",
             "starcoder2",
         }
     ),
     # Their MLPs differ, or are experts, or are as wide as the states ask.
-    "ziplm": frozenset({"bloom", "flex_olmo", "mixtral", "olmoe", "phimoe", "qwen3_moe"}),
+    "ziplm": frozenset(
+        {
+            "bloom", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo",
+            "glm4_moe", "hunyuan_v1_moe", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe",
+            "qwen3_moe",
+        }
+    ),
 }  # fmt: skip
 
 WHOLE_HEADS: Final = frozenset(
     {
         "bloom", "falcon", "flex_olmo", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium",
-        "olmo2", "olmo3", "olmoe", "opt", "persimmon", "stablelm",
+        "minimax_m2", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "stablelm",
     }
 )  # fmt: skip
 """Families whose config has no head size, or a norm over all heads: nothing cuts their heads."""

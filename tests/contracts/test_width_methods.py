@@ -58,6 +58,7 @@ def silenced(checkpoint: Checkpoint, removed: dict[str, list[int]], out: Path) -
         axis = {
             "down": f"mlp.{tensor.layer}",
             "expert.down": f"moe.{tensor.layer}.{tensor.expert}",
+            "shared.down": f"shared.{tensor.layer}",
             "o": f"kv.{tensor.layer}",
         }.get(tensor.role, "")
         if axis in removed:

@@ -34,6 +34,7 @@ stages:
         - onnx: {precision: int8}
         - ort_genai: {precision: int4}
       validation: ranking
+      close: 0.1
   - heal: {method: lora, rank: 2, steps: 1, batch: 1}
 verify: {generation: false, parity: false}
 """

@@ -180,7 +180,8 @@ def test_what_was_healed_before_keeps_its_id(name: str) -> None:
     """Ids as they were before there was an `objective`, which is not in them by default."""
     healer, expected = OLD[name]
     stage = Stage("heal", name, healer, "healing")
-    key = Key("heal", name, healer.VERSION, stage.parameters(), ("model-0",), "f")
+    # Of that version; since then the bytes have changed.
+    key = Key("heal", name, "2", stage.parameters(), ("model-0",), "f")
     assert key.id == expected
     said = replace(healer, objective="next_token")
     assert Stage("heal", name, said, "healing").parameters() == stage.parameters()

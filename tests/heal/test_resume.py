@@ -16,16 +16,23 @@ import pytest
 from safetensors import safe_open
 
 from prune_export.contracts import HealRecord
+from prune_export.heal.full import Full
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.training.loop import _Pause
+from prune_export.training.settings import Training
 from prune_export.training.state import State
 from tests.heal.conftest import QUICK, save_tiny
 
 Heal = Callable[..., tuple[HealRecord, Path]]
-HEALERS = {
+NARROW: dict[str, Any] = {
+    "steps": 20, "batch": 4, "learning_rate": 1e-3, "compute_dtype": "bfloat16",
+}  # fmt: skip
+HEALERS: dict[str, Training] = {
     "lora": Lora(**QUICK | {"steps": 20}, save_every=3),
     "qlora": Qlora(**QUICK | {"steps": 20}, save_every=3),
+    "lora bfloat16": Lora(**NARROW, rank=4, save_every=3),
+    "full bfloat16": Full(**NARROW, save_every=3),
     "qlora quantized": Qlora(**QUICK | {"steps": 20}, save_every=3, merge_into="quantized_base"),
 }
 

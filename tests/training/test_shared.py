@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from prune_export.calibrate import TokenSet
 from prune_export.contracts import Work
+from prune_export.errors import PlanError
 from prune_export.heal.full import Full
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
@@ -204,14 +205,26 @@ def test_alone_nothing_is_exchanged() -> None:
     assert torch.equal(tensor, torch.ones(3))
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_launchers_that_shard_are_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prune_export.errors import PlanError
-
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(PlanError, match="whole model") as caught, started_team():
+@pytest.mark.parametrize(
+    ("variable", "value", "problem"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP.*whole model"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed.*whole model"),
+        ("MASTER_ADDR", "", "WORLD_SIZE is 2, and MASTER_ADDR is not set"),
+    ],
+)
+def test_launchers_that_cannot_be_followed_are_refused_once(
+    variable: str, value: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, said in {**started, variable: value}.items():
+        monkeypatch.setenv(name, said)
+    with pytest.raises(PlanError, match=problem) as caught, started_team():
         pass
     assert "torchrun" in caught.value.fix
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match="2"), started_team():
+        pass
 
 
 def test_one_process_under_a_launcher_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,10 @@ class _Pass:
                 with torch.enable_grad():
                     outputs = self.layerwise.run(layer, inputs, call)
                 by = above.read(start, stop).to(self.layerwise.device)
-                found = torch.autograd.grad(outputs, [*wanted.values(), *further], by)
+                # What only chooses experts (a router's correction) has a gradient of zero.
+                found = torch.autograd.grad(
+                    outputs, [*wanted.values(), *further], by, materialize_grads=True
+                )
                 for name, gradient in zip(wanted, found[: len(wanted)], strict=True):
                     _add(sums[name], gradient.float())
                 if further:

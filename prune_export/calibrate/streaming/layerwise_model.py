@@ -282,8 +282,13 @@ class LayerwiseModel:
     def _place(self, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         for name in list(tensors):
             path, _, leaf = name.rpartition(".")
-            value = tensors.pop(name).to(self.device, self.dtype, non_blocking=True)
-            setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+            owner, stored = module.get_submodule(path), tensors.pop(name)
+            if leaf in owner._buffers:
+                # Not a weight, and no gradient reaches it; what is stored precisely stays so.
+                setattr(owner, leaf, stored.to(self.device, non_blocking=True))
+                continue
+            value = stored.to(self.device, self.dtype, non_blocking=True)
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

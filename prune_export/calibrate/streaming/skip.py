@@ -102,15 +102,20 @@ class Steps:
 
 
 def _module(layerwise: LayerwiseModel, layer: int, part: Part) -> tuple[Any, bool]:
-    """The module of a part, and True; where there is none (OPT's MLP), its last one, and False."""
+    """The module of a part, and True; else its last one, and False.
+
+    Some MLPs have no module (OPT), and some modules add the residual states (Bloom).
+    """
     landmark = next(
         tensor for tensor in layerwise.arch.block(layer) if tensor.role in _LANDMARKS[part]
     )
     leaf, block = layerwise.module(landmark), layerwise.block(layer)
-    for parent in block.modules():
-        if parent is not block and any(child is leaf for child in parent.children()):
-            return parent, True
-    return leaf, False
+    if layerwise.arch.table.parts_add:
+        return leaf, False
+    part_of_block = next(
+        child for child in block.children() if any(module is leaf for module in child.modules())
+    )
+    return part_of_block, part_of_block is not leaf
 
 
 def _instead(module: Any, forward: Callable[..., Any], undo: ExitStack) -> None:

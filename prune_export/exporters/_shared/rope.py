@@ -26,7 +26,7 @@ def rope_kinds(config: Mapping[str, Any]) -> set[str]:
 
 
 def refuse_untraceable(where: str, arch: Arch) -> None:
-    """Refuses what torch.export cannot follow: dynamic rotary scaling, and models of old code.
+    """Refuses what torch.export cannot follow: dynamic or complex rotary embeddings, and old code.
 
     Raises:
         PlanError: with what is the same, or runs it.
@@ -37,6 +37,13 @@ def refuse_untraceable(where: str, arch: Arch) -> None:
             where,
             f"torch.export cannot follow {arch.family}: its code in transformers builds masks and "
             "caches in ways of before torch.export",
+            "run it in PyTorch: leave the export out",
+        )
+    if arch.table.complex_rotary:
+        raise PlanError(
+            where,
+            f"torch.export cannot follow {arch.family} into such a graph: its rotary embedding "
+            "multiplies complex numbers",
             "run it in PyTorch: leave the export out",
         )
 

@@ -28,9 +28,13 @@ if TYPE_CHECKING:
     import torch
 
 _WRITES: Final[Mapping[str, str]] = {
-    name: "expert" if is_expert(name) else str(role(name).part) for name in OUTPUT_PROJECTIONS
+    name: "expert" if is_expert(name) else str(role(name).part)
+    for name in OUTPUT_PROJECTIONS - {"shared.down"}
 }
-"""Roles of the projections that write to the residual state, and the sub-block that each ends."""
+"""Roles of the projections that write to the residual state, and the sub-block that each ends.
+
+Of an expert that all tokens share, zeros stay: its MLP ends no sub-block.
+"""
 
 _DENSE: Final = 0.95
 """The least share of weights that are not zero in a matrix that nobody made sparse."""

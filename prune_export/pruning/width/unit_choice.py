@@ -9,7 +9,7 @@ import torch
 
 from prune_export.arch import Arch
 from prune_export.pruning.width.unit_layout import unit_shape
-from prune_export.pruning.width.width_sizes import usual_multiple
+from prune_export.pruning.width.width_sizes import AXES, usual_multiple
 
 
 def units_cut(arch: Arch, sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -70,12 +70,12 @@ def chosen_everywhere(
         axis: torch.ones(unit_shape(arch, axis), dtype=torch.bool)
         for axis in units_cut(arch, sizes)
     }
-    for kind in ("mlp", "moe", "kv", "group"):
+    for kind in (*AXES["ffn"], "kv", "group"):
         axes = [axis for axis in sizes if axis.split(".")[0] == kind]
         if not axes:
             continue
         step = 1
-        if kind in ("mlp", "moe"):
+        if kind in AXES["ffn"]:
             step = multiple_of or usual_multiple(arch.sizes[axes[0]])
         runs: list[_Run] = []
         for axis in axes:
@@ -104,7 +104,7 @@ def _runs(
 ) -> Iterator[_Run]:
     """Lists what may be removed of an axis, the least first; the last run stays."""
     mean = float(scores.mean()) or 1.0
-    if kind in ("mlp", "moe"):
+    if kind in AXES["ffn"]:
         order = torch.argsort(scores.flatten(), stable=True)
         parts = [order[at : at + step] for at in range(0, len(order) - step, step)]
     else:

@@ -28,6 +28,8 @@ def axis_of(arch: Arch, group: LinearGroup) -> str | None:
     match group.kind:
         case "mlp.out":
             return f"mlp.{group.layer}"
+        case "shared.out":
+            return f"shared.{group.layer}"
         case "experts.out":
             return f"moe.{group.layer}.{group.expert}"
         case "attention.out":

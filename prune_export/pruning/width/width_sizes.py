@@ -12,7 +12,7 @@ Part = Literal["ffn", "heads", "kv_groups", "hidden", "experts"]
 PARTS: Final[tuple[Part, ...]] = ("ffn", "heads", "kv_groups", "hidden", "experts")
 
 AXES: Final[Mapping[Part, tuple[str, ...]]] = {
-    "ffn": ("mlp", "moe"),
+    "ffn": ("mlp", "moe", "shared"),
     "heads": ("group",),
     "kv_groups": ("kv",),
     "hidden": ("residual",),

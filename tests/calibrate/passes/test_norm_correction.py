@@ -19,7 +19,7 @@ from prune_export.calibrate import (
     TokenSet,
     run_sequential,
 )
-from prune_export.calibrate.passes import norm_correction, sequential
+from prune_export.calibrate.passes import norm_correction, sequential, sequential_state
 from prune_export.machine import Machine
 from tests.calibrate.passes.test_sequential import DENSE
 
@@ -83,7 +83,7 @@ def test_heads_stand_for_their_windows(
     made = twin("llama")
     unedited = first_block(made, tokens, machine, InputNorms, "block")["attention.out"]
     edited = first_block(made, tokens, machine, InputNorms, "sequential")["attention.out"]
-    for module in (norm_correction, sequential):
+    for module in (norm_correction, sequential, sequential_state):
         monkeypatch.setattr(module, "PREFIX_TOKENS", 5)
     found = first_block(made, tokens, machine, CorrectedNorms, "sequential")["attention.out"]
     off, before = (found / unedited).log().abs(), (edited / unedited).log().abs()
@@ -107,7 +107,7 @@ def test_states_in_files_give_the_same(
     twin: Callable[..., Any], tokens: TokenSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = twin("llama")
-    for module in (norm_correction, sequential):
+    for module in (norm_correction, sequential, sequential_state):
         monkeypatch.setattr(module, "PREFIX_TOKENS", 5)
     roomy = first_block(made, tokens, Machine("cpu", 8 << 30, 0, 1), CorrectedNorms, "sequential")
     tight = first_block(made, tokens, Machine("cpu", 1, 0, 1), CorrectedNorms, "sequential")

@@ -23,7 +23,11 @@ from prune_export.calibrate.streaming import checkpointing, driver
 from prune_export.calibrate.streaming.skip import OUTPUTS, Unit
 from prune_export.machine import Machine
 
-ADDED = [name for name in sorted(tables()) if name not in ("gemma2", "gemma3_text", "olmo2")
+NORMED = {
+    "exaone4", "flex_olmo", "gemma2", "gemma3_text", "glm4", "hyperclovax", "minicpm3", "olmo2",
+    "olmo3",
+}  # fmt: skip
+ADDED = [name for name in sorted(tables()) if name not in NORMED
          and not name.startswith("sliced_")]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from prune_export.sparsity.slidesparse import holds
 
 MACHINE = Machine(device="cpu", ram_bytes=4 * 1024**3, gpu_bytes=0, threads=1)
 QUICK = ("llama",)
-UNTRACEABLE = {"bloom", "falcon", "gptj"}
+UNTRACEABLE = {"bloom", "deepseek_v2", "falcon", "gptj"}
 """Their code cannot be followed by torch.export: exporters refuse them in the plan."""
 FAMILIES = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)

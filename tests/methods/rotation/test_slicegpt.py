@@ -232,7 +232,8 @@ def test_what_cannot_be_rotated_is_refused_in_the_plan(
     with pytest.raises(PlanError) as caught:
         SliceGPT(sparsity=0.25).predict(tiny.arch)
     assert why in str(caught.value)
-    assert ", ".join(ABLE) in str(caught.value)
+    listed = str(caught.value).replace(",", " ").split()
+    assert set(ABLE) <= set(listed)
 
 
 def test_the_size_is_one_that_the_config_can_say(tmp_path: Path) -> None:
