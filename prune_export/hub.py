@@ -38,7 +38,7 @@ _CODE: Final = ("configuration_sliced.py", "modeling_sliced.py")
 _OURS: Final = (
     "README.md", "prune_recipe.yaml", "prune_recipe.lock.json", "report.json", "report.html",
     "verify.json", "model.safetensors.index.json", "config.json", "figures/*.png",
-    "quantization.grid",
+    "quantization.grid", ".eval_results/*.yaml",
     *_CODE,
 )  # fmt: skip
 _ENGINE: Final = (
@@ -116,7 +116,7 @@ def publish(
     check_online()
     refuse_secrets(directory, files, token, owner=owner, allowed=allow)
     progress.say(f"Uploading {size} to {repo_id}")
-    stale = ("*.safetensors", "model.safetensors.index.json", "figures/*",
+    stale = ("*.safetensors", "model.safetensors.index.json", "figures/*", ".eval_results/*.yaml",
              *(f"{folder}/*" for folder in folders))  # fmt: skip
     url, commit = upload(
         directory, repo_id, files, stale=stale, private=private, revision=revision, token=token,
@@ -199,10 +199,11 @@ def _chosen(
 
 
 def _matches(name: str, pattern: str) -> bool:
+    visible = name.removeprefix(".eval_results/")  # the Hub's own name for scores
     return (
         fnmatchcase(name, pattern)
         and name.count("/") == pattern.count("/")
-        and not any(part.startswith(".") for part in name.split("/"))
+        and not any(part.startswith(".") for part in visible.split("/"))
     )
 
 

@@ -19,7 +19,7 @@ NAMES = registry.names("exporters")
 PACKAGE = Path(prune_export.__file__).parent
 DECLARED: dict[str, Any] = {
     "DIRECTORY": str, "RUNS_CODE": bool, "RUNS_ON": (frozenset, type(None)), "PACKAGES": tuple,
-    "SPARSE_NOTE": SparseNote, "EXAMPLE": str,
+    "SPARSE_NOTE": SparseNote, "EXAMPLE": str, "RUNTIME": str,
 }  # fmt: skip
 
 ALLOWED = {

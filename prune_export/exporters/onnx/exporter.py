@@ -124,6 +124,7 @@ class Onnx:
     )
     EXAMPLE: ClassVar[str] = "example.md.j2"
     ALONE: ClassVar[str] = "model.onnx"
+    RUNTIME: ClassVar[str] = "ONNX Runtime"
 
     calibrates: ClassVar[bool] = False
     WRITES_CODES: ClassVar[bool] = True

@@ -66,6 +66,7 @@ class OrtGenai:
     )
     EXAMPLE: ClassVar[str] = "example.md.j2"
     ALONE: ClassVar[str] = "genai_config.json"
+    RUNTIME: ClassVar[str] = "onnxruntime-genai"
 
     calibrates: ClassVar[bool] = False
     WRITES_CODES: ClassVar[bool] = True
