@@ -31,6 +31,9 @@ class ExporterFacts:
     `SPARSE_NOTE`: what a report says beside their sparse weights.
     `EXAMPLE`: the name of a template beside the exporter that shows in the model card how to run
     one; empty for none.
+    `ALONE`: the file by which an engine's directory is known where no report is beside it; empty
+    for engines that need their report.
+    `RUNTIME`: what runs them, as the model card names it; empty for the exporter's own name.
     `WRITES_CODES`: in an integer precision (`int4`, `int8`) they write the codes of a quantized
     checkpoint as they are.
     """
@@ -40,6 +43,8 @@ class ExporterFacts:
     packages: tuple[str, ...] = ()
     sparse_note: SparseNote = SparseNote()
     example: str = ""
+    alone: str = ""
+    runtime: str = ""
     writes_codes: bool = False
 
     @classmethod
@@ -52,6 +57,8 @@ class ExporterFacts:
             packages=tuple(getattr(kind, "PACKAGES", plain.packages)),
             sparse_note=getattr(kind, "SPARSE_NOTE", plain.sparse_note),
             example=getattr(kind, "EXAMPLE", plain.example),
+            alone=getattr(kind, "ALONE", plain.alone),
+            runtime=str(getattr(kind, "RUNTIME", plain.runtime)),
             writes_codes=bool(getattr(kind, "WRITES_CODES", plain.writes_codes)),
         )
 

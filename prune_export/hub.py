@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,7 +38,7 @@ _CODE: Final = ("configuration_sliced.py", "modeling_sliced.py")
 _OURS: Final = (
     "README.md", "prune_recipe.yaml", "prune_recipe.lock.json", "report.json", "report.html",
     "verify.json", "model.safetensors.index.json", "config.json", "figures/*.png",
-    "quantization.grid",
+    "quantization.grid", ".eval_results/*.yaml",
     *_CODE,
 )  # fmt: skip
 _ENGINE: Final = (
@@ -82,6 +82,7 @@ def publish(
     dry_run: bool = False,
     force: bool = False,
     engines: bool = False,
+    allow: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Published:
     """Uploads a result directory in one go, creating the repository where it is missing.
@@ -89,7 +90,7 @@ def publish(
     `force` uploads a result whose verification failed or was not made; `engines` uploads
     machine-bound engine files too. Files of an earlier upload that this one no longer has are
     removed where they are ours: weights, engines, figures. A dry run does every check that needs
-    no network.
+    no network. Names and paths of this machine are refused but for those in `allow`.
 
     Raises:
         PublishError: the directory is not fit for it, or the Hub refuses.
@@ -102,7 +103,8 @@ def publish(
     _check_code(directory, files)
     if not force:
         _check_verified(directory)
-    refuse_secrets(directory, files, token)
+    owner = repo_id.partition("/")[0]
+    refuse_secrets(directory, files, token, owner=owner, allowed=allow)
     total = sum((directory / name).stat().st_size for name in files)
     found = Published(repo_id, "", "", tuple(files), tuple(left_out), total)
     progress = progress or Silent()
@@ -110,13 +112,13 @@ def publish(
     if dry_run:
         progress.say(f"Would upload {size} to {repo_id}")
         return found
-    token = _token(token)
-    _check_online()
-    refuse_secrets(directory, files, token)
+    token = found_token(token)
+    check_online()
+    refuse_secrets(directory, files, token, owner=owner, allowed=allow)
     progress.say(f"Uploading {size} to {repo_id}")
-    stale = ("*.safetensors", "model.safetensors.index.json", "figures/*",
+    stale = ("*.safetensors", "model.safetensors.index.json", "figures/*", ".eval_results/*.yaml",
              *(f"{folder}/*" for folder in folders))  # fmt: skip
-    url, commit = _upload(
+    url, commit = upload(
         directory, repo_id, files, stale=stale, private=private, revision=revision, token=token,
         endpoint=endpoint, bars=not isinstance(progress, Silent),
     )  # fmt: skip
@@ -197,10 +199,11 @@ def _chosen(
 
 
 def _matches(name: str, pattern: str) -> bool:
+    visible = name.removeprefix(".eval_results/")  # the Hub's own name for scores
     return (
         fnmatchcase(name, pattern)
         and name.count("/") == pattern.count("/")
-        and not any(part.startswith(".") for part in name.split("/"))
+        and not any(part.startswith(".") for part in visible.split("/"))
     )
 
 
@@ -258,7 +261,12 @@ def _check_verified(directory: Path) -> None:
     raise PublishError(str(directory), problem, _UNVERIFIED)
 
 
-def _token(given: str | None) -> str:
+def found_token(given: str | None) -> str:
+    """The token: as given, or as huggingface_hub finds it.
+
+    Raises:
+        PublishError: there is none.
+    """
     from huggingface_hub import get_token
 
     token = given or get_token()
@@ -269,7 +277,12 @@ def _token(given: str | None) -> str:
     return token.strip()
 
 
-def _check_online() -> None:
+def check_online() -> None:
+    """Refuses to publish in offline mode.
+
+    Raises:
+        PublishError: it is on.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -280,7 +293,7 @@ def _check_online() -> None:
         )
 
 
-def _upload(
+def upload(
     directory: Path,
     repo_id: str,
     files: list[str],
@@ -292,7 +305,11 @@ def _upload(
     endpoint: str | None,
     bars: bool,
 ) -> tuple[str, str]:
-    """Uploads the files; gives the address and the commit."""
+    """Uploads files that were checked, removes `stale` ones; gives the address and the commit.
+
+    Raises:
+        PublishError: the Hub refuses.
+    """
     from huggingface_hub import HfApi, utils
     from huggingface_hub.errors import HTTPError  # httpx's, whichever httpx the library uses
 

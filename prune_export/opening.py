@@ -7,8 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
+from prune_export import registry
 from prune_export.contracts import BuildRecord
 from prune_export.errors import CheckpointError
+from prune_export.exporter_facts import ExporterFacts
 from prune_export.report.reading import ExportReading, Report
 from prune_export.store import Store
 from prune_export.system.files import is_regular
@@ -16,9 +18,6 @@ from prune_export.verify.engine import PYTORCH, Engine
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 """A file or folder beside report.json, and no path that leads away from there."""
-
-_ALONE: Final = {"genai_config.json": "ort_genai", "model.onnx": "onnx"}
-"""By which file an engine's directory is known where no report stands beside it."""
 
 
 def engines(
@@ -36,9 +35,10 @@ def engines(
     if any(directory.glob("*.safetensors")):
         found[PYTORCH] = Engine.pytorch(directory)
     found |= reported_engines(directory, trust, store)
-    alone = [kind for file, kind in _ALONE.items() if is_regular(directory / file)]
-    if not found and alone:
-        found[alone[0]] = Engine(alone[0], directory)
+    alone = {} if found else _standing_alone()
+    for name in (name for name, file in alone.items() if is_regular(directory / file)):
+        found[name] = Engine(name, directory)
+        break
     if not found:
         raise CheckpointError(
             str(directory), "holds neither a checkpoint nor an engine",
@@ -63,6 +63,12 @@ def reported_engines(directory: Path, trust: bool, store: Path | None) -> dict[s
             engine = replace(engine, trusted=True)
         found[export.exporter] = engine
     return found
+
+
+def _standing_alone() -> dict[str, str]:
+    """By exporter, the file by which its engines are known; those of most files first."""
+    found = {name: ExporterFacts.of_name(name).alone for name in registry.names("exporters")}
+    return {name: file for name, file in sorted(found.items(), reverse=True) if file}
 
 
 def report_of(directory: Path) -> Report | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -141,6 +141,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.repos.setdefault(repo_id, Repo(asked.get("visibility") == "private"))
         self.answer(status, {"url": f"{self.state.url}/{repo_id}"})
 
+    def listing(self, _: bytes) -> None:
+        """Public models with all the tags that are asked for, by the tags of their cards."""
+        asked = parse_qs(urlsplit(self.path).query)
+        found = []
+        for repo_id, repo in self.state.repos.items():
+            card = repo.branches["main"].get("README.md", b"---\n{}\n---\n").decode()
+            front = yaml.safe_load(card.split("---")[1])
+            tags = list(front.get("tags") or [])
+            tags += [f"base_model:{front['base_model']}"] if "base_model" in front else []
+            names = [{"rfilename": name} for name in repo.branches["main"]]
+            if not repo.private and {*asked.get("filter", [])} <= {*tags}:
+                found.append({"id": repo_id, "tags": tags, "downloads": 3, "siblings": names})
+        self.answer(200, found)
+
     def info(self, _: bytes, repo_id: str) -> None:
         if repo := self.repo(repo_id):
             self.answer(200, {"id": repo_id, "private": repo.private, "siblings": []})
@@ -242,6 +256,7 @@ _ID = r"([\w.-]+/[\w.-]+)"
 _ROUTES: list[tuple[set[str], str, Any]] = [
     ({"POST"}, "/api/repos/create", _Handler.create),
     ({"POST"}, "/api/validate-yaml", _Handler.validate),
+    ({"GET"}, "/api/models", _Handler.listing),
     ({"GET"}, f"/api/models/{_ID}", _Handler.info),
     ({"GET"}, f"/api/models/{_ID}/tree/([^/]+)", _Handler.tree),
     ({"POST"}, f"/api/models/{_ID}/branch/([^/]+)", _Handler.branch),

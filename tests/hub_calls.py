@@ -18,7 +18,10 @@ from typing import Any
 
 from prune_export.errors import PruneExportError
 from prune_export.hub import publish
+from prune_export.hub_recipes import publish_recipes, search
 from prune_export.progress import Silent
+from prune_export.recipe import Recipe
+from prune_export.recipe.fetching import fetches
 from prune_export.recipe.remote import fetched
 
 
@@ -32,6 +35,39 @@ class Lines(Silent):
         self.said.append(text)
 
 
+def ended(arguments: list[str]) -> dict[str, Any]:
+    """How a command ends, and what it says on standard error."""
+    from contextlib import redirect_stderr
+    from io import StringIO
+
+    from prune_export.cli import console, main
+
+    sys.argv, told = ["prune-export", *arguments], StringIO()
+    console.errors.file = told
+    with redirect_stderr(told):
+        try:
+            main()
+        except SystemExit as end:
+            return {"status": end.code, "told": told.getvalue()}
+    return {"status": 0, "told": told.getvalue()}
+
+
+def again(target: str, work: str, model: str) -> dict[str, Any]:
+    """Reproduces a published result; engines answer from threads of this process."""
+    import pytest
+
+    from prune_export.execution import Options
+    from prune_export.machine import Machine
+    from prune_export.reproduction import places, reproduce
+    from tests.measured_here import install
+
+    machine = Machine.detect(device="cpu", threads=1)
+    chosen = places(Path(work), Options(Path(work), Path(work), machine))
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        return reproduce(target, chosen, model=model).to_json()
+
+
 def outcome(call: dict[str, Any]) -> dict[str, Any]:
     lines = Lines()
     arguments = dict(call["arguments"])
@@ -39,7 +75,18 @@ def outcome(call: dict[str, Any]) -> dict[str, Any]:
         if call["function"] == "fetched":
             path = fetched(**arguments)
             return {"path": str(path), "text": path.read_text(encoding="utf-8")}
+        if call["function"] == "reproduce":
+            return again(**arguments)
+        if call["function"] == "search":
+            return {"found": [dataclasses.asdict(one) for one in search(**arguments)]}
+        if call["function"] == "load":
+            recipe = Recipe.load(**arguments)
+            return {"stages": [one.name for one in recipe.stages], "fetches": fetches(recipe)}
+        if call["function"] == "cli":
+            return ended(**arguments)
         directory = Path(arguments.pop("directory"))
+        if call["function"] == "publish_recipes":
+            return dataclasses.asdict(publish_recipes(directory, **arguments))
         return dataclasses.asdict(publish(directory, progress=lines, **arguments)) | {
             "said": lines.said
         }

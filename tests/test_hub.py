@@ -48,7 +48,10 @@ def make_result(out: Path) -> Path:
         "genai/genai_config.json": "{}",
         "genai/model.onnx": "graph, other",
         "genai/model.plan": "machine code",
+        ".eval_results/mmlu_pro.yaml": "- {dataset: {id: a/b, task_id: c}, value: 1}",
         # None of the following may leave.
+        ".eval_results/notes.txt": "mine",
+        ".eval_results/.hidden.yaml": "mine",
         ".env": "HF_TOKEN=" + SECRET,
         "onnx/.cache.json": "{}",
         "figures/notes.txt": "mine",
@@ -71,6 +74,7 @@ def make_result(out: Path) -> Path:
 
 
 EXPECTED = {
+    ".eval_results/mmlu_pro.yaml",
     "LICENSE", "README.md", "config.json", "figures/block_scores.png", "figures/distance_map.png",
     "figures/loss_curve.png", "figures/quality.png", "figures/speed.png", "figures/summary.png",
     "generation_config.json", "genai/config.json", "genai/genai_config.json", "genai/model.onnx",
@@ -100,6 +104,7 @@ def called(
     } | {
         "HF_ENDPOINT": fake.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": GOOD, "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(CALLS.parents[1]),
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(CALLS)], input=json.dumps(calls), env=environment, text=True,
@@ -132,7 +137,7 @@ def test_uploads_the_same_bytes_and_only_ours(result: Path, tmp_path: Path) -> N
     assert {".env", "notes.md", "genai/model.plan", "store/prune-1/manifest.json"} <= {
         *found["left_out"]
     }
-    assert found["said"][0].startswith("Uploading 26 files, ")
+    assert found["said"][0].startswith("Uploading 27 files, ")
     assert found["said"][1] == f"Published {fake.url}/me/model"
     # The token is in request headers and nowhere else: not printed, logged or written.
     assert GOOD not in printed
@@ -235,7 +240,7 @@ def test_dry_run_lists_without_a_network_or_token(result: Path) -> None:
     assert set(found.files) == EXPECTED
     assert (found.commit, found.url) == ("", "")
     text = str(found)
-    assert text.startswith("would publish to me/model: 26 files, ")
+    assert text.startswith("would publish to me/model: 27 files, ")
     assert "genai/model.plan (left out)" in text
 
 

@@ -13,10 +13,12 @@ from prune_export.cli.asking import faster, smaller
 from prune_export.cli.comparing import compare
 from prune_export.cli.doctoring import doctor
 from prune_export.cli.help import Command, Group
-from prune_export.cli.listing import methods, recipes, schema
+from prune_export.cli.listing import methods, schema
 from prune_export.cli.others import commands_of_others
 from prune_export.cli.publishing import destination, publish
+from prune_export.cli.reproducing import reproduce
 from prune_export.cli.running import carry_out
+from prune_export.cli.sharing import announce, recipes
 from prune_export.cli.showing import show_plan
 from prune_export.cli.storing import store_app
 from prune_export.errors import VerifyError
@@ -75,6 +77,7 @@ def run(
         ),
     ] = None,
     ignore_config_key: options.IgnoreKeys = None,
+    allow_owner: options.Owners = None,
     push_to: Annotated[
         str | None, typer.Option(metavar="REPO", help="Publish the result to `owner/name`.")
     ] = None,
@@ -101,7 +104,8 @@ def run(
     from prune_export.recipe import Recipe
 
     team = options.team()
-    loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
+    loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root, allow=allow_owner or ())
+    announce(loaded, model, own_data=bool(data))
     loaded, model = with_data(loaded, model, data or ())
     repo = destination(loaded.publish.repo, push_to, publish=publish)
     chosen = Options(
@@ -138,6 +142,7 @@ def plan(
     threads: options.Threads = None,
     device: options.Device = None,
     ignore_config_key: options.IgnoreKeys = None,
+    allow_owner: options.Owners = None,
     devices: options.Devices = 1,
     device_memory: options.DeviceMemory = None,
     device_tflops: options.DeviceTflops = None,
@@ -155,7 +160,8 @@ def plan(
     from prune_export.execution import plan as plan_of
     from prune_export.recipe import Recipe
 
-    loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root)
+    loaded = Recipe.load(recipe, overrides=sets or (), data_root=data_root, allow=allow_owner or ())
+    announce(loaded, model, own_data=bool(data))
     loaded, model = with_data(loaded, model, data or ())
     chosen = Options(
         out=out,
@@ -304,7 +310,7 @@ def verify(
                           "export again, or run the recipe again")  # fmt: skip
 
 
-for last in (compare, publish, doctor):
+for last in (reproduce, compare, publish, doctor):
     app.command(cls=Command)(last)
 
 for entry in commands_of_others():

@@ -1,4 +1,4 @@
-"""The commands that list recipes, methods and their keys."""
+"""The commands that list methods and their keys."""
 
 from __future__ import annotations
 
@@ -9,33 +9,7 @@ import typer
 
 from prune_export import registry
 from prune_export.cli import console, options
-from prune_export.errors import PlanError, RecipeError, did_you_mean
-
-
-def recipes(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this bundled recipe.")
-    ] = None,
-    json: options.Json = False,
-) -> None:
-    """List the bundled recipes, or print one.
-
-    prune-export recipes
-    prune-export recipes demo > mine.yaml
-    """
-    from prune_export.recipe import Recipe, bundled
-
-    known = bundled()
-    if name is None:
-        found = {key: Recipe.load(key).description for key in known}
-        if json:
-            console.print_json(found)
-        else:
-            console.table("", ["recipe", "what it does"], list(found.items()), left=[0, 1])
-    elif name in known:
-        console.output.put(known[name].read_text(encoding="utf-8").rstrip("\n"))
-    else:
-        raise RecipeError(name, "is not a bundled recipe", did_you_mean(name, known))
+from prune_export.errors import PlanError, did_you_mean
 
 
 def methods(

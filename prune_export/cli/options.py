@@ -96,6 +96,13 @@ IgnoreKeys = Annotated[
         help="A config.json key that you know not to change the computation. Repeatable.",
     ),
 ]
+Owners = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="OWNER",
+        help="Let a recipe of the Hub extend recipes of this owner too. Repeatable.",
+    ),
+]
 
 Devices = Annotated[
     int,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prune_export.cli import console, options
 from prune_export.errors import PlanError
+
+if TYPE_CHECKING:
+    from prune_export.hub import Published
 
 
 def publish(
@@ -24,6 +28,18 @@ def publish(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would be uploaded.")
     ] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="Let this name, or paths below it, be published. Repeatable."
+        ),
+    ] = None,
+    recipe_only: Annotated[
+        bool,
+        typer.Option(
+            "--recipe-only", help="Publish the recipe DIR alone: a file, or a directory of them."
+        ),
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -31,11 +47,28 @@ def publish(
     """Upload a result directory to the Hub: checkpoint, engines, recipe, lock, card, report.
 
     prune-export publish out/ --repo me/SmolLM2-135M-depth24
+    prune-export publish mine.yaml --repo me/recipes --recipe-only
 
     The token is taken from the environment or the Hub's login, and written nowhere.
     """
+    if recipe_only:
+        from prune_export.hub_recipes import publish_recipes
+
+        found = publish_recipes(
+            directory, repo, private=not public, dry_run=dry_run, allow=allow or (),
+            progress=console.progress(quiet=quiet or json),
+        )  # fmt: skip
+        _show(found, as_json=json)
+        return
     upload(
-        directory, repo, private=not public, force=force, quiet=quiet, dry_run=dry_run, as_json=json
+        directory,
+        repo,
+        private=not public,
+        force=force,
+        quiet=quiet,
+        dry_run=dry_run,
+        as_json=json,
+        allow=allow or (),
     )
 
 
@@ -67,12 +100,19 @@ def upload(
     quiet: bool,
     dry_run: bool = False,
     as_json: bool = False,
+    allow: Sequence[str] = (),
 ) -> None:
     """Uploads a result directory and shows what went where."""
     from prune_export.hub import publish as publish_result
 
-    found = publish_result(directory, repo, private=private, force=force, dry_run=dry_run,
-                   progress=console.progress(quiet=quiet or as_json))  # fmt: skip
+    found = publish_result(
+        directory, repo, private=private, force=force, dry_run=dry_run, allow=allow,
+        progress=console.progress(quiet=quiet or as_json),
+    )  # fmt: skip
+    _show(found, as_json=as_json)
+
+
+def _show(found: Published, *, as_json: bool) -> None:
     if as_json:
         console.print_json(dataclasses.asdict(found))
     else:

@@ -9,7 +9,7 @@ from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.execution.context import RunContext
 from prune_export.execution.inputs import Base
-from prune_export.machine import describe
+from prune_export.machine import cpu_features, describe
 from prune_export.recipe import PUBLISHED_NAME, Recipe
 from prune_export.store import Artifact
 from prune_export.verify.results import Verification
@@ -73,7 +73,8 @@ def report_of(
             for name, (made, tokens) in sorted(data.items())
         },
         "verification": found.to_json(),
-        "machine": describe(),
+        # What a reproduction elsewhere may come out otherwise by.
+        "machine": describe() | {"instructions": " ".join(cpu_features())},
         "command": f"prune-export run {PUBLISHED_NAME} --model {base.name} --out out",
     }
 

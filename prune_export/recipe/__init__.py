@@ -1,8 +1,9 @@
 """A recipe: what to do to a model, as data. `Recipe.load` reads, merges and checks it.
 
-A recipe is a YAML file, a bundled name (`demo`), or `hf://owner/name[@revision]` (that repository's
-`prune_recipe.yaml`). It cannot run code; its paths stay below the data root, which is the recipe's
-own directory unless the caller, who is trusted, says otherwise.
+A recipe is a YAML file, a bundled name (`demo`), `hf://owner/name[@revision]` (that repository's
+`prune_recipe.yaml`) or `hf://owner/name/other` (its `recipes/other.yaml`). It cannot run code; its
+paths stay below the data root, which is the recipe's own directory unless the caller, who is
+trusted, says otherwise.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ _MAX_EXTENDS: Final = 8
 class Recipe:
     """A checked recipe. `root` is the directory that its relative paths are resolved below.
 
-    `file` is where it was read from, None if that was a string.
+    `file` is where it was read from, None if that was a string; `fetched` are the `hf://` addresses
+    that it and what it extends came from.
     """
 
     name: str
@@ -113,25 +115,32 @@ class Recipe:
     root: Path
     text: str
     file: Path | None = None
+    fetched: tuple[str, ...] = ()
 
     @staticmethod
     def load(
-        spec: str | Path, *, overrides: Sequence[str] = (), data_root: Path | None = None
+        spec: str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        data_root: Path | None = None,
+        allow: Sequence[str] = (),
     ) -> Recipe:
         """Reads a recipe: a path, a bundled name or `hf://owner/name[@revision]`.
 
         `overrides` are `key.path=value` assignments. `data_root` replaces the recipe's directory as
-        the place that its paths are resolved below.
+        the place that its paths are resolved below. A recipe of the Hub may extend others of its
+        owner, and of the owners in `allow`.
 
         Raises:
             RecipeError: it cannot be found, read or understood; file, line and key are named.
         """
         file = _located(str(spec))
-        document = _extended(file, file.parent, ())
+        origins = [str(spec)] if str(spec).startswith("hf://") else []
+        document = _extended(file, file.parent, (), origins, tuple(allow))
         for assignment in overrides:
             document = yaml_document.assigned(document, assignment)
         recipe = _checked(text_from_name(file.stem), document, (data_root or file.parent).resolve())
-        return replace(recipe, file=file.resolve())
+        return replace(recipe, file=file.resolve(), fetched=tuple(origins))
 
     @staticmethod
     def parse(
@@ -205,7 +214,10 @@ def _located(spec: str) -> Path:
     return file
 
 
-def _extended(file: Path, root: Path, chain: tuple[Path, ...]) -> Document:
+def _extended(
+    file: Path, root: Path, chain: tuple[Path, ...], origins: list[str], allow: tuple[str, ...]
+) -> Document:
+    """Reads a recipe and what it extends; addresses of the Hub among these join `origins`."""
     document = yaml_document.read(file)
     if document.data is None or not isinstance(document.data, dict):
         raise RecipeError(
@@ -219,7 +231,12 @@ def _extended(file: Path, root: Path, chain: tuple[Path, ...]) -> Document:
     where = document.where(("extends",))
     if not isinstance(parent, str):
         raise RecipeError(where, f"got {parent!r}, expected one recipe", "write its path or name")
-    if parent.startswith("hf://") or parent in bundled():
+    if parent.startswith("hf://"):
+        _refuse_others(where, parent, origins, allow)
+        target = _located(parent)
+        root = target.parent
+        origins.append(parent)
+    elif parent in bundled():
         target, root = _located(parent), _located(parent).parent
     else:
         target = (file.parent / parent).resolve()
@@ -237,7 +254,20 @@ def _extended(file: Path, root: Path, chain: tuple[Path, ...]) -> Document:
     if target.resolve() in seen or len(seen) > _MAX_EXTENDS:
         names = " → ".join(path.name for path in (*seen, target))
         raise RecipeError(where, f"goes in a circle: {names}", "remove one `extends`")
-    return yaml_document.merged(_extended(target, root, seen), document)
+    return yaml_document.merged(_extended(target, root, seen, origins, allow), document)
+
+
+def _refuse_others(where: str, parent: str, origins: list[str], allow: tuple[str, ...]) -> None:
+    """Refuses that a recipe of the Hub brings in another owner's, before that is fetched."""
+    from prune_export.recipe.remote import owner_of
+
+    owner = owner_of(parent)
+    if origins and owner not in (owner_of(origins[-1]), *allow):
+        raise RecipeError(
+            where,
+            f"`{parent}` is of another owner than {origins[-1]}, and would be fetched",
+            f"if you trust them, add `--allow-owner {owner}`",
+        )
 
 
 def _checked(name: str, document: Document, root: Path) -> Recipe:

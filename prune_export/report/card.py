@@ -26,6 +26,7 @@ from prune_export import registry
 from prune_export.escapes import escaped_page
 from prune_export.exporter_facts import ExporterFacts
 from prune_export.report import table
+from prune_export.report.benchmarks import benchmark_of
 from prune_export.report.caveats import caveats
 from prune_export.report.figures import figure_names
 from prune_export.report.healing import healing_text
@@ -199,7 +200,7 @@ def _eval_results(report: Report) -> list[EvalResult]:
             metric_value=round(task.pruned, 4),
         )
         for task in (report.verification.tasks if report.verification else ())
-        if math.isfinite(task.pruned)
+        if math.isfinite(task.pruned) and benchmark_of(task) is None
     ]
     return results
 
@@ -224,6 +225,12 @@ def _examples(report: Report, repo_id: str | None) -> list[Markup]:
         text = home.with_name(example).read_text(encoding="utf-8")
         found.append(_environment().from_string(text).render(export=export, repo_id=repo_id))
     return [Markup(text) for text in sorted(filter(str.strip, found), key=len)]
+
+
+def _served(exporter: str) -> Markup:
+    """The command that runs an engine; nothing for an exporter that is not known here."""
+    known = exporter in registry.names("exporters")
+    return spanned(f"prune-export serve . --engine {exporter}") if known else Markup()
 
 
 def _flat(text: str) -> str:
@@ -254,7 +261,9 @@ def _environment() -> jinja2.Environment:
         "healing": healing_text,
         "literal": Markup,
         "string": lambda text: Markup(json.dumps(_flat(text))),
+        "runtime": lambda name: ExporterFacts.of_name(name).runtime or name,
         "scalars": scalars,
+        "served": _served,
         "seconds": text_from_seconds,
         "value": value_text,
         "workload": table.workload_text,

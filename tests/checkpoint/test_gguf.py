@@ -177,7 +177,7 @@ def test_a_damaged_file_is_refused(
     ("changes", "kind", "said"),
     [
         ({"architecture": "whatever"}, UnsupportedArch, "got 'whatever', which transformers"),
-        ({"architecture": "falcon"}, UnsupportedArch, "no architecture table describes"),
+        ({"architecture": "mamba"}, UnsupportedArch, "no architecture table describes"),
         ({"numbers": {"split.count": 3}}, CheckpointError, "llama-gguf-split --merge"),
         (
             {"tensors": {"rope_freqs.weight": np.ones(4, np.float32)}},

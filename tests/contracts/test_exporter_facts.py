@@ -19,10 +19,11 @@ NAMES = registry.names("exporters")
 PACKAGE = Path(prune_export.__file__).parent
 DECLARED: dict[str, Any] = {
     "DIRECTORY": str, "RUNS_CODE": bool, "RUNS_ON": (frozenset, type(None)), "PACKAGES": tuple,
-    "SPARSE_NOTE": SparseNote, "EXAMPLE": str,
+    "SPARSE_NOTE": SparseNote, "EXAMPLE": str, "RUNTIME": str,
 }  # fmt: skip
 
 ALLOWED = {
+    "doctor.py": {"onnx", "tensorrt"},  # extras of the package, called like the exporters
     "report/card.py": {"onnx"},  # the Hub's tag for a graph of that format
     "recipe/search.py": {"onnx"},  # a default of the recipe, which names an exporter
 }

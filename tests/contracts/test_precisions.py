@@ -31,7 +31,7 @@ from tests.exporters.onnx.test_onnx import (
 ALLOWED = {"fp32": 1e-5, "fp16": 3e-2, "bf16": 1e-1, "int8": 5e-1}
 """Largest error as a fraction of the largest logit; random models magnify every rounding."""
 
-ROUTED = {("mixtral", "bf16"): 6e-1}
+ROUTED = {("mixtral", "bf16"): 6e-1, ("phimoe", "fp16"): 6e-1, ("phimoe", "bf16"): 6e-1}
 """PyTorch's own bfloat16 is as far off (0.44): a rounding sends some tokens to other experts."""
 
 QUICK = {"gemma3_text": "bf16", "olmo2": "fp16", "qwen3_moe": "fp16"}

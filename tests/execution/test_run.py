@@ -103,7 +103,7 @@ def test_one_run_at_a_time_puts_a_result_together(
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held.append(lock.name)
 
-    monkeypatch.setattr("prune_export.execution.write_report", written)
+    monkeypatch.setattr("prune_export.report.write_report", written)
     text = "recipe: 1\nstages: [{prune: {method: deepest, remove: 1}}]\n"
     run(Recipe.parse(text + "verify: {generation: false}\n"), str(tiny_llama), options)
     assert held

@@ -19,12 +19,12 @@ from mutate import Door
 from prune_export import hub
 from prune_export.checkpoint import Checkpoint, card_license, read_gguf_header
 from prune_export.checkpoint.loading import load_ends, load_tokenizer
-from prune_export.cli.engines import _exports
 from prune_export.execution import Options, plan
 from prune_export.exporters.aoti import runner as aoti_runner
 from prune_export.exporters.ort_genai import runner as ort_genai_runner
 from prune_export.exporters.ort_genai import support
 from prune_export.machine import Machine
+from prune_export.opening import _exports
 from prune_export.recipe import Recipe
 from prune_export.report import Report, model_card, summary_rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from onnx import TensorProto, helper
 
 from prune_export import registry
+from prune_export.report import write_report
+from prune_export.report.benchmarks import eval_result_files
 from prune_export.report.card import card_data, fenced, model_card, papers, sources, spanned
 from prune_export.report.reading import Report
 from tests.report.variants import made
@@ -42,6 +45,9 @@ def test_metadata_survives_the_hub_library(written: Path) -> None:
         name, results = model_index_to_eval_results(index)
         assert name
         assert all(np.isfinite(result.metric_value) for result in results)
+        # What the library makes of it is what was measured, no score lost or joined.
+        measured = card_data(Report.of(made(written.name))).eval_results
+        assert sorted(map(repr, results)) == sorted(map(repr, measured or []))
 
 
 def test_front_matter_of_a_hub_model() -> None:
@@ -129,6 +135,66 @@ def test_failures_open_the_card() -> None:
     assert "No remote code is needed" not in text
     assert "No remote code is needed" in model_card(made("full"))
     assert "Failed checks" not in model_card(made("full"))
+
+
+def test_what_it_cannot_do_comes_before_what_it_can() -> None:
+    for name in ("full", "failures", "least"):
+        text = model_card(made(name))
+        assert text.count("## Limits") == 1
+        assert text.index("## Limits") < text.index("## Measured") < text.index("## Use")
+    failing = model_card(made("failures"))
+    assert failing.index("**Failed checks**") < failing.index("## Limits")
+
+
+def test_each_engine_has_a_runtime_and_a_command() -> None:
+    report = made("full")
+    rows = [line for line in model_card(report).splitlines() if "prune-export serve . --" in line]
+    assert [row.split(" | ")[2:4] for row in rows] == [
+        ["ONNX Runtime", "`prune-export serve . --engine onnx`"],
+        ["onnxruntime-genai", "`prune-export serve . --engine ort_genai`"],
+    ]
+    # Of an exporter that is not installed here no command is made up.
+    report["exports"][0]["exporter"] = "other | `x`"
+    assert "--engine other" not in model_card(report)
+
+
+def with_tasks(*tasks: dict[str, Any]) -> dict[str, Any]:
+    report = made("large")
+    report["verification"]["tasks"] = list(tasks)
+    return report
+
+
+PRO = {"name": "mmlu_pro", "metric": "exact_match (custom-extract)", "dense": 0.5, "pruned": 0.4321,
+       "samples": 12032}  # fmt: skip
+
+
+def test_a_benchmark_of_the_hub_has_its_own_file(tmp_path: Path) -> None:
+    report = with_tasks(PRO, PRO | {"name": "arc_easy", "metric": "acc"})
+    (name, text), *others = eval_result_files(Report.of(report)).items()
+    assert not others
+    assert name == ".eval_results/mmlu_pro.yaml"
+    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
+    assert (entry.dataset_id, entry.task_id, entry.value) == (
+        "TIGER-Lab/MMLU-Pro", "mmlu_pro", 43.21,
+    )  # fmt: skip
+    # There and not in the card as well.
+    index = front(model_card(report))["model-index"]
+    assert "mmlu_pro" not in {one["dataset"]["type"] for one in index[0]["results"]}
+    written = write_report(report, tmp_path)
+    assert (tmp_path / name).read_text(encoding="utf-8") == text
+    assert tmp_path / name in written
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"samples": 100}, {"metric": "acc"}, {"name": "mmlu"}, {"pruned": math.nan}],
+)
+def test_a_part_of_a_benchmark_is_no_result_of_it(change: dict[str, Any]) -> None:
+    report = with_tasks(PRO | change)
+    assert eval_result_files(Report.of(report)) == {}
+    if "pruned" not in change:
+        results = front(model_card(report))["model-index"][0]["results"]
+        assert PRO["pruned"] in {one["metrics"][0]["value"] for one in results}
 
 
 def test_hostile_text_cannot_open_anything() -> None:

@@ -62,6 +62,7 @@ class Aoti:
     PACKAGES: ClassVar[tuple[str, ...]] = ("torch",)
     SPARSE_NOTE: ClassVar[SparseNote] = SparseNote()
     EXAMPLE: ClassVar[str] = ""
+    RUNTIME: ClassVar[str] = "PyTorch, compiled (AOTInductor)"
 
     calibrates: ClassVar[bool] = False
 

@@ -50,6 +50,7 @@ class GptqFormat:
         unasked="multiplied dense: no kernels for sparse weights here",
     )
     EXAMPLE: ClassVar[str] = "example.md.j2"
+    RUNTIME: ClassVar[str] = "GPTQModel, vLLM"
     WRITES_CODES: ClassVar[bool] = True
     calibrates: ClassVar[bool] = False
 

@@ -123,6 +123,8 @@ class Onnx:
         asked="the exporter `tensorrt` tells what is chosen",
     )
     EXAMPLE: ClassVar[str] = "example.md.j2"
+    ALONE: ClassVar[str] = "model.onnx"
+    RUNTIME: ClassVar[str] = "ONNX Runtime"
 
     calibrates: ClassVar[bool] = False
     WRITES_CODES: ClassVar[bool] = True

@@ -65,6 +65,8 @@ class OrtGenai:
         unasked="multiplied dense: no kernels for sparse weights here",
     )
     EXAMPLE: ClassVar[str] = "example.md.j2"
+    ALONE: ClassVar[str] = "genai_config.json"
+    RUNTIME: ClassVar[str] = "onnxruntime-genai"
 
     calibrates: ClassVar[bool] = False
     WRITES_CODES: ClassVar[bool] = True

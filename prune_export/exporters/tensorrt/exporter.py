@@ -104,6 +104,7 @@ class Tensorrt:
     PACKAGES: ClassVar[tuple[str, ...]] = ("tensorrt", "tensorrt_rtx_cu13_bindings")
     SPARSE_NOTE: ClassVar[SparseNote] = SparseNote()
     EXAMPLE: ClassVar[str] = ""
+    RUNTIME: ClassVar[str] = "TensorRT"
 
     @property
     def calibrates(self) -> bool:
