@@ -46,6 +46,9 @@ def reference_logits(
         for part in parts(weight.parameter)
     }
     for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                buffer.copy_(source.read(f"{path}.{name}"))  # a router's correction
         if any(parameter is not None for parameter in module._parameters.values()):
             rounded = {} if isinstance(module, nn.Embedding) else stored
             _stream(path, module, partial(_rounded, source=source, dtype=dtype, stored=rounded))

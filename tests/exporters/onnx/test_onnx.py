@@ -58,6 +58,9 @@ def saved(model_type: str, path: Path, **changes: Any) -> PreTrainedModel:
             parameter.normal_(std=0.3)
             if parameter.dim() == 1 and name.endswith("weight") and "gemma" not in model_type:
                 parameter.add_(1.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(std=0.3)
     model.save_pretrained(path)
     return model
 

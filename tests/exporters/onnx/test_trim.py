@@ -31,8 +31,9 @@ NARROWED = {*one_of_each(1), "llama"}
 """What is cut of a block is the same for all families of a kind."""
 
 KINDS = {
-    "gemma2": 2, "gemma3_text": 2, "qwen2": 2, "qwen3": 2, "qwen3_moe": 2, "sliced_qwen2": 2,
-    "sliced_qwen3": 2, "smollm3": 2,
+    "deepseek_v3": 2, "dots1": 2, "ernie4_5_moe": 2, "gemma2": 2, "gemma3_text": 2, "glm4_moe": 2,
+    "qwen2": 2, "qwen2_moe": 3, "qwen3": 2, "qwen3_moe": 2, "sliced_qwen2": 2, "sliced_qwen3": 2,
+    "smollm3": 2,
 }  # fmt: skip
 """Kinds of blocks in the tiny model of a family, where there is more than one."""
 
@@ -74,7 +75,9 @@ def zero_everything(model: Zeroed) -> None:
     if any(tensor.role == "expert.down" for tensor in arch.block(1)):
         model.channels(1, range(5), expert=0)
         model.channels(1, range(9), expert=1)
-        for expert, layer in ((2, 1), *((e, 5) for e in range(arch.sizes["expert.5"]))):
+        last = max(int(axis.split(".")[1]) for axis in arch.sizes if axis.startswith("expert."))
+        every = range(arch.sizes[f"expert.{last}"])
+        for expert, layer in ((2, 1), *((expert, last) for expert in every)):
             model.channels(layer, range(arch.sizes[f"moe.{layer}.{expert}"]), expert=expert)
 
 
@@ -91,7 +94,9 @@ def test_a_wide_family_becomes_a_narrow_engine(model_type: str, tmp_path: Path) 
     assert record.notes[0] == f"{KINDS.get(model_type, 1)} of 6 blocks traced"
     in_blocks = sum(prod(model.arch.shape(t)) for t in model.arch.tensors if t.layer is not None)
     stamped = sum(prod(dims) for name, dims in shapes(graph).items() if ".4." not in name)
-    assert stamped < 0.95 * (model.arch.parameters() - in_blocks / 6)
+    # Of experts that are one tensor on disk nothing is trimmed.
+    share = 0.96 if "fused" in model.arch.table.axes else 0.95
+    assert stamped < share * (model.arch.parameters() - in_blocks / 6)
     assert {int(name.split(".")[1]) for name in caches(graph)} == set(range(4)), "there are gaps"
     onnx.checker.check_model(str(graph), full_check=True)
 
