@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import torch
+if TYPE_CHECKING:  # the process that times an engine imports this file, and needs no torch
+    import torch
 
 READ_BYTES_A_SECOND: Final = 8e9
 """How fast a plain machine reads the weights for a step; on a GPU it is far more."""
@@ -38,10 +39,14 @@ class Dice:
     """The random numbers of some texts, one generator each; every token takes one number."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
+        import torch
+
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def roll(self, rows: Sequence[int]) -> torch.Tensor:
         """The next number in [0, 1) of each of the texts `rows`, float64 `[rows]`."""
+        import torch
+
         numbers = [
             torch.rand((), dtype=torch.float64, generator=self._generators[row]) for row in rows
         ]
@@ -56,6 +61,8 @@ def picked(logits: torch.Tensor, numbers: torch.Tensor, how: Sampling) -> torch.
 
     Source: Holtzman et al., The Curious Case of Neural Text Degeneration (1904.09751), section 3.1.
     """
+    import torch
+
     if how.temperature == 0:
         return logits.argmax(dim=-1)
     p = torch.softmax(logits.double() / how.temperature, dim=-1)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from prune_export.contracts import LimitsBatch, Runner
 from prune_export.errors import VerifyError
-from prune_export.sampling import Dice, Sampling, picked
+
+if TYPE_CHECKING:  # the process that times an engine needs no torch
+    from prune_export.sampling import Sampling
 
 CHUNK: Final = 256
 """Tokens that are scored at once: bounds the logits' memory at 256 x vocabulary x 4 bytes."""
@@ -177,6 +179,8 @@ def _drawn_together(
 ) -> list[list[int]]:
     """Draws texts in one batch without padding, as `continuations` has it."""
     import torch
+
+    from prune_export.sampling import Dice, picked
 
     dice, texts = Dice(seeds), [list(prompt) for prompt in prompts]
     wanted = [len(prompt) + new for prompt in prompts]

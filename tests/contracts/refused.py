@@ -58,7 +58,7 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
 WHOLE_HEADS: Final = frozenset(
     {
         "bloom", "falcon", "flex_olmo", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium",
-        "minimax_m2", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phimoe", "stablelm",
+        "minimax_m2", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "stablelm",
     }
 )  # fmt: skip
 """Families whose config has no head size, or a norm over all heads: nothing cuts their heads."""

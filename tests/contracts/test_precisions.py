@@ -31,13 +31,18 @@ from tests.exporters.onnx.test_onnx import (
 ALLOWED = {"fp32": 1e-5, "fp16": 3e-2, "bf16": 1e-1, "int8": 5e-1}
 """Largest error as a fraction of the largest logit; random models magnify every rounding."""
 
-ROUTED = {("mixtral", "bf16"): 6e-1, ("phimoe", "fp16"): 6e-1, ("phimoe", "bf16"): 6e-1}
+ROUTED = {("mixtral", "bf16"): 6e-1}
 """PyTorch's own bfloat16 is as far off (0.44): a rounding sends some tokens to other experts."""
+
+SENT_ELSEWHERE = {
+    "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "minimax_m2", "phimoe",
+}  # fmt: skip
+"""Mixtures whose random routers are so near to a tie that rounding says nothing of the graph."""
 
 QUICK = {"gemma3_text": "bf16", "olmo2": "fp16", "qwen3_moe": "fp16"}
 """Each once was refused by the runtime."""
 
-TRACEABLE = sorted(tables().keys() - UNTRACEABLE)
+TRACEABLE = sorted(tables().keys() - UNTRACEABLE - SENT_ELSEWHERE)
 SOME = {
     family: ("fp16", "int8", "bf16")[at % 3]
     for at, family in enumerate(one for one in one_of_each() if one in TRACEABLE)

@@ -74,7 +74,8 @@ def test_whole_windows_give_the_norms_of_the_unedited_block(
         expected = (unedited[kind] + 0.1 * edited[kind]) / 1.1
         torch.testing.assert_close(sums, expected, rtol=2e-3, atol=1e-5)
         differs += not torch.allclose(edited[kind], unedited[kind], rtol=0.05)
-    assert differs >= 2, "edits must matter here"
+    # Where experts are one tensor on disk, only attention is edited.
+    assert differs >= min(2, len(found) - 1), "edits must matter here"
 
 
 def test_heads_stand_for_their_windows(

@@ -100,7 +100,7 @@ def test_aoti_is_exact_on_both_sides_of_the_original_length(tmp_path: Path) -> N
 def test_dynamic_scaling_is_refused_by_every_exporter_with_what_is_the_same(tmp_path: Path) -> None:
     model = scaled("llama", "dynamic", tmp_path / "dense", num_hidden_layers=1)
     arch = Checkpoint.open(tmp_path / "dense").arch()
-    for name in registry.names("exporters"):
+    for name in {*registry.names("exporters")} - {"gptq_format"}:  # which writes weights alone
         with pytest.raises(PlanError, match="no exporter takes rotary scaling `dynamic`") as caught:
             registry.find("exporters", name)().check(arch, MACHINE)
         assert '"rope_type": "default"' in caught.value.fix
