@@ -42,6 +42,16 @@ def user_id() -> int:
     return int(found()) if found is not None else 0
 
 
+def peak_ram(*, of_children: bool = False) -> int:
+    """The most bytes that this process ever held, or its largest child; 0 where nobody can say."""
+    try:
+        resource: Any = importlib.import_module("resource")
+    except ImportError:
+        return 0
+    who = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
+    return int(resource.getrusage(who).ru_maxrss * 1024)
+
+
 def share_blocks(source: int, target: int) -> None:
     """Lets the file `target` have the blocks of the file `source`.
 
