@@ -67,7 +67,7 @@ def test_a_result_as_it_is_passes_and_all_secrets_are_where_publish_looks(result
         ("verify.json", r'{"a": "C:\\Users\\somebody\\out"}', "somebody"),
         ("prune_recipe.yaml", "files: [/data/corpus/a.txt]", "/data/corpus/a.txt"),
         ("onnx/build.log", "reads /tmp/build-1/model.onnx", "/tmp/build-1/model.onnx"),
-        ("genai/genai_config.json", '{"a": "/root/models/x"}', "/root/models/x"),
+        ("genai/genai_config.json", '{"a": "/home/maria/models/x"}', "/home/maria/models/x"),
         ("report.json", r'{"a": "D:\\models\\large"}', "models"),
     ],
 )
