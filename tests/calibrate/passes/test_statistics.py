@@ -69,7 +69,7 @@ def test_every_statistic_equals_brute_force(
     assert losses.dense == pytest.approx(made.loss(tokens.ids), rel=1e-6, abs=1e-5)
     expected = {layer: made.loss(tokens.ids, [layer]) for layer in BYPASSED}
     assert losses.skipped == pytest.approx(expected, rel=1e-6, abs=1e-5)
-    assert max(expected.values()) - min(expected.values()) > 5e-3
+    assert max(expected.values()) - min(expected.values()) > 1e-2
 
     fewer = found[ALL[3]]
     assert fewer.dense == pytest.approx(made.loss(tokens.ids[:3, :7]), rel=1e-6, abs=1e-5)
