@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -26,6 +25,7 @@ from prune_export.exporter_facts import ExporterFacts
 from prune_export.machine import cpu_features, describe
 from prune_export.planning.sparsity_rules import AMPERE
 from prune_export.system.platforms import usable_cores
+from prune_export.system.temporary import temporary_place
 
 DISTRIBUTION: Final = "prune-export"
 PURPOSES: Final[Mapping[str, str]] = {
@@ -328,7 +328,7 @@ def _disks(store: Path) -> Iterator[Disk]:
     places = {
         "store": store,
         "Hub's cache": Path(constants.HF_HUB_CACHE),
-        "temporary files": Path(tempfile.gettempdir()),
+        "temporary files": temporary_place(),
         "here": Path.cwd(),
     }
     for what, path in places.items():

@@ -51,6 +51,11 @@ class Temporary:
         self.close()
 
 
+def temporary_place() -> Path:
+    """The directory in which temporary directories are made."""
+    return Path(tempfile.gettempdir())
+
+
 def _new_lock() -> tuple[int, str]:
     while True:
         descriptor, lock = tempfile.mkstemp(prefix=PREFIX, suffix=_LOCK)
@@ -72,7 +77,7 @@ def sweep() -> list[Path]:
     """Removes the temporary directories whose owners are dead, and lists them."""
     swept: list[Path] = []
     with suppress(OSError):
-        for lock in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*{_LOCK}")):
+        for lock in sorted(temporary_place().glob(f"{PREFIX}*{_LOCK}")):
             if not _ours(lock, stat.S_ISREG):
                 continue
             with held_if_free(lock) as free:
