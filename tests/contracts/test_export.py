@@ -74,7 +74,7 @@ def test_each_method_is_met_by_another_kind_of_family() -> None:
 def pruned_harder(name: str, model_type: str) -> Any:
     """Widths that differ by block, where a method can: the harder case for an exporter."""
     cls = registry.find("methods", name)
-    if issubclass(cls, WidthMethod) and model_type not in WHOLE_HEADS | {"phimoe"}:
+    if issubclass(cls, WidthMethod) and model_type not in WHOLE_HEADS:
         protect = {k: 0 for k in cls.__dataclass_fields__ if k.startswith("protect_")}
         return cls(ffn=0.5, heads=0.5, per_layer=True, **protect)
     return an_instance(cls)

@@ -99,6 +99,8 @@ def resize(model: Any, blocks: str, trim: Trim, parameter_of: Callable[[str], st
         name, dot, _ = axis.partition(".")
         if dot and name in names:
             arch = arch.resized(axis, _STANDS_FOR[name])
+    has_groups = any(axis.startswith("group.") for axis in arch.sizes)
+    queries = _KV * (_GROUP if has_groups else 1)
     shapes = {parameter_of(tensor.name): arch.shape(tensor) for tensor in arch.tensors}
     for path, module in model.named_modules():
         if path.startswith(f"{blocks}."):
@@ -108,10 +110,11 @@ def resize(model: Any, blocks: str, trim: Trim, parameter_of: Callable[[str], st
                     if shape != tuple(parameter.shape):
                         empty = torch.zeros((), dtype=parameter.dtype).expand(shape)
                         setattr(module, name, nn.Parameter(empty, requires_grad=False))
-            _tell(module, "kv" in names)
+            _tell(module, "kv" in names, queries)
     if "kv" in names:
-        has_groups = any(axis.startswith("group.") for axis in arch.sizes)
-        model.config.num_attention_heads = _KV * (_GROUP if has_groups else 1)
+        if getattr(model.config, "head_dim", None) is None and "dim" in arch.sizes:
+            model.config.head_dim = arch.sizes["dim"]  # else some divide by the number of heads
+        model.config.num_attention_heads = queries
 
 
 def _stacked(name: str, parameter: torch.Tensor, names: frozenset[str]) -> tuple[int, ...]:
@@ -122,14 +125,16 @@ def _stacked(name: str, parameter: torch.Tensor, names: frozenset[str]) -> tuple
     return (count, rows, _MLP) if name == "down_proj" else (count, 2 * _MLP, columns)
 
 
-def _tell(module: nn.Module, heads: bool) -> None:
-    """Sets a module's attributes (numbers of heads …) to its new shapes."""
+def _tell(module: nn.Module, heads: bool, queries: int) -> None:
+    """Sets a module's attributes (numbers of heads …) to its new shapes, `queries` of them."""
     known = vars(module)
     if "nf" in known:  # Conv1D
         known["nf"] = module._parameters["weight"].shape[1]  # type: ignore[union-attr]
     if heads:
-        for name in ("num_heads", "num_key_value_heads"):
+        for name, count in (("num_heads", queries), ("num_key_value_heads", _KV)):
             if name in known:
-                known[name] = _KV
+                known[name] = count
+        if {"num_heads", "head_dim", "hidden_size"} <= known.keys():  # what comes back together
+            known["hidden_size"] = queries * known["head_dim"]
         if "split_size" in known:  # GPT-2: where queries, keys and values are split
             known["split_size"] = _KV * known["head_dim"]
