@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ MARGIN: Final = 0.02
 
 _FEWEST: Final = 8
 """Windows below which a measured perplexity has no interval to speak of."""
+
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 _NAMES: Final = (LOCK, PUBLISHED_NAME, "report.json", "verify.json")
 _UNTRAINED: Final = ("dense", "pruned")
@@ -95,6 +98,12 @@ def read_made(target: str) -> Made:
     """
     folder = Path(target)
     if not folder.is_dir():
+        if not target.startswith("hf://") and not _HUB_ID.fullmatch(target):
+            raise CheckpointError(
+                target,
+                "is no directory, and no Hub id (`org/name`, `org/name@revision`)",
+                "give the `out/` of a run, or a model of the Hub that was published by this tool",
+            )
         uri = target if target.startswith("hf://") else f"hf://{target}"
         folder = fetched_files(uri, _NAMES[:2], _NAMES[2:])
     lock = read_json_object(folder / LOCK, "the lock of a result", REPORT_BYTES)

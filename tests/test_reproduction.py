@@ -259,3 +259,8 @@ def test_judgement_by_interval_and_by_pairs() -> None:
     assert not same
     assert "too few" in said
     assert not judgement(before, replace(before, value=math.nan))[0]
+
+
+def test_what_is_neither_a_directory_nor_a_hub_id_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no directory, and no Hub id"):
+        read_made(str(tmp_path / "nowhere"))

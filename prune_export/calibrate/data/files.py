@@ -41,7 +41,12 @@ def inside(root: Path, pattern: str, where: str) -> list[Path]:
         what = "is a directory" if literal else "matches only directories"
         fix = f"name what is in it, for example `{named.rstrip('/')}/*.jsonl`"
         raise PlanError(where, f"`{named}` {what}, expected files", fix)
-    raise PlanError(where, f"`{named}` names no file", "check the path and the spelling")
+    raise PlanError(
+        where,
+        f"`{named}` names no file",
+        "check the path and the spelling; a recipe's files are looked for below `--data-root`, and "
+        "`--data FILE` puts text of your own in their place",
+    )
 
 
 def local_files(source: LocalText, root: Path) -> list[Path]:
