@@ -10,7 +10,7 @@ what is cut passes through in windows of rows. A cut is made on the bits, so eve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +18,7 @@ from prune_export.arch import Arch, Tensor
 from prune_export.checkpoint.config import full_config
 from prune_export.checkpoint.header import TORCH, Entry
 from prune_export.checkpoint.reader import Checkpoint, all_finite
+from prune_export.checkpoint.wrapped import Wrapped
 from prune_export.checkpoint.writer import SHARD_BYTES, Planned, write_checkpoint
 from prune_export.edits import Become, Drop, Edit, Edits, Keep, Overwrite, Untie
 from prune_export.errors import CheckpointError, PlanError
@@ -77,6 +78,9 @@ def rewrite(
     _refuse_untied(source, arch)
     window = max(MIB, min(_WINDOW_BYTES, ram_bytes // 16))
     planned = list(_planned(source, arch, after, sorted_edits, window))
+    if source.wrapped is not None:
+        config = source.wrapped.whole_config(source.config, config)
+        planned = _whole(source.wrapped, planned)
     result = write_checkpoint(
         out,
         config,
@@ -114,6 +118,13 @@ def _planned(
         stored = str(tensor.tied_to)
         content = _content(source, stored, tensor, arch, edits, window)
         yield Planned(name, source.entries[stored].dtype, after.shape(after.by_name[name]), content)
+
+
+def _whole(wrapped: Wrapped, planned: Iterable[Planned]) -> list[Planned]:
+    """The tensors of a larger model, given those of its language model; the others as they are."""
+    own = [replace(one, name=wrapped.stored_name(one.name)) for one in planned]
+    rest = wrapped.carried.items()
+    return own + [Planned(name, entry.dtype, entry.shape, entry) for name, entry in rest]
 
 
 def _content(

@@ -278,7 +278,7 @@ class Common(_Frozen):
         return frozenset({*self.known, *self.accepts, *self.refuses})
 
 
-def _yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """Parses YAML data, by libyaml where it is there: it takes a tenth of the time."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
@@ -309,7 +309,7 @@ def parse_table(text: str, name: str) -> Table:
         UnsupportedArch: it is malformed.
     """
     try:
-        return Table.model_validate(_yaml(text))
+        return Table.model_validate(parse_yaml(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"])
@@ -326,7 +326,7 @@ def parse_table(text: str, name: str) -> Table:
 def common() -> Common:
     """Loads the rules of `families/_common.yaml` for config keys that any family may carry."""
     text = files("prune_export.arch").joinpath("families/_common.yaml").read_text(encoding="utf-8")
-    return Common.model_validate(_yaml(text))
+    return Common.model_validate(parse_yaml(text))
 
 
 def table_for(model_type: str) -> Table:

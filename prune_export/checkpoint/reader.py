@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prune_export.arch import Arch
 from prune_export.arch.table import Table, tables
+from prune_export.arch.wrappers import wrapper_of
 from prune_export.checkpoint.config import full_config, read_config, read_json
 from prune_export.checkpoint.header import FLOATS, TORCH, Entry, read_header
 from prune_export.checkpoint.side import refuse_adapter, side_files
 from prune_export.checkpoint.tied import refuse_two_heads, with_one_name
+from prune_export.checkpoint.wrapped import Wrapped, part, unwrap
 from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
 from prune_export.system.files import is_regular, open_regular, shown
 
@@ -48,11 +50,15 @@ class Checkpoint:
 
     `config` is config.json as it stands; `entries` are the stored tensors by name, in the order in
     which they lie in the files; it is empty for a directory that was opened without weights.
+
+    Of a larger model that holds a language model (of images and text) both are the language
+    model's, under the names that it has by itself; `wrapped` is what surrounds it.
     """
 
     path: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
+    wrapped: Wrapped | None = None
 
     @staticmethod
     def open(path: Path | str, *, weights: bool = True) -> Checkpoint:
@@ -66,13 +72,18 @@ class Checkpoint:
         config = read_config(path)
         refuse_adapter(path)
         side_files(path)  # what cannot be carried along is refused before any work
+        wrapper, wrapped = wrapper_of(config), None
+        if wrapper is not None and wrapper.holds_text(config):
+            config, wrapped = unwrap(wrapper, config, path)
         if not weights:
-            return Checkpoint(path, MappingProxyType(config), MappingProxyType({}))
+            return Checkpoint(path, MappingProxyType(config), MappingProxyType({}), wrapped)
         entries = _entries(path)
         table = tables().get(str(config.get("model_type")))
+        if table is not None and wrapped is not None:
+            entries, wrapped = part(entries, table, wrapped, path)
         if table is not None:
             entries = with_one_name(_prefixed(entries, table), table, config, path)
-        return Checkpoint(path, MappingProxyType(config), MappingProxyType(entries))
+        return Checkpoint(path, MappingProxyType(config), MappingProxyType(entries), wrapped)
 
     @property
     def nbytes(self) -> int:
@@ -110,6 +121,8 @@ class Checkpoint:
             if not error.where.startswith("config.json"):
                 raise
             raise UnsupportedArch(f"{self.path}/{error.where}", error.problem, error.fix) from None
+        if self.wrapped is not None:
+            arch = replace(arch, within=self.wrapped.within)
         if self.entries:
             self.check(arch)
         return arch
