@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prune_export.arch import Arch, Tensor
 from prune_export.checkpoint.config import full_config
+from prune_export.checkpoint.grid_file import NAME as GRIDS
 from prune_export.checkpoint.header import TORCH, Entry
 from prune_export.checkpoint.reader import Checkpoint, all_finite
 from prune_export.checkpoint.wrapped import Wrapped
@@ -24,12 +25,23 @@ from prune_export.edits import Become, Drop, Edit, Edits, Keep, Overwrite, Untie
 from prune_export.errors import CheckpointError, PlanError
 from prune_export.modeling import FOLDER
 from prune_export.progress import Progress
+from prune_export.system.files import is_regular
 from prune_export.units import MIB
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Become", "Drop", "Edit", "Edits", "Keep", "Overwrite", "Untie", "rewrite"]
+__all__ = [
+    "Become",
+    "Drop",
+    "Edit",
+    "Edits",
+    "Keep",
+    "Overwrite",
+    "Untie",
+    "rewrite",
+    "write_text_alone",
+]
 
 
 Cuts = tuple[tuple[int, list[int]], ...]
@@ -92,6 +104,19 @@ def rewrite(
     )
     result.check(after)
     return result
+
+
+def write_text_alone(source: Checkpoint, out: Path, progress: Progress | None = None) -> Checkpoint:
+    """Writes the language model of a larger model (of images and text) as a plain checkpoint.
+
+    Its bytes are the same; only names and config.json are those of a causal language model. The
+    grids of quantized weights, which are kept under these names, come along.
+    """
+    planned = [Planned(name, one.dtype, one.shape, one) for name, one in source.entries.items()]
+    config = {key: one for key, one in source.config.items() if key not in _DEAD_KEYS}
+    side_files = [file for file in source.side_files() if "processor" not in file.name]
+    side_files += [file for file in (source.path / GRIDS,) if is_regular(file)]
+    return write_checkpoint(out, config, planned, side_files=side_files, progress=progress)
 
 
 def _planned(

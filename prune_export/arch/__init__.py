@@ -25,7 +25,7 @@ from prune_export.arch.rules import (
     write_width,
 )
 from prune_export.arch.table import Table, table_for
-from prune_export.arch.tensors import Binding, Tensor
+from prune_export.arch.tensors import Binding, Tensor, members
 from prune_export.arch.wrappers import Within
 from prune_export.errors import PlanError, UnsupportedArch, did_you_mean
 
@@ -98,6 +98,13 @@ class Arch:
         """Whether attention and MLP of a block are parallel: both added to the block's input."""
         said = self.table.parallel
         return holds(said, self.config) if isinstance(said, str) else said
+
+    def mlp_in_tuple(self, layer: int) -> bool:
+        """Whether the MLP module of a block returns its output as the first of two."""
+        said = self.table.tuple_mlp
+        if isinstance(said, bool):
+            return said
+        return layer in members(self.table, said, self.config, self.layers)
 
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that a checkpoint holds: all but those tied to another."""

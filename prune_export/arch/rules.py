@@ -123,6 +123,8 @@ def _set_keys(row: LayerSet, inside: Sequence[int], layers: int) -> dict[str, An
     Raises:
         PlanError: its keys cannot say them.
     """
+    if row.listed:
+        return {row.listed: list(inside)}
     if row.excluding:
         said: dict[str | None, Any] = {
             row.every: 1,

@@ -60,17 +60,19 @@ class LayerSet(_Frozen):
     `first` and `last` are keys that say from which layer on, and up to which one; `excluding` is a
     list of layers. After a depth cut the set is written back: with `excluding`, as `every: 1` and
     the renumbered rest in the list; else by the step, first and last layer that say the same.
+    Where the key `listed` is given, it lists the layers themselves, and nothing else counts.
     """
 
     every: str | None = None
     excluding: str | None = None
     first: str | None = None
     last: str | None = None
+    listed: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The config keys that say it."""
-        return tuple(filter(None, (self.every, self.excluding, self.first, self.last)))
+        return tuple(filter(None, (self.every, self.excluding, self.first, self.last, self.listed)))
 
 
 class Count(_Frozen):
@@ -162,7 +164,7 @@ class Table(_Frozen):
 
     `tuple_blocks` says that the model takes the first of what a block returns, not all of it.
 
-    `tuple_mlp` says that an MLP returns its output as the first of two.
+    `tuple_mlp` says that an MLP returns its output as the first of two; or in which layer set.
 
     `untraceable` says what of it no exporter's graph can hold, as an end of a sentence.
 
@@ -197,7 +199,7 @@ class Table(_Frozen):
     parallel: bool | str = False
     tuple_blocks: bool = False
     untraceable: str = ""
-    tuple_mlp: bool = False
+    tuple_mlp: bool | str = False
     parts_add: bool = False
     per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]

@@ -145,11 +145,14 @@ def members(table: Table, name: str, config: Mapping[str, Any], layers: int) -> 
         raise UnsupportedArch(f"config.json  {row.every}", f"got {every}, expected 1 or more")
     first = value(f"{row.first or 0} | 0", config)
     last = value(f"{row.last or layers} | {layers}", config)
-    listed = config.get(row.excluding or "") or ()
+    key = row.listed or row.excluding or ""
+    listed = config.get(key) or ()
     if not isinstance(listed, list | tuple) or any(type(one) is not int for one in listed):
         raise UnsupportedArch(
-            f"config.json  {row.excluding}", f"got {listed!r:.60}, expected a list of layers"
+            f"config.json  {key}", f"got {listed!r:.60}, expected a list of layers"
         )
+    if row.listed:
+        return frozenset(listed) & frozenset(range(layers))
     outside = set(listed)
     return frozenset(
         layer

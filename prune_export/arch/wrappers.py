@@ -47,7 +47,7 @@ class Within:
             raise PlanError(
                 f"axis {axis}",
                 f"is that of other parts of this {self.wrapper} model too, which are not cut",
-                "cut MLPs, heads, experts or blocks; or cut the language model saved alone",
+                "cut MLPs, heads, experts or blocks",
             )
 
     def refuse_layers(self, layers: set[int]) -> None:

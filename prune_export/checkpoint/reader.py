@@ -18,12 +18,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from prune_export.arch import Arch
-from prune_export.arch.table import Table, tables
+from prune_export.arch.table import tables
 from prune_export.arch.wrappers import wrapper_of
 from prune_export.checkpoint.config import full_config, read_config, read_json
 from prune_export.checkpoint.header import FLOATS, TORCH, Entry, read_header
 from prune_export.checkpoint.side import refuse_adapter, side_files
-from prune_export.checkpoint.tied import refuse_two_heads, with_one_name
+from prune_export.checkpoint.tied import refuse_two_heads, with_one_name, with_prefix
 from prune_export.checkpoint.wrapped import Wrapped, part, unwrap
 from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
 from prune_export.system.files import is_regular, open_regular, shown
@@ -82,7 +82,7 @@ class Checkpoint:
         if table is not None and wrapped is not None:
             entries, wrapped = part(entries, table, wrapped, path)
         if table is not None:
-            entries = with_one_name(_prefixed(entries, table), table, config, path)
+            entries = with_one_name(with_prefix(entries, table), table, config, path)
         return Checkpoint(path, MappingProxyType(config), MappingProxyType(entries), wrapped)
 
     @property
@@ -389,20 +389,6 @@ def _refuse_outside(index: Path, name: str, shard: object) -> None:
         raise CheckpointError(
             f"{index}  {name}", f"got {shard!r}, which is not safetensors", CONVERT
         )
-
-
-def _prefixed(entries: dict[str, Entry], table: Table) -> dict[str, Entry]:
-    """Adds the base model's prefix to names, which some old checkpoints lack.
-
-    GPT-2 on the Hub, for one, stores `h.0.…` for `transformer.h.0.…`.
-    """
-    prefix, dot, rest = table.blocks.partition(".")
-    if not dot or any(name.startswith(f"{prefix}.") for name in entries):
-        return entries
-    if not any(name.startswith(f"{rest}.") for name in entries):
-        return entries
-    whole = {row.name for row in (*table.head, *table.tail)}
-    return {name if name in whole else f"{prefix}.{name}": entry for name, entry in entries.items()}
 
 
 def _some(names: Iterable[str], shown: int = 3) -> str:

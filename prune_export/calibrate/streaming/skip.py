@@ -49,7 +49,7 @@ def skipped(layerwise: LayerwiseModel, layer: int, parts: Collection[Part]) -> I
         for part in parts:
             for module, whole in _modules(layerwise, layer, part):
                 if whole:
-                    pair = part == "attention" or layerwise.arch.table.tuple_mlp
+                    pair = part == "attention" or layerwise.arch.mlp_in_tuple(layer)
                     zeros = _zeros_and_none if pair else _zeros
                     _instead(module, partial(zeros, layerwise.arch.sizes["residual"]), undo)
                 else:
