@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from prune_export.credentials import refuse_secrets
 from prune_export.errors import PublishError
-from prune_export.hub import publish
-from tests.test_hub import make_result
+from prune_export.hub.credentials import refuse_secrets
+from prune_export.hub.publishing import publish
+from tests.hub.test_publishing import make_result
 
 SECRETS = {
     "README.md": ("a Hugging Face token", "hf_" + "ABCdef123" * 4),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from prune_export.recipe.sources import Frozen
-from prune_export.training.divergence import Divergence
+from prune_export.training.losses.divergence import Divergence
 
 NEXT_TOKEN: Final = "next_token"
 

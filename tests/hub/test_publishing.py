@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from prune_export import credentials, hub
 from prune_export.errors import PublishError
-from prune_export.hub import publish
+from prune_export.hub import credentials, publishing
+from prune_export.hub.publishing import publish
 from prune_export.modeling import FOLDER
 from prune_export.report import write_report
-from tests.fake_hub import GOOD, READ_ONLY, WRONG, FakeHub, Repo
+from tests.hub.fake_hub import GOOD, READ_ONLY, WRONG, FakeHub, Repo
 
-FULL = Path(__file__).parent / "report" / "full.json"
+FULL = Path(__file__).parents[1] / "report" / "full.json"
 CALLS = Path(__file__).parent / "hub_calls.py"
 SECRET = "hf_" + "ABCdef123" * 4
 
@@ -104,7 +104,7 @@ def called(
     } | {
         "HF_ENDPOINT": fake.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": GOOD, "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(CALLS.parents[1]),
+        "PYTHONPATH": str(CALLS.parents[2]),
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(CALLS)], input=json.dumps(calls), env=environment, text=True,
@@ -416,7 +416,7 @@ def test_the_token_of_the_upload_itself_is_a_secret(result: Path) -> None:
 
 
 def test_large_files_are_refused(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "FILE_LIMIT_BYTES", 10_000)
+    monkeypatch.setattr(publishing, "FILE_LIMIT_BYTES", 10_000)
     with pytest.raises(PublishError, match=r"bytes, the Hub takes 10,000 a file"):
         publish(result, "me/model", dry_run=True)
 
