@@ -16,7 +16,7 @@ from prune_export.hub.recipes import publish_recipes
 from prune_export.recipe import Recipe
 from prune_export.recipe.fetching import fetches
 from tests.hub.fake_hub import FakeHub, Repo
-from tests.hub.test_publishing import called, make_result, uploading
+from tests.hub.made import called, make_result, uploading
 
 PLAIN = "recipe: 1\ndescription: Two *fewer*.\nstages:\n  - prune: {method: deepest, remove: 2}\n"
 OTHER = PLAIN.replace("deepest", "laco").replace("remove: 2", "merge: 2")

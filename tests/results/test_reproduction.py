@@ -30,7 +30,7 @@ from prune_export.results.reproduction import (
 from prune_export.system.written import LOCK
 from prune_export.verify.results import Perplexity
 from tests.hub.fake_hub import FakeHub
-from tests.hub.test_publishing import called, uploading
+from tests.hub.made import called, uploading
 from tests.measured_here import install
 
 RECIPE = """\
