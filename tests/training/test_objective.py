@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from prune_export.training.objective import Distill
+from prune_export.training.losses.objective import Distill
 
 
 @pytest.mark.parametrize(
