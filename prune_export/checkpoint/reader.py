@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prune_export.arch import Arch
 from prune_export.arch.table import tables
-from prune_export.arch.wrappers import wrapper_of
 from prune_export.checkpoint.config import full_config, read_config, read_json
 from prune_export.checkpoint.header import FLOATS, TORCH, Entry, read_header
 from prune_export.checkpoint.side import refuse_adapter, side_files
@@ -72,9 +72,7 @@ class Checkpoint:
         config = read_config(path)
         refuse_adapter(path)
         side_files(path)  # what cannot be carried along is refused before any work
-        wrapper, wrapped = wrapper_of(config), None
-        if wrapper is not None and wrapper.holds_text(config):
-            config, wrapped = unwrap(wrapper, config, path)
+        config, wrapped = unwrap(config, path)
         if not weights:
             return Checkpoint(path, MappingProxyType(config), MappingProxyType({}), wrapped)
         entries = _entries(path)
@@ -105,6 +103,10 @@ class Checkpoint:
             UnsupportedArch: transformers does not know the model type.
             CheckpointError: transformers refuses the values.
         """
+        return deepcopy(self._full)
+
+    @cached_property
+    def _full(self) -> dict[str, Any]:
         return full_config(self.config, self.path)
 
     def arch(self, ignore_keys: Collection[str] = ()) -> Arch:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.arch.table import Table
-from prune_export.arch.wrappers import Within, Wrapper
+from prune_export.arch.wrappers import Within, Wrapper, wrapper_of
 from prune_export.checkpoint.config import filled_config
 from prune_export.checkpoint.header import Entry
 from prune_export.errors import CheckpointError
@@ -72,14 +72,15 @@ class Wrapped:
         return self.wrapper.written(config, before, after)
 
 
-def unwrap(
-    wrapper: Wrapper, config: Mapping[str, Any], path: Path
-) -> tuple[dict[str, Any], Wrapped]:
-    """Gives the language model's config, and what surrounds it.
+def unwrap(config: dict[str, Any], path: Path) -> tuple[dict[str, Any], Wrapped | None]:
+    """Gives the language model's config, and what surrounds it; of a plain model its own, and None.
 
     Raises:
         UnsupportedArch, CheckpointError: transformers does not know, or refuses, the config.
     """
+    wrapper = wrapper_of(config)
+    if wrapper is None or not wrapper.holds_text(config):
+        return config, None
     full = filled_config(config, path) if wrapper.reads_as or wrapper.feeds else config
     within = wrapper.within(str(config["model_type"]), full)
     return wrapper.text_config(full), Wrapped(wrapper, config, within)

@@ -53,7 +53,8 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
         {
             "bloom", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo",
             "glm4_moe", "gpt_oss", "granitemoe", "granitemoeshared", "hunyuan_v1_moe",
-            "llama4_text", "minimax_m2", "mistral4", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+            "llama4_text", "minimax_m2", "mistral4", "mixtral", "olmoe", "phimoe", "qwen2_moe",
+            "qwen3_moe",
         }
     ),
 }  # fmt: skip
