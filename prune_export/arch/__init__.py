@@ -106,6 +106,15 @@ class Arch:
             return said
         return layer in members(self.table, said, self.config, self.layers)
 
+    @property
+    def further(self) -> tuple[str, ...]:
+        """The prefixes of stored names of modules that predict further tokens; none are loaded."""
+        said = self.table.further
+        count = value(f"{said.key} | 0", self.config) if said else 0
+        numbers = range(self.layers, self.layers + min(count, MOST_LAYERS))
+        prefixes = said.prefixes if said and count else []
+        return tuple(prefix.replace("{next}", str(n)) for prefix in prefixes for n in numbers)
+
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that a checkpoint holds: all but those tied to another."""
         return tuple(tensor for tensor in self.tensors if tensor.tied_to is None)

@@ -119,6 +119,17 @@ class ConfigRules(_Frozen):
     aliases: dict[str, str] = Field(default_factory=dict)
 
 
+class Further(_Frozen):
+    """Modules that predict further tokens (MTP), which transformers does not load with the model.
+
+    `key` says how many there are; `prefixes` are those of their stored names, with `{next}` for the
+    numbers that follow the last block's.
+    """
+
+    key: str
+    prefixes: list[str]
+
+
 class Bundled(_Frozen):
     """Code of ours that a checkpoint brings along: `file.Class` in `prune_export.modeling`.
 
@@ -178,6 +189,8 @@ class Table(_Frozen):
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
     transformers stored and that carry nothing: they are accepted, and left behind.
 
+    `further` says where modules that predict further tokens lie: they are left behind.
+
     `scaled_embeddings` says that embeddings are multiplied by the square root of the axis
     `residual`; `norm_offset` is what norms add to their stored gain.
 
@@ -209,6 +222,7 @@ class Table(_Frozen):
     block: list[TensorRow]
     tail: list[TensorRow]
     ignored_tensors: list[str] = Field(default_factory=list)
+    further: Further | None = None
     scaled_embeddings: bool = False
     norm_offset: float = 0.0
     added_when: str | None = None
@@ -226,6 +240,12 @@ class Table(_Frozen):
         sets = [key for row in self.layer_sets.values() for key in row.keys]
         rules = self.config
         return (self.layers, *rules.per_layer, *sets, *rules.counts, *rules.by_root_of_depth)
+
+    def further_keys(self) -> frozenset[str]:
+        """The config key that counts modules predicting further tokens, with its aliases."""
+        key = self.further.key if self.further else None
+        same = {alias for alias, of in self.config.aliases.items() if of == key}
+        return frozenset(filter(None, {key, *same}))
 
     def keys(self) -> frozenset[str]:
         """Every config key that the table knows, without those common to all families."""

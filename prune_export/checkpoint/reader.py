@@ -171,14 +171,15 @@ class Checkpoint:
                 )
 
     def redundant(self, arch: Arch) -> tuple[str, ...]:
-        """Stored names that are redundant: copies of tied tensors, and buffers of old releases."""
+        """Stored names to leave behind: copies of tied tensors, old buffers, and `further`."""
         tied = {tensor.name for tensor in arch.tensors if tensor.tied_to is not None}
         stored = {tensor.name for tensor in arch.stored()}
         ends = tuple(f".{suffix}" for suffix in arch.table.ignored_tensors)
         return tuple(
             name
             for name in self.entries
-            if name not in stored and (name in tied or bool(ends and name.endswith(ends)))
+            if name not in stored
+            and (name in tied or name.endswith(ends) or name.startswith(arch.further))
         )
 
     def read(self, name: str) -> torch.Tensor:

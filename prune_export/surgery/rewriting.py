@@ -68,6 +68,8 @@ def rewrite(
     config = after.to_config(source.config)
     for key in _DEAD_KEYS:
         config.pop(key, None)
+    if arch.further and any(name.startswith(arch.further) for name in source.entries):
+        config |= dict.fromkeys(arch.table.further_keys() & config.keys(), 0)  # left behind
     side_files = source.side_files()
     if after.table.bundled:
         config["auto_map"] = after.table.bundled.auto_map()

@@ -66,7 +66,8 @@ def skipped(model: Any, layers: Collection[int]) -> Iterator[None]:
         states = inputs[0] if inputs else named["hidden_states"]
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
-    text = getattr(model.model, "language_model", None) or model.model.text_model
+    text = model.get_decoder()
+    text = getattr(text, "model", text)
     hooks = [text.layers[i].register_forward_hook(unchanged, with_kwargs=True) for i in layers]
     yield
     for hook in hooks:

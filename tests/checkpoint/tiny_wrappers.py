@@ -64,6 +64,17 @@ RECIPES: Mapping[str, _Recipe] = {
         "vision_config": {**_CLIP, "image_size": [16, 16], "patch_size": [4, 4]},
         "image_token_id": IMAGE,
     }, 4, _pixels(16)),
+    "llama4": _Recipe(
+        {
+            "vision_config": {
+                **_CLIP, "image_size": 16, "intermediate_size": 64, "projector_input_dim": 16,
+                "projector_output_dim": 16, "vision_output_dim": 16,
+            },
+            "image_token_index": IMAGE, "boi_token_index": 61, "eoi_token_index": 62,
+        },
+        4,
+        _pixels(16),
+    ),
     "llava": _Recipe({
         "vision_config": {"model_type": "clip_vision_model", **_CLIP, "projection_dim": 16},
         "image_token_index": IMAGE, "vision_feature_layer": -1,
