@@ -20,10 +20,10 @@ from typing import Final
 
 from huggingface_hub import ModelCardData
 
-from prune_export.credentials import refuse_secrets
+from prune_export.display.escapes import escaped_page
 from prune_export.errors import PublishError, RecipeError
-from prune_export.escapes import escaped_page
-from prune_export.hub import Published, check_names, check_online, found_token, upload
+from prune_export.hub.credentials import refuse_secrets
+from prune_export.hub.publishing import Published, check_names, check_online, found_token, upload
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Recipe, bundled
 from prune_export.recipe.document import MAX_BYTES, read

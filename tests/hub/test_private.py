@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from prune_export.credentials import refuse_secrets
 from prune_export.errors import PublishError
-from prune_export.hub import publish
-from tests.test_hub import make_result
+from prune_export.hub.credentials import refuse_secrets
+from prune_export.hub.publishing import publish
 
 SECRETS = {
     "README.md": ("a Hugging Face token", "hf_" + "ABCdef123" * 4),
@@ -29,16 +27,6 @@ SECRETS = {
     "onnx/layers.json": ("a secret of the environment", "WANDB_API_KEY=" + "0a1b2c3d" * 5),
     "onnx/model.onnx": ("a private key", "-----BEGIN OPENSSH PRIVATE " + "KEY-----"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_result(tmp_path_factory.mktemp("private") / "out")
-
-
-@pytest.fixture
-def result(template: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(template, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", SECRETS)

@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard
 
 from prune_export.cli import main
 from prune_export.errors import PublishError, RecipeError
-from prune_export.hub_recipes import publish_recipes
+from prune_export.hub.recipes import publish_recipes
 from prune_export.recipe import Recipe
 from prune_export.recipe.fetching import fetches
-from tests.fake_hub import FakeHub, Repo
-from tests.test_hub import called, make_result, uploading
+from tests.hub.fake_hub import FakeHub, Repo
+from tests.hub.made import called, make_result, uploading
 
 PLAIN = "recipe: 1\ndescription: Two *fewer*.\nstages:\n  - prune: {method: deepest, remove: 2}\n"
 OTHER = PLAIN.replace("deepest", "laco").replace("remove: 2", "merge: 2")
@@ -145,7 +145,7 @@ def test_the_card_of_recipes_has_the_tag_and_cannot_be_broken_out_of(tmp_path: P
     file.write_text(PLAIN.replace("Two *fewer*.", '"Two\\n---\\n```\\n<b> | x"'), encoding="utf-8")
     found = publish_recipes(file, "me/recipes", dry_run=True)
     assert found.files == ("README.md", "prune_recipe.yaml")
-    from prune_export.hub_recipes import _card
+    from prune_export.hub.recipes import _card
 
     card = ModelCard(_card("me/recipes", {"prune_recipe.yaml": Recipe.load(file)}))
     assert card.data.tags == ["prune-export", "prune-recipe", "pruning", "deepest"]

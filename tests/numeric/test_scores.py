@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prune_export.scores import angles, least, run_sums, runs, turned
+from prune_export.numeric.scores import angles, least, run_sums, runs, turned
 
 
 def test_angles_worked_by_hand() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from prune_export.escapes import escaped
+from prune_export.display.escapes import escaped
 
 
 def html_table(

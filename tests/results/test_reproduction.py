@@ -18,7 +18,7 @@ from prune_export.errors import CheckpointError, RecipeError
 from prune_export.execution import Options, run
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
-from prune_export.reproduction import (
+from prune_export.results.reproduction import (
     Made,
     Reproduction,
     compared,
@@ -29,9 +29,9 @@ from prune_export.reproduction import (
 )
 from prune_export.system.written import LOCK
 from prune_export.verify.results import Perplexity
-from tests.fake_hub import FakeHub
+from tests.hub.fake_hub import FakeHub
+from tests.hub.made import called, uploading
 from tests.measured_here import install
-from tests.test_hub import called, uploading
 
 RECIPE = """\
 recipe: 1

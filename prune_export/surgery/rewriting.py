@@ -19,17 +19,14 @@ from prune_export.checkpoint.config import full_config
 from prune_export.checkpoint.header import TORCH, Entry
 from prune_export.checkpoint.reader import Checkpoint, all_finite
 from prune_export.checkpoint.writer import SHARD_BYTES, Planned, write_checkpoint
-from prune_export.edits import Become, Drop, Edit, Edits, Keep, Overwrite, Untie
 from prune_export.errors import CheckpointError, PlanError
 from prune_export.modeling import FOLDER
 from prune_export.progress import Progress
+from prune_export.surgery.edits import Edit, Edits
 from prune_export.units import MIB
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["Become", "Drop", "Edit", "Edits", "Keep", "Overwrite", "Untie", "rewrite"]
-
 
 Cuts = tuple[tuple[int, list[int]], ...]
 """(dimension, ascending positions to keep in it), each dimension once."""

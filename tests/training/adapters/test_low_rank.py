@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from prune_export.training.low_rank import compute_in_own_dtype
+from prune_export.training.adapters.low_rank import compute_in_own_dtype
 
 SCALING = 0.5
 

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from prune_export.training import loss as _loss
-from prune_export.training.distill_loss import Answers, distill_loss
-from prune_export.training.loss import next_token_loss
-from prune_export.training.objective import Distill
-from tests.training.test_divergence import KINDS, defined
+from prune_export.training.losses import loss as _loss
+from prune_export.training.losses.distill_loss import Answers, distill_loss
+from prune_export.training.losses.loss import next_token_loss
+from prune_export.training.losses.objective import Distill
+from tests.training.losses.test_divergence import KINDS, defined
 
 VOCAB = 50
 HOWS = [

@@ -5,119 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from prune_export import credentials, hub
 from prune_export.errors import PublishError
-from prune_export.hub import publish
+from prune_export.hub import publishing
+from prune_export.hub.publishing import publish
 from prune_export.modeling import FOLDER
-from prune_export.report import write_report
-from tests.fake_hub import GOOD, READ_ONLY, WRONG, FakeHub, Repo
-
-FULL = Path(__file__).parent / "report" / "full.json"
-CALLS = Path(__file__).parent / "hub_calls.py"
-SECRET = "hf_" + "ABCdef123" * 4
-
-
-def make_result(out: Path) -> Path:
-    """A small result directory, with things beside it that must stay here."""
-    out.mkdir(parents=True)
-    report = json.loads(FULL.read_text(encoding="utf-8"))
-    write_report(report, out)
-    files = {
-        "config.json": '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}',
-        "generation_config.json": "{}",
-        "tokenizer.json": '{"version": "1.0"}',
-        "LICENSE": "Apache-2.0",
-        "prune_recipe.yaml": report["recipe"]["text"],
-        "prune_recipe.lock.json": '{"lock": 1}',
-        "report.json": json.dumps(report),
-        "verify.json": json.dumps(report["verification"]),
-        "onnx/config.json": '{"model_type": "llama"}',
-        "onnx/model.onnx": "graph",
-        "onnx/model.onnx_data": "weights",
-        "onnx/tokenizer.json": "{}",
-        "genai/config.json": '{"model_type": "llama"}',
-        "genai/genai_config.json": "{}",
-        "genai/model.onnx": "graph, other",
-        "genai/model.plan": "machine code",
-        ".eval_results/mmlu_pro.yaml": "- {dataset: {id: a/b, task_id: c}, value: 1}",
-        # None of the following may leave.
-        ".eval_results/notes.txt": "mine",
-        ".eval_results/.hidden.yaml": "mine",
-        ".env": "HF_TOKEN=" + SECRET,
-        "onnx/.cache.json": "{}",
-        "figures/notes.txt": "mine",
-        "figures/deep/more.png": "mine",
-        "store/prune-1/manifest.json": "{}",
-        "scratch.safetensors.tmp": "half a file",
-        "notes.md": "mine: " + SECRET,
-    }
-    for name, text in files.items():
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    weight = np.arange(6000, dtype=np.float32)
-    save_file({"a": weight[:4000]}, out / "model-00001-of-00002.safetensors")
-    save_file({"b": weight[4000:]}, out / "model-00002-of-00002.safetensors")
-    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    index = {"metadata": {"total_size": 24000}, "weight_map": shards}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return out
-
-
-EXPECTED = {
-    ".eval_results/mmlu_pro.yaml",
-    "LICENSE", "README.md", "config.json", "figures/block_scores.png", "figures/distance_map.png",
-    "figures/loss_curve.png", "figures/quality.png", "figures/speed.png", "figures/summary.png",
-    "generation_config.json", "genai/config.json", "genai/genai_config.json", "genai/model.onnx",
-    "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-    "model.safetensors.index.json", "onnx/config.json", "onnx/model.onnx", "onnx/model.onnx_data",
-    "onnx/tokenizer.json", "prune_recipe.lock.json", "prune_recipe.yaml", "report.html",
-    "report.json", "tokenizer.json", "verify.json",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_result(tmp_path_factory.mktemp("hub") / "out")
-
-
-@pytest.fixture
-def result(template: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(template, tmp_path / "out"))
-
-
-def called(
-    fake: FakeHub, home: Path, calls: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], str]:
-    """The outcomes of calls made online by one fresh process, and all that it printed."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))
-    } | {
-        "HF_ENDPOINT": fake.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": GOOD, "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(CALLS.parents[1]),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(CALLS)], input=json.dumps(calls), env=environment, text=True,
-        capture_output=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout), done.stdout + done.stderr
-
-
-def uploading(directory: Path, repo_id: str, **extra: Any) -> dict[str, Any]:
-    environment = extra.pop("environment", {})
-    arguments = {"directory": str(directory), "repo_id": repo_id} | extra
-    return {"function": "publish", "arguments": arguments, "environment": environment}
+from tests.hub.fake_hub import GOOD, READ_ONLY, WRONG, FakeHub, Repo
+from tests.hub.made import EXPECTED, called, uploading
 
 
 def test_uploads_the_same_bytes_and_only_ours(result: Path, tmp_path: Path) -> None:
@@ -322,62 +221,6 @@ def test_missing_or_broken_verification_needs_force(
     assert publish(result, "me/model", dry_run=True, force=True).files
 
 
-@pytest.mark.parametrize(
-    ("name", "secret", "what"),
-    [
-        ("README.md", SECRET, "a Hugging Face token"),
-        ("prune_recipe.yaml", "token: " + SECRET, "a Hugging Face token"),
-        ("tokenizer.json", '{"a": "ghp_' + "a1B2" * 9 + '"}', "a GitHub token"),
-        ("LICENSE", "AKIA" + "ABCDEFGH12345678", "an AWS access key"),
-        (
-            "onnx/config.json",
-            '{"model_type": "llama", "key": "sk-' + "x9Yz" * 8 + '"}',
-            "an API key",
-        ),
-        ("report.json", "-----BEGIN RSA PRIVATE " + "KEY-----", "a private key"),
-    ],
-)
-def test_secrets_stop_the_upload(result: Path, name: str, secret: str, what: str) -> None:
-    path = result / name
-    text = path.read_text(encoding="utf-8") if name == "README.md" else ""
-    path.write_text(f"{text}\n\n{secret}\n", encoding="utf-8")
-    with pytest.raises(PublishError) as caught:
-        publish(result, "me/model", dry_run=True)
-    line = text.count("\n") + 3
-    assert caught.value.where == f"{path}:{line}"
-    assert what in caught.value.problem
-    assert secret not in str(caught.value)
-    assert secret.rpartition(" ")[2][4:] not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("tokenizer.model", b"\x0a\x2b\x0a" + bytes([len(SECRET)]) + SECRET.encode() + b"\x15\0\0"),
-        ("vocab.txt", b"\xff\xfe" + SECRET.encode("utf-16-le")),
-        ("onnx/model.onnx", b"\x08\x0a\x12\x07" + SECRET.encode() + b"\x00\xff"),
-        ("figures/summary.png", b"\x89PNG\r\n\x1a\ntEXtComment\0" + SECRET.encode() + b"\0"),
-        ("genai/layers.json", b'{"a": "' + SECRET.encode() + b'"}'),
-    ],
-)
-def test_secrets_in_files_that_are_not_called_text(result: Path, name: str, data: bytes) -> None:
-    (result / name).write_bytes(data)
-    with pytest.raises(PublishError, match="a Hugging Face token"):
-        publish(result, "me/model", dry_run=True)
-
-
-def test_secrets_in_the_metadata_of_weights(result: Path) -> None:
-    file = result / "model-00001-of-00002.safetensors"
-    weight = np.arange(4000, dtype=np.float32)
-    save_file({"a": weight}, file, metadata={"by": SECRET})
-    with pytest.raises(PublishError, match="a Hugging Face token"):
-        publish(result, "me/model", dry_run=True)
-    # Weights themselves are numbers, whatever they spell.
-    spelt = np.frombuffer((SECRET + "0" * 3).encode()[:36], np.float32)
-    save_file({"a": np.resize(spelt, 4000)}, file)
-    assert publish(result, "me/model", dry_run=True).files
-
-
 @pytest.mark.parametrize("name", ["modeling_sliced.py", "configuration_sliced.py"])
 def test_a_strangers_code_under_our_names_is_refused(result: Path, name: str) -> None:
     ours = (FOLDER / name).read_bytes()
@@ -396,27 +239,8 @@ def test_a_pipe_among_the_files_does_not_hang(result: Path) -> None:
         publish(result, "me/model", dry_run=True)
 
 
-def test_a_secret_across_two_pieces_is_found(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(credentials, "_CHUNK", 1000)
-    monkeypatch.setattr(credentials, "_OVERLAP", 64)
-    for shift in (0, 10, 30):
-        text = "x\n" * 490 + " " * shift + SECRET + "\n" * 3000
-        (result / "tokenizer.json").write_text(text, encoding="utf-8")
-        with pytest.raises(PublishError) as caught:
-            publish(result, "me/model", dry_run=True)
-        assert caught.value.where.endswith("tokenizer.json:491")
-
-
-def test_the_token_of_the_upload_itself_is_a_secret(result: Path) -> None:
-    odd = "not-a-usual-token-3141"
-    (result / "README.md").write_text(f"---\na: b\n---\n{odd}\n", encoding="utf-8")
-    with pytest.raises(PublishError, match="the token of this upload") as caught:
-        publish(result, "me/model", token=odd, dry_run=True)
-    assert odd not in str(caught.value)
-
-
 def test_large_files_are_refused(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "FILE_LIMIT_BYTES", 10_000)
+    monkeypatch.setattr(publishing, "FILE_LIMIT_BYTES", 10_000)
     with pytest.raises(PublishError, match=r"bytes, the Hub takes 10,000 a file"):
         publish(result, "me/model", dry_run=True)
 

@@ -17,8 +17,8 @@ from typing import Final
 from pydantic import ValidationError
 
 from prune_export.checkpoint import Checkpoint
-from prune_export.credentials import refuse_secrets
 from prune_export.errors import CheckpointError, PublishError
+from prune_export.hub.credentials import refuse_secrets
 from prune_export.modeling import FOLDER
 from prune_export.progress import Progress, Silent
 from prune_export.system.files import (

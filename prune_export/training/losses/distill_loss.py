@@ -1,6 +1,6 @@
 """The loss of a student that learns from a teacher, a few rows of the logits at a time.
 
-As in `_loss`, the gradient is made in the forward pass. The teacher's own logits are needed once:
+As in `loss`, the gradient is made in the forward pass. The teacher's own logits are needed once:
 the gradient takes their place, so that beside the student's nothing else of tokens x vocabulary is
 held.
 """
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from prune_export.training.divergence import divergence
-from prune_export.training.loss import counted_weights, rows_at_once
-from prune_export.training.objective import Distill
+from prune_export.training.losses.divergence import divergence
+from prune_export.training.losses.loss import counted_weights, rows_at_once
+from prune_export.training.losses.objective import Distill
 
 
 @dataclass(frozen=True)

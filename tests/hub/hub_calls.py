@@ -1,7 +1,7 @@
 """Makes calls given as JSON on standard input, in a process that is not offline; prints outcomes.
 
-Run by `test_hub.py` with HF_ENDPOINT at the fake Hub. Each call has `function`, `arguments`, and
-may have `environment` (set for the call, null removes). What this package and
+Run by `test_publishing.py` with HF_ENDPOINT at the fake Hub. Each call has `function`, `arguments`,
+and may have `environment` (set for the call, null removes). What this package and
 huggingface_hub log goes to standard error, so that a test sees whatever a user could see.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from prune_export.errors import PruneExportError
-from prune_export.hub import publish
-from prune_export.hub_recipes import publish_recipes, search
+from prune_export.hub.publishing import publish
+from prune_export.hub.recipes import publish_recipes, search
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe
 from prune_export.recipe.fetching import fetches
@@ -58,7 +58,7 @@ def again(target: str, work: str, model: str) -> dict[str, Any]:
 
     from prune_export.execution import Options
     from prune_export.machine import Machine
-    from prune_export.reproduction import places, reproduce
+    from prune_export.results.reproduction import places, reproduce
     from tests.measured_here import install
 
     machine = Machine.detect(device="cpu", threads=1)

@@ -11,8 +11,8 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
+from prune_export.training.adapters.targets import stacks_experts, targets
 from prune_export.training.model import trainee
-from prune_export.training.targets import stacks_experts, targets
 from tests.arch.tiny_models import arch_of
 from tests.heal.conftest import MACHINE, save_tiny
 

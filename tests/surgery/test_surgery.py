@@ -20,10 +20,10 @@ from prune_export.surgery import (
     Keep,
     Overwrite,
     Untie,
-    _Cut,
 )
+from prune_export.surgery.rewriting import _Cut
 from tests.saved_models import maker
-from tests.surgery_calls import DOWN, Saved, cut, loaded, logits
+from tests.surgery.surgery_calls import DOWN, Saved, cut, loaded, logits
 
 
 @pytest.fixture(scope="module")

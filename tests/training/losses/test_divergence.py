@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_export.training.divergence import divergence
+from prune_export.training.losses.divergence import divergence
 
 KINDS: list[tuple[Any, float]] = [
     ("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9),

@@ -21,8 +21,8 @@ import torch
 from torch.nn import functional
 
 from prune_export.errors import StageError
-from prune_export.training.loss import counted_weights
-from prune_export.training.objective import Hidden
+from prune_export.training.losses.loss import counted_weights
+from prune_export.training.losses.objective import Hidden
 
 _LEAST: Final = 1e-6
 

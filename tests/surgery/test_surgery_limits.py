@@ -18,11 +18,11 @@ from prune_export.surgery import (
     Edits,
     Keep,
     Overwrite,
-    _refuse_unsayable,
     rewrite,
 )
+from prune_export.surgery.rewriting import _refuse_unsayable
 from tests.saved_models import maker
-from tests.surgery_calls import DOWN, RAM, Saved, cut, loaded
+from tests.surgery.surgery_calls import DOWN, RAM, Saved, cut, loaded
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prune_export.training import loss as _loss
-from prune_export.training.loss import next_token_loss, predictions
+from prune_export.training.losses import loss as _loss
+from prune_export.training.losses.loss import next_token_loss, predictions
 
 
 def reference(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
