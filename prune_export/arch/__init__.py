@@ -110,10 +110,13 @@ class Arch:
     def further(self) -> tuple[str, ...]:
         """The prefixes of stored names of modules that predict further tokens; none are loaded."""
         said = self.table.further
-        count = value(f"{said.key} | 0", self.config) if said else 0
-        numbers = range(self.layers, self.layers + min(count, MOST_LAYERS))
-        prefixes = said.prefixes if said and count else []
-        return tuple(prefix.replace("{next}", str(n)) for prefix in prefixes for n in numbers)
+        count = min(value(f"{said.key} | 0", self.config), MOST_LAYERS) if said else 0
+        numbers = [str(self.layers + at) for at in range(count)]
+        return tuple(
+            prefix.replace("{next}", number)
+            for prefix in (said.prefixes if said else ())
+            for number in (numbers if "{next}" in prefix else ("",))
+        )
 
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that a checkpoint holds: all but those tied to another."""

@@ -107,7 +107,9 @@ def test_the_language_model_is_read_as_a_model_of_its_own(save: Save, name: str)
     assert sum(one.numel() for one in model.parameters()) == arch.parameters()
     assert type(load_config(tiny.path)) is type(model.config)
     with torch.no_grad():
-        assert torch.equal(model(TEXT).logits, tiny.model(TEXT).logits)
+        alone, within = model(TEXT).logits, tiny.model(TEXT).logits
+    # Of a mixture, the loaded model sums the experts in another order.
+    torch.testing.assert_close(alone, within, atol=1e-5 if "moe" in name else 0, rtol=0)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -25,6 +25,9 @@ _QWEN_VISION = {
     "depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 1,
     "spatial_merge_size": 2, "in_channels": 3,
 }  # fmt: skip
+_QWEN35_VISION = {
+    **_QWEN_VISION, "out_hidden_size": 32, "intermediate_size": 24, "num_position_embeddings": 16,
+}  # fmt: skip
 _QWEN_TOKENS = {
     "image_token_id": IMAGE, "video_token_id": 61, "vision_start_token_id": 62,
     "vision_end_token_id": 63,
@@ -102,6 +105,18 @@ RECIPES: Mapping[str, _Recipe] = {
                           "window_size": 16, "fullatt_block_indexes": [1]},
         **_QWEN_TOKENS,
     }, 4, _patches, {"rope_parameters": _MROPE}),
+    "qwen3_5": _Recipe(
+        {"vision_config": _QWEN35_VISION, **_QWEN_TOKENS},
+        4,
+        _patches,
+        {"rope_parameters": {**_MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5}},
+    ),
+    "qwen3_5_moe": _Recipe(
+        {"vision_config": _QWEN35_VISION, **_QWEN_TOKENS},
+        4,
+        _patches,
+        {"rope_parameters": {**_MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5}},
+    ),
     "qwen3_vl": _Recipe({
         "vision_config": {**_QWEN_VISION, "out_hidden_size": 32, "intermediate_size": 24,
                           "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
