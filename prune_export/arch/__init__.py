@@ -245,6 +245,16 @@ class Arch:
                 sizes[".".join((name, renumber[numbers[0]], *numbers[1:]))] = size
         return self._bound(config, len(kept), sizes)
 
+    @property
+    def droppable(self) -> range:
+        """The blocks of which any may go: without those that a larger model, or the family, keeps.
+
+        Where the last block must be of a kind, it stays.
+        """
+        rules = self.table.config
+        last = any(self.config.get(key) for key in rules.ends_with)
+        return range(self.within.fed if self.within else 0, self.layers - last)
+
     def kept(self, layers: Collection[int]) -> tuple[int, ...]:
         """The layers left after dropping `layers`, ascending.
 

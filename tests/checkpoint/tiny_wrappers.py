@@ -63,6 +63,22 @@ RECIPES: Mapping[str, _Recipe] = {
         "mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": 61,
         "eoi_token_index": 62,
     }, 4, _pixels(8)),
+    "gemma4": _Recipe(
+        {
+            "vision_config": {
+                **_SMALL, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4,
+                "pooling_kernel_size": 2, "position_embedding_size": 16,
+            },
+            "audio_config": None, "image_token_id": IMAGE, "boi_token_id": 61, "eoi_token_id": 62,
+            "video_token_id": 63, "audio_token_id": 59,
+        },
+        4,
+        lambda: {
+            "pixel_values": torch.rand(1, 16, 48),
+            "image_position_ids": torch.tensor([[[i % 4, i // 4] for i in range(16)]]),
+        },
+        {"pad_token_id": 0},
+    ),
     "internvl": _Recipe({
         "vision_config": {**_CLIP, "image_size": [16, 16], "patch_size": [4, 4]},
         "image_token_id": IMAGE,
@@ -158,6 +174,8 @@ def save_wrapper(name: str, path: Path, **changes: Any) -> TinyWrapper:
     image = dict(recipe.image()) if recipe.image else {}
     ids = torch.tensor([[5, 9, 40, *[IMAGE] * recipe.tokens, 17, 22, 8, 2, 11, 50]])
     if name.startswith("qwen"):
+        image["mm_token_type_ids"] = (ids == IMAGE).int()
+    if name == "gemma4":
         image["mm_token_type_ids"] = (ids == IMAGE).int()
     if name == "gemma3":
         image["token_type_ids"] = (ids == IMAGE).int()
