@@ -37,10 +37,7 @@ VARIANTS = [
 PARTS: Any = ("attention", "mlp")
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows at once, so that five make a ragged last batch."""
-    monkeypatch.setattr(driver, "BATCH_TOKENS", {"cpu": 24})
+pytestmark = pytest.mark.usefixtures("small_sweeps")
 
 
 Steps = dict[str, tuple[torch.Tensor, torch.Tensor]]
