@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -15,6 +17,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +57,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _module[:] = [item.path]
         gc.collect()
         gc.freeze()
+    keep_registry()
+
+
+def keep_registry() -> None:
+    """Makes torch's table of ONNX functions once, not for each export: half a second of each."""
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry: Any = getattr(registration, "ONNXRegistry", None)
+    if registry is None or hasattr(registry, "kept"):
+        return
+    make, registry.kept = registry.from_torchlib, {}
+
+    def from_torchlib(cls: Any, opset_version: int) -> Any:
+        if opset_version not in cls.kept:
+            cls.kept[opset_version] = make(opset_version)
+        found = copy.copy(cls.kept[opset_version])
+        found.functions = {name: list(ways) for name, ways in found.functions.items()}
+        return found
+
+    registry.from_torchlib = classmethod(from_torchlib)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
