@@ -25,6 +25,7 @@ from hypothesis import settings
 
 from prune_export.checkpoint import filled
 from prune_export.modeling import register
+from tests.covers import left_out
 from tests.measured_here import install
 
 torch.set_num_threads(1)
@@ -78,11 +79,25 @@ def keep_registry() -> None:
     registry.from_torchlib = classmethod(from_torchlib)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves products over all families to `--all-pairs`, but for a cover of each.
+
+    A row that is named on the command line runs.
+    """
+    named = any("[" in argument for argument in config.args)
+    if named or config.getoption("--all-pairs"):
+        return
+    if rest := left_out(items):
+        items[:] = [item for item in items if item not in rest]
+        config.hook.pytest_deselected(items=list(rest))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-pairs",
         action="store_true",
-        help="export every method's model of every family (half an hour)",
+        help="run every row of the products over families that are covers by default",
     )
 
 

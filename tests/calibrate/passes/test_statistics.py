@@ -41,6 +41,7 @@ ALL = (AngularDistance(), BlockInfluence(), SkipLoss(BYPASSED), SkipLoss((1, 2),
 pytestmark = pytest.mark.usefixtures("small_sweeps")
 
 
+@pytest.mark.families("each", "tied")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
 def test_every_statistic_equals_brute_force(

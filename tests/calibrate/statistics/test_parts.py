@@ -232,6 +232,7 @@ def test_who_listens_inside_of_blocks_hears_them_once(
 UNITS = (Unit(1, "attention"), Unit(4, "mlp"))
 
 
+@pytest.mark.families("roles")
 @pytest.mark.parametrize("model_type", sorted(tables()))
 def test_a_silenced_view_is_the_written_model(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, model_type: str, tmp_path: Path

@@ -178,6 +178,7 @@ def test_it_equals_brute_force(model_type: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.families("roles")
 @pytest.mark.parametrize("unit", ["attention", "mlp"])
 @pytest.mark.parametrize("model_type", sorted(tables()))
 def test_parts_are_removed_by_zeros_that_stock_transformers_loads(

@@ -31,6 +31,7 @@ def of(name: str, **keys: Any) -> Any:
     return registry.find("methods", name)(**protect, **keys)
 
 
+@pytest.mark.families("roles")
 @pytest.mark.parametrize("model_type", sorted(tables()))
 def test_a_view_without_blocks_is_the_cut_model(model_type: str, tmp_path: Path) -> None:
     _, model = random_view(tmp_path, model_type, 4, 2)

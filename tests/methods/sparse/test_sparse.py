@@ -94,6 +94,7 @@ def test_every_matrix_gets_exactly_its_zeros_in_its_own_dtype(
     json.dumps(decision.log)
 
 
+@pytest.mark.families("matrices")
 @pytest.mark.parametrize("model_type", sorted(tables()))
 @pytest.mark.parametrize("method", [Magnitude, Wanda, SparseGpt])
 def test_groups_run_along_the_input_in_every_layout(
