@@ -25,7 +25,7 @@ from hypothesis import settings
 
 from prune_export.checkpoint import filled
 from prune_export.modeling import register
-from tests.covers import left_out
+from tests.covers import all_but_few, left_out
 from tests.measured_here import install
 
 torch.set_num_threads(1)
@@ -88,7 +88,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = any("[" in argument for argument in config.args)
     if named or config.getoption("--all-pairs"):
         return
-    if rest := left_out(items):
+    rest = left_out(items)
+    if config.getoption("--few"):
+        rest |= all_but_few(item for item in items if item not in rest)
+    if rest:
         items[:] = [item for item in items if item not in rest]
         config.hook.pytest_deselected(items=list(rest))
 
@@ -99,6 +102,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run every row of the products over families that are covers by default",
     )
+    parser.addoption("--few", action="store_true", help="run at most three rows of every test")
 
 
 SENTENCES = (

@@ -3,6 +3,9 @@
 A test says it with a marker. `families("roles")`: a few families that have all roles of all tables
 between them; `families("matrices")`: that have all layouts of matrices; `families("each", "mode")`:
 each family once, with the next `mode` each time. ADR 0034 says why, and what is left to the whole.
+
+`--few` (`make quick`) runs at most three rows of every test: the first, one of the middle, the
+last; and of a test marked `every("name")` one row of each value of `name`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,21 @@ def left_out(items: Iterable[pytest.Item]) -> set[pytest.Item]:
         if item.get_closest_marker("families"):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     return {item for rows in tests.values() for item in set(rows) - _cover(rows)}
+
+
+def all_but_few(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """The rows that `--few` leaves out."""
+    tests: dict[str, list[Any]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return {item for rows in tests.values() for item in set(rows) - _few(rows)}
+
+
+def _few(rows: list[Any]) -> set[Any]:
+    marker = rows[0].get_closest_marker("every")
+    if marker:
+        return set({row.callspec.params[marker.args[0]]: row for row in reversed(rows)}.values())
+    return {rows[0], rows[len(rows) // 2], rows[-1]}
 
 
 def _cover(rows: list[Any]) -> set[Any]:

@@ -49,6 +49,7 @@ _FIRST = ("llama", "gpt2", "gemma2", "phi3", "qwen3_moe", "olmo2", "falcon")
 _EACH_ONCE = [pair for pair in PAIRS if pair[2] in _FIRST]
 
 
+@pytest.mark.every("name")
 @pytest.mark.parametrize(("kind", "name"), ENTRIES)
 def test_an_entry_is_a_frozen_dataclass_that_explains_itself(kind: Any, name: str) -> None:
     cls = registry.find(kind, name)
@@ -87,6 +88,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("name", "unit", "model_type"), list(dict.fromkeys(pairs)))
 
 
+@pytest.mark.every("name")
 def test_a_method_leaves_what_it_predicted_and_it_reloads(
     name: str, unit: str | None, model_type: str, tiny: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:
