@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
+import json
 import os
 import sys
 
@@ -15,7 +17,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +175,6 @@ def tiny_graph(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with calibration.txt, healing.jsonl and evaluation.txt, none overlapping."""
-    import json
-
     root = tmp_path_factory.mktemp("corpus")
     (root / "calibration.txt").write_text(prose(1, 40), encoding="utf-8")
     lines = (json.dumps({"text": line}) for line in prose(2, 60).splitlines())
@@ -187,3 +187,29 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines answer from threads of this process (`tests.measured_here`)."""
     install(monkeypatch)
+
+
+@pytest.fixture
+def genai_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs of `ort_genai` run here and not in two new processes for each export.
+
+    What they compute is the same, and starting them costs four times as much: they import torch,
+    transformers and the builder. As processes they run in `test_a_directory_for_onnxruntime_genai`
+    and `test_a_failed_build_says_why`. What they change for good is put back here.
+    """
+    from onnxruntime_genai.models import builder
+    from transformers import AutoModelForCausalLM
+
+    def run(program: str, request: Mapping[str, Any], work: Any, follow: Any) -> None:
+        del work, follow
+        main = importlib.import_module(f"prune_export.exporters.ort_genai.{program}").main
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GIT_DIR", os.devnull)
+            for owner, name in (
+                (AutoModelForCausalLM, "from_pretrained"),
+                (builder.Model, "make_inputs_and_outputs"),
+            ):
+                patch.setattr(owner, name, getattr(owner, name))
+            main(json.loads(json.dumps(request)))
+
+    monkeypatch.setattr("prune_export.exporters.ort_genai.exporter._run", run)

@@ -10,7 +10,7 @@ last; and of a test marked `every("name")` one row of each value of `name`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -20,13 +20,14 @@ from tests.arch.kinds import covering, matrices_of, roles_of
 FACTS = {"roles": roles_of, "matrices": matrices_of}
 
 
-def left_out(items: Iterable[pytest.Item]) -> set[pytest.Item]:
-    """The rows that are not in the cover that their test's marker asks for."""
+def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+    """What `--all-pairs` alone runs, and rows outside of the cover that their test asks for."""
     tests: dict[str, list[Any]] = {}
     for item in items:
         if item.get_closest_marker("families"):
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return {item for rows in tests.values() for item in set(rows) - _cover(rows)}
+    rest = {item for item in items if item.get_closest_marker("all_pairs")}
+    return rest.union(*(set(rows) - _cover(rows) for rows in tests.values()))
 
 
 def all_but_few(items: Iterable[pytest.Item]) -> set[pytest.Item]:

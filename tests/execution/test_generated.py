@@ -56,6 +56,7 @@ def data(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
 def test_free_samples_of_the_dense_model_heal_without_any_text(
     tiny_llama: Path, tmp_path: Path, options: Options
 ) -> None:
