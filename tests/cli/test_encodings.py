@@ -85,6 +85,7 @@ def made(place: Path) -> tuple[str, str]:
     return command("run", place / "régime.yaml", *where, "--out", place / "sortie")
 
 
+@pytest.mark.slow
 def test_a_whole_run_in_ascii(place: Path, made: tuple[str, str], others: Others) -> None:
     out, store = place / "sortie", place / "magasin"
     where = ("--model", place / "modele", "--store", store, "--threads", 1)
