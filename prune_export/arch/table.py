@@ -139,6 +139,17 @@ class ConfigRules(_Frozen):
     aliases: dict[str, str] = Field(default_factory=dict)
 
 
+class Further(_Frozen):
+    """Modules that predict further tokens (MTP), which transformers does not load with the model.
+
+    `key` says how many there are; `prefixes` are those of their stored names, with `{next}` for the
+    numbers that follow the last block's.
+    """
+
+    key: str
+    prefixes: list[str]
+
+
 class Bundled(_Frozen):
     """Code of ours that a checkpoint brings along: `file.Class` in `prune_export.modeling`.
 
@@ -184,7 +195,7 @@ class Table(_Frozen):
 
     `tuple_blocks` says that the model takes the first of what a block returns, not all of it.
 
-    `tuple_mlp` says that an MLP returns its output as the first of two.
+    `tuple_mlp` says that an MLP returns its output as the first of two; or in which layer set.
 
     `untraceable` says what of it no exporter's graph can hold, as an end of a sentence.
 
@@ -197,6 +208,8 @@ class Table(_Frozen):
 
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
     transformers stored and that carry nothing: they are accepted, and left behind.
+
+    `further` says where modules that predict further tokens lie: they are left behind.
 
     `scaled_embeddings` says that embeddings are multiplied by the square root of the axis
     `residual`; `norm_offset` is what norms add to their stored gain.
@@ -219,7 +232,7 @@ class Table(_Frozen):
     parallel: bool | str = False
     tuple_blocks: bool = False
     untraceable: str = ""
-    tuple_mlp: bool = False
+    tuple_mlp: bool | str = False
     parts_add: bool = False
     per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]
@@ -229,6 +242,7 @@ class Table(_Frozen):
     block: list[TensorRow]
     tail: list[TensorRow]
     ignored_tensors: list[str] = Field(default_factory=list)
+    further: Further | None = None
     scaled_embeddings: bool = False
     norm_offset: float = 0.0
     added_when: str | None = None
@@ -246,6 +260,12 @@ class Table(_Frozen):
         sets = [key for row in self.layer_sets.values() for key in row.keys]
         rules = self.config
         return (self.layers, *rules.per_layer, *sets, *rules.counts, *rules.by_root_of_depth)
+
+    def further_keys(self) -> frozenset[str]:
+        """The config key that counts modules predicting further tokens, with its aliases."""
+        key = self.further.key if self.further else None
+        same = {alias for alias, of in self.config.aliases.items() if of == key}
+        return frozenset(filter(None, {key, *same}))
 
     def keys(self) -> frozenset[str]:
         """Every config key that the table knows, without those common to all families."""
@@ -310,7 +330,7 @@ class Common(_Frozen):
         return frozenset({*self.known, *self.accepts, *self.refuses})
 
 
-def _yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """Parses YAML data, by libyaml where it is there: it takes a tenth of the time."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
@@ -341,7 +361,7 @@ def parse_table(text: str, name: str) -> Table:
         UnsupportedArch: it is malformed.
     """
     try:
-        return Table.model_validate(_yaml(text))
+        return Table.model_validate(parse_yaml(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"])
@@ -358,7 +378,7 @@ def parse_table(text: str, name: str) -> Table:
 def common() -> Common:
     """Loads the rules of `families/_common.yaml` for config keys that any family may carry."""
     text = files("prune_export.arch").joinpath("families/_common.yaml").read_text(encoding="utf-8")
-    return Common.model_validate(_yaml(text))
+    return Common.model_validate(parse_yaml(text))
 
 
 def table_for(model_type: str) -> Table:

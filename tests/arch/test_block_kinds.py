@@ -14,7 +14,7 @@ from prune_export.arch.table import tables
 from prune_export.calibrate import linear_groups
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
-from prune_export.training.targets import targets
+from prune_export.training.adapters.targets import targets
 from tests.arch.tiny_models import Tiny, arch_of
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
