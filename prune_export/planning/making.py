@@ -30,6 +30,7 @@ from prune_export.planning.positions import refuse_long_requests, refuse_long_te
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
 from prune_export.planning.talks import talks_of
 from prune_export.planning.teacher import teacher_of
+from prune_export.planning.wrapped import further_notes, wrapped_notes
 from prune_export.recipe import (
     Recipe,
     Search,
@@ -107,7 +108,9 @@ def make_plan(
     if recipe.verify.generation and Tokenizer.lies_in(checkpoint.path):
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
-    plan = dataclasses.replace(plan, devices=devices, notes=data_notes(recipe))
+    notes = (*wrapped_notes(recipe, checkpoint), *further_notes(checkpoint, archs[0]))
+    notes += data_notes(recipe)
+    plan = dataclasses.replace(plan, devices=devices, notes=notes)
     return with_lacking(plan, recipe, checkpoint.path, store, out, ram_limit)
 
 

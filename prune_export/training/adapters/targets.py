@@ -9,18 +9,30 @@ from prune_export.arch.roles import is_expert as is_expert_role
 from prune_export.arch.roles import is_fused
 from prune_export.errors import PlanError, did_you_mean
 
-_ROUTERS: Final = frozenset({"router", "shared.router"})
+_NOT: Final = frozenset(
+    {
+        "router",
+        "shared.router",
+        "linear.a",
+        "linear.b",
+        "linear.ba",
+        "linear.decay",
+        "linear.dt",
+        "linear.x",
+    }
+)
+"""What chooses experts, and what controls a recurrence."""
 _FFN_AXES: Final = frozenset({"mlp", "moe", "shared"})
 
 
 def linear_weights(arch: Arch) -> tuple[Tensor, ...]:
-    """Lists the weights of the blocks' linear layers, experts included, routers not."""
+    """Lists the blocks' linear layers' weights, experts included; routers and controls not."""
     return tuple(
         tensor
         for tensor in arch.tensors
         if tensor.layer is not None
         and len(tensor.dims.of) == 2
-        and tensor.role not in _ROUTERS
+        and tensor.role not in _NOT
         and not tensor.role.endswith(".bias")
     )
 

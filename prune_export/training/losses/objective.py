@@ -38,6 +38,7 @@ class Hidden(Frozen):
     ] = "mse"
 
 
+_BETA: Final = 0.5
 _NEW_TOKENS: Final = 128
 _SAMPLING_TEMPERATURE: Final = 0.9
 
@@ -60,7 +61,7 @@ class Distill(Frozen):
             description="Of `jsd`: the weight of the teacher in the mean distribution; 0 is "
             "`forward_kl` and 1 `reverse_kl`.",
         ),
-    ] = 0.5
+    ] = _BETA
     temperature: Annotated[
         float,
         Field(
@@ -129,6 +130,20 @@ class Distill(Frozen):
 
     def model_post_init(self, context: Any) -> None:
         del context
+        if self.beta != _BETA and self.divergence != "jsd":
+            raise ValueError(
+                f"`beta: {self.beta:g}` is of `divergence: jsd`, and the divergence is "
+                f"`{self.divergence}`: write `divergence: jsd`, or leave `beta` out"
+            )
+        for key, value, default in (
+            ("new_tokens", self.new_tokens, _NEW_TOKENS),
+            ("sampling_temperature", self.sampling_temperature, _SAMPLING_TEMPERATURE),
+        ):
+            if value != default and not self.on_policy:
+                raise ValueError(
+                    f"`{key}: {value:g}` is of `on_policy`, which is 0: write a share of the steps "
+                    f"to it, or leave `{key}` out"
+                )
         if isinstance(self.cache, int) and self.on_policy:
             raise ValueError(
                 f"`cache: {self.cache}` keeps what the teacher says to the data, and `on_policy` "
