@@ -14,6 +14,7 @@ import string
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -109,6 +110,8 @@ def address(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         else:
             raise AssertionError("".join(told)[-3000:])
         rest.start()
+        while server.poll() is None and not _listens(port):
+            time.sleep(0.05)  # the line comes a moment earlier
         yield f"http://127.0.0.1:{port}/v2"
     finally:
         server.terminate()
@@ -116,6 +119,11 @@ def address(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         if rest.is_alive():
             rest.join()
         server.stdout.close()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
 
 
 def ask(address: str, path: str, **asked: Any) -> bytes:
