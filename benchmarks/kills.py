@@ -85,10 +85,16 @@ def main() -> None:
             died = forked(lambda k=kind, s=store: work(root, model, s, k), at)
             left = reached(store)
             forked(lambda k=kind, s=store: work(root, model, s, k))
-            equal = files_in(store) == wanted[kind]
+            got = files_in(store)
+            other = sorted(
+                name for name in {*got, *wanted[kind]} if got.get(name) != wanted[kind].get(name)
+            )
+            equal = not other
             rows.append(
                 {"kind": kind, "after_s": round(at, 2), "died": died, "at": left, "equal": equal}
             )
+            if other:
+                rows[-1]["unequal_files"] = other
             print(
                 f"{len(rows):3}  {kind:<30} after {at:5.1f} s in {left or 'nothing':<20} {equal}",
                 flush=True,
