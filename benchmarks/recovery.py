@@ -62,7 +62,7 @@ def main() -> None:
     asked.add_argument("--rows", type=Path, default=Path("recovery.jsonl"))
     asked.add_argument("--table", type=Path, help="print the rows of a file")
     asked.add_argument("--save", action="store_true", help="keep them in benchmarks/results")
-    given = asked.parse_args()
+    given = asked.parse_intermixed_args()
     if given.table:
         rows = _rows(given.table)
         for row in rows:
@@ -73,7 +73,7 @@ def main() -> None:
         if given.save:
             from _result import save
 
-            print(save("recovery", {"rows": rows}))
+            print(save("recovery-settings", {"rows": rows}))
         return
     start = given.start or given.pruned.name
     known = {row["setting"] for row in _rows(given.rows) if row["start"] == start}
