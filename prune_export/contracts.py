@@ -33,7 +33,8 @@ class Cost:
 
     `flops` (multiplications and additions) and `moved_bytes` (disk reads and writes) are turned
     into seconds with this machine's measured rates; `seconds` is time that neither explains, such
-    as tracing a graph.
+    as tracing a graph. `bfloat16_flops` are those of `flops` that are in bfloat16, which some CPUs
+    multiply several times as fast as float32.
     """
 
     ram_bytes: int = 0
@@ -42,6 +43,7 @@ class Cost:
     flops: float = 0.0
     moved_bytes: int = 0
     seconds: float = 0.0
+    bfloat16_flops: float = 0.0
 
 
 @dataclass(frozen=True)
