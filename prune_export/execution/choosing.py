@@ -11,8 +11,9 @@ those that reach the target; it may be dense.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf, log
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +25,16 @@ from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
 from prune_export.execution.inputs import Base
 from prune_export.execution.measure import dense_latency_ms, engine_perplexity, engine_speed
-from prune_export.execution.search import Data, Found, Row, artifact_of, rank, rows_of, table_of
+from prune_export.execution.search import (
+    SIZED,
+    Data,
+    Found,
+    Row,
+    artifact_of,
+    rank,
+    rows_of,
+    table_of,
+)
 from prune_export.execution.stages import run_stage
 from prune_export.planning import CALIBRATION
 from prune_export.recipe import EngineOption, Search, Stage, engines_of
@@ -81,6 +91,14 @@ class _Choice:
 
     def measure(self, option: EngineOption, path: Base | Artifact, row: Row | None) -> Point:
         """Builds a model's engine, and measures it beside the reference."""
+        with self.context.pace.piece("engine"):
+            found = self.measured(option, path, row)
+        self.context.progress.say(f"search: {found.label}: {found.told}")
+        self.points.append(found)
+        return found
+
+    def measured(self, option: EngineOption, path: Base | Artifact, row: Row | None) -> Point:
+        """Builds a model's engine; its quality, its bytes, and its speed over the reference's."""
         of = f", {row.candidate.label if row else 'dense'}, {option.label}"
         tokens = self.data.get(CALIBRATION)
         if option.quantize is not None:
@@ -98,11 +116,7 @@ class _Choice:
         if speedup and self.points:
             first, load = self.reference.engine, self.search.target.workload
             speedup = engine_speed(self.context, first, engine, load)
-        size = engine_bytes(engine)
-        found = Point(option, engine, perplexity, size, speedup, row)
-        self.context.progress.say(f"search: {found.label}: {found.told}")
-        self.points.append(found)
-        return found
+        return Point(option, engine, perplexity, engine_bytes(engine), speedup, row)
 
     def share(self, point: Point) -> float:
         """How much of a dense engine's size or time the target leaves it; 1 and more reach it."""
@@ -113,7 +127,7 @@ class _Choice:
             return target.parameters * first.bytes / max(point.bytes, 1)
         return (point.speedup or 1.0) / self.wanted
 
-    @property
+    @cached_property
     def wanted(self) -> float:
         """The speedup over the reference that the target asks for."""
         target = self.search.target
@@ -125,6 +139,15 @@ class _Choice:
     def reaches(self, point: Point) -> bool:
         """Whether a point reaches the target, within the search's tolerance."""
         return self.share(point) >= 1 - self.search.target.tolerance
+
+    @property
+    def in_hand(self) -> bool:
+        """Whether some point reaches the target: what follows is optional then."""
+        return any(map(self.reaches, self.points))
+
+    def time_for_engine(self, *, pruned: bool) -> bool:
+        """Whether there is time to build and measure one more engine, beside what must follow."""
+        return self.context.pace.affords({"engine": 1}, healed=pruned or not self.in_hand)
 
 
 def engine_bytes(engine: Artifact) -> int:
@@ -156,17 +179,17 @@ def run_choice(
     rows: list[Row] = []
     outside = 0
     for point in to_prune(choice.points, choice.share, choice.reaches, search):
-        if _too_late(choice, to_prune=True):
-            _note(choice, "A dense engine reaches the target; time was too short to prune another.")
-            break
+        if choice.in_hand and not _time_to_prune(choice):
+            context.say_late(
+                "search: an engine reaches the target, and time was too short to prune for "
+                f"{point.option.label}."
+            )
+            continue
         made, others, missed = _pruned(choice, point, teacher)
         rows, outside = rows + made, outside + missed
         refused += others
-        if made:
-            best = artifact_of(context, made[0].made[-1])
-            best = made[0].last or best
-            for option in dict.fromkeys(one.option.label for one in choice.points[:]):
-                _try(choice, _named(choice, option), best, made[0], refused)
+        if made and made[0].made:
+            _on_engines(choice, point.option, made[0], refused)
     chosen = _best(choice, refused)
     chosen.note = "chosen"
     if chosen.row is not None:
@@ -187,26 +210,36 @@ def run_choice(
     )  # fmt: skip
 
 
-def _too_late(choice: _Choice, *, to_prune: bool) -> bool:
-    """Whether a result is in hand, and what is left of the time is needed to prove it.
+def _time_to_prune(choice: _Choice) -> bool:
+    """Whether there is time for one candidate: brought to its speed, pruned, on one engine."""
+    sized = SIZED if choice.search.target.timed else 0.0
+    return choice.context.pace.affords({"size": sized, "prune": 1, "engine": 1})
 
-    The pace is that of the engines so far, of which the plan counts a dense and a pruned one each.
+
+def _on_engines(
+    choice: _Choice, first: EngineOption, row: Row, refused: list[dict[str, Any]]
+) -> None:
+    """Measures a pruned model on every engine that the dense one ran on, if there is time.
+
+    The first one is what it was pruned for.
     """
-    watch, done = choice.context.watch, len(choice.points)
-    if watch is None or watch.budget is None:
-        return False
-    if not any(choice.reaches(point) for point in choice.points):
-        return False
-    search = sum(one.seconds for one in watch.planned if one.kind == "search")
-    heal = sum(one.seconds for one in watch.planned if one.kind == "heal")
-    share = done / (2 * len(choice.search.engines) + 1)
-    pace = max(watch.ratio, watch.elapsed / max(search * share, 1.0))
-    needed = pace * (search + heal) / 2 if to_prune else watch.elapsed / done
-    last = "heal" if heal else "search"
-    return watch.left < needed + watch.after(last, pace)
+    model = row.last or artifact_of(choice.context, row.made[-1])
+    others = [one.option for one in choice.points if one.row is None and one.option != first]
+    for option in (first, *others):
+        if option != first and not choice.time_for_engine(pruned=True):
+            choice.context.say_late(
+                f"search: {row.candidate.label} was not tried as {option.label}, as time was short."
+            )
+            continue
+        _try(choice, option, model, row, refused)
 
 
-def to_prune(points: Sequence[Point], share: Any, reaches: Any, search: Search) -> list[Point]:
+def to_prune(
+    points: Sequence[Point],
+    share: Callable[[Point], float],
+    reaches: Callable[[Point], bool],
+    search: Search,
+) -> list[Point]:
     """Lists the dense points that pruning should bring to the target.
 
     Left out is an engine beside which another needs less pruning at no worse quality, as far as
@@ -227,7 +260,7 @@ def to_prune(points: Sequence[Point], share: Any, reaches: Any, search: Search) 
     return wanted
 
 
-def alternative_of(points: Sequence[Point], chosen: Point, reaches: Any) -> str:
+def alternative_of(points: Sequence[Point], chosen: Point, reaches: Callable[[Point], bool]) -> str:
     """Says in a sentence what the best other choice would have been, pruned if dense was chosen."""
     others = [
         point
@@ -249,8 +282,10 @@ def _dense(choice: _Choice) -> list[dict[str, Any]]:
     """
     refused: list[dict[str, Any]] = []
     for option in engines_of(choice.search):
-        if _too_late(choice, to_prune=False):
-            _note(choice, f"Time was too short to try the dense model as {option.label}.")
+        if choice.in_hand and not choice.time_for_engine(pruned=False):
+            choice.context.say_late(
+                f"search: the dense model was not tried as {option.label}, as time was short."
+            )
             continue
         _try(choice, option, choice.source, None, refused)
     if not choice.points:
@@ -259,12 +294,6 @@ def _dense(choice: _Choice) -> list[dict[str, Any]]:
             "search  engines", f"none can be made of this model: {told}", "name other engines"
         )
     return refused
-
-
-def _note(choice: _Choice, text: str) -> None:
-    choice.context.progress.say(f"search: {text}")
-    if choice.context.watch is not None:
-        choice.context.watch.notes.append(text)
 
 
 def _try(
@@ -294,31 +323,41 @@ def _pruned(
     """Ranks the ways to prune that bring an engine to the target; none where none does."""
     share = choice.share(point)
     left, wanted = (None, 1 / share) if choice.search.target.timed else (share, None)
+    optional = choice.in_hand
     try:
         rows, refused, outside = rows_of(
             choice.context, choice.search, choice.source, choice.arch, left,
-            exporter=point.option.export, wanted=wanted,
+            exporter=point.option.export, wanted=wanted, optional=optional,
         )  # fmt: skip
     except StageError as error:
         return [], [{"label": f"pruned, {point.option.label}", "note": error.problem}], 0
-    rank(choice.context, choice.search, choice.source, choice.data, rows, teacher)
+    rank(
+        choice.context, choice.search, choice.source, choice.data, rows, teacher, optional=optional
+    )
     return rows, refused, outside
 
 
-def _named(choice: _Choice, label: str) -> EngineOption:
-    return next(one.option for one in choice.points if one.option.label == label)
-
-
 def _best(choice: _Choice, refused: Sequence[Mapping[str, Any]]) -> Point:
-    """The best point by quality of those that reach the target; dense where that is too close.
+    """The best point by quality of those that reach the target.
+
+    Where that is too close to tell, a dense one, and of these what is fastest, or smallest. Where
+    time was short the nearest to the target is better than nothing.
 
     Raises:
-        StageError: none does.
+        StageError: none reaches it.
     """
     there = sorted((one for one in choice.points if choice.reaches(one)), key=lambda one: one.loss)
     if there:
         near = [one for one in there if one.loss - there[0].loss <= choice.search.close]
-        return next((one for one in near if one.row is None), there[0])
+        dense = [one for one in near if one.row is None]
+        return max(dense, key=choice.share) if dense else there[0]
+    if choice.context.pace.notes:
+        nearest = max(choice.points, key=choice.share)
+        choice.context.say_late(
+            "search: nothing was found in this time that reaches the target; taken is the nearest, "
+            f"{nearest.label} ({choice.share(nearest):.0%} of the way)."
+        )
+        return nearest
     told = [f"{one.label} ({choice.share(one):.0%} of the way)" for one in choice.points]
     told += [f"{one['label']} ({one['note']})" for one in refused]
     raise StageError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prune_export.arch import Arch
@@ -38,6 +38,8 @@ class PlannedStage:
     cost: Cost
     seconds: float
     note: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Of a search: seconds of one piece of each kind of its work, by which a run goes on."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prune_export.errors import RecipeError, StageError
 from prune_export.execution import Options, plan, run
-from prune_export.execution.choosing import Point, _too_late, alternative_of, to_prune
+from prune_export.execution.choosing import Point, alternative_of, to_prune
 from prune_export.machine import Machine
 from prune_export.recipe import EngineOption, Recipe, Search, engines_of
 from prune_export.recipe.search import Target
@@ -101,33 +101,6 @@ class TestWhatIsPruned:
         assert said.startswith("The alternative was cut, 32: perplexity 51.90, 1.00x as fast")
         assert "chosen has perplexity 17.62" in said
         assert alternative_of([dense], dense, reaches).startswith("No pruned model")
-
-
-class TestTooLate:
-    def choice(self, left: float, elapsed: float, *points: Any) -> Any:
-        watch = SimpleNamespace(
-            budget=1800.0, ratio=1.0, left=left, elapsed=elapsed,
-            planned=[SimpleNamespace(kind="search", seconds=700.0)],
-            after=lambda kind, ratio: 100.0 * ratio,
-        )  # fmt: skip
-        return SimpleNamespace(
-            context=SimpleNamespace(watch=watch), points=list(points), reaches=reaches,
-            search=SimpleNamespace(engines=[1, 2, 3]),
-        )  # fmt: skip
-
-    def test_nothing_is_left_out_before_a_result_is_in_hand(self) -> None:
-        full, half = point("32", 17.57, 0.7), point("8", 17.62, 1.4)
-        assert not _too_late(self.choice(1.0, 900.0, full), to_prune=True)
-        assert _too_late(self.choice(1.0, 900.0, full, half), to_prune=True)
-
-    def test_the_pace_of_the_engines_so_far_counts(self) -> None:
-        points = [point("32", 17.57, 0.7), point("8", 17.62, 1.4)]
-        # Two of seven engines were planned to take 200 s; one more and the proof follow.
-        assert not _too_late(self.choice(210.0, 200.0, *points), to_prune=False)
-        assert _too_late(self.choice(190.0, 200.0, *points), to_prune=False)
-        assert _too_late(self.choice(790.0, 800.0, *points), to_prune=False)
-        assert _too_late(self.choice(440.0, 200.0, *points), to_prune=True)
-        assert not _too_late(self.choice(460.0, 200.0, *points), to_prune=True)
 
 
 @pytest.mark.slow
