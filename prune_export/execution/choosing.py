@@ -11,12 +11,10 @@ those that reach the target; it may be dense.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, log
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
@@ -25,6 +23,8 @@ from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
 from prune_export.execution.inputs import Base
 from prune_export.execution.measure import dense_latency_ms, engine_perplexity, engine_speed
+from prune_export.execution.optional import OutOfTime, optional
+from prune_export.execution.points import DENSE, Point, alternative_of, engine_bytes, to_prune
 from prune_export.execution.search import (
     SIZED,
     Data,
@@ -39,38 +39,7 @@ from prune_export.execution.stages import run_stage
 from prune_export.planning import CALIBRATION
 from prune_export.recipe import EngineOption, Search, Stage, engines_of
 from prune_export.store import Artifact
-from prune_export.units import bytes_from_text, text_from_bytes
-
-DENSE: Final = "the dense model"
-
-
-@dataclass
-class Point:
-    """A model on an engine, measured; `row` is None for the dense model."""
-
-    option: EngineOption
-    engine: Artifact
-    perplexity: float
-    bytes: int
-    speedup: float | None
-    row: Row | None = None
-    note: str = ""
-
-    @property
-    def label(self) -> str:
-        """The model, and what it runs on."""
-        return f"{self.row.candidate.label if self.row else DENSE}, {self.option.label}"
-
-    @property
-    def loss(self) -> float:
-        """Its validation loss in nats."""
-        return log(self.perplexity) if self.perplexity > 0 else inf
-
-    @property
-    def told(self) -> str:
-        """What was measured of it, in words."""
-        speed = f"{self.speedup:.2f}x as fast, " if self.speedup else ""
-        return f"perplexity {self.perplexity:.2f}, {speed}{text_from_bytes(self.bytes)}"
+from prune_export.units import bytes_from_text
 
 
 @dataclass
@@ -90,7 +59,11 @@ class _Choice:
         return self.points[0]
 
     def measure(self, option: EngineOption, path: Base | Artifact, row: Row | None) -> Point:
-        """Builds a model's engine, and measures it beside the reference."""
+        """Builds a model's engine, and measures it beside the reference.
+
+        Raises:
+            OutOfTime: something else reaches the target, and there is only time to prove that.
+        """
         with self.context.pace.piece("engine"):
             found = self.measured(option, path, row)
         self.context.progress.say(f"search: {found.label}: {found.told}")
@@ -99,23 +72,24 @@ class _Choice:
 
     def measured(self, option: EngineOption, path: Base | Artifact, row: Row | None) -> Point:
         """Builds a model's engine; its quality, its bytes, and its speed over the reference's."""
+        context = self.working
         of = f", {row.candidate.label if row else 'dense'}, {option.label}"
         tokens = self.data.get(CALIBRATION)
         if option.quantize is not None:
             chosen = self.data.get(option.quantize.data)
-            path = run_stage(self.context, option.quantize, path.path, path.id, chosen)
+            path = run_stage(context, option.quantize, path.path, path.id, chosen)
         engine = export_engine(
-            self.context, option.export, path.path, path.id, of=of,
+            context, option.export, path.path, path.id, of=of,
             tokens=tokens[1] if tokens else None,
         )  # fmt: skip
         text = self.data[self.search.validation][1]
-        perplexity = engine_perplexity(self.context, option.label, engine, text)
+        perplexity = engine_perplexity(context, option.label, engine, text)
         speedup = None
         if self.search.target.timed or self.search.measure_speed:
             speedup = 1.0
         if speedup and self.points:
             first, load = self.reference.engine, self.search.target.workload
-            speedup = engine_speed(self.context, first, engine, load)
+            speedup = engine_speed(context, first, engine, load)
         return Point(option, engine, perplexity, engine_bytes(engine), speedup, row)
 
     def share(self, point: Point) -> float:
@@ -145,18 +119,15 @@ class _Choice:
         """Whether some point reaches the target: what follows is optional then."""
         return any(map(self.reaches, self.points))
 
+    @property
+    def working(self) -> RunContext:
+        """The context to work with: what is done by it is given up when it is late and optional."""
+        pace = self.context.pace
+        return optional(self.context, lambda: self.in_hand and not pace.affords({}, healed=False))
+
     def time_for_engine(self, *, pruned: bool) -> bool:
         """Whether there is time to build and measure one more engine, beside what must follow."""
         return self.context.pace.affords({"engine": 1}, healed=pruned or not self.in_hand)
-
-
-def engine_bytes(engine: Artifact) -> int:
-    """The bytes of an engine's files on disk, without tokenizer and settings."""
-    return sum(
-        (engine.path / name).stat().st_size
-        for name in engine.files
-        if not (name.endswith((".json", ".txt", ".jinja")) or Path(name).name.startswith("token"))
-    )
 
 
 def run_choice(
@@ -227,51 +198,9 @@ def _on_engines(
     others = [one.option for one in choice.points if one.row is None and one.option != first]
     for option in (first, *others):
         if option != first and not choice.time_for_engine(pruned=True):
-            choice.context.say_late(
-                f"search: {row.candidate.label} was not tried as {option.label}, as time was short."
-            )
+            _untried(choice, option, row)
             continue
         _try(choice, option, model, row, refused)
-
-
-def to_prune(
-    points: Sequence[Point],
-    share: Callable[[Point], float],
-    reaches: Callable[[Point], bool],
-    search: Search,
-) -> list[Point]:
-    """Lists the dense points that pruning should bring to the target.
-
-    Left out is an engine beside which another needs less pruning at no worse quality, as far as
-    `close` tells. Where dense models suffice, the first engine is pruned as the alternative.
-    """
-    short = [point for point in points if not reaches(point)]
-    wanted = [
-        point
-        for point in short
-        if not any(
-            other.loss - point.loss <= search.close
-            and (share(other), -other.loss) > (share(point), -point.loss)
-            for other in points
-        )
-    ]
-    if not wanted and search.alternative and short and short[0] is points[0]:
-        return [points[0]]
-    return wanted
-
-
-def alternative_of(points: Sequence[Point], chosen: Point, reaches: Callable[[Point], bool]) -> str:
-    """Says in a sentence what the best other choice would have been, pruned if dense was chosen."""
-    others = [
-        point
-        for point in points
-        if point is not chosen and reaches(point) and (point.row is None) != (chosen.row is None)
-    ]
-    if not others:
-        what = "pruned" if chosen.row is None else "dense"
-        return f"No {what} model that reaches the target was measured."
-    best = min(others, key=lambda point: point.loss)
-    return f"The alternative was {best.label}: {best.told}; chosen has {chosen.told}."
 
 
 def _dense(choice: _Choice) -> list[dict[str, Any]]:
@@ -283,9 +212,7 @@ def _dense(choice: _Choice) -> list[dict[str, Any]]:
     refused: list[dict[str, Any]] = []
     for option in engines_of(choice.search):
         if choice.in_hand and not choice.time_for_engine(pruned=False):
-            choice.context.say_late(
-                f"search: the dense model was not tried as {option.label}, as time was short."
-            )
+            _untried(choice, option, None)
             continue
         _try(choice, option, choice.source, None, refused)
     if not choice.points:
@@ -294,6 +221,11 @@ def _dense(choice: _Choice) -> list[dict[str, Any]]:
             "search  engines", f"none can be made of this model: {told}", "name other engines"
         )
     return refused
+
+
+def _untried(choice: _Choice, option: EngineOption, row: Row | None) -> None:
+    name = row.candidate.label if row else DENSE
+    choice.context.say_late(f"search: {name} was not tried as {option.label}, as time was short.")
 
 
 def _try(
@@ -309,6 +241,8 @@ def _try(
     try:
         option.export.entry.check(arch, choice.context.machine)
         choice.measure(option, model, row)
+    except OutOfTime:
+        _untried(choice, option, row)
     except (PlanError, MissingExtra) as error:
         refused.append({"label": f"{name}, {option.label}", "note": error.problem})
     except StageError as error:
@@ -323,17 +257,28 @@ def _pruned(
     """Ranks the ways to prune that bring an engine to the target; none where none does."""
     share = choice.share(point)
     left, wanted = (None, 1 / share) if choice.search.target.timed else (share, None)
-    optional = choice.in_hand
+    label, context = f"pruned, {point.option.label}", choice.working
+    given_up = f"search: pruning for {point.option.label} was given up, as time was short."
     try:
         rows, refused, outside = rows_of(
-            choice.context, choice.search, choice.source, choice.arch, left,
-            exporter=point.option.export, wanted=wanted, optional=optional,
+            context, choice.search, choice.source, choice.arch, left,
+            exporter=point.option.export, wanted=wanted, optional=choice.in_hand,
         )  # fmt: skip
     except StageError as error:
-        return [], [{"label": f"pruned, {point.option.label}", "note": error.problem}], 0
-    rank(
-        choice.context, choice.search, choice.source, choice.data, rows, teacher, optional=optional
-    )
+        return [], [{"label": label, "note": error.problem}], 0
+    except OutOfTime:
+        choice.context.say_late(given_up)
+        return [], [{"label": label, "note": "time was short"}], 0
+    try:
+        rank(
+            context, choice.search, choice.source, choice.data, rows, teacher,
+            optional=choice.in_hand,
+        )  # fmt: skip
+    except OutOfTime:
+        choice.context.say_late(given_up)
+        for row in rows:
+            row.note = row.note if row.made else "not tried: time was short"
+        rows.sort(key=lambda row: row.rank)
     return rows, refused, outside
 
 

@@ -18,7 +18,8 @@ from prune_export.calibrate import TokenSet
 from prune_export.contracts import BuildRecord, Work
 from prune_export.execution.context import RunContext
 from prune_export.execution.inputs import Base
-from prune_export.execution.proving import speed_in_time, time_to_generate
+from prune_export.execution.optional import OutOfTime, optional
+from prune_export.execution.proving import speed_in_time, time_to_generate, time_to_time
 from prune_export.machine import describe
 from prune_export.recipe import Quality, Recipe
 from prune_export.store import Artifact, Key
@@ -107,7 +108,11 @@ def measure_run(
                 )
     measured = 1 + len(found.perplexity)
     if asked.generation and time_to_generate(context, recipe, measured, len(points)):
-        found.generation.extend(_generation(context, point) for point in points)
+        short = optional(context, lambda: context.pace.left < time_to_time(context, recipe))
+        try:
+            found.generation.extend([_generation(short, point) for point in points])
+        except OutOfTime:
+            context.say_late("verify: generated text was given up, as time was short.")
     if quality and quality.tasks:
         found.tasks.extend(_tasks(context, quality, points))
     for artifact, engine in runnable:

@@ -70,8 +70,8 @@ def time_to_generate(context: RunContext, recipe: Recipe, measured: int, models:
     pace = context.pace
     if pace.budget is None:
         return True
-    needed = models * pace.elapsed / max(measured, 1) + _least_timed(context, recipe)
-    if pace.left - _report(context) >= needed:
+    needed = models * pace.elapsed / max(measured, 1)
+    if pace.left - needed >= time_to_time(context, recipe):
         return True
     context.say_late("verify: generated text left out, as time was short.")
     return False
@@ -94,8 +94,12 @@ def first_windows(tokens: TokenSet, count: int) -> TokenSet:
     return TokenSet.of(tokens.ids[:count], tokens.documents, known, counted)
 
 
+def time_to_time(context: RunContext, recipe: Recipe) -> float:
+    """Seconds that the least measurement of speed, and the report, are likely to take."""
+    return _least_timed(context, recipe) + _report(context)
+
+
 def _least_timed(context: RunContext, recipe: Recipe) -> float:
-    """Seconds that the least measurement of speed is likely to take."""
     timed = len(recipe.export) if recipe.verify.speed else 0
     return context.pace.ratio * _LEAST_TIMED_S * timed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import inf, prod
@@ -304,6 +304,11 @@ class _Planner:
             )
             total = together(total, each)
             parts["engine"] += self.rates.seconds(each) / 2 / len(engines)
+            with suppress(PlanError):  # a model that takes no grid does without this engine
+                coarse = self._prune(option.quantize, arch)[0] if option.quantize else None
+                if coarse is not None:
+                    total = together(together(total, coarse.cost), coarse.cost)
+                    parts["engine"] += coarse.seconds / len(engines)
         if engines:
             engines[0].export.entry.check(arch, self.machine)
         if search.target.timed or search.measure_speed:

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prune_export.errors import RecipeError, StageError
 from prune_export.execution import Options, plan, run
-from prune_export.execution.choosing import Point, alternative_of, to_prune
+from prune_export.execution.choosing import _best
+from prune_export.execution.points import Point, alternative_of, to_prune
 from prune_export.machine import Machine
 from prune_export.recipe import EngineOption, Recipe, Search, engines_of
 from prune_export.recipe.search import Target
@@ -101,6 +102,33 @@ class TestWhatIsPruned:
         assert said.startswith("The alternative was cut, 32: perplexity 51.90, 1.00x as fast")
         assert "chosen has perplexity 17.62" in said
         assert alternative_of([dense], dense, reaches).startswith("No pruned model")
+
+
+class TestWhatIsChosen:
+    def choice(self, *points: Point, notes: tuple[str, ...] = ()) -> Any:
+        pace = SimpleNamespace(notes=list(notes))
+        said: list[str] = []
+        return SimpleNamespace(
+            points=list(points), reaches=reaches, share=share, search=SEARCH, said=said,
+            context=SimpleNamespace(pace=pace, say_late=said.append),
+        )  # fmt: skip
+
+    def test_of_dense_ones_too_close_to_tell_the_fastest(self) -> None:
+        slow, fast = point("8 on onnx", 17.60, 1.2), point("8 on genai", 17.62, 1.4)
+        coarse = point("4", 18.9, 2.0)
+        assert _best(self.choice(slow, fast, coarse), []) is fast
+
+    def test_a_dense_one_before_a_pruned_one_that_is_as_good(self) -> None:
+        dense, cut = point("8", 17.62, 1.0), point("8", 17.60, 1.5, pruned=True)
+        assert _best(self.choice(dense, cut), []) is dense
+
+    def test_what_is_nearest_where_time_was_short(self) -> None:
+        full, half = point("32", 17.57, 0.4), point("8", 17.62, 0.8)
+        with pytest.raises(StageError, match="nothing reaches it"):
+            _best(self.choice(full, half), [])
+        late = self.choice(full, half, notes=("some were left out",))
+        assert _best(late, []) is half
+        assert "nothing was found in this time" in late.said[0]
 
 
 @pytest.mark.slow

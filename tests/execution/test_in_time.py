@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from prune_export.calibrate import TokenSet
-from prune_export.contracts import Cost
+from prune_export.contracts import Cost, Work
 from prune_export.execution import Options, run
 from prune_export.execution.context import RunContext
+from prune_export.execution.optional import OutOfTime, optional
 from prune_export.execution.proving import quality_in_time, speed_in_time
 from prune_export.execution.watch import Watch
 from prune_export.machine import Machine
 from prune_export.planning import PlannedStage, Size
 from prune_export.progress import Silent
 from prune_export.recipe import Recipe, Speed
-from prune_export.store import Store
+from prune_export.store import Key, Store
 
 SEARCH = """\
 recipe: 1
@@ -156,6 +157,35 @@ class TestProof:
         assert speed_in_time(self.context(tmp_path, 130.0), asked, 1).minutes == pytest.approx(2.0)
         assert speed_in_time(self.context(tmp_path, 130.0), asked, 2).minutes == pytest.approx(1.0)
         assert speed_in_time(self.context(tmp_path, 0.0), asked, 2).minutes == pytest.approx(0.5)
+
+
+class TestOptionalWork:
+    def test_it_is_given_up_when_it_is_late(self, tmp_path: Path, clock: Clock) -> None:
+        watch = watched(100.0)
+        context = RunContext(
+            Store(tmp_path), Machine.detect(device="cpu", threads=1), Silent(), watch=watch
+        )
+        short = optional(context, lambda: watch.left < 50.0)
+
+        def build(files: Path, work: Work) -> dict[str, Any]:
+            with work.progress.task("it", 4) as task:
+                for _ in range(4):
+                    clock.now += 20.0
+                    task.advance()
+            (files / "a").write_text("a")
+            return {}
+
+        key = Key("test", "it", "1", {}, ())
+        with pytest.raises(OutOfTime):
+            short.make(key, "it", build)
+        assert clock.now == 60.0
+        assert context.store.get(key.id) is None
+        context.make(key, "it", build)  # what must be done is not given up
+        assert context.store.get(key.id) is not None
+
+    def test_without_a_limit_it_is_not(self, tmp_path: Path) -> None:
+        context = RunContext(Store(tmp_path), Machine.detect(device="cpu", threads=1), Silent())
+        assert optional(context, lambda: True) is context
 
 
 class Slow(Silent):
