@@ -10,7 +10,7 @@ from typing import Any
 from prune_export.calibrate import (
     TokenSet,
 )
-from prune_export.contracts import BuildRecord, Work
+from prune_export.contracts import BuildRecord, TimesMachine, Work
 from prune_export.errors import StageError
 from prune_export.execution.context import RunContext
 from prune_export.recipe import Export
@@ -31,11 +31,14 @@ def export_engine(
     `tokens` reach exporters that calibrate, and are part of what their engines depend on.
     """
     read = tokens if export.calibrates else None
+    parameters = export.parameters()
+    if isinstance(export.entry, TimesMachine) and export.entry.times_machine:
+        parameters["timed on"] = context.machine.timing_identity()
     key = Key(
         "export",
         export.name,
         export.entry.VERSION,
-        export.parameters(),
+        parameters,
         (source_id,),
         read.fingerprint if read else None,
     )
