@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -52,6 +53,7 @@ class Watch:
         _forget_peak()
         children = _children_peak()
         started = self._started = time.monotonic()
+        worked = _processor_seconds()
         yield
         found = [one for one in self.planned if _is(one, kind, name, dense=dense)]
         now = _children_peak()
@@ -60,6 +62,7 @@ class Watch:
                 "step": label or (f"{kind}: {name}" if name else kind),
                 "planned_seconds": sum(one.seconds for one in found) if found else None,
                 "seconds": time.monotonic() - started,
+                "processor_seconds": _processor_seconds() - worked,
                 "planned_ram_bytes": max((one.cost.ram_bytes for one in found), default=None),
                 "ram_bytes": max(_own_peak(), now if now > children else 0),
                 "planned_disk_bytes": sum(one.cost.disk_bytes for one in found) if found else None,
@@ -187,6 +190,11 @@ def _own_peak() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return peak_ram()
+
+
+def _processor_seconds() -> float:
+    """What this process and those that it has waited for have computed so far."""
+    return sum(os.times()[:4])
 
 
 def _children_peak() -> int:
