@@ -111,6 +111,7 @@ def _tokens(options: argparse.Namespace) -> dict[str, Any]:
 
 def _ours(options: argparse.Namespace) -> dict[str, Any]:
     import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from prune_export import registry
     from prune_export.calibrate import CalibrationContext, ModelView, TokenSet
@@ -121,6 +122,8 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     from prune_export.surgery import rewrite
 
     torch.set_num_threads(options.threads)
+    with torch.device("meta"):  # imports what the peer has imported before it is timed, too
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
     tokens = TokenSet.of(torch.load(options.work / "calibration.pt"))
     machine = Machine.detect(device="cpu", threads=options.threads)
     steps = CASES[options.case]

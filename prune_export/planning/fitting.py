@@ -21,6 +21,9 @@ _ROOM: Final = 0.85
 """The part of the time that is planned with: plans are estimates."""
 
 _LENGTHS: Final = {0: None, 1: None, 2: 1024, 3: 1024, 4: 512, 5: 512}
+_TOO_SHORT_TO_TIME: Final = 6
+"""The level from which on candidates are timed only where the target is a speed."""
+
 _SHORTEST: Final = 256
 _FEWEST: Final = 16
 _LEAST_STEPS: Final = 4
@@ -117,6 +120,7 @@ def _scaled_search(search: Search, level: int) -> Search:
         heal=_scaled_heal(dict(search.heal), level) if search.heal else None,
         rungs=max(1, search.rungs - level // 3),
         engines=search.engines[: max(3, len(search.engines) - level // 2)],
+        measure_speed=search.measure_speed and level < _TOO_SHORT_TO_TIME,
     )
 
 
@@ -174,6 +178,8 @@ def _differences(one: Recipe, other: Recipe) -> list[str]:
             for what, size in (("candidates", len), ("engines", len)):
                 was, is_ = size(getattr(before, what)), size(getattr(now, what))
                 found += [f"{was} → {is_} {what}"] if was != is_ else []
+            if before.measure_speed and not now.measure_speed:
+                found.append("no candidate timed")
             short = [dict(at.heal or {}).get("steps") for at in (before, now)]
             if short[0] != short[1]:
                 found.append(f"short heals {short[0]} → {short[1]} steps")

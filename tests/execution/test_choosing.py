@@ -177,3 +177,20 @@ def test_engines_are_checked_as_exports_are(corpus: Path) -> None:
     options = list(engines_of(stage.entry))
     assert all(isinstance(one, EngineOption) for one in options)
     assert [one.label for one in options] == ["fp32 on onnx", "int8 on onnx", "int4 on ort_genai"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
+def test_a_latency_is_reached_by_a_dense_engine(
+    tiny_llama: Path, corpus: Path, options: Options
+) -> None:
+    """A second for a step is enough for any engine of the tiny model: nothing is pruned."""
+    text = (CHOICE % 0.5).replace("parameters: 0.5", "latency_ms: 1000")
+    text = text.replace("        - ort_genai: {precision: int4}\n", "")
+    recipe = Recipe.parse(text, root=corpus)
+    result = run(recipe, str(tiny_llama), options)
+    (table,) = json.loads((result.out / "report.json").read_text())["searches"]
+    assert table["target"]["latency_ms"] == 1000
+    assert table["chosen"].startswith("the dense model, ")
+    assert all(one["reaches"] for one in table["points"])
+    assert len(table["points"]) == 2

@@ -32,6 +32,7 @@ stages:
       engines: [onnx: {precision: fp32}, onnx: {precision: int8}]
       validation: ranking
       heal: {method: lora, rank: 2, steps: 120, batch: 16}
+      measure_speed: true
   - heal: {method: lora, rank: 2, steps: 2000, batch: 16}
 verify: {speed: {minutes: 3}}
 """
@@ -86,6 +87,7 @@ class TestFitting:
         assert len(stage.entry.candidates) == 1
         assert len(stage.entry.engines) == 2
         assert least.data["ranking"].samples == 16
+        assert not least.stages[0].entry.measure_speed
         assert least.data["healing"].samples == 32000
 
 
