@@ -39,6 +39,7 @@ from prune_export.planning import (
     Plan,
     Rates,
     fit_time,
+    how_busy,
     make_plan,
     refuse_other_vocabulary,
     sets_of,
@@ -134,7 +135,7 @@ def _fitted(recipe: Recipe, model: str | None, options: Options) -> tuple[Recipe
 
     if options.seconds is None:
         return recipe, plan_of(recipe)
-    return fit_time(recipe, options.seconds, plan_of)
+    return fit_time(recipe, options.seconds, plan_of, busy=how_busy())
 
 
 def run(
@@ -150,23 +151,17 @@ def run(
     """
     progress, began = progress or Silent(), time.monotonic()
     recipe, planned = _fitted(recipe, model, options)
-    planned.check()
     watch = Watch(planned.stages, options.seconds, began)
+    planned.check()
     out = Path(os.path.realpath(options.out))
     mend(out)
     sweep()
     store = Store(options.store)
     store.sweep()
     context = RunContext(
-        store,
-        options.machine,
-        progress,
-        options.force,
-        options.ignore_keys,
-        options.command,
-        options.team,
-        watch,
-    )
+        store, options.machine, progress, options.force, options.ignore_keys, options.command,
+        options.team, watch,
+    )  # fmt: skip
     if options.seconds is not None:
         progress.say(planned.notes[-1])
     with watch.step("import"):

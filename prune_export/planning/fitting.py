@@ -32,26 +32,29 @@ _MORE: Final = 4
 
 
 def fit_time(
-    recipe: Recipe, seconds: float, plan_of: Callable[[Recipe], Plan]
+    recipe: Recipe, seconds: float, plan_of: Callable[[Recipe], Plan], *, busy: float = 1.0
 ) -> tuple[Recipe, Plan]:
     """Gives the largest version of a recipe whose plan fits into `seconds`, and that plan.
 
-    The plan's notes say what was scaled down, and what more time would buy.
+    The plan's notes say what was scaled down, and what more time would buy. Plans are of a machine
+    at rest; where others use this one, work takes `busy` times as long now, and may not later, so
+    that alone refuses nothing.
 
     Raises:
         PlanError: even the smallest does not fit.
     """
     whole = plan_of(recipe)
-    if whole.seconds <= seconds * _ROOM:
-        note = f"All of it fits into {text_from_seconds(seconds)}."
+    shared = f" This machine is busy: work takes {busy:.1f} times as long." if busy > 1.2 else ""
+    if whole.seconds * busy <= seconds * _ROOM:
+        note = f"All of it fits into {text_from_seconds(seconds)}.{shared}"
         return recipe, replace(whole, notes=(*whole.notes, note))
-    fitted, planned = _largest(recipe, seconds, plan_of)
+    fitted, planned = _largest(recipe, seconds, plan_of, busy)
     less = ", ".join(_differences(recipe, fitted))
     note = (
         f"To fit into {text_from_seconds(seconds)} instead of {text_from_seconds(whole.seconds)}: "
-        f"{less}."
+        f"{less}.{shared}"
     )
-    better, _ = _largest(recipe, _MORE * seconds, plan_of)
+    better, _ = _largest(recipe, _MORE * seconds, plan_of, busy)
     more = ", ".join(_differences(fitted, better))
     if more:
         note += f" With {text_from_seconds(_MORE * seconds)} it would be: {more}."
@@ -59,7 +62,7 @@ def fit_time(
 
 
 def _largest(
-    recipe: Recipe, seconds: float, plan_of: Callable[[Recipe], Plan]
+    recipe: Recipe, seconds: float, plan_of: Callable[[Recipe], Plan], busy: float
 ) -> tuple[Recipe, Plan]:
     low, high = 0, _LEVELS
     found = scaled(recipe, high)
@@ -75,11 +78,11 @@ def _largest(
         middle = (low + high) // 2
         tried = scaled(recipe, middle)
         its = plan_of(tried)
-        if its.seconds <= seconds * _ROOM:
+        if its.seconds * busy <= seconds * _ROOM:
             found, plan, high = tried, its, middle
         else:
             low = middle + 1
-    spare = seconds * _ROOM - plan.seconds
+    spare = seconds * _ROOM / busy - plan.seconds
     longer = _healed_longer(recipe, found, plan, spare)
     return (longer, plan_of(longer)) if longer is not found else (found, plan)
 

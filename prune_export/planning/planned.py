@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from prune_export.arch import Arch
 from prune_export.contracts import Cost
@@ -15,6 +15,9 @@ from prune_export.machine import Machine
 from prune_export.notebook import html_table
 from prune_export.planning.devices import HERE, Devices
 from prune_export.planning.rows import columns_of, rows_of, sums_of, title_of
+
+_BUSIEST: Final = 4.0
+"""A machine that is busier than this is so for a short time, one hopes."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,18 @@ class Rates:
     def seconds(self, cost: Cost) -> float:
         """Estimates the time of a cost on this machine."""
         return cost.seconds + cost.flops / self.flops + cost.moved_bytes / self.disk_bytes
+
+
+def how_busy(seconds: float = 0.3) -> float:
+    """How many times as long as alone work takes here now, as others use the machine: 1 to 4.
+
+    That is real over processor time of a loop that never waits.
+    """
+    began, worked = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - began < seconds:
+        sum(range(1000))
+    worked = time.thread_time() - worked
+    return min(max((time.perf_counter() - began) / max(worked, 1e-3), 1.0), _BUSIEST)
 
 
 def together(one: Cost, other: Cost) -> Cost:
