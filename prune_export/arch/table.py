@@ -29,12 +29,20 @@ class Axis(_Frozen):
     """A named size: an expression over config keys.
 
     It is the same everywhere (`residual`), or its own in each layer (`mlp.3`), or its own in each
-    expert of each layer (`moe.3.7`).
+    expert of each layer (`moe.3.7`). Where the condition `adjusted_when` holds, it is `adjusted`
+    instead of `size`, until a width cut says it anew.
     """
 
     size: str
+    adjusted: str | None = None
+    adjusted_when: str | None = None
     per_layer: bool = False
     per_expert: bool = False
+
+    def said(self, config: Mapping[str, Any]) -> str:
+        """The expression that gives the size under a config."""
+        adjusts = self.adjusted and holds(self.adjusted_when, config)
+        return self.adjusted if adjusts and self.adjusted else self.size
 
 
 class TensorRow(_Frozen):
@@ -55,22 +63,34 @@ class TensorRow(_Frozen):
 
 
 class LayerSet(_Frozen):
-    """Layers chosen by config keys: those with (i + 1) divisible by `every`, which are not listed.
+    """Layers chosen by config keys, in one of four ways; after a depth cut it is written back.
 
-    `first` and `last` are keys that say from which layer on, and up to which one; `excluding` is a
-    list of layers. After a depth cut the set is written back: with `excluding`, as `every: 1` and
-    the renumbered rest in the list; else by the step, first and last layer that say the same.
+    1. Those with (i + 1) divisible by `every`, which are not listed in `excluding`, from layer
+       `first` on up to layer `last`. Written with `excluding` as `every: 1` and the renumbered rest
+       in the list; else by the step, first and last layer that say the same.
+    2. Those whose entry in the per-layer list `of` is one of `values`: the list is sliced.
+    3. Those in the list `listed`, which is renumbered.
+    4. Those with i % `period` == `offset`: the smallest period that says the same is written.
+
+    Where the condition `when` does not hold, the set is empty and its keys say nothing.
     """
 
     every: str | None = None
     excluding: str | None = None
     first: str | None = None
     last: str | None = None
+    of: str | None = None
+    values: list[Any] = Field(default_factory=list)
+    listed: str | None = None
+    period: str | None = None
+    offset: str | None = None
+    when: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The config keys that say it."""
-        return tuple(filter(None, (self.every, self.excluding, self.first, self.last)))
+        """The config keys that say it, and that a depth cut rewrites with it."""
+        said = (self.every, self.excluding, self.first, self.last)
+        return tuple(filter(None, (*said, self.listed, self.period, self.offset)))
 
 
 class Count(_Frozen):
@@ -96,6 +116,7 @@ class ConfigRules(_Frozen):
         by_root_of_depth: numbers that a block divides by the square root of the number of layers;
             a depth cut scales them, so that blocks compute what they did.
         writes: for each key that states a size, its value as an expression over the axes.
+        sets: keys that a width cut sets to a value, so that `writes` are taken as they are.
         divides: key pairs (divisor, multiple) that transformers insists on.
         at_most: key pairs (less, more) without which the model cannot run.
         grouped: for an axis, the key that says into how many groups its places are divided, each
@@ -111,6 +132,7 @@ class ConfigRules(_Frozen):
     depth_requires: dict[str, Any] = Field(default_factory=dict)
     by_root_of_depth: list[str] = Field(default_factory=list)
     writes: dict[str, str] = Field(default_factory=dict)
+    sets: dict[str, Any] = Field(default_factory=dict)
     divides: list[tuple[str, str]] = Field(default_factory=list)
     at_most: list[tuple[str, str]] = Field(default_factory=list)
     grouped: dict[str, str] = Field(default_factory=dict)
@@ -228,9 +250,15 @@ class Table(_Frozen):
     def keys(self) -> frozenset[str]:
         """Every config key that the table knows, without those common to all families."""
         rules = self.config
-        sized = {key for axis in self.axes.values() for key in keys_of(axis.size)}
+        sized = {
+            key
+            for axis in self.axes.values()
+            for said in (axis.size, axis.adjusted or "", axis.adjusted_when or "")
+            for key in keys_of(said)
+        }
         return frozenset(
             {*rules.known, *rules.accepts, *rules.derives, *rules.depth_requires, *rules.writes}
+            | rules.sets.keys()
             | {*rules.aliases, *rules.grouped.values(), *self.depth_keys()}
             | sized
         )
@@ -253,6 +281,10 @@ class Table(_Frozen):
         unknown = (keys_of(self.added_when or "") | {self.added_times or ""}) - known - {""}
         if unknown:
             raise ValueError(f"added_when, added_times: unknown keys {sorted(unknown)}")
+        for name, chosen in self.layer_sets.items():
+            unknown = keys_of(chosen.when or "") - known
+            if unknown or (chosen.of and chosen.of not in self.config.per_layer):
+                raise ValueError(f"layer_sets.{name}: unknown keys {sorted(unknown) or chosen.of}")
         unknown = frozenset(self.config.grouped.keys() - self.axes.keys())
         if unknown:
             raise ValueError(f"config.grouped: unknown axes {sorted(unknown)}")
