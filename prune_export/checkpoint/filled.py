@@ -69,14 +69,14 @@ def kept_gguf_config(gguf: Path) -> dict[str, Any] | None:
         if file is None or not is_regular(file):
             return None
         found = _restored(read_json_object(file, "a kept config"))
-    except (PackageNotFoundError, CheckpointError, OSError, ValueError, AttributeError):
+    except (metadata.PackageNotFoundError, CheckpointError, OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found.get("model_type"), str) else None
 
 
 def keep_gguf_config(gguf: Path, config: Mapping[str, Any]) -> None:
     """Keeps the config of a GGUF file, which takes seconds to read: it has the vocabulary in it."""
-    with suppress(PackageNotFoundError, OSError, ValueError, TypeError):
+    with suppress(metadata.PackageNotFoundError, OSError, ValueError, TypeError):
         file = _file(_beginning(gguf))
         text = json.dumps(config)
         if file is None or file.exists() or _restored(json.loads(text)) != config:
@@ -88,7 +88,7 @@ def keep_gguf_config(gguf: Path, config: Mapping[str, Any]) -> None:
 def _beginning(gguf: Path) -> dict[str, Any]:
     with open_regular(gguf, None, "a GGUF file") as stream:
         digest = sha256(stream.read(_HEADER_BYTES)).hexdigest()
-    return {"gguf": digest, "bytes": gguf.stat().st_size, "reader": version("gguf")}
+    return {"gguf": digest, "bytes": gguf.stat().st_size, "reader": metadata.version("gguf")}
 
 
 def _file(config: Mapping[str, Any]) -> Path | None:
