@@ -7,14 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.grid_file import Grids
+from prune_export.checkpoint.loading import load_model
 from prune_export.errors import RecipeError, StageError
 from prune_export.execution import Options, plan, run
 from prune_export.execution.choosing import _best
 from prune_export.execution.points import Point, alternative_of, to_prune
+from prune_export.exporters.onnx import Onnx
 from prune_export.machine import Machine
 from prune_export.recipe import EngineOption, Recipe, Search, engines_of
 from prune_export.recipe.search import Target
@@ -194,3 +199,32 @@ def test_a_latency_is_reached_by_a_dense_engine(
     assert table["chosen"].startswith("the dense model, ")
     assert all(one["reaches"] for one in table["points"])
     assert len(table["points"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
+def test_a_quantize_stage_of_an_engine_is_carried_out(
+    wide_llama: Path, corpus: Path, options: Options
+) -> None:
+    """The chosen engine holds the codes of GPTQ, and so does the checkpoint beside it."""
+    text = (CHOICE % 0.6).replace("close: 0.1", "close: 0.1\n      alternative: false")
+    text = text.replace(
+        "onnx: {precision: int8}", "{onnx: {precision: int4}, quantize: {method: gptq}}"
+    )
+    text = text.replace("        - ort_genai: {precision: int4}\n", "")
+    recipe = Recipe.parse(text, root=corpus)
+    result = run(recipe, str(wide_llama), options)
+    report = json.loads((result.out / "report.json").read_text())
+    (table,) = report["searches"]
+    assert table["chosen"] == "the dense model, int4 by gptq on onnx"
+    assert [stage["kind"] for stage in report["stages"]] == ["quantize"]
+    quantized = Checkpoint.open(result.out)
+    assert Grids.of(quantized) is not None
+    with Onnx(precision="int4").open(result.out / "onnx", options.machine) as runner:
+        ids = np.arange(3, 19)[None]
+        logits, _ = runner.step(ids)
+    reference = load_model(result.out, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        wanted = reference(torch.from_numpy(ids)).logits.numpy()
+    # Activations are rounded to 8 bits in the engine; its weights are the checkpoint's.
+    assert np.abs(logits - wanted).max() < 0.05 * wanted.std()
