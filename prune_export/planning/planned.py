@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from prune_export.arch import Arch
 from prune_export.calibrate import native_dtype
@@ -16,6 +16,9 @@ from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.planning.devices import HERE, Devices
 from prune_export.planning.rows import columns_of, rows_of, sums_of, title_of
+
+_BUSIEST: Final = 4.0
+"""A machine that is busier than this is so for a short time, one hopes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class PlannedStage:
     cost: Cost
     seconds: float
     note: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Of a search: seconds of one piece of each kind of its work, by which a run goes on."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,18 @@ def _products_a_second(machine: Machine, *, dtype: str) -> float:
     torch.set_num_threads(threads)
     together = machine.threads if machine.device == "cpu" else 1
     return together * 2.0 * size**3 / fastest
+
+
+def how_busy(seconds: float = 0.3) -> float:
+    """How many times as long as alone work takes here now, as others use the machine: 1 to 4.
+
+    That is real over processor time of a loop that never waits.
+    """
+    began, worked = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - began < seconds:
+        sum(range(1000))
+    worked = time.thread_time() - worked
+    return min(max((time.perf_counter() - began) / max(worked, 1e-3), 1.0), _BUSIEST)
 
 
 def together(one: Cost, other: Cost) -> Cost:
