@@ -330,6 +330,7 @@ class Exporter(Protocol):
     SPARSE_NOTE: SparseNote           what a report says beside their sparse weights
     EXAMPLE: str                      a template beside it: how to run one, for the model card
     RUNTIME: str                      what runs them, as the model card names it
+    UNOPENED: str                     why `open` always refuses; empty: it opens them
     WRITES_CODES: bool                its int4 and int8 take a quantized checkpoint's codes exactly
     calibrates: bool                  it reads calibration data; may be a property of its keys
     """

@@ -94,8 +94,7 @@ def measure_run(
     found = Verification(reload=_reload(context, points[-1]), machine=describe())
     if asked.parity or asked.speed or (quality and quality.engines):
         found.unverified.update(
-            {one.exporter: f"it does not run on {context.machine.device}, which is all there was"
-             for _, one in engines if not one.runs_on(context.machine)}
+            {one.exporter: why for _, one in engines if (why := one.why_not(context.machine))}
         )  # fmt: skip
     if text is not None and quality is not None:
         for point in points:

@@ -231,6 +231,7 @@ def _examples(report: Report, repo_id: str | None) -> list[Markup]:
 def _served(exporter: str) -> Markup:
     """The command that runs an engine; nothing for an exporter that is not known here."""
     known = exporter in registry.names("exporters")
+    known = known and not ExporterFacts.of_name(exporter).unopened
     return spanned(f"prune-export serve . --engine {exporter}") if known else Markup()
 
 

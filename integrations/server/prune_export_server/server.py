@@ -82,7 +82,7 @@ def open_service(settings: Settings, draining: Callable[[], bool] = lambda: Fals
     if chosen not in running:
         raise PlanError(
             f"--engine {chosen}",
-            f"does not run on {machine.device}, which is all there is",
+            f"cannot be opened: {held[chosen].why_not(machine)}",
             did_you_mean("", running),
         )
     engine = held[chosen]
