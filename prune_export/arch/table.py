@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
+from os import environ
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from prune_export.arch import outside
 from prune_export.arch.conditions import holds, keys_of, value
 from prune_export.arch.dims import Dims
 from prune_export.errors import UnsupportedArch, did_you_mean
@@ -147,6 +149,17 @@ class Tiny(_Frozen):
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
+class Derivation(_Frozen):
+    """How a table was derived: by which transformers, and what was proven of it on random models.
+
+    `unproven` has, for each use that the proof did not carry, why; such uses are refused.
+    """
+
+    transformers: str
+    proven: list[str]
+    unproven: dict[str, str] = Field(default_factory=dict)
+
+
 class Table(_Frozen):
     """The table of a family.
 
@@ -173,6 +186,8 @@ class Table(_Frozen):
 
     `bundled` is the code that a checkpoint of a model type of ours brings along.
 
+    `derived` marks a table that was made by `prune_export.deriving`, not by a person.
+
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
     transformers stored and that carry nothing: they are accepted, and left behind.
 
@@ -189,6 +204,7 @@ class Table(_Frozen):
     architectures: list[str]
     source: str
     bundled: Bundled | None = None
+    derived: Derivation | None = None
     layers: str
     blocks: str
     final_norm: str | None
@@ -218,6 +234,11 @@ class Table(_Frozen):
     def rows(self) -> Iterator[TensorRow]:
         """Every row, in the order of the model."""
         yield from (*self.head, *self.block, *self.tail)
+
+    def accepts(self, config: Mapping[str, Any]) -> bool:
+        """Whether the table is true for the values that a config has."""
+        limited = self.config.accepts.items()
+        return all(config[key] in values for key, values in limited if key in config)
 
     def depth_keys(self) -> tuple[str, ...]:
         """The config keys that a depth cut rewrites."""
@@ -287,23 +308,35 @@ def _yaml(text: str) -> Any:
         loader.dispose()
 
 
-@cache
 def tables() -> Mapping[str, Table]:
-    """Every table, by model type.
+    """Every table, by model type: ours, then those from outside (`prune_export.arch.outside`).
+
+    Of tables that were derived, each for one config, the first of a type is given here;
+    `table_for` chooses among them.
 
     Raises:
-        UnsupportedArch: a table is malformed; file and key are named.
+        UnsupportedArch: a table is malformed; file and key are named. Two describe one model type.
     """
+    return _tables(environ.get(outside.VARIABLE, ""))[0]
+
+
+@cache
+def _own_tables() -> Mapping[str, Table]:
     found: dict[str, Table] = {}
     for entry in sorted(files("prune_export.arch").joinpath("families").iterdir(), key=str):
         if entry.name.endswith(".yaml") and not entry.name.startswith("_"):
-            table = parse_table(entry.read_text(encoding="utf-8"), entry.name)
+            table = parse_table(entry.read_text(encoding="utf-8"), f"families/{entry.name}")
             found |= dict.fromkeys(table.model_types, table)
     return found
 
 
-def parse_table(text: str, name: str) -> Table:
-    """Parses a YAML table; `name` is the file's, for messages.
+@cache
+def _tables(listed: str) -> tuple[Mapping[str, Table], Mapping[str, tuple[Table, ...]]]:
+    return outside.joined(_own_tables(), listed, parse_table)
+
+
+def parse_table(text: str, where: str) -> Table:
+    """Parses a YAML table; `where` is its file, for messages.
 
     Raises:
         UnsupportedArch: it is malformed.
@@ -312,14 +345,14 @@ def parse_table(text: str, name: str) -> Table:
         return Table.model_validate(_yaml(text))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(step) for step in first["loc"])
+        key = ".".join(str(step) for step in first["loc"])
         raise UnsupportedArch(
-            f"families/{name}  {where}".rstrip(),
+            f"{where}  {key}".rstrip(),
             first["msg"],
             "docs/architectures.md shows what a table may say",
         ) from None
     except yaml.YAMLError as error:
-        raise UnsupportedArch(f"families/{name}", f"is not YAML: {error}") from None
+        raise UnsupportedArch(where, f"is not YAML: {error}") from None
 
 
 @cache
@@ -329,18 +362,19 @@ def common() -> Common:
     return Common.model_validate(_yaml(text))
 
 
-def table_for(model_type: str) -> Table:
-    """Finds the table of a model type.
+def table_for(model_type: str, config: Mapping[str, Any] | None = None) -> Table:
+    """Finds the table of a model type; of several that were derived, the first true of `config`.
 
     Raises:
         UnsupportedArch: no table describes it.
     """
-    known = tables()
+    known, derived = _tables(environ.get(outside.VARIABLE, ""))
     if model_type not in known:
         raise UnsupportedArch(
             "config.json  model_type",
             f"got {model_type!r}, which no architecture table describes",
-            f"{did_you_mean(model_type, known)}; a new family is one file, "
-            "prune_export/arch/families/<family>.yaml (docs/architectures.md)",
+            f"{did_you_mean(model_type, known)}; `prune-export families derive MODEL` tries to "
+            "make and prove a table; one by hand is one YAML file (docs/architectures.md)",
         )
-    return known[model_type]
+    every = derived.get(model_type, ()) if config is not None else ()
+    return next((table for table in every if table.accepts(config or {})), known[model_type])
