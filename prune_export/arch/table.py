@@ -6,7 +6,7 @@ how to write one; the contract test proves it against a tiny random model of tra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from os import environ
@@ -235,11 +235,6 @@ class Table(_Frozen):
         """Every row, in the order of the model."""
         yield from (*self.head, *self.block, *self.tail)
 
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        """Whether the table is true for the values that a config has."""
-        limited = self.config.accepts.items()
-        return all(config[key] in values for key, values in limited if key in config)
-
     def depth_keys(self) -> tuple[str, ...]:
         """The config keys that a depth cut rewrites."""
         sets = [key for row in self.layer_sets.values() for key in row.keys]
@@ -362,6 +357,18 @@ def common() -> Common:
     return Common.model_validate(_yaml(text))
 
 
+def is_among(got: Any, accepted: Iterable[Any]) -> bool:
+    """Whether a config's value is one of those accepted; nested configs may have common keys."""
+    return any(_own(got) == _own(one) for one in accepted)
+
+
+def _own(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    skip = common().keys()
+    return {str(key): _own(one) for key, one in value.items() if key not in skip}
+
+
 def table_for(model_type: str, config: Mapping[str, Any] | None = None) -> Table:
     """Finds the table of a model type; of several that were derived, the first true of `config`.
 
@@ -376,5 +383,9 @@ def table_for(model_type: str, config: Mapping[str, Any] | None = None) -> Table
             f"{did_you_mean(model_type, known)}; `prune-export families derive MODEL` tries to "
             "make and prove a table; one by hand is one YAML file (docs/architectures.md)",
         )
-    every = derived.get(model_type, ()) if config is not None else ()
-    return next((table for table in every if table.accepts(config or {})), known[model_type])
+    for table in derived.get(model_type, ()):
+        limited = table.config.accepts.items()
+        said = config or {}
+        if all(is_among(said[key], values) for key, values in limited if key in said):
+            return table
+    return known[model_type]

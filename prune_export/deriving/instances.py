@@ -38,7 +38,7 @@ class Instance:
 
     def state(self) -> State:
         """The stored tensors, by their names on disk."""
-        return load_file(self.path / FILE)
+        return dict(load_file(self.path / FILE))
 
 
 def prompt(vocabulary: int) -> torch.Tensor:
@@ -106,9 +106,7 @@ def randomize(model: Any, seed: int = 0) -> None:
                 buffer.normal_(std=0.3)
 
 
-def random_instance(
-    config: Mapping[str, Any], path: Path, table: Table | None = None
-) -> Instance:
+def random_instance(config: Mapping[str, Any], path: Path, table: Table | None = None) -> Instance:
     """Makes and saves a random model of a config; its Arch is of `table`, or of a known one."""
     from transformers import AutoConfig
 
@@ -138,6 +136,8 @@ def load(path: Path) -> tuple[Any, list[str]]:
             path, dtype=torch.float32, output_loading_info=True
         )
     wrong = [
-        f"{what}: {', '.join(sorted(map(str, names))[:3])}" for what, names in report.items() if names
+        f"{what}: {', '.join(sorted(map(str, names))[:3])}"
+        for what, names in report.items()
+        if names
     ]
     return model.eval(), wrong

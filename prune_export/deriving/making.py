@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -16,11 +17,14 @@ from torch import nn
 from prune_export import __version__
 from prune_export.arch import Arch
 from prune_export.arch.table import Derivation, Table
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
+from prune_export.checkpoint import Checkpoint
 from prune_export.deriving import proof
 from prune_export.deriving.instances import (
     Instance,
     build,
     config_class,
+    prompt,
     quietly,
     random_instance,
     randomize,
@@ -38,7 +42,7 @@ from prune_export.deriving.table import (
     look_outside,
 )
 from prune_export.deriving.watching import Watched
-from prune_export.errors import UnsupportedArch
+from prune_export.errors import PruneExportError, UnsupportedArch
 
 BY_HAND: Final = "write a table by hand: docs/architectures.md shows how, `prune-export families derive` writes the start of one"  # noqa: E501
 _WIDTH_KEYS: Final = {"MLP width": ("mlp",), "heads": ("kv", "group", "dim")}
@@ -58,7 +62,7 @@ class Derived:
 
     @property
     def failed(self) -> tuple[Check, ...]:
-        """The checks without which nothing is done with a model, and that do not hold."""
+        """The checks that do not hold, and without which nothing is done with a model."""
         optional = proof.WIDTHS.values()
         return tuple(one for one in self.checks if not one.ok and one.what not in optional)
 
@@ -81,6 +85,38 @@ def derive(full: Mapping[str, Any], scratch: Path | None = None) -> Derived:
         finally:
             torch.set_num_threads(threads)
     return Derived(table, checks, notes, time.perf_counter() - began)
+
+
+def prove_table(table: Table) -> tuple[list[Check], float]:
+    """Proves a table of any origin on the tiny models that it names, as ours are in `tests/arch`.
+
+    Raises:
+        UnsupportedArch: transformers has no such model, or refuses the tiny config.
+    """
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    found: list[Check] = []
+    for model_type in table.model_types:
+        refuse_unknown_type({"model_type": model_type})
+        for name, changes in {"plain": {}, **table.tiny.variants}.items():
+            words = [model_type if len(table.model_types) > 1 else "", name]
+            label = ", ".join(filter(None, words)) if len(table.tiny.variants) else ""
+            with tempfile.TemporaryDirectory() as folder:
+                config = {**table.tiny.config, **changes, "model_type": model_type}
+                try:
+                    made = random_instance(config, Path(folder) / "small", table)
+                except PruneExportError:
+                    raise
+                except Exception as error:
+                    raise UnsupportedArch(
+                        f"{table.family}  tiny.{name}",
+                        f"transformers cannot make this model: {type(error).__name__}: {error}",
+                        "correct `tiny` in the table",
+                    ) from error
+                checks = [*proof.prove(made, Path(folder)),
+                          checked("blocks one at a time", partial(_streamed, made))]  # fmt: skip
+            found += [replace(one, what=f"{label}: {one.what}") if label else one for one in checks]
+    return found, time.perf_counter() - began
 
 
 def refuse_unknown_type(full: Mapping[str, Any]) -> None:
@@ -113,7 +149,7 @@ def _derived(
     if not block.heads_told:
         why = next((note for note in block.notes), "no attention was found")
         checks = [
-            Check(one.what, False, why) if one.what == proof.WIDTHS["kv"] else one
+            Check(one.what, False, why, refused=True) if one.what == proof.WIDTHS["kv"] else one
             for one in checks
         ]
     return _with_proof(said, checks), tuple(checks), block.notes
@@ -215,7 +251,7 @@ def _table(
         "family": str(full["model_type"]),
         "model_types": [str(full["model_type"])],
         "architectures": [type(model).__name__],
-        "source": f"derived by prune_export {__version__} from transformers {version('transformers')}",
+        "source": f"derived by prune_export {__version__}, transformers {version('transformers')}",
         "layers": small.keys["layers"],
         "blocks": blocks,
         "final_norm": outside.final_norm,
@@ -271,7 +307,8 @@ def _tiny(small: Small) -> dict[str, Any]:
     return {
         key: value
         for key, value in small.config.items()
-        if key not in skip and (key not in plain or plain[key] != value)
+        if key not in skip
+        and (key not in plain or plain[key] != value)
         and not key.endswith("_token_id")
     }
 
@@ -317,7 +354,7 @@ def _outer(
 
 
 def _tied_key(model: Any) -> str | None:
-    """The config key that ties the head, None for a class that always does, or knows no such key."""
+    """The config key that ties the head; None for a class that always does, or has no such key."""
     config = model.config.to_dict()
     said = {}
     for tie in (False, True):
@@ -327,9 +364,34 @@ def _tied_key(model: Any) -> str | None:
 
 
 def _more(full: Mapping[str, Any], small: Small, made: Instance) -> Iterator[Check]:
-    """Checks of the config itself: its shapes, and what each size key moves."""
+    """Checks of calibration by blocks, and of the config: its shapes, what each size moves."""
+    yield checked("blocks one at a time", lambda: _streamed(made))
     yield checked("this config's names and shapes", lambda: _true_shapes(full, made.arch.table))
     yield checked("each size varied", lambda: _varied(small, made.arch.table))
+
+
+def _streamed(made: Instance) -> float:
+    """The model run with one block in memory, as calibration does, computes the same logits."""
+    ids = prompt(made.arch.sizes["vocab"])
+    layerwise = LayerwiseModel(
+        Checkpoint.open(made.path), made.arch, dtype=torch.float32, device="cpu"
+    )
+    with torch.no_grad(), quietly():
+        layerwise.look_up(ids)
+        states, calls = layerwise.enter(ids), layerwise.calls(ids)
+        for layer in range(made.arch.layers):
+            layerwise.load(layer, layerwise.read(made.arch.block(layer)))
+            states = layerwise.run(layer, states, calls[layer])
+            layerwise.free(layer)
+        layerwise.load_head()
+        whole = made.logits(ids)
+        error = 0.0
+        for window, start, got in layerwise.predictions(states):
+            expected = whole[window, start : start + got.shape[-2]]
+            error = max(error, float((got.reshape(expected.shape) - expected).abs().max()))
+    if error > proof.WIDTH_ERROR:
+        raise Disproved(f"the logits differ by {error:.1e} from those of the whole model")
+    return error
 
 
 def _true_shapes(full: Mapping[str, Any], table: Table) -> str:
@@ -350,7 +412,7 @@ def _varied(small: Small, table: Table) -> str:
                     continue
             try:
                 there = shapes(changed)
-            except Exception:  # noqa: S112, PERF203 - a class refuses odd values in its own way
+            except Exception:  # a class refuses odd values in its own way
                 continue
             arch = Arch.from_config(changed, table=table)
             stored = {tensor.name for tensor in arch.tensors if tensor.tied_to is not None}

@@ -2,8 +2,8 @@
 
 - A layer of attention is one whose channels move other positions, or that lies beside such.
 - A channel of the *values* moves one feature of each head that reads it; one of the *keys* moves
-  all features of these heads, at later positions too; one of the *queries* all of one head's, at its
-  own position.
+  all features of these heads, at later positions too; one of the *queries* all those of one head,
+  at its own position.
 - What is gated doubles when its layer's outputs are doubled; the gate does not.
 """
 
@@ -97,7 +97,7 @@ def tell(watched: Watched, sizes: Sizes) -> Block:
     else:
         notes.append("no attention was found: nothing in a block moves other positions")
     told = bool(mixing) and not notes
-    width = by_name[outside[-1]].module.weight.numel() // sizes["residual"] if outside else 0
+    width = _elements(by_name[outside[-1]]) // sizes["residual"] if outside else 0
     layers += _mlp(watched, outside, seen, first, {**sizes, "mlp": width}, notes)
     layers = [_laid(layer, by_name[layer.name]) for layer in layers]
     layers = _with_one_input(layers, by_name, notes)
@@ -105,9 +105,7 @@ def tell(watched: Watched, sizes: Sizes) -> Block:
     sizes = {**sizes, "mlp": width} if found else sizes
     norms = dict(_norms(watched, seen, layers, sizes, home))
     flags = _flags(watched, seen, layers, home)
-    return Block(
-        tuple(layers), norms, home, flags, tuple(notes), width if found else 0, told
-    )
+    return Block(tuple(layers), norms, home, flags, tuple(notes), width if found else 0, told)
 
 
 def reader(name: str, seen: Sequence[Seen]) -> str:
@@ -120,6 +118,12 @@ def reader(name: str, seen: Sequence[Seen]) -> str:
             if wide and one.given.numel() == own.given.numel():
                 return one.name
     return name
+
+
+def _elements(seen: Seen) -> int:
+    weight = seen.module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.numel()
 
 
 def _width(seen: Seen) -> int:
@@ -159,7 +163,7 @@ def _attention(
         moved, own = first[name].inputs.get(end), last[name].inputs.get(end)
         if moved is None or own is None or moved.shape[-1] != heads * dim:
             notes.append(f"what {name} does in the attention is not understood")
-            yield Layer(name, f"other.{_leaf(name)}", "", "residual")
+            yield Layer(name, f"other.{_leaf(name)}", "", "")
             continue
         reached = (moved.any(1) | own.any(1)).reshape(-1, heads, dim)
         kinds = _kinds(moved[:, 1:].any((1, 2)), reached)
@@ -175,7 +179,7 @@ def _attention(
             yield Layer(name, f"other.{_leaf(name)}", query, "residual")
         else:
             notes.append(f"what {name} does in the attention is not understood")
-            yield Layer(name, f"other.{_leaf(name)}", "", "residual")
+            yield Layer(name, f"other.{_leaf(name)}", "", "")
 
 
 def _of_length(length: int, sizes: Sizes, query: str) -> str:
@@ -189,9 +193,7 @@ def _kinds(mixes: torch.Tensor, reached: torch.Tensor) -> list[str]:
     per_head = reached.sum(-1)
     most, heads = per_head.amax(-1), (per_head > 0).sum(-1)
     found = []
-    for mixing, features, count in zip(
-        mixes.tolist(), most.tolist(), heads.tolist(), strict=True
-    ):
+    for mixing, features, count in zip(mixes.tolist(), most.tolist(), heads.tolist(), strict=True):
         if features == 0:
             found.append("?")
         elif features == 1:
@@ -208,9 +210,7 @@ def _kinds(mixes: torch.Tensor, reached: torch.Tensor) -> list[str]:
     return found
 
 
-def _layout(
-    kinds: Sequence[str], reached: torch.Tensor, sizes: Sizes, query: str
-) -> str | None:
+def _layout(kinds: Sequence[str], reached: torch.Tensor, sizes: Sizes, query: str) -> str | None:
     """The dims of a projection's outputs that say which heads each channel belongs to."""
     groups = reached.shape[1] // sizes["kv"]
     # [channels, kv]: which groups of heads follow a channel.
@@ -268,15 +268,14 @@ def _mlp(
 
 
 def _order(moved: torch.Tensor, width: int) -> str | None:
-    """The dims of a layer whose channels move these features `[channels, mlp]` of what `down` reads."""
+    """The dims of a layer whose channels move features `[channels, mlp]` of what `down` reads."""
     count = len(moved)
-    for text, fits in (
-        ("mlp", lambda c: c), ("mlp+mlp", lambda c: c % width), ("(mlp 2)", lambda c: c // 2)
-    ):  # fmt: skip
+    index = torch.arange(count)
+    ways = {"mlp": index, "mlp+mlp": index % width, "(mlp 2)": index // 2}
+    for text, feature in ways.items():
         if Dims.parse(text).shape({"mlp": width}) == (count,):
             meant = torch.zeros_like(moved)
-            index = torch.arange(count)
-            meant[index, torch.tensor([fits(c) for c in range(count)])] = True
+            meant[index, feature] = True
             if not bool((moved & ~meant).any()) and bool(moved.any()):
                 return text
     return None
@@ -311,7 +310,7 @@ def _norms(
     into_mlp = [layer.name for layer in layers if layer.role in ("gate", "up", "gate_up")]
     names = [layer.name for layer in layers]
     for one in seen:
-        own = [value for value in one.module.parameters(recurse=False)]
+        own = list(one.module.parameters(recurse=False))
         if not one.name or not own or any(value.dim() != 1 for value in own):
             continue
         if list(one.module.children()) or is_linear(one.module):
@@ -326,7 +325,7 @@ def _norms(
                 role = norm
         inner = _below(one.name, home)
         if role.startswith("other.") and size == sizes["residual"] and not inner:
-            noisy = watched.without({one.name: lambda value: value + torch.randn(size)}, names)
+            noisy = watched.without({one.name: _with_noise}, names)
             plain = watched.without({}, names)
             moved = [name for name in names if not same(noisy[name], plain[name])]
             if any(name in moved for name in into_attention):
@@ -334,6 +333,10 @@ def _norms(
             elif any(name in moved for name in into_mlp):
                 role = "norm.mlp"
         yield one.name, (role, dims)
+
+
+def _with_noise(value: torch.Tensor) -> torch.Tensor:
+    return value + torch.randn(value.shape[-1])
 
 
 def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Proves a table on a random model: what it says of tensors, cuts and configs is what happens.
 
-Each check either holds, and says how near its two sides came, or is disproved. They are the same for
-tables of ours (`tests/arch`), for `prune-export families prove`, and for derived tables.
+Each check either holds, and says how near its two sides came, or is disproved. They are the same
+for tables of ours (`tests/arch`), for `prune-export families prove`, and for derived tables.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,17 +40,27 @@ LEAST_CHANGE: Final = 1e-2
 NEW_TOKENS: Final = 8
 
 
-class Disproved(Exception):  # noqa: N818 - what happened to the table, as in PlanError
+class Disproved(Exception):
     """A check of a table does not hold; the message says what was found."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what it shows, whether it holds, and what was measured or found."""
+    """One check: what it shows, whether it holds, and what was measured or found.
+
+    `refused` says that the table itself refuses it (its config cannot say such a cut), so that
+    nothing is claimed that is not true.
+    """
 
     what: str
     ok: bool
     found: str
+    refused: bool = False
+
+    @property
+    def word(self) -> str:
+        """What came of it."""
+        return "holds" if self.ok else "refused" if self.refused else "disproved"
 
 
 def shapes_on_disk(path: Path) -> dict[str, tuple[int, ...]]:
@@ -122,7 +133,9 @@ def skipped(made: Instance, layers: Collection[int]) -> Iterator[None]:
 
     def unchanged(_module: object, inputs: Any, named: Any, output: Any) -> Any:
         states = inputs[0] if inputs else named["hidden_states"]
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+        if isinstance(output, tuple | list):
+            return type(output)((states, *output[1:]))
+        return states
 
     blocks = made.model.get_submodule(made.arch.table.blocks)
     hooks = [blocks[i].register_forward_hook(unchanged, with_kwargs=True) for i in layers]
@@ -245,7 +258,7 @@ def silenced(arch: Arch, state: State, kept: Mapping[str, Sequence[int]]) -> Sta
 
 
 def width(made: Instance, name: str, count: int, out: Path) -> float:
-    """Cut to `count` places of an axis, a model computes as the whole one with the rest silenced."""
+    """Cut to `count` places of an axis, a model computes as the whole with the rest silenced."""
     ids = prompt(made.arch.sizes["vocab"])
     kept, state = keep_of(made.arch, name, count), made.state()
     if not kept:
@@ -281,7 +294,7 @@ def checked(what: str, check: Callable[[], str | float]) -> Check:
     except Disproved as error:
         return Check(what, False, str(error))
     except PlanError as error:
-        return Check(what, False, f"{error.where} {error.problem}")
+        return Check(what, False, f"{error.where} {error.problem}", refused=True)
     except Exception as error:  # the model's own code, on what it was not made for
         lines = str(error).strip().splitlines() or [""]
         return Check(what, False, f"{type(error).__name__}: {lines[0]}".rstrip(": ")[:300])
@@ -313,7 +326,7 @@ def prove(made: Instance, scratch: Path) -> list[Check]:
     axes = dict.fromkeys(axis.partition(".")[0] for axis in made.arch.sizes)
     for name, what in WIDTHS.items():
         if name in axes:
-            found.append(checked(what, lambda name=name: _width(made, name, scratch)))
+            found.append(checked(what, partial(_width, made, name, scratch)))
     return found
 
 

@@ -30,7 +30,8 @@ _MOST_LAYERS: Final = 48
 """A random model with more blocks than these would be no small one."""
 _WINDOW: Final = 4
 _POSITIONS: Final = 61
-_PRIMES: Final = (67, 71, 73, 79, 83, 89, 101, 103, 107, 109, 113)
+_WIDTHS: Final = tuple(4 * prime for prime in (17, 19, 23, 29, 31, 37, 41, 43, 47, 53))
+"""Widths are primes, times what kernels of mixtures ask for."""
 _VOCABULARY: Final = 97
 _EXPERTS: Final = 5
 _CHOSEN: Final = 2
@@ -114,7 +115,7 @@ def _others(config: Mapping[str, Any], keys: Keys) -> Iterator[str]:
         for other in (37,) if value is None else (2 * value, value + 1, value // 2):
             try:
                 after = shapes(base | {key: other})
-            except Exception:  # noqa: S112, PERF203 - a class refuses odd values in its own way
+            except Exception:  # a class refuses odd values in its own way
                 continue
             if after != before:
                 if after.keys() == before.keys():
@@ -137,7 +138,8 @@ def shrunk(config: Mapping[str, Any]) -> Small:
                 made = config_class(str(config["model_type"])).from_dict(small).to_dict()
             values = logits(build(made), prompt(_VOCABULARY))
         except Exception as error:  # the model's own code, on what it was not made for
-            reasons.append(f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+            lines = str(error).strip().splitlines() or [""]
+            reasons.append(f"{type(error).__name__}: {lines[0]}")
             continue
         if bool(torch.isfinite(values).all()):
             changed = {key for key in config if made.get(key) != config[key]}
@@ -154,7 +156,7 @@ def _base(config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
     """The config of fewest blocks in which there is one of each kind, with small odd sizes."""
     small = of_depth(config, keys, _depth(config, keys))
     before = shapes(small)
-    primes = iter(_PRIMES)
+    widths = iter(_WIDTHS)
     for key in keys.others:
         value = small[key]
         rows = _moves(small, before, key)
@@ -164,8 +166,8 @@ def _base(config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
             small[key] = min(value, _POSITIONS)
         elif all(before[name][0] == value for name in rows) and "expert" in key:
             small[key] = min(value, _EXPERTS)
-        elif value > _PRIMES[-1]:
-            small[key] = next(primes)
+        elif value > _WIDTHS[-1]:
+            small[key] = next(widths)
     for key, value in small.items():
         if type(value) is not int or key in keys.others:
             continue
@@ -181,7 +183,7 @@ def _moves(config: Mapping[str, Any], before: Shapes, key: str) -> list[str]:
     for other in (37,) if value is None else (2 * value, value + 1, value // 2):
         try:
             after = shapes({**config, key: other})
-        except Exception:  # noqa: S112, PERF203 - as above
+        except Exception:  # as above
             continue
         if moved := [name for name in before if after.get(name) != before[name]]:
             return moved
@@ -228,7 +230,7 @@ def _tried(config: Mapping[str, Any], keys: Keys) -> Iterator[dict[str, int]]:
     for dim in dict.fromkeys((16, min(true, 64), min(true, _WIDE_HEAD))):
         for kv, group in groups:
             wide = kv * group * dim
-            for residual in (58, kv * group * 10, wide) if own else (wide,):
+            for residual in (60, kv * group * 20, wide) if own else (wide,):
                 sizes = {
                     keys["vocab"]: _VOCABULARY,
                     keys["heads"]: kv * group,

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prune_export.arch.conditions import keys_of
 from prune_export.arch.table import common, tables
 from prune_export.deriving.instances import prompt
 from prune_export.deriving.parts import Block, Sizes, is_linear, size_dims
-from prune_export.deriving.small import Keys, Small
+from prune_export.deriving.small import Small
 from prune_export.deriving.watching import LENGTH, first_tensor, same
 from prune_export.errors import UnsupportedArch
 
@@ -32,6 +33,9 @@ def harmless() -> frozenset[str]:
         for key in rules.known:
             counts[key] = counts.get(key, 0) + 1
         limited |= {*rules.accepts, *rules.derives, *rules.depth_requires, *table.depth_keys()}
+        # What some family computes the residual stream with, another may as well.
+        limited |= keys_of(table.added_when or "") | {table.added_times or ""}
+        limited |= keys_of(table.parallel) if isinstance(table.parallel, str) else set()
     return frozenset(key for key, count in counts.items() if count >= _OFTEN) - limited
 
 
@@ -109,16 +113,18 @@ def _said(small: Small, size: int) -> str | None:
         if config[key] == size:
             return key
     for key, value in config.items():
-        if type(value) is int and value > 1 and value * config[wide] == size and key != wide:
-            if key in small.keys.others:
-                return f"{key} * {wide}"
+        many = type(value) is int and value > 1 and value * config[wide] == size
+        if many and key in small.keys.others:
+            return f"{key} * {wide}"
     unset = next((f"{key} | " for key in small.keys.others if config[key] is None), "")
     if size % config[wide] == 0:
         return f"{unset}{size // config[wide]} * {wide}"
     return None
 
 
-def block_rows(block: Block, names: Mapping[str, tuple[int, ...]], sizes: Sizes) -> Iterator[dict]:
+def block_rows(
+    block: Block, names: Mapping[str, tuple[int, ...]], sizes: Sizes
+) -> Iterator[dict[str, Any]]:
     """The rows of a block, from its tensors' names and shapes."""
     layers = {layer.name: layer for layer in block.layers}
     for name, shape in names.items():
@@ -128,7 +134,7 @@ def block_rows(block: Block, names: Mapping[str, tuple[int, ...]], sizes: Sizes)
             width = shape[-1 if layer.transposed else 0]
             heads = bool(block.attention) and path.startswith(f"{block.attention}.")
             out = layer.out or size_dims(width, sizes, within_heads=heads)
-            into = layer.into or size_dims(sum(shape) - width, sizes, within_heads=False)
+            into = layer.into or size_dims(sum(shape) - width, sizes, within_heads=heads)
             dims = f"{into} {out}" if layer.transposed else f"{out} {into}"
             role = layer.role if leaf == "weight" else f"{layer.role}.bias"
             yield {"name": name, "role": role, "dims": dims if leaf == "weight" else out}
@@ -148,7 +154,7 @@ def _dims(shape: Sequence[int], sizes: Sizes, within_heads: bool) -> str:
 
 
 def config_rules(true: Mapping[str, Any], small: Small, axes: Axes) -> dict[str, Any]:
-    """What each key means: sizes and lists are known; what no one vouches for, accepted as it is."""
+    """What each key means: sizes and lists are known, what no one vouches for is kept as it is."""
     skip = {small.keys["layers"], *small.keys.listed, *common().keys()}
     sized = {
         word
@@ -169,7 +175,7 @@ def config_rules(true: Mapping[str, Any], small: Small, axes: Axes) -> dict[str,
     return rules | {"writes": dict(axes.writes)}
 
 
-class _Complex(TorchDispatchMode):
+class _Complex(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
     """Notes whether complex numbers are computed with."""
 
     found = False
@@ -210,13 +216,13 @@ def look_outside(model: Any, blocks: str, sizes: Sizes, heads: int) -> Outside:
         states = first_tensor(inputs)
         entered.append(more["hidden_states"] if states is None else states)
         for key, value in more.items():
-            if isinstance(value, torch.Tensor) and value.dim() > 1:
-                if value.shape[0] == samples * heads != samples:
-                    per_sample.append(key)
+            tensor = isinstance(value, torch.Tensor) and value.dim() > 1
+            if tensor and value.shape[0] == samples * heads != samples:
+                per_sample.append(key)
 
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in model.modules()]
     hooks.append(first.register_forward_pre_hook(enter, with_kwargs=True))
-    ids, mode = prompt(sizes["vocab"])[:, :LENGTH], _Complex()
+    ids, mode = prompt(sizes["vocab"])[:, :LENGTH], _Complex()  # type: ignore[no-untyped-call]
     with torch.no_grad(), mode:
         model(ids, use_cache=False)
     for hook in hooks:
@@ -242,7 +248,7 @@ def look_outside(model: Any, blocks: str, sizes: Sizes, heads: int) -> Outside:
 
 
 def _norm(model: Any, final: str | None, blocks: str, width: int) -> tuple[str, float]:
-    """The kind of a model's norms, by the final one or one of a block, and what it adds to a gain."""
+    """The kind of a model's norms, by the final one or that of a block, and its offset of gains."""
     norm = model.get_submodule(final) if final else None
     if norm is None:
         norm = next(

@@ -19,7 +19,7 @@ _SAME: Final = 1e-5
 """What differs by less, relative to the largest value, is the same."""
 
 
-class _Stop(Exception):  # noqa: N818 - no error: the rest of the model is not needed
+class _Stop(Exception):
     pass
 
 
@@ -79,7 +79,13 @@ class Watched:
                 if given is not None and gave is not None:
                     # Copies: what is edited in place later would be seen as it is then.
                     found.append(
-                        Seen(name, module, given.clone(), gave.clone(), isinstance(output, tuple))
+                        Seen(
+                            name,
+                            module,
+                            given.clone(),
+                            gave.clone(),
+                            isinstance(output, tuple | list),
+                        )
                     )
 
             return hook
@@ -160,7 +166,11 @@ class Watched:
                 handle = self.modules[name].register_forward_pre_hook(note(name))
                 undo.callback(handle.remove)
             undo.callback(self.block.register_forward_hook(stop).remove)
-            yield lambda handle: undo.callback(handle.remove)
+
+            def placed(handle: Any) -> None:
+                undo.callback(handle.remove)
+
+            yield placed
 
     def _run(self, samples: int) -> None:
         with torch.no_grad():
