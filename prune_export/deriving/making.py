@@ -18,6 +18,7 @@ from prune_export import __version__
 from prune_export.arch import Arch
 from prune_export.arch.table import Derivation, Table
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
+from prune_export.calibrate.streaming.layerwise_model import _Names as Names
 from prune_export.checkpoint import Checkpoint
 from prune_export.deriving import proof
 from prune_export.deriving.instances import (
@@ -140,10 +141,13 @@ def _derived(
     randomize(model)
     blocks = _blocks(model, small.config[small.keys["layers"]])
     sizes = head_sizes(small) | {"vocab": small.config[small.keys["vocab"]]}
-    names = _names(model, blocks)
+    with quietly():
+        model.save_pretrained(folder / "names")
+    stored = _stored(folder / "names", model)
+    _of_block(stored, blocks)
     block = tell(Watched(model, blocks, 0, sizes["vocab"]), sizes)
     outside = look_outside(model, blocks, sizes, small.config[small.keys["heads"]])
-    said = _table(full, small, model, blocks, block, names, outside)
+    said = _table(full, small, model, blocks, block, stored, outside)
     made = random_instance(small.config, folder / "small", Table.model_validate(said))
     checks = [*proof.prove(made, folder), *_more(full, small, made)]
     if not block.heads_told:
@@ -194,32 +198,48 @@ def _blocks(model: Any, layers: int) -> str:
     return str(lists[0])
 
 
-def _names(model: Any, blocks: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a block, which must be the same in all.
+Stored = dict[str, tuple[str, tuple[int, ...]]]
+"""By a tensor's name on disk, its name in memory and its shape."""
+
+
+def _stored(path: Path, model: Any) -> Stored:
+    names = Names(model)
+    shapes_there = proof.shapes_on_disk(path)
+    order = {name: index for index, name in enumerate(model.state_dict())}
+    found = {name: (names.renamed(name), shape) for name, shape in shapes_there.items()}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[1][0], len(order))))
+
+
+def _of_block(stored: Stored, blocks: str) -> Stored:
+    """The tensors of a block by their names in it; they must be the same in all blocks.
 
     Raises:
-        UnsupportedArch: blocks differ.
+        UnsupportedArch: blocks differ, or hold what derived tables do not know.
     """
-    found: dict[int, dict[str, tuple[int, ...]]] = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith(f"{blocks}."):
-            number, _, rest = name.removeprefix(f"{blocks}.").partition(".")
-            found.setdefault(int(number), {})[rest] = tuple(tensor.shape)
+    found: dict[int, Stored] = {}
+    start = f"{blocks}."
+    for name, (inside, shape) in stored.items():
+        if inside.startswith(start) and name.startswith(start):
+            number, _, rest = name.removeprefix(start).partition(".")
+            own = inside.removeprefix(f"{start}{number}.")
+            found.setdefault(int(number), {})[rest] = (own, shape)
     for layer, names in found.items():
         if names != found[0]:
-            odd = sorted(names.items() ^ found[0].items())[0]
+            odd = min(set(names.items()) ^ set(found[0].items()))
             raise UnsupportedArch(
                 "config.json  model_type",
-                f"its blocks differ: {odd[0]} {list(odd[1])} is in block 0 or in block {layer} "
+                f"its blocks differ: {odd[0]} {list(odd[1][1])} is in block 0 or in block {layer} "
                 "only, and derived tables know blocks of one kind",
                 BY_HAND,
             )
-    experts = [name for name, shape in found[0].items() if len(shape) > 2]
-    if experts:
+    wide = [(name, shape) for name, (_, shape) in found[0].items() if len(shape) > 2]
+    merged = len({inside for inside, _ in found[0].values()}) < len(found[0])
+    if wide or merged:
+        odd_name = wide[0][0] if wide else min(found[0])
         raise UnsupportedArch(
             "config.json  model_type",
-            f"{experts[0]} has {len(found[0][experts[0]])} dimensions (fused experts, or a "
-            "convolution), which derived tables do not know",
+            f"{odd_name} is fused with others (experts), or a convolution, which derived tables "
+            "do not know",
             BY_HAND,
         )
     return found[0]
@@ -231,7 +251,7 @@ def _table(
     model: Any,
     blocks: str,
     block: Block,
-    names: Mapping[str, tuple[int, ...]],
+    stored: Stored,
     outside: Outside,
 ) -> dict[str, Any]:
     table_of = {
@@ -258,9 +278,9 @@ def _table(
         "norm": outside.norm,
         "embeddings": list(outside.before),
         "axes": axes.to_table(),
-        "head": list(_outer(model, blocks, outside, axes, offset, before=True)),
-        "block": list(block_rows(block, names, axes.sizes)),
-        "tail": list(_outer(model, blocks, outside, axes, offset, before=False)),
+        "head": list(_outer(model, blocks, stored, outside, axes, offset, before=True)),
+        "block": list(block_rows(block, _of_block(stored, blocks), axes.sizes)),
+        "tail": list(_outer(model, blocks, stored, outside, axes, offset, before=False)),
         "config": config_rules(full, small, axes),
         "tiny": {"config": _tiny(small)},
     }
@@ -314,16 +334,26 @@ def _tiny(small: Small) -> dict[str, Any]:
 
 
 def _outer(
-    model: Any, blocks: str, outside: Outside, axes: Axes, beyond: int, *, before: bool
+    model: Any,
+    blocks: str,
+    stored: Stored,
+    outside: Outside,
+    axes: Axes,
+    beyond: int,
+    *,
+    before: bool,
 ) -> Iterator[dict[str, Any]]:
     """The rows of tensors outside of the blocks, those of before the first or of after the last."""
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     named = {module: name for name, module in model.named_modules()}
-    embedding, tied = f"{named[embed]}.weight", _tied_key(model)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.startswith(f"{blocks}."):
+    disk = {inside: name for name, (inside, _) in stored.items()}
+    embedding = f"{named[embed]}.weight"
+    embedding, tied = disk.get(embedding, embedding), _tied_key(model)
+    for inside, tensor in model.state_dict(keep_vars=True).items():
+        if inside.startswith(f"{blocks}."):
             continue
-        path, _, leaf = name.rpartition(".")
+        name = disk.get(inside, inside)
+        path, _, leaf = inside.rpartition(".")
         module = model.get_submodule(path)
         if (path in outside.before) is not before:
             continue
@@ -395,17 +425,25 @@ def _streamed(made: Instance) -> float:
 
 
 def _true_shapes(full: Mapping[str, Any], table: Table) -> str:
-    return proof.shapes_without_weights(full, Arch.from_config(full, table=table))
+    model, arch = build(full, "meta"), Arch.from_config(full, table=table)
+    names, state = Names(model), model.state_dict()
+    there = proof.untied(arch, names, {name: tuple(one.shape) for name, one in state.items()})
+    proof.compare(proof.in_memory(arch, names), there)
+    return f"{len(there)} tensors, {arch.parameters():,} parameters"
 
 
 def _varied(small: Small, table: Table) -> str:
     """One size key at a time: the table's shapes move as those of the model do."""
+    model = build(small.config, "meta")
+    names, known = Names(model), proof.of_one_block(model.state_dict())
     keys = [small.keys["layers"], *small.keys.standard.values(), *small.keys.others]
     moved = 0
     for key in dict.fromkeys(keys):
         value = small.config[key]
         for other in (37,) if value is None else (2 * value, value + 1):
             changed = dict(small.config) | {key: other}
+            if key == small.keys["residual"]:
+                changed |= dict.fromkeys(small.as_wide, other)
             if key == small.keys["layers"]:
                 changed |= {one: [*small.config[one]] * 2 for one in small.keys.listed}
                 if other != 2 * value:
@@ -414,10 +452,10 @@ def _varied(small: Small, table: Table) -> str:
                 there = shapes(changed)
             except Exception:  # a class refuses odd values in its own way
                 continue
+            if proof.of_one_block(there) != known:
+                continue  # a model of other parts, of which this table says nothing
             arch = Arch.from_config(changed, table=table)
-            stored = {tensor.name for tensor in arch.tensors if tensor.tied_to is not None}
-            meant = {tensor.name: arch.shape(tensor) for tensor in arch.stored()}
-            there = {name: shape for name, shape in there.items() if name not in stored}
+            meant, there = proof.in_memory(arch, names), proof.untied(arch, names, there)
             for name in sorted(meant.keys() | there.keys()):
                 if meant.get(name) != there.get(name):
                     raise Disproved(

@@ -23,6 +23,8 @@ Sizes = Mapping[str, int]
 
 QUERY: Final = "(kv group dim)"
 KEY: Final = "(kv dim)"
+_NEAR: Final = 4
+"""Heads have more than twice as many channels."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def tell(watched: Watched, sizes: Sizes) -> Block:
     linear = [one for one in seen if one.name and is_linear(one.module)]
     names = [one.name for one in linear]
     watch = {*names, *(reader(name, seen) for name in names)}
-    first = {one.name: watched.move(one.name, 0, watch, _width(one)) for one in linear}
+    points = {one.name: _point(one, seen) for one in linear}
+    first = {one.name: watched.move(points[one.name], 0, watch, _width(one)) for one in linear}
     mixing = [name for name in names if bool(first[name].block[:, 1:].any())]
     home = _home(mixing, names)
     inside = [name for name in names if name in mixing or _below(name, home)]
@@ -90,7 +93,7 @@ def tell(watched: Watched, sizes: Sizes) -> Block:
     if mixing:
         end = reader(inside[-1], seen)
         last = {
-            name: watched.move(name, LENGTH - 1, [end], _width(by_name[name]))
+            name: watched.move(points[name], LENGTH - 1, [end], _width(by_name[name]))
             for name in inside[:-1]
         }
         layers += _attention(inside, end, first, last, sizes, notes)
@@ -118,6 +121,17 @@ def reader(name: str, seen: Sequence[Seen]) -> str:
             if wide and one.given.numel() == own.given.numel():
                 return one.name
     return name
+
+
+def _point(own: Seen, seen: Sequence[Seen]) -> str:
+    """Where a layer's channels are moved: behind a norm over all of them, if there is one."""
+    width = _width(own)
+    for one in seen:
+        gains = [value for value in one.module.parameters(recurse=False) if value.dim() == 1]
+        norm = one.name and not is_linear(one.module) and gains and len(gains[0]) == width
+        if norm and one.given.shape[-1] == width and same(one.given, own.gave):
+            return one.name
+    return own.name
 
 
 def _elements(seen: Seen) -> int:
@@ -207,7 +221,10 @@ def _kinds(mixes: torch.Tensor, reached: torch.Tensor) -> list[str]:
     for index in range(len(found)) if told else ():
         if bool(idle[index]):
             found[index] = found[min(told, key=lambda other: abs(other - index))]
-    return found
+    # Where attention looks at one position only, a channel seems to move less than it does.
+    near = [found[max(0, index - _NEAR) : index + _NEAR + 1] for index in range(len(found))]
+    return [max(own, key=lambda kind: (own.count(kind), kind == found[index]))
+            for index, own in enumerate(near)]  # fmt: skip
 
 
 def _layout(kinds: Sequence[str], reached: torch.Tensor, sizes: Sizes, query: str) -> str | None:

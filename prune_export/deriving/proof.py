@@ -6,6 +6,7 @@ for tables of ours (`tests/arch`), for `prune-export families prove`, and for de
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,12 @@ def shapes_on_disk(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def _differ(meant: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]) -> None:
+def compare(meant: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares a table's names and shapes with those that are there.
+
+    Raises:
+        Disproved: naming the first that differs.
+    """
     for name in sorted(meant.keys() | there.keys()):
         if meant.get(name) != there.get(name):
             raise Disproved(
@@ -85,7 +91,7 @@ def names_and_shapes(made: Instance) -> str:
     """The table's names and shapes are those on disk, and its parameters those of the model."""
     arch = made.arch
     there = shapes_on_disk(made.path)
-    _differ({tensor.name: arch.shape(tensor) for tensor in arch.stored()}, there)
+    compare({tensor.name: arch.shape(tensor) for tensor in arch.stored()}, there)
     count = sum(parameter.numel() for parameter in made.model.parameters())
     if arch.parameters() != count:
         raise Disproved(f"{arch.parameters():,} parameters by the table, {count:,} in the model")
@@ -94,18 +100,20 @@ def names_and_shapes(made: Instance) -> str:
     return f"{len(there)} tensors"
 
 
-def shapes_without_weights(config: Mapping[str, Any], arch: Arch) -> str:
-    """The same for the model of a config of any size, on `meta`: by names in memory.
+def in_memory(arch: Arch, names: Any) -> dict[str, tuple[int, ...]]:
+    """A table's shapes by the names that its tensors have in transformers' model."""
+    return {names.renamed(tensor.name): arch.shape(tensor) for tensor in arch.stored()}
 
-    For models whose names in memory are those on disk.
-    """
-    model = build(config, "meta")
-    there = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for tensor in arch.tensors:
-        if tensor.tied_to is not None:
-            there.pop(tensor.name, None)
-    _differ({tensor.name: arch.shape(tensor) for tensor in arch.stored()}, there)
-    return f"{len(there)} tensors, {arch.parameters():,} parameters"
+
+def untied(arch: Arch, names: Any, there: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The shapes of a model in memory without those that are tied to others."""
+    tied = {names.renamed(tensor.name) for tensor in arch.tensors if tensor.tied_to is not None}
+    return {name: shape for name, shape in there.items() if name not in tied}
+
+
+def of_one_block(names: Collection[str]) -> frozenset[str]:
+    """Names without the numbers of blocks."""
+    return frozenset(re.sub(r"\.[0-9]+\.", ".*.", name) for name in names)
 
 
 def module_paths(made: Instance) -> str:
@@ -151,7 +159,7 @@ def cut_depth(made: Instance, layers: Collection[int], base: Mapping[str, Any], 
     arch, source = made.arch.without(layers), made.state()
     names = made.arch.origin(made.arch.kept(layers))
     write({new: source[old] for new, old in names.items()}, arch.to_config(base), out)
-    _differ({tensor.name: arch.shape(tensor) for tensor in arch.stored()}, shapes_on_disk(out))
+    compare({tensor.name: arch.shape(tensor) for tensor in arch.stored()}, shapes_on_disk(out))
     model, wrong = load(out)
     if wrong:
         raise Disproved(f"the cut model does not load: {'; '.join(wrong)}")

@@ -59,6 +59,8 @@ class Small:
     config: dict[str, Any]
     keys: Keys
     changed: frozenset[str] = field(default_factory=frozenset)
+    as_wide: tuple[str, ...] = ()
+    """Keys that say the hidden size again."""
 
 
 def shapes(config: Mapping[str, Any]) -> Shapes:
@@ -133,23 +135,31 @@ def shrunk(config: Mapping[str, Any]) -> Small:
     reasons: list[str] = []
     for sizes in _tried(config, keys):
         small = {**_base(config, keys), **sizes, **NO_ENDS}
+        for key in _as_wide(config, keys):
+            small[key] = sizes[keys["residual"]]
         try:
             with quietly():
                 made = config_class(str(config["model_type"])).from_dict(small).to_dict()
             values = logits(build(made), prompt(_VOCABULARY))
         except Exception as error:  # the model's own code, on what it was not made for
-            lines = str(error).strip().splitlines() or [""]
-            reasons.append(f"{type(error).__name__}: {lines[0]}")
+            reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
         if bool(torch.isfinite(values).all()):
             changed = {key for key in config if made.get(key) != config[key]}
-            return Small(made, keys, frozenset(changed))
+            return Small(made, keys, frozenset(changed), tuple(_as_wide(config, keys)))
         reasons.append("its logits are not finite")
     raise UnsupportedArch(
         "config.json",
         f"no small model of the type {config['model_type']} could be made: {reasons[-1]}",
         "write a table by hand (docs/architectures.md)",
     )
+
+
+def _as_wide(config: Mapping[str, Any], keys: Keys) -> list[str]:
+    """Other keys that say the hidden size again, with which a model would be another one."""
+    known = {*keys.standard.values(), *keys.others, *common().keys()}
+    wide = config[keys["residual"]]
+    return [key for key, value in config.items() if key not in known and value == wide]
 
 
 def _base(config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:

@@ -123,12 +123,12 @@ def _said(small: Small, size: int) -> str | None:
 
 
 def block_rows(
-    block: Block, names: Mapping[str, tuple[int, ...]], sizes: Sizes
+    block: Block, stored: Mapping[str, tuple[str, tuple[int, ...]]], sizes: Sizes
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a block, from its tensors' names and shapes."""
+    """The rows of a block, from its tensors' names on disk, in memory, and shapes."""
     layers = {layer.name: layer for layer in block.layers}
-    for name, shape in names.items():
-        path, _, leaf = name.rpartition(".")
+    for name, (inside, shape) in stored.items():
+        path, _, leaf = inside.rpartition(".")
         layer = layers.get(path)
         if layer is not None and leaf in ("weight", "bias"):
             width = shape[-1 if layer.transposed else 0]
@@ -143,7 +143,7 @@ def block_rows(
         if path in block.norms and len(shape) == 1:
             yield {"name": name, "role": f"{role}.bias" if leaf == "bias" else role, "dims": dims}
             continue
-        within = bool(block.attention) and name.startswith(f"{block.attention}.")
+        within = bool(block.attention) and inside.startswith(f"{block.attention}.")
         if "sink" in leaf and len(shape) == 1:
             role = "sinks"
         yield {"name": name, "role": role, "dims": _dims(shape, sizes, within)}
