@@ -302,8 +302,8 @@ def _table(
         said["scaled_embeddings"] = True
     if outside.per_sample:
         said["per_sample"] = list(outside.per_sample)
-    if outside.complex_numbers:
-        said["untraceable"] = "computes with complex numbers"
+    if outside.untraceable:
+        said["untraceable"] = outside.untraceable
     if block.notes:
         said["notes"] = "; ".join(block.notes)
     return said

@@ -197,7 +197,7 @@ class Outside:
     norm_offset: float
     scaled: bool
     per_sample: tuple[str, ...]
-    complex_numbers: bool
+    untraceable: str
 
 
 def look_outside(model: Any, blocks: str, sizes: Sizes, heads: int) -> Outside:
@@ -243,8 +243,48 @@ def look_outside(model: Any, blocks: str, sizes: Sizes, heads: int) -> Outside:
     rows = nn.functional.embedding(ids, embedding.weight.detach())
     scale = sizes["residual"] ** 0.5
     scaled = rows.shape == entered[0].shape and same(rows * scale, entered[0])
+    why = "computes with complex numbers" if mode.found else untraceable(model, ids)
     kind, offset = _norm(model, final, blocks, sizes["residual"])
-    return Outside(before, final, kind, offset, scaled, tuple(per_sample), mode.found)
+    return Outside(before, final, kind, offset, scaled, tuple(per_sample), why)
+
+
+_PROBE: Final = "prune_export_probe"
+_NOT_IN_GRAPHS: Final = ("s_aux", "position_bias")
+"""Arguments of attention that no exporter's graph has."""
+
+
+def untraceable(model: Any, ids: torch.Tensor) -> str:
+    """Why no exporter's graph can hold the model's attention; "" where nothing is known against it.
+
+    Exporters put their own attention into transformers' interface: a model must use it.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    called: set[str] = set()
+
+    def probe(module: Any, query: Any, key: Any, value: Any, mask: Any, **more: Any) -> Any:
+        called.update(name for name, one in more.items() if one is not None)
+        called.add("")
+        more = {name: one for name, one in more.items() if name not in _NOT_IN_GRAPHS}
+        return sdpa_attention_forward(module, query, key, value, mask, **more)
+
+    AttentionInterface.register(_PROBE, probe)
+    AttentionMaskInterface.register(_PROBE, sdpa_mask)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = _PROBE
+    try:
+        with torch.no_grad():
+            model(ids, use_cache=False)
+    except Exception:  # an old class, which does not look its attention up
+        called.clear()
+    finally:
+        model.config._attn_implementation = before
+    if not called:
+        return "its attention is none of transformers' interface"
+    taken = [name for name in _NOT_IN_GRAPHS if name in called]
+    return f"its attention takes `{taken[0]}`" if taken else ""
 
 
 def _norm(model: Any, final: str | None, blocks: str, width: int) -> tuple[str, float]:

@@ -93,6 +93,16 @@ def test_a_type_without_a_table_is_derived_and_proven(config_of: Config, model_t
     assert roles >= {"q", "k", "v", "o", "up", "down"}
 
 
+def test_facts_that_no_shape_shows(config_of: Config) -> None:
+    full = config_of("granite_swa", residual_multiplier=0.5)
+    table = derive(full).table
+    assert table.added_times == "residual_multiplier"
+    assert table.config.per_layer == ["layer_rope_theta", "layer_types"]
+    assert table.untraceable == "its attention takes `s_aux`"
+    after = Arch.from_config(full, table=table).without((0, 1, 4)).to_config(full)
+    assert len(after["layer_types"]) == len(after["layer_rope_theta"]) == after["num_hidden_layers"]
+
+
 def test_what_is_not_proven_is_refused_by_the_table(config_of: Config) -> None:
     """The norm over all of the MLP's channels makes a narrower MLP another function."""
     full = config_of("bitnet", num_hidden_layers=6)
