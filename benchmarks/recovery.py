@@ -32,13 +32,13 @@ from prune_export.contracts import Work
 from prune_export.machine import Machine
 from prune_export.progress import Silent
 from prune_export.recipe import LocalText
+from prune_export.training.adapters.targets import linear_weights, targets
 from prune_export.training.full_weights import trained_tensors
 from prune_export.training.loop import Run, held_out_loss, own_randomness, train
 from prune_export.training.model import quiet
 from prune_export.training.settings import Quantization
 from prune_export.training.shared import student_of
 from prune_export.training.state import State
-from prune_export.training.targets import linear_weights, targets
 from prune_export.training.teacher import objective_of
 from prune_export.training.zeros import kept_zeros
 

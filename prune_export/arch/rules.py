@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from prune_export.arch.conditions import keys_of, value
+from prune_export.arch.conditions import holds, keys_of, value
 from prune_export.arch.table import LayerSet, Table, common, is_among
 from prune_export.arch.tensors import members
 from prune_export.errors import PlanError, UnsupportedArch, did_you_mean
@@ -108,6 +108,8 @@ def cut_config(table: Table, config: Mapping[str, Any], kept: Sequence[int]) -> 
         if isinstance(config.get(key), int | float):
             cut[key] = config[key] * (len(kept) / layers) ** 0.5
     for name, row in table.layer_sets.items():
+        if not holds(row.when, config):
+            continue
         inside = members(table, name, config, layers)
         new = [number for number, old in enumerate(kept) if old in inside]
         cut |= _set_keys(row, new, len(kept))
@@ -123,6 +125,16 @@ def _set_keys(row: LayerSet, inside: Sequence[int], layers: int) -> dict[str, An
     Raises:
         PlanError: its keys cannot say them.
     """
+    if row.of:
+        return {}  # its list was sliced
+    if row.listed:
+        return {row.listed: list(inside)}
+    if row.period and row.offset:
+        for period in range(1, layers + 2):
+            for offset in range(period):
+                if [i for i in range(layers) if i % period == offset] == list(inside):
+                    return {row.period: period, row.offset: offset}
+        raise _unsayable(row, inside, layers, "a period and an offset")
     if row.excluding:
         said: dict[str | None, Any] = {
             row.every: 1,
@@ -139,10 +151,14 @@ def _set_keys(row: LayerSet, inside: Sequence[int], layers: int) -> dict[str, An
         if [i for i in range(first, last + 1) if (i + 1) % every == 0] == list(inside):
             said = {row.every: every, row.first: first, row.last: last}
             return {key: value for key, value in said.items() if key}
-    raise PlanError(
+    raise _unsayable(row, inside, layers, "a first block, a last one and a step")
+
+
+def _unsayable(row: LayerSet, inside: Sequence[int], layers: int, told: str) -> PlanError:
+    return PlanError(
         f"config.json  {', '.join(row.keys)}",
         f"cannot say which of the {layers} blocks left are of which kind: {list(inside)} are of "
-        "one kind, and the keys tell a first block, a last one and a step",
+        f"one kind, and the keys tell {told}",
         "drop other blocks: whole runs of one kind, or as many of each kind in turn",
     )
 
@@ -192,17 +208,18 @@ def write_width(
                 "cut another part",
             )
     everywhere = {
-        name: uniform[name] if name in uniform else value(axis.size, config)
+        name: uniform[name] if name in uniform else value(axis.said(config), config)
         for name, axis in table.axes.items()
     }
     for key, expression in table.config.writes.items():
         written[key] = _written(key, expression, everywhere)
+    written.update(table.config.sets)
     said = {**config, **written}
     for name in _unsaid(table, said, uniform):
         raise PlanError(
             f"axis {name}",
             f"cannot have size {uniform[name]}: a {table.family} config says "
-            f"`{table.axes[name].size}`, which would be "
+            f"`{table.axes[name].said(said)}`, which would be "
             f"{_says(table, name, said) or 'no whole number'}",
             "choose another axis or size",
         )
@@ -242,7 +259,7 @@ def _unsaid(table: Table, config: Mapping[str, Any], uniform: Mapping[str, int])
 
 def _says(table: Table, axis: str, config: Mapping[str, Any]) -> int | None:
     try:
-        return value(table.axes[axis].size, config)
+        return value(table.axes[axis].said(config), config)
     except UnsupportedArch:
         return None
 

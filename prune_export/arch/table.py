@@ -6,7 +6,7 @@ how to write one; the contract test proves it against a tiny random model of tra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from os import environ
@@ -16,11 +16,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prune_export.arch import outside
+from prune_export.arch.common import common, is_among, parse_yaml
 from prune_export.arch.conditions import holds, keys_of, value
 from prune_export.arch.dims import Dims
 from prune_export.errors import UnsupportedArch, did_you_mean
 
-__all__ = ["Axis", "ConfigRules", "LayerSet", "Table", "TensorRow", "common", "holds", "value"]
+__all__ = [
+    "Axis", "ConfigRules", "LayerSet", "Table", "TensorRow", "common", "holds", "is_among", "value",
+]  # fmt: skip
 
 
 class _Frozen(BaseModel):
@@ -31,12 +34,20 @@ class Axis(_Frozen):
     """A named size: an expression over config keys.
 
     It is the same everywhere (`residual`), or its own in each layer (`mlp.3`), or its own in each
-    expert of each layer (`moe.3.7`).
+    expert of each layer (`moe.3.7`). Where the condition `adjusted_when` holds, it is `adjusted`
+    instead of `size`, until a width cut says it anew.
     """
 
     size: str
+    adjusted: str | None = None
+    adjusted_when: str | None = None
     per_layer: bool = False
     per_expert: bool = False
+
+    def said(self, config: Mapping[str, Any]) -> str:
+        """The expression that gives the size under a config."""
+        adjusts = self.adjusted and holds(self.adjusted_when, config)
+        return self.adjusted if adjusts and self.adjusted else self.size
 
 
 class TensorRow(_Frozen):
@@ -57,22 +68,34 @@ class TensorRow(_Frozen):
 
 
 class LayerSet(_Frozen):
-    """Layers chosen by config keys: those with (i + 1) divisible by `every`, which are not listed.
+    """Layers chosen by config keys, in one of four ways; after a depth cut it is written back.
 
-    `first` and `last` are keys that say from which layer on, and up to which one; `excluding` is a
-    list of layers. After a depth cut the set is written back: with `excluding`, as `every: 1` and
-    the renumbered rest in the list; else by the step, first and last layer that say the same.
+    1. Those with (i + 1) divisible by `every`, which are not listed in `excluding`, from layer
+       `first` on up to layer `last`. Written with `excluding` as `every: 1` and the renumbered rest
+       in the list; else by the step, first and last layer that say the same.
+    2. Those whose entry in the per-layer list `of` is one of `values`: the list is sliced.
+    3. Those in the list `listed`, which is renumbered.
+    4. Those with i % `period` == `offset`: the smallest period that says the same is written.
+
+    Where the condition `when` does not hold, the set is empty and its keys say nothing.
     """
 
     every: str | None = None
     excluding: str | None = None
     first: str | None = None
     last: str | None = None
+    of: str | None = None
+    values: list[Any] = Field(default_factory=list)
+    listed: str | None = None
+    period: str | None = None
+    offset: str | None = None
+    when: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The config keys that say it."""
-        return tuple(filter(None, (self.every, self.excluding, self.first, self.last)))
+        """The config keys that say it, and that a depth cut rewrites with it."""
+        said = (self.every, self.excluding, self.first, self.last)
+        return tuple(filter(None, (*said, self.listed, self.period, self.offset)))
 
 
 class Count(_Frozen):
@@ -98,6 +121,7 @@ class ConfigRules(_Frozen):
         by_root_of_depth: numbers that a block divides by the square root of the number of layers;
             a depth cut scales them, so that blocks compute what they did.
         writes: for each key that states a size, its value as an expression over the axes.
+        sets: keys that a width cut sets to a value, so that `writes` are taken as they are.
         divides: key pairs (divisor, multiple) that transformers insists on.
         at_most: key pairs (less, more) without which the model cannot run.
         grouped: for an axis, the key that says into how many groups its places are divided, each
@@ -113,6 +137,7 @@ class ConfigRules(_Frozen):
     depth_requires: dict[str, Any] = Field(default_factory=dict)
     by_root_of_depth: list[str] = Field(default_factory=list)
     writes: dict[str, str] = Field(default_factory=dict)
+    sets: dict[str, Any] = Field(default_factory=dict)
     divides: list[tuple[str, str]] = Field(default_factory=list)
     at_most: list[tuple[str, str]] = Field(default_factory=list)
     grouped: dict[str, str] = Field(default_factory=dict)
@@ -244,9 +269,15 @@ class Table(_Frozen):
     def keys(self) -> frozenset[str]:
         """Every config key that the table knows, without those common to all families."""
         rules = self.config
-        sized = {key for axis in self.axes.values() for key in keys_of(axis.size)}
+        sized = {
+            key
+            for axis in self.axes.values()
+            for said in (axis.size, axis.adjusted or "", axis.adjusted_when or "")
+            for key in keys_of(said)
+        }
         return frozenset(
             {*rules.known, *rules.accepts, *rules.derives, *rules.depth_requires, *rules.writes}
+            | rules.sets.keys()
             | {*rules.aliases, *rules.grouped.values(), *self.depth_keys()}
             | sized
         )
@@ -269,6 +300,10 @@ class Table(_Frozen):
         unknown = (keys_of(self.added_when or "") | {self.added_times or ""}) - known - {""}
         if unknown:
             raise ValueError(f"added_when, added_times: unknown keys {sorted(unknown)}")
+        for name, chosen in self.layer_sets.items():
+            unknown = keys_of(chosen.when or "") - known
+            if unknown or (chosen.of and chosen.of not in self.config.per_layer):
+                raise ValueError(f"layer_sets.{name}: unknown keys {sorted(unknown) or chosen.of}")
         unknown = frozenset(self.config.grouped.keys() - self.axes.keys())
         if unknown:
             raise ValueError(f"config.grouped: unknown axes {sorted(unknown)}")
@@ -277,30 +312,6 @@ class Table(_Frozen):
             if unknown:
                 raise ValueError(f"config.writes.{key}: unknown axes {sorted(unknown)}")
         return self
-
-
-class Common(_Frozen):
-    """Config keys that any family may carry: harmless, limited to values, or refused with advice.
-
-    A refused key is let pass where it is null or empty.
-    """
-
-    known: list[str]
-    accepts: dict[str, list[Any]]
-    refuses: dict[str, str]
-
-    def keys(self) -> frozenset[str]:
-        """Every key that stands here."""
-        return frozenset({*self.known, *self.accepts, *self.refuses})
-
-
-def _yaml(text: str) -> Any:
-    """Parses YAML data, by libyaml where it is there: it takes a tenth of the time."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
 
 
 def tables() -> Mapping[str, Table]:
@@ -337,7 +348,7 @@ def parse_table(text: str, where: str) -> Table:
         UnsupportedArch: it is malformed.
     """
     try:
-        return Table.model_validate(_yaml(text))
+        return Table.model_validate(parse_yaml(text))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(step) for step in first["loc"])
@@ -348,25 +359,6 @@ def parse_table(text: str, where: str) -> Table:
         ) from None
     except yaml.YAMLError as error:
         raise UnsupportedArch(where, f"is not YAML: {error}") from None
-
-
-@cache
-def common() -> Common:
-    """Loads the rules of `families/_common.yaml` for config keys that any family may carry."""
-    text = files("prune_export.arch").joinpath("families/_common.yaml").read_text(encoding="utf-8")
-    return Common.model_validate(_yaml(text))
-
-
-def is_among(got: Any, accepted: Iterable[Any]) -> bool:
-    """Whether a config's value is one of those accepted; nested configs may have common keys."""
-    return any(_own(got) == _own(one) for one in accepted)
-
-
-def _own(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    skip = common().keys()
-    return {str(key): _own(one) for key, one in value.items() if key not in skip}
 
 
 def table_for(model_type: str, config: Mapping[str, Any] | None = None) -> Table:

@@ -77,6 +77,17 @@ def _refuse_counts(file: Path, config: Mapping[str, Any]) -> None:
             )
 
 
+def _with_floats(value: Any) -> Any:
+    """Turns `{"__float__": "Infinity"}`, as transformers writes what JSON lacks, into floats."""
+    if isinstance(value, list):
+        return [_with_floats(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _with_floats(entry) for key, entry in value.items()}
+
+
 def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Fills in transformers' defaults; gives a plain dict.
 
@@ -120,7 +131,7 @@ def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     noise.setLevel(logging.ERROR)
     try:
         made_by = CONFIG_MAPPING[model_type]
-        filled = made_by.from_dict(plain).to_dict()
+        filled = made_by.from_dict(_with_floats(plain)).to_dict()
     except Exception as error:
         # Whatever a configuration class raises on odd values, they are the file's fault.
         reason = str(error).strip().splitlines() or [type(error).__name__]

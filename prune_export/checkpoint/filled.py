@@ -11,8 +11,9 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,11 +58,17 @@ def keep_config(config: Mapping[str, Any], filled: Mapping[str, Any], made_by: t
 
 def _file(config: Mapping[str, Any]) -> Path | None:
     try:
-        known = [_VERSION, version("transformers"), config]
+        known = [_VERSION, _transformers(), config]
         folder = user_cache() / "configs"
-    except (PackageNotFoundError, RuntimeError):
+    except (metadata.PackageNotFoundError, RuntimeError):
         return None
     return folder / f"{sha256(json.dumps(known).encode()).hexdigest()[:32]}.json"
+
+
+@cache
+def _transformers() -> str:
+    """The version of transformers; asked anew, it costs more than filling in a config."""
+    return metadata.version("transformers")
 
 
 def _restored(found: dict[str, Any]) -> dict[str, Any]:

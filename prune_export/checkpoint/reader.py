@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -94,6 +95,10 @@ class Checkpoint:
             UnsupportedArch: transformers does not know the model type.
             CheckpointError: transformers refuses the values.
         """
+        return deepcopy(self._full)
+
+    @cached_property
+    def _full(self) -> dict[str, Any]:
         return full_config(self.config, self.path)
 
     def arch(self, ignore_keys: Collection[str] = ()) -> Arch:

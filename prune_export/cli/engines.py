@@ -21,11 +21,11 @@ from prune_export.execution.engines import export_engine
 from prune_export.execution.inputs import open_base
 from prune_export.execution.result import Result, alone, mend
 from prune_export.machine import Machine, describe
-from prune_export.opening import report_of, reported_engines
 from prune_export.planning.positions import refuse_long_text
 from prune_export.progress import Progress
 from prune_export.recipe import Export, LocalText, Recipe
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
+from prune_export.results.opening import report_of, reported_engines
 from prune_export.store import Store
 from prune_export.system.places import judged
 from prune_export.verify import (

@@ -10,9 +10,9 @@ from typing import Any
 
 from prune_export.arch import Arch
 from prune_export.contracts import Cost
+from prune_export.display.notebook import html_table
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
-from prune_export.notebook import html_table
 from prune_export.planning.devices import HERE, Devices
 from prune_export.planning.rows import columns_of, rows_of, sums_of, title_of
 

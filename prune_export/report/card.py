@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from prune_export import registry
-from prune_export.escapes import escaped_page
+from prune_export.display.escapes import escaped_page
 from prune_export.exporter_facts import ExporterFacts
 from prune_export.report import table
 from prune_export.report.benchmarks import benchmark_of

@@ -13,10 +13,10 @@ from prune_export.contracts import Cost
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.sampling import READ_BYTES_A_SECOND, STEP_SECONDS
+from prune_export.training.adapters.targets import linear_weights, targets
 from prune_export.training.attention import makes_scores, score_bytes
 from prune_export.training.full_weights import trained_tensors
 from prune_export.training.settings import Quantization, Settings, Training
-from prune_export.training.targets import linear_weights, targets
 from prune_export.units import GIB, MIB, text_from_bytes
 
 PROCESS_BYTES: Final = 620 * MIB

@@ -151,7 +151,7 @@ def test_a_recipe_alone_never_publishes(
         asked.append((repo, private))
         return f"published {repo}"
 
-    monkeypatch.setattr("prune_export.hub.publish", upload)  # the Hub is another machine
+    monkeypatch.setattr("prune_export.hub.publishing.publish", upload)  # the Hub is another machine
     proposing = DEEPEST + "publish: {repo: stranger/model, private: false}\n"
     recipe.write_text(proposing, encoding="utf-8")
     run = ("run", recipe, "-m", tiny_llama, "-o", tmp_path / "out", "--store", tmp_path / "store")

@@ -25,8 +25,9 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
     # Their blocks differ in shape and cannot be merged.
     "laco": frozenset(
         {
-            "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "qwen2_moe",
-            "qwen3_moe",
+            "bamba", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe",
+            "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "qwen2_moe", "qwen3_5_moe_text",
+            "qwen3_5_text", "qwen3_moe", "qwen3_next",
         }
     ),
     "llm_pruner": _ALIBI | _FUSED,
@@ -38,19 +39,21 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
     # that cannot say another hidden size.
     "slicegpt": frozenset(
         {
-            "bloom", "cohere", "cohere2", "exaone4", "falcon", "flex_olmo", "gemma2", "gemma3_text",
-            "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium", "hyperclovax", "jais2",
-            "minicpm3", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi",
-            "phimoe", "sliced_llama", "sliced_mistral", "sliced_qwen2", "sliced_qwen3", "stablelm",
-            "starcoder2",
+            "bamba", "bloom", "cohere", "cohere2", "exaone4", "falcon", "flex_olmo", "gemma2",
+            "gemma3_text", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granitemoehybrid",
+            "helium", "hyperclovax", "jais2", "jamba", "lfm2", "lfm2_moe", "minicpm3", "nemotron",
+            "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phimoe", "sliced_llama",
+            "sliced_mistral", "sliced_qwen2", "sliced_qwen3", "stablelm", "starcoder2",
         }
     ),
-    # Their MLPs differ, or are experts, or are as wide as the states ask.
+    # Their MLPs differ, or are experts, or are as wide as the states ask, or some blocks have no
+    # attention.
     "ziplm": frozenset(
         {
-            "bloom", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo",
-            "glm4_moe", "gpt_oss", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "minimax_m2",
-            "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+            "bamba", "bloom", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo",
+            "glm4_moe", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared",
+            "hunyuan_v1_moe", "jamba", "lfm2", "lfm2_moe", "minimax_m2", "mixtral", "olmoe",
+            "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
         }
     ),
 }  # fmt: skip

@@ -25,7 +25,7 @@ from prune_export.surgery import rewrite
 from tests.arch.kinds import kinds
 from tests.contracts.made import MACHINE, an_instance, view_for
 from tests.contracts.refused import WHOLE_HEADS, refuses
-from tests.exporters.onnx.test_onnx import (
+from tests.exporters.onnx.graphs import (
     UNTRACEABLE,
     error,
     expected_logits,

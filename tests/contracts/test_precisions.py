@@ -19,7 +19,7 @@ from prune_export.arch.table import table_for, tables
 from prune_export.exporters.onnx import Onnx
 from tests.arch.kinds import one_of_each
 from tests.contracts.made import MACHINE
-from tests.exporters.onnx.test_onnx import (
+from tests.exporters.onnx.graphs import (
     UNTRACEABLE,
     error,
     expected_logits,

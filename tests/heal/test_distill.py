@@ -23,8 +23,8 @@ from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
 from prune_export.recipe.stages import Stage
 from prune_export.store import Key
+from prune_export.training.losses.objective import Distill, Distilled
 from prune_export.training.memory import answers_to_keep
-from prune_export.training.objective import Distill, Distilled
 from prune_export.training.settings import Training
 from prune_export.units import GIB
 from tests.arch.tiny_models import arch_of

@@ -15,8 +15,8 @@ from prune_export.contracts import HealRecord, Teacher, Work
 from prune_export.errors import StageError
 from prune_export.progress import Silent
 from prune_export.surgery import Drop, rewrite
-from prune_export.training.hidden import States, paired, watched
-from prune_export.training.objective import Hidden
+from prune_export.training.losses.hidden import States, paired, watched
+from prune_export.training.losses.objective import Hidden
 from tests.heal.conftest import MACHINE, save_tiny, windows
 from tests.heal.test_distill import full, how
 from tests.heal.test_resume import Killed, KilledAt, files

@@ -19,8 +19,8 @@ from prune_export.errors import StageError
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
-from prune_export.training.loss import next_token_loss
-from prune_export.training.masked import Base, _MaskedLinear
+from prune_export.training.adapters.masked import Base, _MaskedLinear
+from prune_export.training.losses.loss import next_token_loss
 from prune_export.training.memory import fit
 from prune_export.training.model import Trainee, quiet, trainee
 from prune_export.training.settings import Quantization

@@ -12,8 +12,8 @@ from typing import ClassVar
 from prune_export.arch import Arch
 from prune_export.calibrate import AngularDistance, ModelView, Statistic
 from prune_export.contracts import Decision
+from prune_export.numeric.scores import runs
 from prune_export.pruning.depth import block_choice, seam_refit
-from prune_export.scores import runs
 
 
 @dataclass(frozen=True)

@@ -182,9 +182,8 @@ def test_a_table_says_whether_the_parts_are_parallel(
     made = twin(model_type, **changes)
     block = made.model.get_submodule(made.arch.table.blocks)[0]
     parameters = dict(made.model.named_parameters())
-    reads = next(
-        name for name in ("mlp", "fc1", "block_sparse_moe") if name in dict(block.named_children())
-    )
+    names = ("mlp", "fc1", "shared_mlp", "block_sparse_moe", "feed_forward")
+    reads = next(name for name in names if name in dict(block.named_children()))
     seen: list[torch.Tensor] = []
     hook = block.get_submodule(reads).register_forward_pre_hook(
         lambda _m, args, named: seen.append(args[0] if args else named["hidden_states"]),

@@ -19,7 +19,7 @@ from prune_export.exporters.aoti import Aoti
 from prune_export.exporters.aoti.graph import cache_sizes, compiled
 from prune_export.exporters.onnx import Onnx
 from prune_export.progress import Silent
-from tests.exporters.onnx.test_onnx import MACHINE, error, exported, saved
+from tests.exporters.onnx.graphs import MACHINE, error, exported, saved
 
 ORIGINAL = 8
 """Positions before scaling: prompts of the tests lie on both sides."""

@@ -16,7 +16,7 @@ from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.onnx.coding import dequantize, quantize
 from prune_export.quantize.gptq import Gptq
 from prune_export.quantize.rtn import Rtn
-from tests.exporters.onnx.test_onnx import MACHINE, exported, saved
+from tests.exporters.onnx.graphs import MACHINE, exported, saved
 from tests.exporters.ort_genai.test_codes import quantized
 
 CASES: dict[str, tuple[str, Gptq | Rtn]] = {

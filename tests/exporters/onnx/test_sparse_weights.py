@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.ort_genai import OrtGenai
-from tests.exporters.onnx.test_onnx import exported, saved
+from tests.exporters.onnx.graphs import exported, saved
 from tests.exporters.ort_genai.test_ort_genai import export, model_in
 
 KEEP, OF = 2, 4

@@ -15,7 +15,7 @@ from prune_export.exporters._shared.ort_runner import OrtRunner
 from prune_export.exporters._shared.trim import Trim
 from prune_export.exporters.onnx import Onnx
 from tests.arch.kinds import one_of_each
-from tests.exporters.onnx.test_onnx import (
+from tests.exporters.onnx.graphs import (
     FAMILIES,
     MACHINE,
     error,

@@ -21,7 +21,7 @@ from prune_export.methods.depth.block_influence import BlockInfluenceDrop
 from prune_export.methods.depth.taylor import Taylor
 from prune_export.surgery import Overwrite, rewrite
 from tests.arch.tiny_models import Tiny, random_model
-from tests.exporters.onnx.test_onnx import error, expected_logits, exported, padded, stepped
+from tests.exporters.onnx.graphs import error, expected_logits, exported, padded, stepped
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 SCORING = ("block_influence", "perplexity", "taylor")
