@@ -17,6 +17,7 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
+from prune_export.deriving.cache import derived_note
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.machine import Machine
 from prune_export.planning.choices import exported, left_of, tokens_judged
@@ -109,6 +110,7 @@ def make_plan(
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
     notes = (*wrapped_notes(recipe, checkpoint), *further_notes(checkpoint, archs[0]))
+    notes += tuple(filter(None, [derived_note(archs[0].table)]))
     notes += data_notes(recipe)
     plan = dataclasses.replace(plan, devices=devices, notes=notes)
     return with_lacking(plan, recipe, checkpoint.path, store, out, ram_limit)
