@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from prune_export.training.targets import targets
 from transformers import AutoConfig
 
 from prune_export.arch import Arch
@@ -15,6 +14,7 @@ from prune_export.arch.table import tables
 from prune_export.calibrate import linear_groups
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
+from prune_export.training.adapters.targets import targets
 from tests.arch.tiny_models import Tiny, arch_of
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
