@@ -80,6 +80,7 @@ ROLES: Final[Mapping[str, Role]] = {
     "buffer.beta": Role("mlp"),
     "buffer.eps": Role("mlp"),
     "buffer.correction": Role("mlp"),
+    "buffer.scale": Role(),
     "sinks": Role("attention"),
     "norm.q": Role("attention"),
     "norm.k": Role("attention"),

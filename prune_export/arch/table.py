@@ -19,6 +19,7 @@ from prune_export.arch import outside
 from prune_export.arch.common import common, is_among, parse_yaml
 from prune_export.arch.conditions import holds, keys_of, value
 from prune_export.arch.dims import Dims
+from prune_export.arch.rare import ByKind, Further
 from prune_export.errors import UnsupportedArch, did_you_mean
 
 __all__ = [
@@ -127,6 +128,8 @@ class ConfigRules(_Frozen):
         grouped: for an axis, the key that says into how many groups its places are divided, each
             with a part of its own in the computation; with more than one it cannot be cut.
         aliases: other names that transformers accepts for a key, and the name that it writes.
+        by_kind: sizes of a kind of layers that transformers writes layer by layer.
+        ends_with: what the last entry of a `per_layer` list must be.
     """
 
     known: list[str] = Field(default_factory=list)
@@ -142,17 +145,8 @@ class ConfigRules(_Frozen):
     at_most: list[tuple[str, str]] = Field(default_factory=list)
     grouped: dict[str, str] = Field(default_factory=dict)
     aliases: dict[str, str] = Field(default_factory=dict)
-
-
-class Further(_Frozen):
-    """Modules that predict further tokens (MTP), which transformers does not load with the model.
-
-    `key` says how many there are; `prefixes` are those of their stored names, with `{next}` for the
-    numbers that follow the last block's.
-    """
-
-    key: str
-    prefixes: list[str]
+    by_kind: ByKind | None = None
+    ends_with: dict[str, Any] = Field(default_factory=dict)
 
 
 class Bundled(_Frozen):
