@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,7 @@ from prune_export.exporters._shared.repeatable import sets_in_order
 from prune_export.exporters._shared.trim import Trim
 from prune_export.exporters.onnx.fuse import optimize
 from prune_export.exporters.onnx.markers import DOMAIN, NAME, OTHER, registered
+from prune_export.exporters.onnx.recurrent import recurrences, shifted
 from prune_export.exporters.onnx.widths import resize
 
 OPSET: Final = 23
@@ -66,7 +68,7 @@ def trace(
     _reduce(model, blocks, firsts)
     wrapper = _Wrapper(model, last)
     _mark(model.get_submodule(blocks))
-    with registered(), sets_in_order(model):
+    with registered(), recurrences(model), sets_in_order(model):
         graph = _graph_of(wrapper, config)
     routers = _routers(model)
     names = (
@@ -128,17 +130,20 @@ def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def weightless(config: Any, dtype: torch.dtype) -> Any:
     """Builds the model with parameters of stride 0, which take no memory, and real buffers."""
+    from torch.nn.modules.conv import _ConvNd
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    original = nn.Module.register_parameter
+    original, filled = nn.Module.register_parameter, _ConvNd.reset_parameters
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and any(param.stride()):
             param = nn.Parameter(torch.zeros((), dtype=dtype).expand(param.shape), False)
+            param._is_hf_initialized = True  # type: ignore[attr-defined]  # not to be written to
         original(module, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    setattr(_ConvNd, "reset_parameters", lambda _: None)  # noqa: B010  # it writes in place
     try:
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(
@@ -150,6 +155,7 @@ def weightless(config: Any, dtype: torch.dtype) -> Any:
         model.tie_weights()
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+        setattr(_ConvNd, "reset_parameters", filled)  # noqa: B010
     return model.eval()
 
 
@@ -171,10 +177,18 @@ def _kinds(layers: nn.ModuleList, config: Any) -> tuple[tuple[int, ...], list[in
 
 
 def _per_layer(config: Any, layers: int) -> dict[str, list[Any]]:
+    derived = {
+        name: getattr(config, name)
+        for name in ("layer_types", "layers_block_type")
+        if isinstance(getattr(type(config), name, None), property)
+    }
     return {
         key: list(value)
-        for key, value in vars(config).items()
-        if isinstance(value, list | tuple) and len(value) == layers and key != "architectures"
+        for key, value in {**vars(config), **derived}.items()
+        if isinstance(value, list | tuple)
+        and len(value) == layers
+        and key != "architectures"
+        and not any(isinstance(entry, float) for entry in value)  # factors and limits
     }
 
 
@@ -186,7 +200,7 @@ def _signature(layer: nn.Module) -> Iterator[Any]:
             yield name, None if tensor is None else (tuple(tensor.shape), tensor.dtype)
         for name, buffer in module._buffers.items():
             if buffer is not None and name in module._non_persistent_buffers_set:
-                yield name, buffer.flatten().tolist() if buffer.numel() <= 4096 else id(buffer)
+                yield name, sha256(buffer.flatten().view(torch.uint8).numpy()).hexdigest()
         for name, value in sorted(vars(module).items()):
             if name not in ("layer_idx", "layer_id", "training") and _plain(value):
                 yield name, repr(value)
@@ -216,7 +230,12 @@ def _reduce(model: Any, blocks: str, firsts: list[int]) -> None:
     configs = {id(module.config): module.config for module in model.modules()
                if hasattr(module, "config")}  # fmt: skip
     for config in configs.values():
-        vars(config).update({key: [value[i] for i in firsts] for key, value in lists.items()})
+        left = {key: [value[i] for i in firsts] for key, value in lists.items()}
+        plain = {key: value for key, value in left.items() if key in vars(config)}
+        vars(config).update(plain)
+        if left.keys() - plain.keys():  # what properties derive, of which keys no longer are true
+            kind = type(config)
+            config.__class__ = type(kind.__name__, (kind,), {**left})
         config.num_hidden_layers = len(firsts)
         config._attn_implementation = config._experts_implementation = NAME
         config.use_cache = True
@@ -269,6 +288,27 @@ class _Past:
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return key, value
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None, as before a prompt: what a block computes of several tokens is traced."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None: `_recur` reads the state where it stands."""
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+    ) -> torch.Tensor:
+        return shifted(conv_states, conv_kernel_size, layer_idx)
+
+    def update_recurrent_state(self, state: None, layer_idx: int, state_idx: int = 0) -> None:
+        """Does nothing: the marker writes the state."""
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
 
 
 class _Wrapper(nn.Module):
