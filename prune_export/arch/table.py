@@ -188,6 +188,9 @@ class Table(_Frozen):
 
     `untraceable` says what of it no exporter's graph can hold, as an end of a sentence.
 
+    `unadapted` are roles of linear layers that get no adapter: kernels that join several steps of
+    training read their weights and leave out what an adapter adds.
+
     `parts_add` says that the modules of attention and MLP add the residual states themselves.
 
     `per_sample` names arguments of a block whose first dimension is samples times heads (ALiBi's
@@ -220,6 +223,7 @@ class Table(_Frozen):
     tuple_blocks: bool = False
     untraceable: str = ""
     tuple_mlp: bool = False
+    unadapted: list[str] = Field(default_factory=list)
     parts_add: bool = False
     per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]

@@ -72,10 +72,13 @@ def evaluated(graph: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         "attention_mask": mask,
         "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0),
     }
+    sizes = {"batch": len(ids), "past_sequence": 0}
     for entry in model.graph.input:
         if entry.name.startswith("past_key_values"):
-            _, heads, _, size = (d.dim_value for d in entry.type.tensor_type.shape.dim)
-            fed[entry.name] = np.zeros((len(ids), heads, 0, size), ml_dtypes.bfloat16)
+            tensor = entry.type.tensor_type
+            shape = [sizes.get(d.dim_param, d.dim_value) for d in tensor.shape.dim]
+            kind = np.float32 if tensor.elem_type == onnx.TensorProto.FLOAT else ml_dtypes.bfloat16
+            fed[entry.name] = np.zeros(shape, kind)
     named = {entry.name for entry in model.graph.input}
     (logits,) = ReferenceEvaluator(model).run(["logits"], {k: fed[k] for k in fed if k in named})
     return np.asarray(logits).astype(np.float32)

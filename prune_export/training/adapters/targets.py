@@ -33,6 +33,7 @@ def linear_weights(arch: Arch) -> tuple[Tensor, ...]:
         if tensor.layer is not None
         and len(tensor.dims.of) == 2
         and tensor.role not in _NOT
+        and tensor.role not in arch.table.unadapted
         and not tensor.role.endswith(".bias")
     )
 
