@@ -123,11 +123,9 @@ class Caches:
         past, present = self._declare(layer, "recurrent_state", shape, _FLOAT)
         read = [writer.named(value.name, names) for value in node.inputs]
         wrote = writer.named(node.outputs[0].name, names)
-        axes = [1] * len(read)
         writer.add(
             "Scan", [past, *read], [present, wrote], f"layers.{layer}",
             body=_step(corrects=len(read) > 4), num_scan_inputs=len(read),
-            scan_input_axes=axes, scan_output_axes=[1],
         )  # fmt: skip
 
 

@@ -61,10 +61,10 @@ def _recur(
     given += [] if beta is None else [beta[..., None, None]]
     batch, new, heads, width = value.shape
     out = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::Recurrence", [one.float() for one in given], {},
-        dtype=torch.float32, shape=(batch, new, heads, 1, width), version=1,
+        f"{DOMAIN}::Recurrence", [one.float().transpose(0, 1) for one in given], {},
+        dtype=torch.float32, shape=(new, batch, heads, 1, width), version=1,
     )  # fmt: skip
-    return out.squeeze(-2)
+    return out.squeeze(-2).transpose(0, 1)
 
 
 def _delta_rule(

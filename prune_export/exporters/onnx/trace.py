@@ -16,6 +16,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from prune_export.arch import Arch
+from prune_export.arch.roles import CONTROLS
 from prune_export.errors import PlanError
 from prune_export.exporters._shared.quiet import quiet
 from prune_export.exporters._shared.repeatable import sets_in_order
@@ -38,7 +40,7 @@ class Trace:
     parameter that shares its storage, the others that do; `parameter_of` gives the torch name of a
     tensor in a file; `experts_visited` is the fraction of its experts that a token visits;
     `routers` are parameters of the traced model that choose experts, which rounding would send to
-    others.
+    others, or control a recurrence.
     """
 
     model: Any
@@ -70,7 +72,10 @@ def trace(
     _mark(model.get_submodule(blocks))
     with registered(), recurrences(model), sets_in_order(model):
         graph = _graph_of(wrapper, config)
+    rename = _renaming(model)
     routers = _routers(model)
+    if trim is not None:
+        routers |= _controls(trim.arch, blocks, firsts, rename)
     names = (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -78,7 +83,7 @@ def trace(
     known = {f"model.{name}" for name, _ in names}
     optimize(graph, DOMAIN, known, {f"model.{name}" for name in routers})
     return Trace(
-        graph, blocks, kinds, dict(_computed(model)), _tied(model), _renaming(model),
+        graph, blocks, kinds, dict(_computed(model)), _tied(model), rename,
         _experts_visited(model), routers,
     )  # fmt: skip
 
@@ -98,6 +103,18 @@ def _routers(model: nn.Module) -> frozenset[str]:
         for path, module in model.named_modules()
         if "Router" in type(module).__name__
         for name in module._parameters
+    )
+
+
+def _controls(
+    arch: Arch, blocks: str, firsts: list[int], rename: Callable[[str], str]
+) -> frozenset[str]:
+    """The parameters of the traced blocks that control a recurrence."""
+    return frozenset(
+        rename(tensor.name).replace(f"{blocks}.{first}.", f"{blocks}.{number}.", 1)
+        for number, first in enumerate(firsts)
+        for tensor in arch.block(first)
+        if tensor.role in CONTROLS
     )
 
 

@@ -123,7 +123,7 @@ def test_what_the_marker_becomes_is_the_recurrence_from_any_state(corrects: bool
         given["beta"] = drawn(BATCH, NEW, HEADS, 1, 1).sigmoid()
     scan = onnx.helper.make_node(
         "Scan", ["past", *given], ["present", "out"], body=_step(corrects=corrects),
-        num_scan_inputs=len(given), scan_input_axes=[1] * len(given), scan_output_axes=[1],
+        num_scan_inputs=len(given),
     )  # fmt: skip
     info = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
@@ -137,7 +137,7 @@ def test_what_the_marker_becomes_is_the_recurrence_from_any_state(corrects: bool
     session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     state, outs = np.zeros((BATCH, HEADS, KEYS, VALUES), np.float32), []
     for piece in (slice(0, 7), slice(7, NEW)):
-        fed = {name: value[:, piece].numpy() for name, value in given.items()}
+        fed = {name: value[:, piece].swapaxes(0, 1).numpy() for name, value in given.items()}
         state, out = session.run(["present", "out"], {"past": state, **fed})
         outs.append(out)
     beta = given["beta"][..., 0, 0] if corrects else None
@@ -145,7 +145,8 @@ def test_what_the_marker_becomes_is_the_recurrence_from_any_state(corrects: bool
         given["query"][..., 0, :], given["key"][..., 0], given["value"][..., 0, :],
         given["decay"], beta,
     )  # fmt: skip
-    np.testing.assert_allclose(np.concatenate(outs, 1)[..., 0, :], expected, atol=1e-5, rtol=1e-5)
+    found = np.concatenate(outs).swapaxes(0, 1)[..., 0, :]
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from prune_export.arch.roles import CONTROLS
 from prune_export.arch.table import tables
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
@@ -84,8 +85,7 @@ def test_every_family_takes_adapters_on_all_its_linear_layers(
     assert set(student.factors()) == set(names)
     # No linear layer of the blocks was missed: what has no adapter is no matrix of a block, or
     # controls a recurrence, or is read by a kernel that knows no adapters.
-    left = {f"linear.{control}" for control in ("a", "b", "ba", "decay", "dt", "x")}
-    left |= set(arch.table.unadapted)
+    left = CONTROLS | set(arch.table.unadapted)
     bare = {tensor.name for tensor in arch.tensors if tensor.role in left}
     plain = AutoModelForCausalLM.from_pretrained(source.path)
     matrices = {
