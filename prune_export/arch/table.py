@@ -65,9 +65,8 @@ class TensorRow(_Frozen):
 class LayerSet(_Frozen):
     """Layers chosen by config keys, in one of four ways; after a depth cut it is written back.
 
-    1. Those with (i + 1) divisible by `every`, which are not listed in `excluding`, from layer
-       `first` on up to layer `last`. Written with `excluding` as `every: 1` and the renumbered rest
-       in the list; else by the step, first and last layer that say the same.
+    1. Those with (i + 1) divisible by `every`, not listed in `excluding`, from `first` on up to
+       `last`. Written as `every: 1` and the rest in `excluding`, or by step, first and last.
     2. Those whose entry in the per-layer list `of` is one of `values`: the list is sliced.
     3. Those in the list `listed`, which is renumbered.
     4. Those with i % `period` == `offset`: the smallest period that says the same is written.
@@ -139,6 +138,17 @@ class ConfigRules(_Frozen):
     aliases: dict[str, str] = Field(default_factory=dict)
 
 
+class Further(_Frozen):
+    """Modules that predict further tokens (MTP), which transformers does not load with the model.
+
+    `key` says how many there are; `prefixes` are those of their stored names, with `{next}` for the
+    numbers that follow the last block's.
+    """
+
+    key: str
+    prefixes: list[str]
+
+
 class Bundled(_Frozen):
     """Code of ours that a checkpoint brings along: `file.Class` in `prune_export.modeling`.
 
@@ -184,12 +194,11 @@ class Table(_Frozen):
 
     `tuple_blocks` says that the model takes the first of what a block returns, not all of it.
 
-    `tuple_mlp` says that an MLP returns its output as the first of two.
+    `tuple_mlp` says that an MLP returns its output as the first of two; or in which layer set.
 
     `untraceable` says what of it no exporter's graph can hold, as an end of a sentence.
 
-    `unadapted` are roles of linear layers that get no adapter: kernels that join several steps of
-    training read their weights and leave out what an adapter adds.
+    `unadapted` are roles that get no adapter: joined kernels of training read their weights alone.
 
     `parts_add` says that the modules of attention and MLP add the residual states themselves.
 
@@ -200,6 +209,8 @@ class Table(_Frozen):
 
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
     transformers stored and that carry nothing: they are accepted, and left behind.
+
+    `further` says where modules that predict further tokens lie: they are left behind.
 
     `scaled_embeddings` says that embeddings are multiplied by the square root of the axis
     `residual`; `norm_offset` is what norms add to their stored gain.
@@ -222,8 +233,8 @@ class Table(_Frozen):
     parallel: bool | str = False
     tuple_blocks: bool = False
     untraceable: str = ""
-    tuple_mlp: bool = False
     unadapted: list[str] = Field(default_factory=list)
+    tuple_mlp: bool | str = False
     parts_add: bool = False
     per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]
@@ -233,6 +244,7 @@ class Table(_Frozen):
     block: list[TensorRow]
     tail: list[TensorRow]
     ignored_tensors: list[str] = Field(default_factory=list)
+    further: Further | None = None
     scaled_embeddings: bool = False
     norm_offset: float = 0.0
     added_when: str | None = None
@@ -250,6 +262,12 @@ class Table(_Frozen):
         sets = [key for row in self.layer_sets.values() for key in row.keys]
         rules = self.config
         return (self.layers, *rules.per_layer, *sets, *rules.counts, *rules.by_root_of_depth)
+
+    def further_keys(self) -> frozenset[str]:
+        """The config key that counts modules predicting further tokens, with its aliases."""
+        key = self.further.key if self.further else None
+        same = {alias for alias, of in self.config.aliases.items() if of == key}
+        return frozenset(filter(None, {key, *same}))
 
     def keys(self) -> frozenset[str]:
         """Every config key that the table knows, without those common to all families."""
@@ -314,7 +332,7 @@ class Common(_Frozen):
         return frozenset({*self.known, *self.accepts, *self.refuses})
 
 
-def _yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """Parses YAML data, by libyaml where it is there: it takes a tenth of the time."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
@@ -345,7 +363,7 @@ def parse_table(text: str, name: str) -> Table:
         UnsupportedArch: it is malformed.
     """
     try:
-        return Table.model_validate(_yaml(text))
+        return Table.model_validate(parse_yaml(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"])
@@ -362,7 +380,7 @@ def parse_table(text: str, name: str) -> Table:
 def common() -> Common:
     """Loads the rules of `families/_common.yaml` for config keys that any family may carry."""
     text = files("prune_export.arch").joinpath("families/_common.yaml").read_text(encoding="utf-8")
-    return Common.model_validate(_yaml(text))
+    return Common.model_validate(parse_yaml(text))
 
 
 def table_for(model_type: str) -> Table:

@@ -12,18 +12,19 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from prune_export.arch import Arch
-from prune_export.arch.table import Table, tables
+from prune_export.arch.table import tables
 from prune_export.checkpoint.config import full_config, read_config, read_json
 from prune_export.checkpoint.header import FLOATS, TORCH, Entry, read_header
 from prune_export.checkpoint.side import refuse_adapter, side_files
-from prune_export.checkpoint.tied import refuse_two_heads, with_one_name
+from prune_export.checkpoint.tied import refuse_two_heads, with_one_name, with_prefix
+from prune_export.checkpoint.wrapped import Wrapped, part, unwrap
 from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
 from prune_export.system.files import is_regular, open_regular, shown
 
@@ -49,11 +50,15 @@ class Checkpoint:
 
     `config` is config.json as it stands; `entries` are the stored tensors by name, in the order in
     which they lie in the files; it is empty for a directory that was opened without weights.
+
+    Of a larger model that holds a language model (of images and text) both are the language
+    model's, under the names that it has by itself; `wrapped` is what surrounds it.
     """
 
     path: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
+    wrapped: Wrapped | None = None
 
     @staticmethod
     def open(path: Path | str, *, weights: bool = True) -> Checkpoint:
@@ -67,13 +72,16 @@ class Checkpoint:
         config = read_config(path)
         refuse_adapter(path)
         side_files(path)  # what cannot be carried along is refused before any work
+        config, wrapped = unwrap(config, path)
         if not weights:
-            return Checkpoint(path, MappingProxyType(config), MappingProxyType({}))
+            return Checkpoint(path, MappingProxyType(config), MappingProxyType({}), wrapped)
         entries = _entries(path)
         table = tables().get(str(config.get("model_type")))
+        if table is not None and wrapped is not None:
+            entries, wrapped = part(entries, table, wrapped, path)
         if table is not None:
-            entries = with_one_name(_prefixed(entries, table), table, config, path)
-        return Checkpoint(path, MappingProxyType(config), MappingProxyType(entries))
+            entries = with_one_name(with_prefix(entries, table), table, config, path)
+        return Checkpoint(path, MappingProxyType(config), MappingProxyType(entries), wrapped)
 
     @property
     def nbytes(self) -> int:
@@ -115,6 +123,8 @@ class Checkpoint:
             if not error.where.startswith("config.json"):
                 raise
             raise UnsupportedArch(f"{self.path}/{error.where}", error.problem, error.fix) from None
+        if self.wrapped is not None:
+            arch = replace(arch, within=self.wrapped.within)
         if self.entries:
             self.check(arch)
         return arch
@@ -161,14 +171,15 @@ class Checkpoint:
                 )
 
     def redundant(self, arch: Arch) -> tuple[str, ...]:
-        """Stored names that are redundant: copies of tied tensors, and buffers of old releases."""
+        """Stored names to leave behind: copies of tied tensors, old buffers, and `further`."""
         tied = {tensor.name for tensor in arch.tensors if tensor.tied_to is not None}
         stored = {tensor.name for tensor in arch.stored()}
         ends = tuple(f".{suffix}" for suffix in arch.table.ignored_tensors)
         return tuple(
             name
             for name in self.entries
-            if name not in stored and (name in tied or bool(ends and name.endswith(ends)))
+            if name not in stored
+            and (name in tied or name.endswith(ends) or name.startswith(arch.further))
         )
 
     def read(self, name: str) -> torch.Tensor:
@@ -381,20 +392,6 @@ def _refuse_outside(index: Path, name: str, shard: object) -> None:
         raise CheckpointError(
             f"{index}  {name}", f"got {shard!r}, which is not safetensors", CONVERT
         )
-
-
-def _prefixed(entries: dict[str, Entry], table: Table) -> dict[str, Entry]:
-    """Adds the base model's prefix to names, which some old checkpoints lack.
-
-    GPT-2 on the Hub, for one, stores `h.0.…` for `transformer.h.0.…`.
-    """
-    prefix, dot, rest = table.blocks.partition(".")
-    if not dot or any(name.startswith(f"{prefix}.") for name in entries):
-        return entries
-    if not any(name.startswith(f"{rest}.") for name in entries):
-        return entries
-    whole = {row.name for row in (*table.head, *table.tail)}
-    return {name if name in whole else f"{prefix}.{name}": entry for name, entry in entries.items()}
 
 
 def _some(names: Iterable[str], shown: int = 3) -> str:

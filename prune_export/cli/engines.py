@@ -109,8 +109,8 @@ def verified(
     )
     ids = text.ids.numpy() if text is not None else tokens_without_text()
     for name, engine in list(engines.items()):
-        if not engine.runs_on(machine):
-            found.unverified[name] = f"it does not run on {machine.device}, which is all there is"
+        if why := engine.why_not(machine):
+            found.unverified[name] = why
             del engines[name]
             continue
         found.parity.append(measure_parity(engine, reference, ids, machine, progress=progress))

@@ -61,6 +61,7 @@ def skipped(tiny: Tiny, layers: Collection[int]) -> Iterator[None]:
         hook.remove()
 
 
+@pytest.mark.every("model_type")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
 def test_names_and_shapes_are_those_on_disk(
@@ -96,6 +97,7 @@ def test_module_paths_exist(
         assert hasattr(made.model.get_submodule(parent), name)
 
 
+@pytest.mark.every("model_type")
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
 def test_a_depth_cut_computes_as_the_model_that_skips_those_blocks(
     tiny: Callable[..., Tiny], tmp_path: Path, model_type: str, changes: dict[str, Any]

@@ -54,7 +54,7 @@ def seams_of(
 ) -> tuple[Seam, ...]:
     """Finds the seams that removing these units leaves, from the first to the last.
 
-    `is_zero` says that a part of a block that stays adds nothing: earlier stages may have silenced
+    `is_zero` says that a part of a block that stays adds nothing: earlier stages may have zeroed
     it. Of blocks whose parts are added to the same states, a part that stays stands before one that
     goes: it can make good what that gave.
     """

@@ -89,6 +89,7 @@ DENSE = sorted(name for name, table in tables().items() if "expert" not in table
 MOE = sorted(tables().keys() - set(DENSE))
 
 
+@pytest.mark.families("each", "mode")
 @pytest.mark.parametrize("mode", ["parked", "repeated", "block"], indirect=True)
 @pytest.mark.parametrize("model_type", DENSE)
 def test_an_editor_sees_the_inputs_of_the_edited_model(
@@ -115,6 +116,7 @@ def test_an_editor_sees_the_inputs_of_the_edited_model(
         assert log["tokens"] == tokens.ids.numel()
 
 
+@pytest.mark.families("each", "mode")
 @pytest.mark.parametrize("mode", ["parked", "repeated", "block"], indirect=True)
 @pytest.mark.parametrize("model_type", MOE)
 def test_an_expert_sees_the_tokens_routed_to_it(
