@@ -330,6 +330,7 @@ class Exporter(Protocol):
     RUNTIME: str                      what runs them, as the model card names it
     WRITES_CODES: bool                its int4 and int8 take a quantized checkpoint's codes exactly
     calibrates: bool                  it reads calibration data; may be a property of its keys
+    runs_code: bool                   with these keys its engines hold machine code; as `calibrates`
     """
 
     VERSION: ClassVar[str]
