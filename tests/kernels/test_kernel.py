@@ -81,6 +81,20 @@ def test_tiny_and_huge_activations_keep_their_scale(instructions: Library) -> No
         np.testing.assert_allclose(found, 64 * np.float32(size), rtol=1e-5)
 
 
+def test_more_tokens_than_there_is_room_for_are_refused(kernel: Library) -> None:
+    packed = pack_codes(np.ones((1, 64), int), np.ones((1, 1), np.float32), 64, "int8")
+    held = kernel.hold(packed, tokens=2)
+    assert (held.multiply(np.ones((2, 64), np.float32)) == 64).all()
+    for shape in ((3, 64), (1, 63)):
+        with pytest.raises(ValueError, match="expected up to 2 tokens of 64 inputs"):
+            held.multiply(np.ones(shape, np.float32))
+
+
+def test_memory_is_read_whole(kernel: Library) -> None:
+    words = np.arange(1024, dtype=np.uint64)
+    assert kernel.read(words.view(np.uint8)) == words.sum()
+
+
 def test_a_damaged_matrix_is_refused_by_the_kernel(kernel: Library) -> None:
     codes = np.random.default_rng(0).integers(-9, 9, (4, 300))
     packed = pack_codes(codes, np.ones((4, 3), np.float32), 128, "int8")
