@@ -8,25 +8,31 @@ constexpr size_t kOrder = 0;
 struct Codes { __m256i low, high; };             // signed
 struct Halves { __m128i eight[8]; };
 
-inline __m128i eight_bytes(const uint8_t* from, unsigned mask) {
-  return _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)),
-                          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTables.bytes[mask])));
+// Eight signed codes behind the first `next`, spread over a mask's places; zero elsewhere.
+template <Values V>
+inline __m128i eight(const uint8_t* from, size_t next, unsigned mask) {
+  __m128i codes;
+  if constexpr (V == kInt8) {
+    codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + next));
+    codes = _mm_xor_si128(codes, _mm_set1_epi8(-128));
+  } else {
+    uint64_t word;
+    std::memcpy(&word, from + next / 2, 8);
+    word = _pdep_u64(word >> next % 2 * 4, 0x0F0F0F0F0F0F0F0Full);
+    codes = _mm_sub_epi8(_mm_cvtsi64_si128(static_cast<long long>(word)), _mm_set1_epi8(8));
+  }
+  const auto* places = reinterpret_cast<const __m128i*>(kTables.bytes[mask]);
+  return _mm_shuffle_epi8(codes, _mm_loadl_epi64(places));
 }
 
-inline __m256i expanded(const uint8_t*& from, uint32_t mask) {  // of signed codes
+template <Values V>
+inline __m256i expanded(const uint8_t* from, size_t& next, uint32_t mask) {
   __m128i part[4];
   for (auto& one : part) {
-    one = eight_bytes(from, mask & 255);
-    from += _mm_popcnt_u32(mask & 255), mask >>= 8;
+    one = eight<V>(from, next, mask & 255);
+    next += static_cast<size_t>(_mm_popcnt_u32(mask & 255)), mask >>= 8;
   }
   return _mm256_set_m128i(_mm_unpacklo_epi64(part[2], part[3]), _mm_unpacklo_epi64(part[0], part[1]));
-}
-
-inline __m256i nibbles(const uint8_t* from) {  // 16 bytes to 32 signed codes, low half first
-  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  const __m256i both = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)),
-                                        _mm256_set1_epi16(0x0F0F));
-  return _mm256_sub_epi8(both, _mm256_set1_epi8(8));
 }
 
 template <Values V, Layout L>
@@ -45,21 +51,11 @@ inline Codes decode(Cursor& at) {
             _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(both, 4), four), eight)};
   } else {
     const uint64_t mask = next_mask<L == kBitmap ? kBitmap : kTwoOfFour>(at);
-    alignas(32) uint8_t codes[kChunk + 8];  // the last eight are read of, never used
-    std::memset(codes + kChunk, 0, 8);
-    auto* to = reinterpret_cast<__m256i*>(codes);
-    if constexpr (V == kInt8) {
-      const __m256i flip = _mm256_set1_epi8(-128);
-      _mm256_store_si256(to, _mm256_xor_si256(_mm256_loadu_si256(from), flip));
-      _mm256_store_si256(to + 1, _mm256_xor_si256(_mm256_loadu_si256(from + 1), flip));
-    } else {
-      _mm256_store_si256(to, nibbles(at.data));
-      _mm256_store_si256(to + 1, nibbles(at.data + 16));
-    }
-    at.data += bytes_of<V>(static_cast<size_t>(_mm_popcnt_u64(mask)));
-    const uint8_t* next = codes;
-    const __m256i low = expanded(next, static_cast<uint32_t>(mask));
-    return {low, expanded(next, static_cast<uint32_t>(mask >> 32))};
+    size_t next = 0;
+    const __m256i low = expanded<V>(at.data, next, static_cast<uint32_t>(mask));
+    const Codes codes{low, expanded<V>(at.data, next, static_cast<uint32_t>(mask >> 32))};
+    at.data += bytes_of<V>(next);
+    return codes;
   }
 }
 
