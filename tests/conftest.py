@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import importlib
 import json
 import os
-import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -31,6 +29,8 @@ from tests.covers import all_but_few, left_out
 from tests.measured_here import install
 
 torch.set_num_threads(1)
+# Tracing makes objects by the million, few of them in circles: looking for these was a tenth of it.
+gc.set_threshold(100_000, 20, 50)
 
 # The same examples in every run, however slow the machine: a test that fails, fails again.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -60,25 +60,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _module[:] = [item.path]
         gc.collect()
         gc.freeze()
-    keep_registry()
-
-
-def keep_registry() -> None:
-    """Makes torch's table of ONNX functions once, not for each export: half a second of each."""
-    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
-    registry: Any = getattr(registration, "ONNXRegistry", None)
-    if registry is None or hasattr(registry, "kept"):
-        return
-    make, registry.kept = registry.from_torchlib, {}
-
-    def from_torchlib(cls: Any, opset_version: int) -> Any:
-        if opset_version not in cls.kept:
-            cls.kept[opset_version] = make(opset_version)
-        found = copy.copy(cls.kept[opset_version])
-        found.functions = {name: list(ways) for name, ways in found.functions.items()}
-        return found
-
-    registry.from_torchlib = classmethod(from_torchlib)
 
 
 @pytest.hookimpl(trylast=True)
