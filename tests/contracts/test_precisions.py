@@ -62,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not metafunc.config.getoption("--all-pairs"):
         pairs = [*QUICK.items(), *(pair for pair in SOME if pair not in QUICK.items())]
     cases = [
-        pytest.param(*pair, marks=() if pair in QUICK.items() else pytest.mark.slow)
+        pytest.param(*pair, marks=() if pair == ("olmo2", "fp16") else pytest.mark.slow)
         for pair in pairs
     ]
     metafunc.parametrize(("model_type", "precision"), cases)
