@@ -33,7 +33,8 @@ class Cost:
 
     `flops` (multiplications and additions) and `moved_bytes` (disk reads and writes) are turned
     into seconds with this machine's measured rates; `seconds` is time that neither explains, such
-    as tracing a graph.
+    as tracing a graph. `bfloat16_flops` are those of `flops` that are in bfloat16, which some CPUs
+    multiply several times as fast as float32.
     """
 
     ram_bytes: int = 0
@@ -42,6 +43,7 @@ class Cost:
     flops: float = 0.0
     moved_bytes: int = 0
     seconds: float = 0.0
+    bfloat16_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -328,6 +330,7 @@ class Exporter(Protocol):
     SPARSE_NOTE: SparseNote           what a report says beside their sparse weights
     EXAMPLE: str                      a template beside it: how to run one, for the model card
     RUNTIME: str                      what runs them, as the model card names it
+    UNOPENED: str                     why `open` always refuses; empty: it opens them
     WRITES_CODES: bool                its int4 and int8 take a quantized checkpoint's codes exactly
     calibrates: bool                  it reads calibration data; may be a property of its keys
     """

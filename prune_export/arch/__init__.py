@@ -57,8 +57,13 @@ class Arch:
     within: Within | None = None
 
     @staticmethod
-    def from_config(config: Mapping[str, Any], *, ignore_keys: Collection[str] = ()) -> Arch:
-        """Binds the table of `config["model_type"]`.
+    def from_config(
+        config: Mapping[str, Any],
+        *,
+        ignore_keys: Collection[str] = (),
+        table: Table | None = None,
+    ) -> Arch:
+        """Binds the table of `config["model_type"]`, or another that is given.
 
         `config` is a full transformers config as a dict (defaults filled in), `ignore_keys` are
         keys that the caller answers for.
@@ -66,7 +71,7 @@ class Arch:
         Raises:
             UnsupportedArch: no table, a key or a value that the table does not know.
         """
-        table = table_for(str(config.get("model_type")))
+        table = table or table_for(str(config.get("model_type")), config)
         config = with_stored_names(table, config)
         refuse_unknown(table, config, ignore_keys)
         layers = value(table.layers, config)

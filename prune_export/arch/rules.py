@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from prune_export.arch.conditions import holds, keys_of, value
-from prune_export.arch.table import LayerSet, Table, common
+from prune_export.arch.table import LayerSet, Table, common, is_among
 from prune_export.arch.tensors import members
 from prune_export.errors import PlanError, UnsupportedArch, did_you_mean
 
@@ -58,7 +58,7 @@ def refuse_unknown(table: Table, config: Mapping[str, Any], ignore: Collection[s
                 f"config.json  {key}", f"got {got!r:.60}, expected none", shared.refuses[key]
             )
         accepted = table.config.accepts.get(key, shared.accepts.get(key))
-        if accepted is not None and got not in accepted:
+        if accepted is not None and not is_among(got, accepted):
             close = did_you_mean(got, filter(None, accepted)) if isinstance(got, str) else ""
             raise UnsupportedArch(
                 f"config.json  {key}",

@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
+from os import environ
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from prune_export.arch import outside
+from prune_export.arch.common import common, is_among, parse_yaml
 from prune_export.arch.conditions import holds, keys_of, value
 from prune_export.arch.dims import Dims
 from prune_export.errors import UnsupportedArch, did_you_mean
 
-__all__ = ["Axis", "ConfigRules", "LayerSet", "Table", "TensorRow", "common", "holds", "value"]
+__all__ = [
+    "Axis", "ConfigRules", "LayerSet", "Table", "TensorRow", "common", "holds", "is_among", "value",
+]  # fmt: skip
 
 
 class _Frozen(BaseModel):
@@ -180,6 +185,17 @@ class Tiny(_Frozen):
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
+class Derivation(_Frozen):
+    """How a table was derived: by which transformers, and what was proven of it on random models.
+
+    `unproven` has, for each use that the proof did not carry, why; such uses are refused.
+    """
+
+    transformers: str
+    proven: list[str]
+    unproven: dict[str, str] = Field(default_factory=dict)
+
+
 class Table(_Frozen):
     """The table of a family.
 
@@ -206,6 +222,8 @@ class Table(_Frozen):
 
     `bundled` is the code that a checkpoint of a model type of ours brings along.
 
+    `derived` marks a table that was made by `prune_export.deriving`, not by a person.
+
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
     transformers stored and that carry nothing: they are accepted, and left behind.
 
@@ -224,6 +242,7 @@ class Table(_Frozen):
     architectures: list[str]
     source: str
     bundled: Bundled | None = None
+    derived: Derivation | None = None
     layers: str
     blocks: str
     final_norm: str | None
@@ -315,47 +334,35 @@ class Table(_Frozen):
         return self
 
 
-class Common(_Frozen):
-    """Config keys that any family may carry: harmless, limited to values, or refused with advice.
+def tables() -> Mapping[str, Table]:
+    """Every table, by model type: ours, then those from outside (`prune_export.arch.outside`).
 
-    A refused key is let pass where it is null or empty.
+    Of tables that were derived, each for one config, the first of a type is given here;
+    `table_for` chooses among them.
+
+    Raises:
+        UnsupportedArch: a table is malformed; file and key are named. Two describe one model type.
     """
-
-    known: list[str]
-    accepts: dict[str, list[Any]]
-    refuses: dict[str, str]
-
-    def keys(self) -> frozenset[str]:
-        """Every key that stands here."""
-        return frozenset({*self.known, *self.accepts, *self.refuses})
-
-
-def parse_yaml(text: str) -> Any:
-    """Parses YAML data, by libyaml where it is there: it takes a tenth of the time."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+    return _tables(environ.get(outside.VARIABLE, ""))[0]
 
 
 @cache
-def tables() -> Mapping[str, Table]:
-    """Every table, by model type.
-
-    Raises:
-        UnsupportedArch: a table is malformed; file and key are named.
-    """
+def _own_tables() -> Mapping[str, Table]:
     found: dict[str, Table] = {}
     for entry in sorted(files("prune_export.arch").joinpath("families").iterdir(), key=str):
         if entry.name.endswith(".yaml") and not entry.name.startswith("_"):
-            table = parse_table(entry.read_text(encoding="utf-8"), entry.name)
+            table = parse_table(entry.read_text(encoding="utf-8"), f"families/{entry.name}")
             found |= dict.fromkeys(table.model_types, table)
     return found
 
 
-def parse_table(text: str, name: str) -> Table:
-    """Parses a YAML table; `name` is the file's, for messages.
+@cache
+def _tables(listed: str) -> tuple[Mapping[str, Table], Mapping[str, tuple[Table, ...]]]:
+    return outside.joined(_own_tables(), listed, parse_table)
+
+
+def parse_table(text: str, where: str) -> Table:
+    """Parses a YAML table; `where` is its file, for messages.
 
     Raises:
         UnsupportedArch: it is malformed.
@@ -364,35 +371,33 @@ def parse_table(text: str, name: str) -> Table:
         return Table.model_validate(parse_yaml(text))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(step) for step in first["loc"])
+        key = ".".join(str(step) for step in first["loc"])
         raise UnsupportedArch(
-            f"families/{name}  {where}".rstrip(),
+            f"{where}  {key}".rstrip(),
             first["msg"],
             "docs/architectures.md shows what a table may say",
         ) from None
     except yaml.YAMLError as error:
-        raise UnsupportedArch(f"families/{name}", f"is not YAML: {error}") from None
+        raise UnsupportedArch(where, f"is not YAML: {error}") from None
 
 
-@cache
-def common() -> Common:
-    """Loads the rules of `families/_common.yaml` for config keys that any family may carry."""
-    text = files("prune_export.arch").joinpath("families/_common.yaml").read_text(encoding="utf-8")
-    return Common.model_validate(parse_yaml(text))
-
-
-def table_for(model_type: str) -> Table:
-    """Finds the table of a model type.
+def table_for(model_type: str, config: Mapping[str, Any] | None = None) -> Table:
+    """Finds the table of a model type; of several that were derived, the first true of `config`.
 
     Raises:
         UnsupportedArch: no table describes it.
     """
-    known = tables()
+    known, derived = _tables(environ.get(outside.VARIABLE, ""))
     if model_type not in known:
         raise UnsupportedArch(
             "config.json  model_type",
             f"got {model_type!r}, which no architecture table describes",
-            f"{did_you_mean(model_type, known)}; a new family is one file, "
-            "prune_export/arch/families/<family>.yaml (docs/architectures.md)",
+            f"{did_you_mean(model_type, known)}; `prune-export families derive MODEL` tries to "
+            "make and prove a table; one by hand is one YAML file (docs/architectures.md)",
         )
+    for table in derived.get(model_type, ()):
+        limited = table.config.accepts.items()
+        said = config or {}
+        if all(is_among(said[key], values) for key, values in limited if key in said):
+            return table
     return known[model_type]

@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prune_export.arch.table import parse_yaml, tables
+from prune_export.arch.common import parse_yaml
+from prune_export.arch.table import tables
 from prune_export.errors import PlanError
 
 TEXT: Final = "text_config"

@@ -11,7 +11,7 @@ from prune_export.calibrate import (
     TokenSet,
 )
 from prune_export.checkpoint import Checkpoint
-from prune_export.contracts import BuildRecord, Work
+from prune_export.contracts import BuildRecord, TimesMachine, Work
 from prune_export.errors import StageError
 from prune_export.execution.context import RunContext
 from prune_export.recipe import Export
@@ -36,11 +36,14 @@ def export_engine(
     model of images and text the engine holds the language model alone.
     """
     read = tokens if export.calibrates else None
+    parameters = export.parameters()
+    if isinstance(export.entry, TimesMachine) and export.entry.times_machine:
+        parameters["timed on"] = context.machine.timing_identity()
     key = Key(
         "export",
         export.name,
         export.entry.VERSION,
-        export.parameters(),
+        parameters,
         (source_id,),
         read.fingerprint if read else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import inf, prod
@@ -17,6 +17,7 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
+from prune_export.deriving.cache import derived_note
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.machine import Machine
 from prune_export.planning.choices import exported, left_of, tokens_judged
@@ -109,6 +110,7 @@ def make_plan(
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
     notes = (*wrapped_notes(recipe, checkpoint), *further_notes(checkpoint, archs[0]))
+    notes += tuple(filter(None, [derived_note(archs[0].table)]))
     notes += data_notes(recipe)
     plan = dataclasses.replace(plan, devices=devices, notes=notes)
     return with_lacking(plan, recipe, checkpoint.path, store, out, ram_limit)
@@ -269,6 +271,7 @@ class _Planner:
         told: list[str] = []
         fixes: list[str] = []
         fitting = outside = 0
+        parts = {"prune": 0.0, "heal": 0.0, "engine": 0.0, "size": 0.0}
         for template in templates(search):
             try:
                 candidate = template.near(arch, left, near)
@@ -288,6 +291,7 @@ class _Planner:
             steps += [self._heal(healer, before)[0]] if healer else []
             for step in steps:
                 total = together(total, step.cost)
+                parts["heal" if step.kind == "heal" else "prune"] += step.seconds
             after = after or before
         if after is None:
             problem, fix = unreached(told, outside, arch)
@@ -295,14 +299,21 @@ class _Planner:
         if search.executor == "ray" and find_spec("ray") is None:
             raise MissingExtra.of("search  executor", "ray", "ray")
         engines = list(engines_of(search))
+        timing = _TIMING_S if search.target.timed or search.measure_speed else 0.0
         for option in engines:
             # The dense model and the best pruned one; each is built, judged and timed.
             each = option.export.entry.cost(arch, self.size(arch).bytes)
             judged = 2.0 * arch.parameters() * tokens_judged(self.recipe, search)
             each = dataclasses.replace(
-                each, flops=2 * (each.flops + judged), seconds=2 * (each.seconds + _TIMING_S)
+                each, flops=2 * (each.flops + judged), seconds=2 * (each.seconds + timing)
             )
             total = together(total, each)
+            parts["engine"] += self.rates.seconds(each) / 2 / len(engines)
+            with suppress(PlanError):  # a model that takes no grid does without this engine
+                coarse = self._prune(option.quantize, arch)[0] if option.quantize else None
+                if coarse is not None:
+                    total = together(together(total, coarse.cost), coarse.cost)
+                    parts["engine"] += coarse.seconds / len(engines)
         if engines:
             engines[0].export.entry.check(arch, self.machine)
         if search.target.timed or search.measure_speed:
@@ -310,6 +321,7 @@ class _Planner:
             entry = engines[0].export.entry if engines else entry
             entry.check(after, self.machine)
             each = entry.cost(after, self.size(after).bytes)
+            parts["size"] = self.rates.seconds(each) + _TIMING_S
             count = (3 if search.target.timed else 1) * fitting + 1
             total = together(
                 total, dataclasses.replace(each, seconds=(each.seconds + _TIMING_S) * count)
@@ -319,7 +331,9 @@ class _Planner:
             total, ram_bytes=total.ram_bytes * workers, gpu_bytes=total.gpu_bytes * workers
         )
         name = f"the best of {fitting} candidates"
-        return self.planned("search", name, {}, arch, after, total, "the first one's shapes"), after
+        planned = self.planned("search", name, {}, arch, after, total, "the first one's shapes")
+        one = {kind: parts[kind] / fitting for kind in ("prune", "heal")}
+        return dataclasses.replace(planned, parts=parts | one), after
 
     def exports(self, planned: Planned) -> Iterator[PlannedStage]:
         dense, arch = planned.archs[0], planned.after

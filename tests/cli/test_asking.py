@@ -10,7 +10,7 @@ import pytest
 
 from prune_export.cli.asking import _fraction, _limited, _times
 from prune_export.errors import PlanError
-from prune_export.recipe import Recipe
+from prune_export.recipe import Recipe, engines_of
 from tests.cli.test_cli import DEEPEST
 
 
@@ -48,6 +48,10 @@ def test_precision_and_runtime_leave_the_first_engine_to_compare_with() -> None:
         {"ort_genai": {"precision": "int8"}},
         {"onnx": {"precision": "int8"}},
     ]
+    coarse = {"ort_genai": {"precision": "int4"}, "quantize": {"method": "gptq"}}
+    assert left("int4", "ort_genai") == [
+        {"onnx": {"precision": "fp32"}}, {"ort_genai": {"precision": "int8"}}, coarse
+    ]  # fmt: skip
     assert left("fp32") == [{"onnx": {"precision": "fp32"}}]
     assert left(None, "onnx") == [
         {"onnx": {"precision": "fp32"}}, {"onnx": {"precision": "int8"}}
@@ -73,9 +77,9 @@ def test_each_bundled_recipe_chooses_over_precision_too(name: str, target: dict[
     search = Recipe.load(name).stages[0].entry
     asked = search.target.model_dump()
     assert {key: asked[key] for key in target} == target
-    assert {keys["precision"] for one in search.engines for keys in one.values()} == {
-        "fp32", "int8", "int4"
-    }  # fmt: skip
+    assert [one.label for one in engines_of(search)] == [
+        "fp32 on onnx", "int8 on ort_genai", "int4 by gptq on ort_genai", "int8 on onnx"
+    ]  # fmt: skip
     assert search.alternative
 
 

@@ -199,7 +199,7 @@ class LayerwiseModel:
             if kwargs.get(name) is not None:  # recorded with one window
                 kwargs[name] = kwargs[name].repeat(len(states), *[1] * (kwargs[name].dim() - 1))
         out = self._blocks[layer](states, *call.args, **kwargs)
-        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        result: torch.Tensor = out[0] if isinstance(out, tuple | list) else out
         return result
 
     def load_head(self) -> None:

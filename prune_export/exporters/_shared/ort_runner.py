@@ -44,13 +44,15 @@ def session_for(
     prepack: bool = True,
     fuse: bool = True,
     accuracy_level: int | None = None,
+    spinning: bool = False,
 ) -> Any:
-    """Opens an `onnxruntime.InferenceSession` with this machine's threads, none of them spinning.
+    """Opens an `onnxruntime.InferenceSession` with this machine's threads.
 
-    Without `prepack`, weights stay memory-mapped: slower steps, but the session needs hardly more
-    memory than its activations. Without `fuse`, the graph is run as it is written: int8 weights are
-    then not multiplied with activations that the runtime rounds. `accuracy_level` says what
-    products with dequantized weights compute in, as `MatMulNBits` has it.
+    None of them spins unless that is asked for: engines that are measured take turns. Without
+    `prepack`, weights stay memory-mapped: slower steps, but the session needs hardly more memory
+    than its activations. Without `fuse`, the graph is run as it is written: int8 weights are then
+    not multiplied with activations that the runtime rounds. `accuracy_level` says what products
+    with dequantized weights compute in, as `MatMulNBits` has it.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
@@ -64,7 +66,7 @@ def session_for(
     options.intra_op_num_threads = machine.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if not fuse:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if not prepack:
@@ -92,10 +94,11 @@ class OrtRunner:
         fuse: bool = True,
         head_size: int | None = None,
         accuracy_level: int | None = None,
+        spinning: bool = False,
     ) -> None:
         self._session = session_for(
             graph, machine, provider=provider, prepack=prepack, fuse=fuse,
-            accuracy_level=accuracy_level,
+            accuracy_level=accuracy_level, spinning=spinning,
         )  # fmt: skip
         wanted = (provider or Provider()).resolved(machine)
         self._provider = NAMES[wanted]

@@ -40,6 +40,7 @@ from prune_export.exporters._shared.ort_providers import (
 )
 from prune_export.exporters._shared.rope import refuse_untraceable
 from prune_export.exporters._shared.side_files import copy_side_files
+from prune_export.exporters._shared.tuning import TUNING_S
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
@@ -93,6 +94,13 @@ class Onnx:
             "2 of 4, exactly, for hardware that knows no other pattern"
         ),
     ] = False
+    tune: Annotated[
+        bool,
+        Field(
+            description="measure here which accuracy level (of int8 and int4; none coarser than "
+            "asked), threads, spinning and pages are fastest: written to run.sh and tuned.json"
+        ),
+    ] = False
 
     provider: Annotated[
         ProviderName,
@@ -128,7 +136,9 @@ class Onnx:
 
     calibrates: ClassVar[bool] = False
     WRITES_CODES: ClassVar[bool] = True
-    LATER: ClassVar[Mapping[str, Any]] = {"block_size": 32, "head": "same", "accuracy_level": 4}
+    LATER: ClassVar[Mapping[str, Any]] = {
+        "block_size": 32, "head": "same", "accuracy_level": 4, "tune": False
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         self._provider()  # which refuses what cannot be
@@ -168,7 +178,7 @@ class Onnx:
             disk_bytes=written * (3 if self.sliding else 1),
             flops=2.0 * 6 * 2 * arch.parameters(),
             moved_bytes=2 * checkpoint_bytes + written * (6 if self.sliding else 2),
-            seconds=12.0,
+            seconds=12.0 + (TUNING_S if self.tune else 0.0),
         )
 
     def export(self, checkpoint: Path, out: Path, work: Work) -> BuildRecord:
@@ -212,10 +222,11 @@ class Onnx:
         with work.progress.task("compare with PyTorch", 1) as task:
             note = self._compared(out, config, narrow, stamped.weights, work.machine)
             task.advance()
+        chosen, tuned = self._tuned(out, int(opened.full_config()["vocab_size"]), work)
         return BuildRecord(
             exporter="onnx",
             version=self.VERSION,
-            parameters=asdict(self) | {"opset": tracing.OPSET},
+            parameters=asdict(chosen) | {"opset": tracing.OPSET},
             graph="model.onnx",
             weight_bytes=weight_files.decode_bytes(stamped, dtype, trace.experts_visited)
             + (slid.added_bytes if slid else 0),
@@ -227,6 +238,7 @@ class Onnx:
                 note,
                 *filter(None, (self._provider().note(work.machine),)),
                 *(slid.notes() if slid else ()),
+                *tuned,
             ),
             sparsity={"asked": True, "proven": None} if self.sparse else {},
         )
@@ -237,12 +249,22 @@ class Onnx:
         Raises:
             StageError: the graph does not load, or the wanted provider does not run it.
         """
+        return self.opened(path, machine, spinning=False)
+
+    def opened(self, path: Path, machine: Machine, *, spinning: bool) -> Runner:
+        """Opens it with threads that may spin, as `tune` tries."""
         from prune_export.exporters._shared.ort_runner import OrtRunner
 
         level = self.accuracy_level if self._bits else None
         return OrtRunner(
-            path / "model.onnx", machine, provider=self._provider(), accuracy_level=level
-        )
+            path / "model.onnx", machine, provider=self._provider(), accuracy_level=level,
+            spinning=spinning,
+        )  # fmt: skip
+
+    @property
+    def times_machine(self) -> bool:
+        """Whether the engine depends on how fast this machine is."""
+        return self.tune
 
     def without_sparsity(self) -> Onnx | None:
         """The same exporter without SlideSparse and sparse kernels; None where it uses none."""
@@ -262,6 +284,20 @@ class Onnx:
         head = {"int4": 4, "int8": 8}.get(self.head, 8 if source.grids else self._bits)
         plain, of_head = (Coding(bits, self.block_size) for bits in (self._bits, head))
         return chooser(source, plain, of_head, blocks)
+
+    def _tuned(self, out: Path, vocab: int, work: Work) -> tuple[Onnx, tuple[str, ...]]:
+        """This with the accuracy level that is fastest here, and what was measured; if asked."""
+        if not self.tune:
+            return self, ()
+        from prune_export.exporters._shared.tuning import settings_for, tune
+
+        levels = dict.fromkeys((self.accuracy_level, 1)) if self._bits else ()
+        keys = [{"accuracy_level": level} for level in levels] or [{}]
+        own = {"precision": self.precision, "provider": self.provider}
+        machine = replace(work.machine, device="cpu")
+        found = tune(out, "onnx", own, settings_for(machine, keys), vocab, work)
+        found.write(out, machine)
+        return replace(self, **found.best.setting.keys), (found.note(),)
 
     def _provider(self) -> Provider:
         return Provider(

@@ -37,6 +37,7 @@ from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.ort_providers import runtime_version
 from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.exporters._shared.trim import Trim
+from prune_export.exporters._shared.tuning import TUNING_S
 from prune_export.exporters.ort_genai.graph import decode_bytes
 from prune_export.exporters.ort_genai.runner import GRAPH, open_runner
 from prune_export.exporters.ort_genai.support import corrections, refuse
@@ -48,6 +49,8 @@ _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_RELATIVE_ERROR: Final = {"fp32": 1e-3, "fp16": 5e-2}
 """Largest logit error as a fraction of the logits' standard deviation."""
 _MAX_KL: Final = 0.1  # nats a token, for int8; SmolLM2-135M has 0.005
+_GRAPHS_TRIED: Final = 5
+"""Graphs that `tune` builds in an integer precision."""
 _BITS: Final = {"fp32": 32.0, "fp16": 16.0, "int8": 9.0, "int4": 5.0}
 """A stored weight with its share of scales, at the default block size."""
 
@@ -70,7 +73,7 @@ class OrtGenai:
 
     calibrates: ClassVar[bool] = False
     WRITES_CODES: ClassVar[bool] = True
-    LATER: ClassVar[Mapping[str, Any]] = {"head": "same"}
+    LATER: ClassVar[Mapping[str, Any]] = {"head": "same", "tune": False}
 
     precision: Annotated[
         Literal["fp32", "fp16", "int8", "int4"],
@@ -95,6 +98,19 @@ class OrtGenai:
             "and int4: `same` as the blocks, but int8 where the checkpoint's own codes are written"
         ),
     ] = "same"
+    tune: Annotated[
+        bool,
+        Field(
+            description="measure here which block size, head and accuracy level (none of them "
+            "coarser in what it computes than asked), threads, spinning and pages are fastest; "
+            "threads and spinning go into genai_config.json, the rest into run.sh beside it"
+        ),
+    ] = False
+
+    @property
+    def times_machine(self) -> bool:
+        """Whether the engine depends on how fast this machine is."""
+        return self.tune
 
     def check(self, arch: Arch, machine: Machine) -> None:
         """Refuses, in the plan, what the builder does not know or gets wrong, or cannot run here.
@@ -128,13 +144,14 @@ class OrtGenai:
         """Estimates memory for the builder, which holds the whole model in fp32, and disk."""
         weights = 4 * arch.parameters()
         copies = 3 if self.precision.startswith("int") else 2  # measured: 2.8 and 1.3
+        tries = _GRAPHS_TRIED if self.tune and self._bits else 1
         disk = int(arch.parameters() * _BITS[self.precision] / 8)
         return Cost(
             ram_bytes=600 * MIB + copies * weights,
             disk_bytes=disk,
             flops=2.0 * arch.parameters() * 64,
-            moved_bytes=2 * checkpoint_bytes + 2 * disk,
-            seconds=20.0 + 0.2 * arch.layers,
+            moved_bytes=(2 * checkpoint_bytes + 2 * disk) * tries,
+            seconds=(20.0 + 0.2 * arch.layers) * tries + (TUNING_S if self.tune else 0.0),
         )
 
     def export(self, checkpoint: Path, out: Path, work: Work) -> BuildRecord:
@@ -144,6 +161,14 @@ class OrtGenai:
             CheckpointError: the checkpoint has no tokenizer.
             StageError: the builder failed, or the engine does not compute what PyTorch does.
         """
+        if self.tune:
+            from prune_export.exporters.ort_genai.tuned import export_tuned
+
+            return export_tuned(self, checkpoint, out, work)
+        return self.export_tried(checkpoint, out, work)[0]
+
+    def export_tried(self, checkpoint: Path, out: Path, work: Work) -> tuple[BuildRecord, float]:
+        """Exports with these keys as they are; gives also the engine's KL from PyTorch in nats."""
         start = perf_counter()
         source = Checkpoint.open(checkpoint)
         if not any((checkpoint / name).is_file() for name in _TOKENIZERS):
@@ -154,8 +179,8 @@ class OrtGenai:
             )
         self._build(source, out, work)
         copy_side_files(source, out, replacing=False)  # the builder wrote some itself
-        notes = self._try(checkpoint, out, work)
-        return BuildRecord(
+        notes, kl = self._try(checkpoint, out, work)
+        record = BuildRecord(
             exporter="ort_genai",
             version=self.VERSION,
             parameters=asdict(self),
@@ -166,10 +191,15 @@ class OrtGenai:
             | {"onnxruntime": runtime_version()},
             notes=tuple(filter(None, (Trim.of(source).note(), *notes))),
         )
+        return record, kl
 
     def open(self, path: Path, machine: Machine) -> Runner:
         """Opens the engine at `path`, as `export` wrote it, on the CPU."""
         return open_runner(path, machine)
+
+    def opened(self, path: Path, machine: Machine, *, spinning: bool) -> Runner:
+        """Opens it for tuning, with threads that may spin."""
+        return open_runner(path, machine, spinning=spinning)
 
     def _build(self, source: Checkpoint, out: Path, work: Work) -> None:
         config = source.full_config()
@@ -219,7 +249,7 @@ class OrtGenai:
             }
         return options
 
-    def _try(self, checkpoint: Path, out: Path, work: Work) -> tuple[str, str]:
+    def _try(self, checkpoint: Path, out: Path, work: Work) -> tuple[tuple[str, str], float]:
         answer = work.scratch / "genai-trial-answer.json"
         request = {
             "source": str(checkpoint.resolve()),
@@ -244,7 +274,7 @@ class OrtGenai:
             f"{found['max_error']:.1g}, KL {found['mean_kl']:.1g} nats, same choice "
             f"{found['same_choice']}; onnxruntime-genai generated {found['generated']} tokens"
         )
-        return tried, str(found["tokenizer"])
+        return (tried, str(found["tokenizer"])), float(found["mean_kl"])
 
     def _problem(self, found: Mapping[str, Any], *, exact: bool = False) -> str:
         """Says what is wrong with a trial's findings; empty when nothing is.

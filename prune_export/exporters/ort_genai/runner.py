@@ -27,15 +27,17 @@ _LARGEST_HEAD: Final = 65_536
 _ROOM: Final = 256  # positions by which a full cache grows
 
 
-def open_runner(path: Path, machine: Machine) -> Runner:
+def open_runner(path: Path, machine: Machine, *, spinning: bool = False) -> Runner:
     """Opens the builder's graph in `path` on the CPU.
 
     fp16 graphs have no attention that appends in place; their cache is handed on instead.
     """
     shared, head_size = _read_config(path)
     if shared:
-        return GenaiRunner(path, machine)
-    return OrtRunner(path / GRAPH, machine, provider=PROVIDER, head_size=head_size)
+        return GenaiRunner(path, machine, spinning=spinning)
+    return OrtRunner(
+        path / GRAPH, machine, provider=PROVIDER, head_size=head_size, spinning=spinning
+    )
 
 
 def _read_config(path: Path) -> tuple[bool, int]:
@@ -64,8 +66,8 @@ def _read_config(path: Path) -> tuple[bool, int]:
 class GenaiRunner:
     """Runs the graph step by step, with the KV cache in buffers that the graph writes into."""
 
-    def __init__(self, path: Path, machine: Machine) -> None:
-        self._session = session_for(path / GRAPH, machine, provider=PROVIDER)
+    def __init__(self, path: Path, machine: Machine, *, spinning: bool = False) -> None:
+        self._session = session_for(path / GRAPH, machine, provider=PROVIDER, spinning=spinning)
         self._head_size = _read_config(path)[1]
         # Blocks may have different numbers of heads.
         self._past = {
