@@ -30,6 +30,7 @@ def searching(*words: str) -> dict[str, Any]:
     return {"function": "search", "arguments": {"words": words}}
 
 
+@pytest.mark.slow
 def test_recipes_are_published_found_and_read(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -74,6 +75,7 @@ def test_recipes_are_published_found_and_read(tmp_path: Path) -> None:
     assert named["fetches"] == ["recipe hf://me/recipes/three"]
 
 
+@pytest.mark.slow
 def test_a_fetched_recipe_extends_only_its_owners(tmp_path: Path) -> None:
     own = b"recipe: 1\nextends: hf://me/base\nmodel: org/large\n"
     foreign = b"recipe: 1\nextends: hf://you/base\n"

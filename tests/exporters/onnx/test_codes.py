@@ -28,9 +28,7 @@ CASES: dict[str, tuple[str, Gptq | Rtn]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=() if "joined" in c else pytest.mark.slow) for c in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_the_engine_computes_what_the_checkpoint_does(case: str, tmp_path: Path) -> None:
     family, method = CASES[case]
     saved(family, tmp_path / "dense")
