@@ -115,10 +115,13 @@ class Arch:
     def further(self) -> tuple[str, ...]:
         """The prefixes of stored names of modules that predict further tokens; none are loaded."""
         said = self.table.further
-        count = value(f"{said.key} | 0", self.config) if said else 0
-        numbers = range(self.layers, self.layers + min(count, MOST_LAYERS))
-        prefixes = said.prefixes if said and count else []
-        return tuple(prefix.replace("{next}", str(n)) for prefix in prefixes for n in numbers)
+        count = min(value(f"{said.key} | 0", self.config), MOST_LAYERS) if said else 0
+        numbers = [str(self.layers + at) for at in range(count)]
+        return tuple(
+            prefix.replace("{next}", number)
+            for prefix in (said.prefixes if said else ())
+            for number in (numbers if "{next}" in prefix else ("",))
+        )
 
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that a checkpoint holds: all but those tied to another."""
@@ -246,6 +249,16 @@ class Arch:
             elif numbers[0] in renumber:
                 sizes[".".join((name, renumber[numbers[0]], *numbers[1:]))] = size
         return self._bound(config, len(kept), sizes)
+
+    @property
+    def droppable(self) -> range:
+        """The blocks of which any may go: without those that a larger model, or the family, keeps.
+
+        Where the last block must be of a kind, it stays.
+        """
+        rules = self.table.config
+        last = any(self.config.get(key) for key in rules.ends_with)
+        return range(self.within.fed if self.within else 0, self.layers - last)
 
     def kept(self, layers: Collection[int]) -> tuple[int, ...]:
         """The layers left after dropping `layers`, ascending.

@@ -19,6 +19,7 @@ from prune_export.arch import outside
 from prune_export.arch.common import common, is_among, parse_yaml
 from prune_export.arch.conditions import holds, keys_of, value
 from prune_export.arch.dims import Dims
+from prune_export.arch.rare import ByKind, Further
 from prune_export.errors import UnsupportedArch, did_you_mean
 
 __all__ = [
@@ -70,9 +71,8 @@ class TensorRow(_Frozen):
 class LayerSet(_Frozen):
     """Layers chosen by config keys, in one of four ways; after a depth cut it is written back.
 
-    1. Those with (i + 1) divisible by `every`, which are not listed in `excluding`, from layer
-       `first` on up to layer `last`. Written with `excluding` as `every: 1` and the renumbered rest
-       in the list; else by the step, first and last layer that say the same.
+    1. Those with (i + 1) divisible by `every`, not listed in `excluding`, from `first` on up to
+       `last`. Written as `every: 1` and the rest in `excluding`, or by step, first and last.
     2. Those whose entry in the per-layer list `of` is one of `values`: the list is sliced.
     3. Those in the list `listed`, which is renumbered.
     4. Those with i % `period` == `offset`: the smallest period that says the same is written.
@@ -127,6 +127,8 @@ class ConfigRules(_Frozen):
         grouped: for an axis, the key that says into how many groups its places are divided, each
             with a part of its own in the computation; with more than one it cannot be cut.
         aliases: other names that transformers accepts for a key, and the name that it writes.
+        by_kind: sizes of a kind of layers that transformers writes layer by layer.
+        ends_with: what the last entry of a `per_layer` list must be.
     """
 
     known: list[str] = Field(default_factory=list)
@@ -142,17 +144,8 @@ class ConfigRules(_Frozen):
     at_most: list[tuple[str, str]] = Field(default_factory=list)
     grouped: dict[str, str] = Field(default_factory=dict)
     aliases: dict[str, str] = Field(default_factory=dict)
-
-
-class Further(_Frozen):
-    """Modules that predict further tokens (MTP), which transformers does not load with the model.
-
-    `key` says how many there are; `prefixes` are those of their stored names, with `{next}` for the
-    numbers that follow the last block's.
-    """
-
-    key: str
-    prefixes: list[str]
+    by_kind: ByKind | None = None
+    ends_with: dict[str, Any] = Field(default_factory=dict)
 
 
 class Bundled(_Frozen):
@@ -215,6 +208,8 @@ class Table(_Frozen):
 
     `untraceable` says what of it no exporter's graph can hold, as an end of a sentence.
 
+    `unadapted` are roles that get no adapter: joined kernels of training read their weights alone.
+
     `parts_add` says that the modules of attention and MLP add the residual states themselves.
 
     `per_sample` names arguments of a block whose first dimension is samples times heads (ALiBi's
@@ -251,6 +246,7 @@ class Table(_Frozen):
     parallel: bool | str = False
     tuple_blocks: bool = False
     untraceable: str = ""
+    unadapted: list[str] = Field(default_factory=list)
     tuple_mlp: bool | str = False
     parts_add: bool = False
     per_sample: list[str] = Field(default_factory=list)

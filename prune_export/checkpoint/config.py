@@ -57,7 +57,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}  quantization_config",
             f"the weights are quantized ({named or 'unknown method'}), expected plain floats",
-            "start from the unquantized model; quantize at export, after the pruning",
+            "`prune-export run` dequantizes it first; from Python, `checkpoint.import_packed`"
+            if named in ("fp8", "mxfp4")
+            else "start from the unquantized model; quantize at export, after the pruning",
         )
     return config
 

@@ -118,7 +118,9 @@ def part(
     carried: dict[str, Entry] = {}
     for name, entry in entries.items():
         rest = name.removeprefix(f"{prefix}.")
-        if rest != name and (prefix != own or rest.partition(".")[0] in first):
+        if table.further and name.startswith(tuple(table.further.prefixes)):
+            text[name] = entry  # left behind, as of a plain model
+        elif rest != name and (prefix != own or rest.partition(".")[0] in first):
             text[f"{own}.{rest}"] = entry
         elif name.startswith(f"{wrapped.head}."):
             text[f"{_OWN_HEAD}.{name.removeprefix(f'{wrapped.head}.')}"] = entry

@@ -49,3 +49,17 @@ def further_notes(checkpoint: Checkpoint, arch: Arch) -> tuple[str, ...]:
         "behind: they were trained on hidden states that a cut changes, and transformers does not "
         "load them with the model.",
     )
+
+
+def packed_notes(imported: str) -> tuple[str, ...]:
+    """Says that packed weights were dequantized first; nothing of plain ones and of GGUF files.
+
+    The sentence stands in the plan and in the card.
+    """
+    if imported not in ("fp8", "mxfp4"):
+        return ()
+    return (
+        f"The base model's weights are {imported}: they are dequantized first, exactly, and the "
+        "sizes and the dense model of this report are the dequantized one's. A checkpoint of "
+        "plain floats takes two to four times the bytes of the packed one.",
+    )

@@ -25,6 +25,9 @@ _QWEN_VISION = {
     "depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 1,
     "spatial_merge_size": 2, "in_channels": 3,
 }  # fmt: skip
+_QWEN35_VISION = {
+    **_QWEN_VISION, "out_hidden_size": 32, "intermediate_size": 24, "num_position_embeddings": 16,
+}  # fmt: skip
 _QWEN_TOKENS = {
     "image_token_id": IMAGE, "video_token_id": 61, "vision_start_token_id": 62,
     "vision_end_token_id": 63,
@@ -60,6 +63,22 @@ RECIPES: Mapping[str, _Recipe] = {
         "mm_tokens_per_image": 4, "image_token_index": IMAGE, "boi_token_index": 61,
         "eoi_token_index": 62,
     }, 4, _pixels(8)),
+    "gemma4": _Recipe(
+        {
+            "vision_config": {
+                **_SMALL, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4,
+                "pooling_kernel_size": 2, "position_embedding_size": 16,
+            },
+            "audio_config": None, "image_token_id": IMAGE, "boi_token_id": 61, "eoi_token_id": 62,
+            "video_token_id": 63, "audio_token_id": 59,
+        },
+        4,
+        lambda: {
+            "pixel_values": torch.rand(1, 16, 48),
+            "image_position_ids": torch.tensor([[[i % 4, i // 4] for i in range(16)]]),
+        },
+        {"pad_token_id": 0},
+    ),
     "internvl": _Recipe({
         "vision_config": {**_CLIP, "image_size": [16, 16], "patch_size": [4, 4]},
         "image_token_id": IMAGE,
@@ -102,16 +121,18 @@ RECIPES: Mapping[str, _Recipe] = {
                           "window_size": 16, "fullatt_block_indexes": [1]},
         **_QWEN_TOKENS,
     }, 4, _patches, {"rope_parameters": _MROPE}),
-    **{
-        name: _Recipe({
-            "vision_config": {**_QWEN_VISION, "out_hidden_size": 32, "intermediate_size": 24,
-                              "num_position_embeddings": 16},
-            **_QWEN_TOKENS,
-        }, 4, _patches, {"rope_parameters": {
-            **_MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0,
-        }})
-        for name in ("qwen3_5", "qwen3_5_moe")
-    },
+    "qwen3_5": _Recipe(
+        {"vision_config": _QWEN35_VISION, **_QWEN_TOKENS},
+        4,
+        _patches,
+        {"rope_parameters": {**_MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5}},
+    ),
+    "qwen3_5_moe": _Recipe(
+        {"vision_config": _QWEN35_VISION, **_QWEN_TOKENS},
+        4,
+        _patches,
+        {"rope_parameters": {**_MROPE, "mrope_interleaved": True, "partial_rotary_factor": 0.5}},
+    ),
     "qwen3_vl": _Recipe({
         "vision_config": {**_QWEN_VISION, "out_hidden_size": 32, "intermediate_size": 24,
                           "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
@@ -155,6 +176,8 @@ def save_wrapper(name: str, path: Path, **changes: Any) -> TinyWrapper:
     image = dict(recipe.image()) if recipe.image else {}
     ids = torch.tensor([[5, 9, 40, *[IMAGE] * recipe.tokens, 17, 22, 8, 2, 11, 50]])
     if name.startswith("qwen"):
+        image["mm_token_type_ids"] = (ids == IMAGE).int()
+    if name == "gemma4":
         image["mm_token_type_ids"] = (ids == IMAGE).int()
     if name == "gemma3":
         image["token_type_ids"] = (ids == IMAGE).int()
