@@ -158,6 +158,7 @@ def test_the_narrow_engine_computes_what_the_wide_model_does(llama: Any) -> None
     assert agrees(path / "wide", path / "onnx" / record.graph) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_model_without_attention_needs_no_cache(tmp_path: Path) -> None:
     saved("llama", tmp_path / "wide", num_hidden_layers=2)
     model = Zeroed(tmp_path / "wide")
