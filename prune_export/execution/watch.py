@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Final
 
-from prune_export.execution.sampling import memory_watched
+from prune_export.execution.memory import memory_watched
 from prune_export.planning import PlannedStage
 from prune_export.store import Artifact
 from prune_export.system.platforms import peak_ram

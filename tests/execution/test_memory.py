@@ -7,7 +7,7 @@ import sys
 
 import psutil
 
-from prune_export.execution.sampling import Peak, memory_watched
+from prune_export.execution.memory import Peak, memory_watched
 
 HOLDS = "held = bytearray(50_000_000); print(len(held), flush=True); input()"
 
