@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import importlib
+import json
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -13,8 +17,9 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +27,7 @@ from hypothesis import settings
 
 from prune_export.checkpoint import filled
 from prune_export.modeling import register
+from tests.covers import all_but_few, left_out
 from tests.measured_here import install
 
 torch.set_num_threads(1)
@@ -54,14 +60,51 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         _module[:] = [item.path]
         gc.collect()
         gc.freeze()
+    keep_registry()
+
+
+def keep_registry() -> None:
+    """Makes torch's table of ONNX functions once, not for each export: half a second of each."""
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry: Any = getattr(registration, "ONNXRegistry", None)
+    if registry is None or hasattr(registry, "kept"):
+        return
+    make, registry.kept = registry.from_torchlib, {}
+
+    def from_torchlib(cls: Any, opset_version: int) -> Any:
+        if opset_version not in cls.kept:
+            cls.kept[opset_version] = make(opset_version)
+        found = copy.copy(cls.kept[opset_version])
+        found.functions = {name: list(ways) for name, ways in found.functions.items()}
+        return found
+
+    registry.from_torchlib = classmethod(from_torchlib)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves products over all families to `--all-pairs`, but for a cover of each.
+
+    A row that is named on the command line runs.
+    """
+    named = any("[" in argument for argument in config.args)
+    if named or config.getoption("--all-pairs"):
+        return
+    rest = left_out(items)
+    if config.getoption("--few"):
+        rest |= all_but_few(item for item in items if item not in rest)
+    if rest:
+        items[:] = [item for item in items if item not in rest]
+        config.hook.pytest_deselected(items=list(rest))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-pairs",
         action="store_true",
-        help="export every method's model of every family (half an hour)",
+        help="run every row of the products over families that are covers by default",
     )
+    parser.addoption("--few", action="store_true", help="run at most three rows of every test")
 
 
 SENTENCES = (
@@ -132,8 +175,6 @@ def tiny_graph(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with calibration.txt, healing.jsonl and evaluation.txt, none overlapping."""
-    import json
-
     root = tmp_path_factory.mktemp("corpus")
     (root / "calibration.txt").write_text(prose(1, 40), encoding="utf-8")
     lines = (json.dumps({"text": line}) for line in prose(2, 60).splitlines())
@@ -146,3 +187,29 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines answer from threads of this process (`tests.measured_here`)."""
     install(monkeypatch)
+
+
+@pytest.fixture
+def genai_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs of `ort_genai` run here and not in two new processes for each export.
+
+    What they compute is the same, and starting them costs four times as much: they import torch,
+    transformers and the builder. As processes they run in `test_a_directory_for_onnxruntime_genai`
+    and `test_a_failed_build_says_why`. What they change for good is put back here.
+    """
+    from onnxruntime_genai.models import builder
+    from transformers import AutoModelForCausalLM
+
+    def run(program: str, request: Mapping[str, Any], work: Any, follow: Any) -> None:
+        del work, follow
+        main = importlib.import_module(f"prune_export.exporters.ort_genai.{program}").main
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GIT_DIR", os.devnull)
+            for owner, name in (
+                (AutoModelForCausalLM, "from_pretrained"),
+                (builder.Model, "make_inputs_and_outputs"),
+            ):
+                patch.setattr(owner, name, getattr(owner, name))
+            main(json.loads(json.dumps(request)))
+
+    monkeypatch.setattr("prune_export.exporters.ort_genai.exporter._run", run)

@@ -80,6 +80,7 @@ ROLES: Final[Mapping[str, Role]] = {
     "buffer.beta": Role("mlp"),
     "buffer.eps": Role("mlp"),
     "buffer.correction": Role("mlp"),
+    "buffer.scale": Role(),
     "sinks": Role("attention"),
     "norm.q": Role("attention"),
     "norm.k": Role("attention"),
@@ -136,3 +137,8 @@ def is_fused(name: str) -> bool:
 
 OUTPUT_PROJECTIONS: Final = frozenset(roles(lambda own: own.writes and own.group))
 """The roles of matrices whose outputs are added to the residual stream: `o`, `down` …"""
+
+CONTROLS: Final = frozenset(
+    name for name, own in ROLES.items() if name.startswith("linear.") and own.part and not own.group
+)
+"""The roles of what controls a recurrence: rounding it, or adapting it, moves the whole state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +57,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}  quantization_config",
             f"the weights are quantized ({named or 'unknown method'}), expected plain floats",
-            "start from the unquantized model; quantize at export, after the pruning",
+            "`prune-export run` dequantizes it first; from Python, `checkpoint.import_packed`"
+            if named in ("fp8", "mxfp4")
+            else "start from the unquantized model; quantize at export, after the pruning",
         )
     return config
 
@@ -95,7 +98,8 @@ def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     `auto_map` is ignored.
 
     Raises:
-        UnsupportedArch: transformers does not know the model type, or it is a multimodal wrapper.
+        UnsupportedArch: transformers does not know the model type, or it is a multimodal wrapper
+            that no line of `arch/wrappers.yaml` describes.
         CheckpointError: transformers refuses the values.
     """
     file = path / "config.json"
@@ -110,8 +114,24 @@ def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             "save the language model alone with transformers "
             "(`AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(OUT)`), and use that",
         )
+    return filled_config(config, path)
+
+
+def filled_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Fills in transformers' defaults, of plain models and of larger ones that hold one.
+
+    Raises:
+        UnsupportedArch: transformers does not know the model type.
+        CheckpointError: transformers refuses the values.
+    """
+    file = path / "config.json"
+    model_type = str(config.get("model_type"))
     _refuse_counts(file, config)
-    plain = {key: value for key, value in config.items() if key != "auto_map"}
+    for key in (*_NESTED, "vision_config"):
+        if isinstance(config.get(key), dict):
+            _refuse_counts(file, config[key])
+    # A copy: some configuration classes write into the lists and tables that they are given.
+    plain = deepcopy({key: value for key, value in config.items() if key != "auto_map"})
     if (kept := kept_config(plain)) is not None:
         return kept
     # Imported here: transformers brings torch, and opening a checkpoint must stay cheap.

@@ -18,8 +18,9 @@ from typing import Any
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.contracts import HasSparsity, Taught
+from prune_export.deriving.cache import ensure_family
 from prune_export.errors import StageError
-from prune_export.execution.asked import config_of, model_of, with_data
+from prune_export.execution.asked import config_of, imported_from, model_of, with_data
 from prune_export.execution.choosing import run_choice
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
@@ -115,6 +116,8 @@ def _fitted(recipe: Recipe, model: str | None, options: Options) -> tuple[Recipe
         check_tasks(recipe.verify.quality.tasks)
     spec, path, _ = model_of(recipe, model)
     checkpoint = config_of(path)
+    if ensure_family(checkpoint, options.store):
+        checkpoint = config_of(path)
     devices = options.devices or Devices(options.team.size, options.team.here)
     rates = None if devices.elsewhere else Rates.measure(options.machine)
 
@@ -128,7 +131,7 @@ def _fitted(recipe: Recipe, model: str | None, options: Options) -> tuple[Recipe
             out=options.out,
             ram_limit=options.ram_limit,
             ignore_keys=options.ignore_keys,
-            imported=path.suffix == ".gguf",
+            imported=imported_from(path),
             devices=devices,
             rates=rates,
         )

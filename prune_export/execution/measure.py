@@ -26,6 +26,7 @@ from prune_export.store import Artifact, Key
 from prune_export.verify import (
     Effort,
     Engine,
+    measure_engine_tasks,
     measure_generation,
     measure_parity,
     measure_perplexity,
@@ -93,8 +94,7 @@ def measure_run(
     found = Verification(reload=_reload(context, points[-1]), machine=describe())
     if asked.parity or asked.speed or (quality and quality.engines):
         found.unverified.update(
-            {one.exporter: f"it does not run on {context.machine.device}, which is all there was"
-             for _, one in engines if not one.runs_on(context.machine)}
+            {one.exporter: why for _, one in engines if (why := one.why_not(context.machine))}
         )  # fmt: skip
     if text is not None and quality is not None:
         for point in points:
@@ -115,6 +115,8 @@ def measure_run(
             context.say_late("verify: generated text was given up, as time was short.")
     if quality and quality.tasks:
         found.tasks.extend(_tasks(context, quality, points))
+        for artifact, engine in runnable if quality.engines else ():
+            found.tasks.extend(_engine_tasks(context, quality, found.tasks, artifact, engine))
     for artifact, engine in runnable:
         if asked.parity:
             found.parity.append(_parity(context, artifact, engine, points[-1], ids))
@@ -251,6 +253,27 @@ def _tasks(context: RunContext, quality: Quality, points: Sequence[Point]) -> li
         lambda: measure_tasks(
             quality.tasks, points[-1].path, context.machine, dense=points[0].path,
             samples=quality.task_samples, progress=context.progress,
+        ),
+    )  # fmt: skip
+
+
+def _engine_tasks(
+    context: RunContext,
+    quality: Quality,
+    beside: Sequence[Task],
+    artifact: Artifact,
+    engine: Engine,
+) -> list[Task]:
+    own = [one for one in beside if not one.engine]
+    return _kept(
+        context, "engine_tasks", f"verify: lm-eval tasks on {engine.exporter}", list[Task],
+        (artifact.id,), {
+            "tasks": list(quality.tasks), "samples": quality.task_samples,
+            "dense": [[one.name, one.metric, one.dense] for one in own],
+        },
+        lambda: measure_engine_tasks(
+            quality.tasks, engine, context.machine, beside=own, samples=quality.task_samples,
+            progress=context.progress,
         ),
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
+from prune_export.deriving.cache import derived_note
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.machine import Machine
 from prune_export.planning.choices import exported, left_of, tokens_judged
@@ -30,6 +31,7 @@ from prune_export.planning.positions import refuse_long_requests, refuse_long_te
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
 from prune_export.planning.talks import talks_of
 from prune_export.planning.teacher import teacher_of
+from prune_export.planning.wrapped import further_notes, packed_notes, wrapped_notes
 from prune_export.recipe import (
     Recipe,
     Search,
@@ -68,13 +70,13 @@ def make_plan(
     out: Path,
     ram_limit: int | None = None,
     ignore_keys: tuple[str, ...] = (),
-    imported: bool = False,
+    imported: str = "",
     devices: Devices = HERE,
     rates: Rates | None = None,
 ) -> Plan:
     """Plans a recipe for a model: resolves, costs and checks every stage.
 
-    `checkpoint` may be only a config. `imported` says that it is to be made from a GGUF file first.
+    `checkpoint` may be only a config. `imported` says what it is to be dequantized from first.
     `ram_limit` in bytes replaces the available memory as what must not be exceeded. What this
     machine lacks is in `Plan.lacking`, so that the plan can be looked at all the same; for
     `devices` that are not here it is what these lack, and of memory only a `ram_limit` is known.
@@ -88,7 +90,7 @@ def make_plan(
         rates = Rates.known(devices.flops) if devices.elsewhere else Rates.measure(machine)
     machine = devices.machine(machine)
     planner = _Planner(recipe, checkpoint, machine, rates, arch, ignore_keys, devices)
-    stages, archs = ([planner.imported(arch)] if imported else []), [arch]
+    stages, archs = ([planner.imported(arch, imported)] if imported else []), [arch]
     ablated = Ablated()
     stages += talks_of(recipe, checkpoint, arch, machine, planner.planned)
     for index, stage in enumerate(recipe.stages):
@@ -107,7 +109,10 @@ def make_plan(
     if recipe.verify.generation and Tokenizer.lies_in(checkpoint.path):
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
-    plan = dataclasses.replace(plan, devices=devices, notes=data_notes(recipe))
+    notes = (*wrapped_notes(recipe, checkpoint), *further_notes(checkpoint, archs[0]))
+    notes += tuple(filter(None, [derived_note(archs[0].table)]))
+    notes += (*packed_notes(imported), *data_notes(recipe))
+    plan = dataclasses.replace(plan, devices=devices, notes=notes)
     return with_lacking(plan, recipe, checkpoint.path, store, out, ram_limit)
 
 
@@ -141,26 +146,22 @@ class _Planner:
         cost: Cost,
         note: str = "",
     ) -> PlannedStage:
-        return PlannedStage(
-            kind,
-            name,
-            parameters,
-            self.size(before),
-            self.size(after),
-            cost,
-            self.rates.seconds(cost),
-            note,
-        )
+        sizes, seconds = (self.size(before), self.size(after)), self.rates.seconds(cost)
+        return PlannedStage(kind, name, parameters, *sizes, cost, seconds, note)
 
-    def imported(self, arch: Arch) -> PlannedStage:
+    def imported(self, arch: Arch, source: str) -> PlannedStage:
         size = self.size(arch)
+        whole = source == "gguf"  # others pass through memory a tensor at a time
         cost = Cost(
-            ram_bytes=450 * MIB + round(1.8 * size.bytes),  # measured: 1.4 and 1.8 times
+            # Measured of a GGUF: 1.4 and 1.8 times its float32 bytes.
+            ram_bytes=450 * MIB + round(1.8 * size.bytes) if whole else _PROCESS_BYTES,
             disk_bytes=size.bytes,
             moved_bytes=2 * size.bytes,
             seconds=6,
         )
-        return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
+        dtype = "float32" if whole else str(arch.config.get("dtype") or "bfloat16")
+        note = f"dequantized once to {dtype}"
+        return self.planned("import", source, {}, arch, arch, cost, note)
 
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         how = {

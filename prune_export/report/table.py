@@ -192,7 +192,7 @@ def _quality_rows(report: Report) -> list[Row]:
     for task in report.verification.tasks if report.verification else ():
         base = "not measured" if task.dense is None else number(task.dense, 4)
         shift = "" if task.dense is None else f"{task.pruned - task.dense:+.4f}".replace("-", "−")
-        label = f"{task.name}, {task.metric}"
+        label = f"{task.name}, {task.metric}" + (f", {task.engine}" if task.engine else "")
         rows.append(Row("quality", label, base, number(task.pruned, 4), shift))
     return rows
 

@@ -4,6 +4,16 @@
 """
 
 from prune_export.surgery.edits import Become, Drop, Edit, Edits, Keep, Overwrite, Untie
-from prune_export.surgery.rewriting import rewrite
+from prune_export.surgery.rewriting import rewrite, write_text_alone
 
-__all__ = ["Become", "Drop", "Edit", "Edits", "Keep", "Overwrite", "Untie", "rewrite"]
+__all__ = [
+    "Become",
+    "Drop",
+    "Edit",
+    "Edits",
+    "Keep",
+    "Overwrite",
+    "Untie",
+    "rewrite",
+    "write_text_alone",
+]

@@ -10,19 +10,22 @@ what is cut passes through in windows of rows. A cut is made on the bits, so eve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from prune_export.arch import Arch, Tensor
 from prune_export.checkpoint.config import full_config
+from prune_export.checkpoint.grid_file import NAME as GRIDS
 from prune_export.checkpoint.header import TORCH, Entry
 from prune_export.checkpoint.reader import Checkpoint, all_finite
+from prune_export.checkpoint.wrapped import Wrapped
 from prune_export.checkpoint.writer import SHARD_BYTES, Planned, write_checkpoint
 from prune_export.errors import CheckpointError, PlanError
 from prune_export.modeling import FOLDER
 from prune_export.progress import Progress
 from prune_export.surgery.edits import Edit, Edits
+from prune_export.system.files import is_regular
 from prune_export.units import MIB
 
 if TYPE_CHECKING:
@@ -65,6 +68,8 @@ def rewrite(
     config = after.to_config(source.config)
     for key in _DEAD_KEYS:
         config.pop(key, None)
+    if arch.further and any(name.startswith(arch.further) for name in source.entries):
+        config |= dict.fromkeys(arch.table.further_keys() & config.keys(), 0)  # left behind
     side_files = source.side_files()
     if after.table.bundled:
         config["auto_map"] = after.table.bundled.auto_map()
@@ -74,6 +79,9 @@ def rewrite(
     _refuse_untied(source, arch)
     window = max(MIB, min(_WINDOW_BYTES, ram_bytes // 16))
     planned = list(_planned(source, arch, after, sorted_edits, window))
+    if source.wrapped is not None:
+        config = source.wrapped.whole_config(source.config, config)
+        planned = _whole(source.wrapped, planned)
     result = write_checkpoint(
         out,
         config,
@@ -85,6 +93,19 @@ def rewrite(
     )
     result.check(after)
     return result
+
+
+def write_text_alone(source: Checkpoint, out: Path, progress: Progress | None = None) -> Checkpoint:
+    """Writes the language model of a larger model (of images and text) as a plain checkpoint.
+
+    Its bytes are the same; only names and config.json are those of a causal language model. The
+    grids of quantized weights, which are kept under these names, come along.
+    """
+    planned = [Planned(name, one.dtype, one.shape, one) for name, one in source.entries.items()]
+    config = {key: one for key, one in source.config.items() if key not in _DEAD_KEYS}
+    side_files = [file for file in source.side_files() if "processor" not in file.name]
+    side_files += [file for file in (source.path / GRIDS,) if is_regular(file)]
+    return write_checkpoint(out, config, planned, side_files=side_files, progress=progress)
 
 
 def _planned(
@@ -111,6 +132,13 @@ def _planned(
         stored = str(tensor.tied_to)
         content = _content(source, stored, tensor, arch, edits, window)
         yield Planned(name, source.entries[stored].dtype, after.shape(after.by_name[name]), content)
+
+
+def _whole(wrapped: Wrapped, planned: Iterable[Planned]) -> list[Planned]:
+    """The tensors of a larger model, given those of its language model; the others as they are."""
+    own = [replace(one, name=wrapped.stored_name(one.name)) for one in planned]
+    rest = wrapped.carried.items()
+    return own + [Planned(name, entry.dtype, entry.shape, entry) for name, entry in rest]
 
 
 def _content(

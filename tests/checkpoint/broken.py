@@ -129,7 +129,12 @@ def _(path: Path) -> None:
     edit_config(path, model_type="mamba")
 
 
-@case("multimodal", "wraps a language model (gemma3_text)", kind=UnsupportedArch)
+@case("multimodal, not described", "wraps a language model (llama)", kind=UnsupportedArch)
+def _(path: Path) -> None:
+    edit_config(path, model_type="video_llava", text_config={"model_type": "llama"})
+
+
+@case("multimodal, with other weights", "is missing (284 of 341 tensors")
 def _(path: Path) -> None:
     edit_config(path, model_type="gemma3", text_config={"model_type": "gemma3_text"})
 

@@ -58,7 +58,7 @@ def test_three_models_in_one_table(
     assert "note: without `--data` no quality was measured" in cli(*asked)[1]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
 def test_the_quality_of_each_is_measured_on_the_same_windows(
     cli: Call, tiny_llama: Path, shorter: Path, corpus: Path, tmp_path: Path
 ) -> None:

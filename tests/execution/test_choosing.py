@@ -151,6 +151,7 @@ class TestWhatIsChosen:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_here", "genai_in_this_process")
 def test_a_dense_int8_model_is_chosen_over_a_pruned_one(
     wide_llama: Path, corpus: Path, options: Options
 ) -> None:

@@ -22,17 +22,13 @@ from prune_export.surgery import (
     Untie,
 )
 from prune_export.surgery.rewriting import _Cut
-from tests.saved_models import maker
+from tests.saved_models import contents, maker
 from tests.surgery.surgery_calls import DOWN, Saved, cut, loaded, logits
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return maker(tmp_path_factory.mktemp)
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
 
 
 # --- Drop --------------------------------------------------------------------------------------

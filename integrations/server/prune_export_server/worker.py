@@ -119,6 +119,11 @@ class Worker:
         return len(self._waiting)
 
     @property
+    def most_waiting(self) -> int:
+        """The jobs for which the queue has room."""
+        return self._most
+
+    @property
     def busy(self) -> bool:
         """Whether a job is being answered."""
         return self._running is not None
@@ -155,6 +160,12 @@ class Worker:
             return
         finally:
             self._ready.set()
+        try:
+            self._serve(generator, tokenizer)
+        finally:
+            generator.close()
+
+    def _serve(self, generator: Generator, tokenizer: Any) -> None:
         while (job := self._next()) is not None:
             self._running = job
             try:

@@ -83,6 +83,9 @@ class LayerwiseModel:
         self._places = [_Place(block, in_tuple=arch.table.tuple_blocks) for block in self._blocks]
         parent, _, leaf = arch.table.blocks.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._places))
+        # Without the head; a class of a larger model's text may name no such part.
+        base = self.model.base_model
+        self._base = self.model.get_submodule(parent) if base is self.model else base
         small = [
             tensor
             for tensor in arch.stored()
@@ -134,7 +137,7 @@ class LayerwiseModel:
         rows = self._rows[torch.searchsorted(self._known, own)]
         # The model embeds them itself: some families scale in the embedding, others behind it.
         self._embedding.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
-        self.model.base_model(input_ids=places.to(self.device), use_cache=False)
+        self._base(input_ids=places.to(self.device), use_cache=False)
         states = self._places[0].states
         assert states is not None
         return states
@@ -196,7 +199,7 @@ class LayerwiseModel:
             if kwargs.get(name) is not None:  # recorded with one window
                 kwargs[name] = kwargs[name].repeat(len(states), *[1] * (kwargs[name].dim() - 1))
         out = self._blocks[layer](states, *call.args, **kwargs)
-        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        result: torch.Tensor = out[0] if isinstance(out, tuple | list) else out
         return result
 
     def load_head(self) -> None:

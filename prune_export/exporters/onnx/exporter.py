@@ -2,8 +2,9 @@
 
 Inputs `input_ids`, `attention_mask`, `position_ids` and `past_key_values.{i}.key`/`.value`, outputs
 `logits` and `present.{i}.key`/`.value`: the names that the Hub's ONNX models have. Batch, sequence
-and past are dynamic. Tracing costs seconds for every block, and blocks are alike, so one of each
-kind is traced and replicated for the others; weights are copied from the checkpoint one at a time.
+and past are dynamic. States of convolutions and recurrences are caches too (`caches`). Tracing
+costs seconds for every block, and blocks are alike, so one of each kind is traced and replicated
+for the others; weights are copied from the checkpoint one at a time.
 
 What a wide checkpoint holds as zeros (`trim`) is not in the graph: each block has the channels and
 heads that are left of it, and none of a sub-block that only adds zero. `i` counts the caches, and a
@@ -40,6 +41,7 @@ from prune_export.exporters._shared.ort_providers import (
 )
 from prune_export.exporters._shared.rope import refuse_untraceable
 from prune_export.exporters._shared.side_files import copy_side_files
+from prune_export.exporters._shared.states import refuse_states
 from prune_export.exporters._shared.tuning import TUNING_S
 from prune_export.machine import Machine
 from prune_export.units import GIB
@@ -158,6 +160,8 @@ class Onnx:
             PlanError: the model computes what no graph can, or nothing here can run it.
         """
         refuse_untraceable("export: onnx", arch)
+        if self.provider.startswith("tensorrt"):
+            refuse_states(f"onnx.provider: {self.provider}", arch)
         for package in _PACKAGES:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: onnx", package, "onnx")

@@ -42,7 +42,9 @@ class AngularDistanceDrop(block_choice.Amount):
             return self.dropping(model, self.layers)
         distances = model.stat(AngularDistance())
         remove = self.of(model.arch)
-        choice = block_choice.least_run(runs(distances, remove), remove)
+        of = model.arch.droppable
+        scores = runs(distances, remove)[of.start : of.stop - remove + 1]
+        choice = block_choice.least_run(scores, remove, of)
         return self.dropping(
             model,
             choice.dropped,

@@ -61,6 +61,7 @@ QUESTIONS: list[list[Unit]] = [
 ]
 
 
+@pytest.mark.families("roles")
 @pytest.mark.parametrize("model_type", sorted(tables()))
 def test_losses_equal_those_of_whole_models(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, model_type: str

@@ -37,10 +37,7 @@ VARIANTS = [
 PARTS: Any = ("attention", "mlp")
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows at once, so that five make a ragged last batch."""
-    monkeypatch.setattr(driver, "BATCH_TOKENS", {"cpu": 24})
+pytestmark = pytest.mark.usefixtures("small_sweeps")
 
 
 Steps = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -234,6 +231,7 @@ def test_who_listens_inside_of_blocks_hears_them_once(
 UNITS = (Unit(1, "attention"), Unit(4, "mlp"))
 
 
+@pytest.mark.families("roles")
 @pytest.mark.parametrize("model_type", sorted(tables()))
 def test_a_silenced_view_is_the_written_model(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, model_type: str, tmp_path: Path

@@ -137,6 +137,8 @@ def test_a_tuned_engine_says_what_was_found(tmp_path: Path) -> None:
 
 def test_a_tuned_engine_is_of_this_machine(tmp_path: Path) -> None:
     """Its id says which one; that of any other engine does not change."""
+    model = tmp_path / "model"
+    model_in(model, "Llama", {})
 
     def id_of(entry: Any, machine: Machine) -> str:
         said: list[str] = []
@@ -146,8 +148,8 @@ def test_a_tuned_engine_is_of_this_machine(tmp_path: Path) -> None:
                 del label, build
                 said.append(key.id)
 
-        context = Heard(Store(tmp_path), machine, Silent())
-        export_engine(context, Export("onnx", entry), tmp_path, "source")
+        context = Heard(Store(tmp_path / "store"), machine, Silent())
+        export_engine(context, Export("onnx", entry), model, "source")
         return said[0]
 
     assert id_of(Onnx(), MACHINE) == id_of(Onnx(), ALONE)

@@ -16,6 +16,7 @@ from prune_export.exporters._shared.ort_runner import OrtRunner
 from prune_export.exporters.onnx import Onnx
 from prune_export.machine import Machine
 from prune_export.progress import Silent
+from tests.arch.kinds import one_of_each
 
 MACHINE = Machine(device="cpu", ram_bytes=4 * 1024**3, gpu_bytes=0, threads=1)
 QUICK = ("llama",)
@@ -25,6 +26,9 @@ FAMILIES = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
     for name in sorted(tables().keys() - UNTRACEABLE)
 ]
+NARROWED = {*one_of_each(1), "llama"} - {"gpt_bigcode"}
+"""Families whose graph is made of a model to be trimmed: what is cut of a block is the same for a
+kind; gpt_bigcode has one key for all its heads."""
 ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 

@@ -29,6 +29,8 @@ from prune_export.sparsity.slidesparse import holds
 from tests.exporters.onnx.graphs import (
     FAMILIES,
     MACHINE,
+    NARROWED,
+    QUICK,
     error,
     expected_logits,
     exported,
@@ -38,8 +40,16 @@ from tests.exporters.onnx.graphs import (
 )
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function.__name__ == "test_a_family_computes_the_same":
+        every = metafunc.config.getoption("--all-pairs")
+        shown = NARROWED - set(QUICK) if not every else set()
+        chosen = [family for family in FAMILIES if family.values[0] not in shown]
+        metafunc.parametrize("model_type", chosen)
+
+
 def test_a_family_computes_the_same(model_type: str, tmp_path: Path) -> None:
+    """Each family is traced once: those that test_trim.py narrows are whole with `--all-pairs`."""
     model = saved(model_type, tmp_path / "dense")
     record = exported(Onnx(), tmp_path / "dense", tmp_path / "onnx")
     ids, mask = padded(model.config.vocab_size)

@@ -12,15 +12,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from prune_export_llama_cpp.shapes import rope_factors
-from prune_export_llama_cpp.vocabulary import _LLAMA3, _QWEN2, rules_of
-from prune_export_llama_cpp.writing import write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_export.errors import PlanError
+from prune_export.exporters.gguf.shapes import rope_factors
+from prune_export.exporters.gguf.vocabulary import _LLAMA3, _QWEN2, rules_of
+from prune_export.exporters.gguf.writing import write_gguf
 from prune_export.plugins import load_model, load_tokenizer
-from tests.integrations.llama_cpp.conftest import VOCABULARY
+from tests.exporters.gguf.conftest import VOCABULARY
 
 Make = Callable[..., Path]
 LLAMA3 = {

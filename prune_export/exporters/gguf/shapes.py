@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from prune_export.errors import PlanError
-from prune_export.plugins import Trim
+from prune_export.exporters._shared.trim import Trim
 
 ARCHITECTURES: Final[Mapping[str, str]] = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",

@@ -9,10 +9,12 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.loading import load_tokenizer
 from prune_export.errors import MissingExtra, PlanError
-from prune_export.plugins import Checkpoint, Trim, load_tokenizer
-from prune_export_llama_cpp.shapes import NAMES, Shapes, rope_factors, rope_of, shapes_of
-from prune_export_llama_cpp.vocabulary import add_vocabulary
+from prune_export.exporters._shared.trim import Trim
+from prune_export.exporters.gguf.shapes import NAMES, Shapes, rope_factors, rope_of, shapes_of
+from prune_export.exporters.gguf.vocabulary import add_vocabulary
 
 Kind = Literal["f32", "f16", "q8_0"]
 _FILE_TYPES: Final = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
@@ -31,11 +33,17 @@ class Written:
 
 
 def write_gguf(
-    checkpoint: Path, file: Path, kind: Kind = "f16", *, keep_zeros: bool = False
+    checkpoint: Path,
+    file: Path,
+    kind: Kind = "f16",
+    *,
+    keep_zeros: bool = False,
+    name: str | None = None,
 ) -> Written:
     """Writes the checkpoint in a directory as GGUF; matrices as `kind`, vectors as float32.
 
-    Heads and channels that are zero are left out unless `keep_zeros`. A file of that name is
+    Heads and channels that are zero are left out unless `keep_zeros`. The model in it is called
+    `name`, as its directory unless given. A file of that name is
     replaced when the new one is whole.
 
     Raises:
@@ -54,7 +62,7 @@ def write_gguf(
     trim = Trim(opened.arch(config)) if keep_zeros else Trim.of(opened).all_alive()
     shapes = shapes_of(trim, config)
     writer = gguf.GGUFWriter(None, shapes.architecture)
-    _describe(writer, gguf, checkpoint, config, shapes, trim, kind)
+    _describe(writer, gguf, name or checkpoint.resolve().name, config, shapes, trim, kind)
     add_vocabulary(writer, checkpoint, load_tokenizer(checkpoint), int(trim.arch.sizes["vocab"]))
     encoder = _Encoder(opened, trim, shapes, kind)
     factors = rope_factors(rope_of(config), shapes.head_size)
@@ -142,10 +150,10 @@ class _Encoder:
 
 
 def _describe(
-    writer: Any, gguf: Any, checkpoint: Path, config: Any, shapes: Shapes, trim: Trim, kind: Kind
+    writer: Any, gguf: Any, name: str, config: Any, shapes: Shapes, trim: Trim, kind: Kind
 ) -> None:
     rope = rope_of(config)
-    writer.add_name(checkpoint.resolve().name)
+    writer.add_name(name)
     writer.add_file_type(int(getattr(gguf.LlamaFileType, _FILE_TYPES[kind])))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(trim.arch.layers)
