@@ -30,9 +30,10 @@ from prune_export.deriving.instances import (
     random_instance,
     randomize,
 )
-from prune_export.deriving.parts import Block, tell
+from prune_export.deriving.kinds import BY_HAND, Kind, Stored, kinds_of, layer_set, stored_names
+from prune_export.deriving.parts import Block, Sizes, tell
 from prune_export.deriving.proof import Check, Disproved, checked
-from prune_export.deriving.small import Small, shapes, shrunk
+from prune_export.deriving.small import Small, of_depth, shapes, shrunk
 from prune_export.deriving.table import (
     Axes,
     Outside,
@@ -45,8 +46,12 @@ from prune_export.deriving.table import (
 from prune_export.deriving.watching import Watched
 from prune_export.errors import PruneExportError, UnsupportedArch
 
-BY_HAND: Final = "write a table by hand: docs/architectures.md shows how, `prune-export families derive` writes the start of one"  # noqa: E501
-_WIDTH_KEYS: Final = {"MLP width": ("mlp",), "heads": ("kv", "group", "dim")}
+_WIDTH_KEYS: Final = {
+    "MLP width": ("mlp",),
+    "heads": ("kv", "group", "dim"),
+    "experts' width": ("moe",),
+    "shared expert's width": ("shared",),
+}
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,14 @@ def _derived(
     sizes = head_sizes(small) | {"vocab": small.config[small.keys["vocab"]]}
     with quietly():
         model.save_pretrained(folder / "names")
-    stored = _stored(folder / "names", model)
-    _of_block(stored, blocks)
-    block = tell(Watched(model, blocks, 0, sizes["vocab"]), sizes)
+    stored = stored_names(folder / "names", model)
+    kinds = kinds_of(stored, blocks)
+    told = [
+        tell(Watched(model, blocks, kind.layers[0], sizes["vocab"]), sizes, kind.experts)
+        for kind in kinds
+    ]
     outside = look_outside(model, blocks, sizes, small.config[small.keys["heads"]])
-    said = _table(full, small, model, blocks, block, stored, outside)
+    said, block = _table(_Found(full, small, model, blocks, stored, kinds, told, outside)), told[-1]
     made = random_instance(small.config, folder / "small", Table.model_validate(said))
     checks = [*proof.prove(made, folder), *_more(full, small, made)]
     if not block.heads_told:
@@ -198,62 +206,38 @@ def _blocks(model: Any, layers: int) -> str:
     return str(lists[0])
 
 
-Stored = dict[str, tuple[str, tuple[int, ...]]]
-"""By a tensor's name on disk, its name in memory and its shape."""
+@dataclass(frozen=True)
+class _Found:
+    """What was found of a model; `told` has a block of each kind."""
+
+    full: Mapping[str, Any]
+    small: Small
+    model: Any
+    blocks: str
+    stored: Stored
+    kinds: list[Kind]
+    told: list[Block]
+    outside: Outside
+
+    def rows(self, sizes: Sizes) -> Iterator[dict[str, Any]]:
+        """The rows of the blocks: those of dense ones alone, then of those with experts."""
+        last, alone = self.kinds[-1], len(self.kinds) == 1
+        for kind, block in zip(self.kinds, self.told, strict=True):
+            start = f"{self.blocks}.{kind.layers[0]}."
+            buffers = {name.removeprefix(start) for name, _ in self.model.named_buffers()}
+            for row in block_rows(block, kind.tensors, sizes, buffers):
+                if alone:
+                    yield row
+                elif kind is last:
+                    common = row["name"] in self.kinds[0].tensors
+                    yield row if common else row | {"layers": "sparse"}
+                elif row["name"] not in last.tensors:
+                    yield row | {"layers": "not sparse"}
 
 
-def _stored(path: Path, model: Any) -> Stored:
-    names = Names(model)
-    shapes_there = proof.shapes_on_disk(path)
-    order = {name: index for index, name in enumerate(model.state_dict())}
-    found = {name: (names.renamed(name), shape) for name, shape in shapes_there.items()}
-    return dict(sorted(found.items(), key=lambda item: order.get(item[1][0], len(order))))
-
-
-def _of_block(stored: Stored, blocks: str) -> Stored:
-    """The tensors of a block by their names in it; they must be the same in all blocks.
-
-    Raises:
-        UnsupportedArch: blocks differ, or hold what derived tables do not know.
-    """
-    found: dict[int, Stored] = {}
-    start = f"{blocks}."
-    for name, (inside, shape) in stored.items():
-        if inside.startswith(start) and name.startswith(start):
-            number, _, rest = name.removeprefix(start).partition(".")
-            own = inside.removeprefix(f"{start}{number}.")
-            found.setdefault(int(number), {})[rest] = (own, shape)
-    for layer, names in found.items():
-        if names != found[0]:
-            odd = min(set(names.items()) ^ set(found[0].items()))
-            raise UnsupportedArch(
-                "config.json  model_type",
-                f"its blocks differ: {odd[0]} {list(odd[1][1])} is in block 0 or in block {layer} "
-                "only, and derived tables know blocks of one kind",
-                BY_HAND,
-            )
-    wide = [(name, shape) for name, (_, shape) in found[0].items() if len(shape) > 2]
-    merged = len({inside for inside, _ in found[0].values()}) < len(found[0])
-    if wide or merged:
-        odd_name = wide[0][0] if wide else min(found[0])
-        raise UnsupportedArch(
-            "config.json  model_type",
-            f"{odd_name} is fused with others (experts), or a convolution, which derived tables "
-            "do not know",
-            BY_HAND,
-        )
-    return found[0]
-
-
-def _table(
-    full: Mapping[str, Any],
-    small: Small,
-    model: Any,
-    blocks: str,
-    block: Block,
-    stored: Stored,
-    outside: Outside,
-) -> dict[str, Any]:
+def _table(found: _Found) -> dict[str, Any]:
+    full, small, model, outside = found.full, found.small, found.model, found.outside
+    block, stored, blocks = found.told[-1], found.stored, found.blocks
     table_of = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)
     }
@@ -265,7 +249,7 @@ def _table(
         ),
         None,
     )
-    axes, offset = _positioned(small, block, positions)
+    axes, offset = _positioned(small, found, positions)
     flags = dict(block.flags)
     said: dict[str, Any] = {
         "family": str(full["model_type"]),
@@ -279,11 +263,17 @@ def _table(
         "embeddings": list(outside.before),
         "axes": axes.to_table(),
         "head": list(_outer(model, blocks, stored, outside, axes, offset, before=True)),
-        "block": list(block_rows(block, _of_block(stored, blocks), axes.sizes)),
+        "block": list(found.rows(axes.sizes)),
         "tail": list(_outer(model, blocks, stored, outside, axes, offset, before=False)),
         "config": config_rules(full, small, axes),
         "tiny": {"config": _tiny(small)},
     }
+    if len(found.kinds) > 1:
+        chosen = layer_set(small, found.kinds, blocks)
+        keys, rules = {one for one in chosen.values() if isinstance(one, str)}, said["config"]
+        said["layer_sets"] = {"sparse": chosen}
+        rules["known"] = [key for key in rules["known"] if key not in keys]
+        rules["accepts"] = {key: own for key, own in rules["accepts"].items() if key not in keys}
     for flag in ("tuple_blocks", "tuple_mlp", "parallel", "parts_add"):
         if flags.get(flag):
             said[flag] = True
@@ -309,14 +299,14 @@ def _table(
     return said
 
 
-def _positioned(small: Small, block: Block, rows: int | None) -> tuple[Axes, int]:
+def _positioned(small: Small, found: _Found, rows: int | None) -> tuple[Axes, int]:
     """The axes, and how many rows there are beyond the positions that a config key says."""
     if rows is not None:
         for beyond in (0, 1, 2):
-            axes = axes_of(small, [block], rows - beyond)
+            axes = axes_of(small, found.told, found.kinds[-1].experts, rows - beyond)
             if "positions" in axes.of and axes.of["positions"]["size"].isidentifier():
                 return axes, beyond
-    return axes_of(small, [block], None), 0
+    return axes_of(small, found.told, found.kinds[-1].experts, None), 0
 
 
 def _tiny(small: Small) -> dict[str, Any]:
@@ -396,7 +386,9 @@ def _tied_key(model: Any) -> str | None:
 def _more(full: Mapping[str, Any], small: Small, made: Instance) -> Iterator[Check]:
     """Checks of calibration by blocks, and of the config: its shapes, what each size moves."""
     yield checked("blocks one at a time", lambda: _streamed(made))
-    yield checked("this config's names and shapes", lambda: _true_shapes(full, made.arch.table))
+    yield checked(
+        "this config's names and shapes", lambda: _true_shapes(full, small, made.arch.table)
+    )
     yield checked("each size varied", lambda: _varied(small, made.arch.table))
 
 
@@ -424,12 +416,16 @@ def _streamed(made: Instance) -> float:
     return error
 
 
-def _true_shapes(full: Mapping[str, Any], table: Table) -> str:
+def _true_shapes(full: Mapping[str, Any], small: Small, table: Table) -> str:
+    if "expert" in table.axes:
+        # Tens of thousands of tensors: its first blocks, one of each kind among them.
+        full = of_depth(full, small.keys, small.config[small.keys["layers"]])
     model, arch = build(full, "meta"), Arch.from_config(full, table=table)
     names, state = Names(model), model.state_dict()
     there = proof.untied(arch, names, {name: tuple(one.shape) for name, one in state.items()})
-    proof.compare(proof.in_memory(arch, names), there)
-    return f"{len(there)} tensors, {arch.parameters():,} parameters"
+    proof.compare(*proof.comparable(arch, names, there))
+    some = f" in its first {arch.layers} blocks" if "expert" in table.axes else ""
+    return f"{len(there)} tensors, {arch.parameters():,} parameters{some}"
 
 
 def _varied(small: Small, table: Table) -> str:
@@ -455,7 +451,7 @@ def _varied(small: Small, table: Table) -> str:
             if proof.of_one_block(there) != known:
                 continue  # a model of other parts, of which this table says nothing
             arch = Arch.from_config(changed, table=table)
-            meant, there = proof.in_memory(arch, names), proof.untied(arch, names, there)
+            meant, there = proof.comparable(arch, names, proof.untied(arch, names, there))
             for name in sorted(meant.keys() | there.keys()):
                 if meant.get(name) != there.get(name):
                     raise Disproved(

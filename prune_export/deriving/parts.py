@@ -17,12 +17,16 @@ import torch
 from torch import nn
 
 from prune_export.arch.dims import Dims
+from prune_export.deriving.kinds import Experts
 from prune_export.deriving.watching import LENGTH, Moved, Seen, Watched, first_tensor, same
 
 Sizes = Mapping[str, int]
 
 QUERY: Final = "(kv group dim)"
 KEY: Final = "(kv dim)"
+INTO_MLP: Final = frozenset(
+    {"gate", "up", "gate_up", "router", "shared.gate", "shared.up", "shared.gate_up"}
+)
 _NEAR: Final = 4
 """Heads have more than twice as many channels."""
 
@@ -43,7 +47,8 @@ class Block:
     """What was found in one block.
 
     `norms` has a role and a dims string by module; `flags` are the table's own (`parallel` …);
-    `notes` say why something stayed unknown. `mlp` is the width of the MLP, 0 where none was found;
+    `notes` say why something stayed unknown. `mlp` is the width of the MLP, `shared` that of
+    experts which all tokens share, 0 where none was found;
     `heads_told` says that it is known which head each channel of the attention belongs to.
     """
 
@@ -53,6 +58,7 @@ class Block:
     flags: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     mlp: int = 0
+    shared: int = 0
     heads_told: bool = False
 
 
@@ -75,17 +81,22 @@ def transposed(seen: Seen) -> bool | None:
     return None
 
 
-def tell(watched: Watched, sizes: Sizes) -> Block:
-    """Finds the parts of a block; `sizes` are those of the axes, with `group` where it has one."""
+def tell(watched: Watched, sizes: Sizes, experts: Experts | None = None) -> Block:
+    """Finds the parts of a block; `sizes` are those of the axes, with `group` where it has one.
+
+    Of `experts` only what chooses among them, and what all tokens share, is a layer here.
+    """
     seen = watched.look()
     by_name = {one.name: one for one in seen}
     linear = [one for one in seen if one.name and is_linear(one.module)]
+    routers = [one for one in linear if experts and _chooses(one, experts)]
+    linear = [one for one in linear if one not in routers]
     names = [one.name for one in linear]
     watch = {*names, *(reader(name, seen) for name in names)}
     points = {one.name: _point(one, seen) for one in linear}
     first = {one.name: watched.move(points[one.name], 0, watch, _width(one)) for one in linear}
     mixing = [name for name in names if bool(first[name].block[:, 1:].any())]
-    home = _home(mixing, names)
+    home = _home(mixing, [*names, *(one.name for one in routers)])
     inside = [name for name in names if name in mixing or _below(name, home)]
     outside = [name for name in names if name not in inside]
     layers: list[Layer] = []
@@ -102,13 +113,43 @@ def tell(watched: Watched, sizes: Sizes) -> Block:
     told = bool(mixing) and not notes
     width = _elements(by_name[outside[-1]]) // sizes["residual"] if outside else 0
     layers += _mlp(watched, outside, seen, first, {**sizes, "mlp": width}, notes)
+    found = any(layer.role == "down" for layer in layers)
+    if experts:
+        layers = [_of_shared(layer) for layer in layers]
+        layers += [_router(one) for one in routers]
     layers = [_laid(layer, by_name[layer.name]) for layer in layers]
     layers = _with_one_input(layers, by_name, notes)
-    found = any(layer.role == "down" for layer in layers)
     sizes = {**sizes, "mlp": width} if found else sizes
-    norms = dict(_norms(watched, seen, layers, sizes, home))
-    flags = _flags(watched, seen, layers, home)
-    return Block(tuple(layers), norms, home, flags, tuple(notes), width if found else 0, told)
+    down = next((layer.name for layer in layers if layer.role == "down"), None)
+    end_of_mlp = experts.home if experts else down
+    norms = dict(_norms(watched, seen, layers, sizes, home, end_of_mlp))
+    flags = _flags(watched, seen, layers, home, end_of_mlp)
+    width = width if found else 0
+    mlp, shared = (0, width) if experts else (width, 0)
+    return Block(tuple(layers), norms, home, flags, tuple(notes), mlp, shared, told)
+
+
+def _chooses(seen: Seen, experts: Experts) -> bool:
+    """Whether a layer scores the experts, or gives one number for what is shared."""
+    rows = seen.module.weight
+    assert isinstance(rows, torch.Tensor)
+    return _below(seen.name, experts.home) and rows.shape[0] in (1, experts.count)
+
+
+def _router(seen: Seen) -> Layer:
+    rows = seen.module.weight
+    assert isinstance(rows, torch.Tensor)
+    if rows.shape[0] == 1:
+        return Layer(seen.name, "shared.router", "1", "residual")
+    return Layer(seen.name, "router", "expert", "residual")
+
+
+def _of_shared(layer: Layer) -> Layer:
+    """The same layer, where it is one of an MLP, as one of the experts that all tokens share."""
+    if layer.role not in ("gate", "up", "gate_up", "down"):
+        return layer
+    out, into = (text.replace("mlp", "shared") for text in (layer.out, layer.into))
+    return replace(layer, role=f"shared.{layer.role}", out=out, into=into)
 
 
 def reader(name: str, seen: Sequence[Seen]) -> str:
@@ -303,7 +344,7 @@ def _with_one_input(
 ) -> list[Layer]:
     """Layers of one group must read one input: statistics of it are gathered once."""
     found = list(layers)
-    for group in (("q", "k", "v"), ("gate", "up")):
+    for group in (("q", "k", "v"), ("gate", "up"), ("shared.gate", "shared.up")):
         own = [layer for layer in found if layer.role in group]
         if len(own) > 1 and not all(
             same(seen[own[0].name].given, seen[layer.name].given) for layer in own
@@ -317,14 +358,19 @@ def _with_one_input(
 
 
 def _norms(
-    watched: Watched, seen: Sequence[Seen], layers: Sequence[Layer], sizes: Sizes, home: str
+    watched: Watched,
+    seen: Sequence[Seen],
+    layers: Sequence[Layer],
+    sizes: Sizes,
+    home: str,
+    end_of_mlp: str | None,
 ) -> Iterator[tuple[str, tuple[str, str]]]:
-    by_role = {layer.role: layer.name for layer in layers}
+    by_role = {layer.role: layer.name for layer in layers} | {"down": end_of_mlp or ""}
     by_name = {one.name: one for one in seen}
     into_attention = [
         layer.name for layer in layers if _below(layer.name, home) and layer.role != "o"
     ]
-    into_mlp = [layer.name for layer in layers if layer.role in ("gate", "up", "gate_up")]
+    into_mlp = [layer.name for layer in layers if layer.role in INTO_MLP]
     names = [layer.name for layer in layers]
     for one in seen:
         own = list(one.module.parameters(recurse=False))
@@ -383,21 +429,25 @@ def size_dims(size: int, sizes: Sizes, *, within_heads: bool) -> str:
 
 
 def _flags(
-    watched: Watched, seen: Sequence[Seen], layers: Sequence[Layer], home: str
+    watched: Watched,
+    seen: Sequence[Seen],
+    layers: Sequence[Layer],
+    home: str,
+    end_of_mlp: str | None,
 ) -> dict[str, Any]:
     """What a table says of how a block adds its parts, by moving what they give."""
     by_role = {layer.role: layer.name for layer in layers}
     found: dict[str, Any] = {"tuple_blocks": next(one for one in seen if not one.name).in_tuple}
-    out, down = by_role.get("o"), by_role.get("down")
+    out, down = by_role.get("o"), end_of_mlp
     if out is None or down is None:
         return found | {"added": False}
-    into = [layer.name for layer in layers if layer.role in ("gate", "up", "gate_up")]
+    into = [layer.name for layer in layers if layer.role in INTO_MLP]
     names = [out, down]
     step = torch.linspace(0.5, 1.5, next(one for one in seen if not one.name).gave.shape[-1])
     plain = watched.without({}, into)
     moved = watched.without({out: lambda value: value + _wide(step, value)}, into)
     found["parallel"] = all(same(plain[name], moved[name]) for name in into)
-    parent = down.rpartition(".")[0]
+    parent = down if not is_linear(watched.modules[down]) else down.rpartition(".")[0]
     mlp = next((one for one in seen if parent and one.name == parent), None)
     found["tuple_mlp"] = bool(mlp and mlp.in_tuple)
     # With the MLP's output held still, a step of either comes through whole, or times a number.

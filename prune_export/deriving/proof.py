@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -100,9 +101,21 @@ def names_and_shapes(made: Instance) -> str:
     return f"{len(there)} tensors"
 
 
-def in_memory(arch: Arch, names: Any) -> dict[str, tuple[int, ...]]:
-    """A table's shapes by the names that its tensors have in transformers' model."""
-    return {names.renamed(tensor.name): arch.shape(tensor) for tensor in arch.stored()}
+def comparable(
+    arch: Arch, names: Any, there: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """A table's shapes by names in memory, and those there; of fused tensors, numbers alone."""
+    meant: dict[str, tuple[int, ...]] = {}
+    fused: dict[str, int] = {}
+    for tensor in arch.stored():
+        name = names.renamed(tensor.name)
+        if name in meant:
+            fused.setdefault(name, prod(meant[name]))
+            fused[name] += prod(arch.shape(tensor))
+        else:
+            meant[name] = arch.shape(tensor)
+    found = {name: (prod(there[name]),) for name in fused if name in there}
+    return meant | {name: (size,) for name, size in fused.items()}, {**there, **found}
 
 
 def untied(arch: Arch, names: Any, there: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -340,7 +353,8 @@ def prove(made: Instance, scratch: Path) -> list[Check]:
 
 def _width(made: Instance, name: str, scratch: Path) -> float:
     size = min(s for axis, s in made.arch.sizes.items() if axis.partition(".")[0] == name)
-    count = max(1, size * 5 // 8 if name != "kv" else size // 2)
+    # Kernels of mixtures ask for multiples of four.
+    count = max(1, size // 2) if name == "kv" else max(1, size * 5 // 32 * 4)
     if count >= size:
         raise Disproved(f"there is only {size} of it")
     rebuilt(made, name, count)
