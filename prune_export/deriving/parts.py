@@ -14,32 +14,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
-from torch import nn
 
 from prune_export.arch.dims import Dims
 from prune_export.deriving.kinds import Experts
-from prune_export.deriving.watching import LENGTH, Moved, Seen, Watched, first_tensor, same
-
-Sizes = Mapping[str, int]
-
-QUERY: Final = "(kv group dim)"
-KEY: Final = "(kv dim)"
-INTO_MLP: Final = frozenset(
-    {"gate", "up", "gate_up", "router", "shared.gate", "shared.up", "shared.gate_up"}
+from prune_export.deriving.layers import (
+    KEY,
+    QUERY,
+    Layer,
+    Sizes,
+    below,
+    is_linear,
+    leaf,
+    transposed,
 )
+from prune_export.deriving.residual import flags_of, norms_of
+from prune_export.deriving.watching import LENGTH, Moved, Seen, Watched, same
+
 _NEAR: Final = 4
 """Heads have more than twice as many channels."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer of a block: its role, and the dims of its outputs and of its inputs."""
-
-    name: str
-    role: str
-    out: str
-    into: str
-    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,25 +54,6 @@ class Block:
     heads_told: bool = False
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix of its own."""
-    weight = getattr(module, "weight", None)
-    plain = isinstance(weight, torch.Tensor) and weight.dim() == 2
-    return plain and not isinstance(module, nn.Embedding) and not list(module.children())
-
-
-def transposed(seen: Seen) -> bool | None:
-    """Whether a linear layer stores [in, out]; None where it does something else, too."""
-    weight, bias = seen.module.weight, getattr(seen.module, "bias", None)
-    assert isinstance(weight, torch.Tensor)
-    plus = 0 if bias is None else bias
-    given = seen.given.reshape(-1, seen.given.shape[-1])
-    for matrix, answer in ((weight.T, False), (weight, True)):
-        if given.shape[1] == matrix.shape[0] and same(given @ matrix + plus, seen.gave):
-            return answer
-    return None
-
-
 def tell(watched: Watched, sizes: Sizes, experts: Experts | None = None) -> Block:
     """Finds the parts of a block; `sizes` are those of the axes, with `group` where it has one.
 
@@ -97,7 +70,7 @@ def tell(watched: Watched, sizes: Sizes, experts: Experts | None = None) -> Bloc
     first = {one.name: watched.move(points[one.name], 0, watch, _width(one)) for one in linear}
     mixing = [name for name in names if bool(first[name].block[:, 1:].any())]
     home = _home(mixing, [*names, *(one.name for one in routers)])
-    inside = [name for name in names if name in mixing or _below(name, home)]
+    inside = [name for name in names if name in mixing or below(name, home)]
     outside = [name for name in names if name not in inside]
     layers: list[Layer] = []
     notes: list[str] = []
@@ -122,8 +95,8 @@ def tell(watched: Watched, sizes: Sizes, experts: Experts | None = None) -> Bloc
     sizes = {**sizes, "mlp": width} if found else sizes
     down = next((layer.name for layer in layers if layer.role == "down"), None)
     end_of_mlp = experts.home if experts else down
-    norms = dict(_norms(watched, seen, layers, sizes, home, end_of_mlp))
-    flags = _flags(watched, seen, layers, home, end_of_mlp)
+    norms = dict(norms_of(watched, seen, layers, sizes, home, end_of_mlp))
+    flags = flags_of(watched, seen, layers, home, end_of_mlp)
     width = width if found else 0
     mlp, shared = (0, width) if experts else (width, 0)
     return Block(tuple(layers), norms, home, flags, tuple(notes), mlp, shared, told)
@@ -133,7 +106,7 @@ def _chooses(seen: Seen, experts: Experts) -> bool:
     """Whether a layer scores the experts, or gives one number for what is shared."""
     rows = seen.module.weight
     assert isinstance(rows, torch.Tensor)
-    return _below(seen.name, experts.home) and rows.shape[0] in (1, experts.count)
+    return below(seen.name, experts.home) and rows.shape[0] in (1, experts.count)
 
 
 def _router(seen: Seen) -> Layer:
@@ -185,10 +158,6 @@ def _width(seen: Seen) -> int:
     return seen.gave.numel() // LENGTH
 
 
-def _below(name: str, home: str) -> bool:
-    return bool(home) and name.startswith(f"{home}.")
-
-
 def _home(mixing: Sequence[str], names: Sequence[str]) -> str:
     """The module that all mixing layers, and not all layers, lie in; "" where there is none."""
     paths = [name.split(".")[:-1] for name in mixing]
@@ -199,7 +168,7 @@ def _home(mixing: Sequence[str], names: Sequence[str]) -> str:
         shared.append(steps[0])
     home = ".".join(shared)
     # A module around both attention and MLP is no home of one of them.
-    return home if home and not all(_below(name, home) for name in names) else ""
+    return home if home and not all(below(name, home) for name in names) else ""
 
 
 def _laid(layer: Layer, seen: Seen) -> Layer:
@@ -218,7 +187,7 @@ def _attention(
         moved, own = first[name].inputs.get(end), last[name].inputs.get(end)
         if moved is None or own is None or moved.shape[-1] != heads * dim:
             notes.append(f"what {name} does in the attention is not understood")
-            yield Layer(name, f"other.{_leaf(name)}", "", "")
+            yield Layer(name, f"other.{leaf(name)}", "", "")
             continue
         reached = (moved.any(1) | own.any(1)).reshape(-1, heads, dim)
         kinds = _kinds(moved[:, 1:].any((1, 2)), reached)
@@ -231,10 +200,10 @@ def _attention(
             yield Layer(name, role, order, "residual")
         elif set(kinds) == {"p"} and len(kinds) == heads * dim:
             # It multiplies what the output projection reads, as a gate does.
-            yield Layer(name, f"other.{_leaf(name)}", query, "residual")
+            yield Layer(name, f"other.{leaf(name)}", query, "residual")
         else:
             notes.append(f"what {name} does in the attention is not understood")
-            yield Layer(name, f"other.{_leaf(name)}", "", "")
+            yield Layer(name, f"other.{leaf(name)}", "", "")
 
 
 def _of_length(length: int, sizes: Sizes, query: str) -> str:
@@ -308,7 +277,7 @@ def _mlp(
     if not readers or plain.numel() != width * LENGTH:
         for name in outside:
             notes.append(f"what {name} does is not understood")
-            yield Layer(name, f"other.{_leaf(name)}", "", "")
+            yield Layer(name, f"other.{leaf(name)}", "", "")
         return
     yield Layer(down, "down", "residual", "mlp")
     for name in rest:
@@ -316,7 +285,7 @@ def _mlp(
         doubled = watched.without({name: lambda value: value * 2}, [end])[end]
         if name not in readers or order is None:
             notes.append(f"what {name} does is not understood")
-            yield Layer(name, f"other.{_leaf(name)}", "", "")
+            yield Layer(name, f"other.{leaf(name)}", "", "")
         elif order != "mlp":
             yield Layer(name, "gate_up", order, "residual")
         elif len(readers) == 1 or same(doubled, plain * 2):
@@ -351,138 +320,7 @@ def _with_one_input(
         ):
             notes.append(f"{', '.join(layer.name for layer in own)} read different inputs")
             found = [
-                replace(layer, role=f"other.{_leaf(layer.name)}") if layer in own else layer
+                replace(layer, role=f"other.{leaf(layer.name)}") if layer in own else layer
                 for layer in found
             ]
     return found
-
-
-def _norms(
-    watched: Watched,
-    seen: Sequence[Seen],
-    layers: Sequence[Layer],
-    sizes: Sizes,
-    home: str,
-    end_of_mlp: str | None,
-) -> Iterator[tuple[str, tuple[str, str]]]:
-    by_role = {layer.role: layer.name for layer in layers} | {"down": end_of_mlp or ""}
-    by_name = {one.name: one for one in seen}
-    into_attention = [
-        layer.name for layer in layers if _below(layer.name, home) and layer.role != "o"
-    ]
-    into_mlp = [layer.name for layer in layers if layer.role in INTO_MLP]
-    names = [layer.name for layer in layers]
-    for one in seen:
-        own = list(one.module.parameters(recurse=False))
-        if not one.name or not own or any(value.dim() != 1 for value in own):
-            continue
-        if list(one.module.children()) or is_linear(one.module):
-            continue
-        size = len(own[0])
-        dims = size_dims(size, sizes, within_heads=_below(one.name, home))
-        role = f"other.{_leaf(one.name)}"
-        for norm, source in (("norm.attn.out", "o"), ("norm.mlp.out", "down"),
-                             ("norm.q", "q"), ("norm.k", "k")):  # fmt: skip
-            maker = by_name.get(by_role.get(source, ""))
-            if maker is not None and _same_values(maker.gave, one.given):
-                role = norm
-        inner = _below(one.name, home)
-        if role.startswith("other.") and size == sizes["residual"] and not inner:
-            noisy = watched.without({one.name: _with_noise}, names)
-            plain = watched.without({}, names)
-            moved = [name for name in names if not same(noisy[name], plain[name])]
-            if any(name in moved for name in into_attention):
-                role = "norm.attn"
-            elif any(name in moved for name in into_mlp):
-                role = "norm.mlp"
-        yield one.name, (role, dims)
-
-
-def _with_noise(value: torch.Tensor) -> torch.Tensor:
-    return value + torch.randn(value.shape[-1])
-
-
-def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors hold the same values in some order: heads are turned about."""
-    return one.numel() == other.numel() and same(one.flatten().sort()[0], other.flatten().sort()[0])
-
-
-def size_dims(size: int, sizes: Sizes, *, within_heads: bool) -> str:
-    """The dims of a tensor of one dimension of this size; a number where no axis is so long."""
-    heads = sizes["kv"] * sizes.get("group", 1)
-    query = QUERY if "group" in sizes else KEY
-    known: dict[int, str] = {}
-    if "group" in sizes:
-        known[heads] = "(kv group)"
-    known.setdefault(sizes["kv"], "kv")
-    known[sizes["dim"]] = "dim"
-    for text in (KEY, query):
-        known[Dims.parse(text).shape(sizes)[0]] = text
-    if "mlp" in sizes:
-        known[sizes["mlp"]] = "mlp"
-    if not within_heads or sizes["residual"] not in known:
-        known[sizes["residual"]] = "residual"
-    for times in (2, 3, 4) if within_heads else ():
-        for text in (KEY, query):
-            known.setdefault(times * Dims.parse(text).shape(sizes)[0], f"({times} {text[1:]}")
-    return known.get(size, str(size))
-
-
-def _flags(
-    watched: Watched,
-    seen: Sequence[Seen],
-    layers: Sequence[Layer],
-    home: str,
-    end_of_mlp: str | None,
-) -> dict[str, Any]:
-    """What a table says of how a block adds its parts, by moving what they give."""
-    by_role = {layer.role: layer.name for layer in layers}
-    found: dict[str, Any] = {"tuple_blocks": next(one for one in seen if not one.name).in_tuple}
-    out, down = by_role.get("o"), end_of_mlp
-    if out is None or down is None:
-        return found | {"added": False}
-    into = [layer.name for layer in layers if layer.role in INTO_MLP]
-    names = [out, down]
-    step = torch.linspace(0.5, 1.5, next(one for one in seen if not one.name).gave.shape[-1])
-    plain = watched.without({}, into)
-    moved = watched.without({out: lambda value: value + _wide(step, value)}, into)
-    found["parallel"] = all(same(plain[name], moved[name]) for name in into)
-    parent = down if not is_linear(watched.modules[down]) else down.rpartition(".")[0]
-    mlp = next((one for one in seen if parent and one.name == parent), None)
-    found["tuple_mlp"] = bool(mlp and mlp.in_tuple)
-    # With the MLP's output held still, a step of either comes through whole, or times a number.
-    still = {one.name: one.gave for one in seen if one.name in names}
-    times = set()
-    for name in names:
-        held = {other: (lambda _value, kept=still[other]: kept) for other in names}
-        base = watched.without(held, [])[""]
-        shifted = held | {name: lambda _value, kept=still[name]: kept + _wide(step, kept)}
-        change = watched.without(shifted, [])[""] - base
-        ratio = (change / step).reshape(-1)
-        even = bool((ratio - ratio.mean()).abs().max() < 1e-3 * max(1.0, float(ratio.abs().max())))
-        times.add(round(float(ratio.mean()), 4) if even else None)
-    found["added"] = len(times) == 1 and None not in times
-    found["times"] = next(iter(times)) if found["added"] else None
-    if home:
-        blank = {out: torch.zeros_like}
-        module = watched.modules[home]
-        kept: list[torch.Tensor] = []
-
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            value = first_tensor(output)
-            assert value is not None
-            kept.append(value.clone())
-
-        handle = module.register_forward_hook(note)
-        watched.without(blank, [])
-        handle.remove()
-        found["parts_add"] = bool(kept and kept[0].any())
-    return found
-
-
-def _wide(step: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return step.expand_as(value)
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]

@@ -239,13 +239,13 @@ def unchanged_config(made: Instance) -> str:
     return f"{len(made.full)} keys"
 
 
-def keep_of(arch: Arch, name: str, count: int) -> dict[str, list[int]]:
-    """A different choice of `count` places for every axis of a name (`mlp.3`, `kv.0` …)."""
+def keep_of(arch: Arch, counts: Mapping[str, int]) -> dict[str, list[int]]:
+    """A different choice of so many places for every axis of a name (`mlp.3`, `kv.0` …)."""
     generator = torch.Generator().manual_seed(1)
     return {
-        axis: sorted(torch.randperm(size, generator=generator)[:count].tolist())
+        axis: sorted(torch.randperm(size, generator=generator)[: counts[name]].tolist())
         for axis, size in arch.sizes.items()
-        if axis.partition(".")[0] == name
+        if (name := axis.partition(".")[0]) in counts
     }
 
 
@@ -278,12 +278,12 @@ def silenced(arch: Arch, state: State, kept: Mapping[str, Sequence[int]]) -> Sta
     return state
 
 
-def width(made: Instance, name: str, count: int, out: Path) -> float:
-    """Cut to `count` places of an axis, a model computes as the whole with the rest silenced."""
+def width(made: Instance, counts: Mapping[str, int], out: Path) -> float:
+    """Cut to so many places of axes, a model computes as the whole with the rest silenced."""
     ids = prompt(made.arch.sizes["vocab"])
-    kept, state = keep_of(made.arch, name, count), made.state()
+    kept, state = keep_of(made.arch, counts), made.state()
     if not kept:
-        raise Disproved(f"the model has no axis `{name}`")
+        raise Disproved(f"the model has no axis {' or '.join(counts)}")
     arch, narrow = cut_width(made.arch, state, kept)
     smaller, wrong = load(write(narrow, arch.to_config(made.full), out / "narrow"))
     if wrong:
@@ -293,9 +293,10 @@ def width(made: Instance, name: str, count: int, out: Path) -> float:
     return _same(logits(smaller, ids), expected, made.logits(ids), WIDTH_ERROR, 1e-4)
 
 
-def rebuilt(made: Instance, name: str, count: int) -> str:
+def rebuilt(made: Instance, counts: Mapping[str, int]) -> str:
     """A config that says a width cut makes transformers build a model of just these shapes."""
-    arch = made.arch.with_sizes(dict.fromkeys(keep_of(made.arch, name, count), count))
+    sizes = {axis: len(kept) for axis, kept in keep_of(made.arch, counts).items()}
+    arch = made.arch.with_sizes(sizes)
     config = arch.to_config(made.full)
     with quietly():
         full = config_class(str(config["model_type"])).from_dict(config).to_dict()
@@ -357,5 +358,15 @@ def _width(made: Instance, name: str, scratch: Path) -> float:
     count = max(1, size // 2) if name == "kv" else max(1, size * 5 // 32 * 4)
     if count >= size:
         raise Disproved(f"there is only {size} of it")
-    rebuilt(made, name, count)
-    return width(made, name, count, scratch / name)
+    counts = {name: count} | _with_it(made.arch, name, count, size)
+    rebuilt(made, counts)
+    return width(made, counts, scratch / name)
+
+
+def _with_it(arch: Arch, name: str, count: int, size: int) -> dict[str, int]:
+    """Shared experts that are so many times as wide as the others are cut with them."""
+    shared = arch.table.axes.get("shared")
+    if name != "moe" or shared is None or arch.table.axes["moe"].size not in shared.size.split():
+        return {}
+    wide = next((own for axis, own in arch.sizes.items() if axis.startswith("shared.")), 0)
+    return {"shared": wide // size * count} if wide else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any, Final
 
 import torch
@@ -15,7 +16,8 @@ from prune_export.arch.conditions import keys_of
 from prune_export.arch.table import common, tables
 from prune_export.deriving.instances import prompt
 from prune_export.deriving.kinds import Experts, Stored, expert_role
-from prune_export.deriving.parts import Block, Sizes, is_linear, size_dims
+from prune_export.deriving.layers import Sizes, below, is_linear, size_dims
+from prune_export.deriving.parts import Block
 from prune_export.deriving.small import Small
 from prune_export.deriving.watching import LENGTH, first_tensor, same
 from prune_export.errors import UnsupportedArch
@@ -63,9 +65,13 @@ def head_sizes(small: Small) -> dict[str, int]:
 
 
 def axes_of(
-    small: Small, blocks: Sequence[Block], experts: Experts | None, positions: int | None
+    small: Small,
+    blocks: Sequence[Block],
+    experts: Experts | None,
+    written: Mapping[str, str],
+    positions: int | None,
 ) -> Axes:
-    """Finds the config expression of every axis.
+    """Finds the config expression of every axis; `written` names a tensor of some, in memory.
 
     Raises:
         UnsupportedArch: no key says how wide an MLP or an expert is.
@@ -90,7 +96,8 @@ def axes_of(
     for axis, (wide, where) in widths.items():
         if not wide:
             continue
-        said = _said(small, wide)
+        said = _product(small, wide, written[axis]) if axis in written else None
+        said = said or _said(small, wide)
         if said is None:
             raise UnsupportedArch(
                 "config.json",
@@ -115,6 +122,14 @@ def axes_of(
     if "dim" in key:
         writes[key["dim"]] = "dim"
     return Axes(plain, sizes, writes)
+
+
+def _product(small: Small, size: int, name: str) -> str | None:
+    """The product of all keys that a tensor follows, if that is its width."""
+    keys = [key for key, names in small.moved.items() if name in names]
+    values = [small.config[key] for key in keys]
+    fits = bool(keys) and all(type(value) is int for value in values) and prod(values) == size
+    return " * ".join(keys) if fits else None
 
 
 def _said(small: Small, size: int) -> str | None:
@@ -143,7 +158,6 @@ def block_rows(
     """The rows of a block, from its tensors' names on disk, in memory, and shapes."""
     layers = {layer.name: layer for layer in block.layers}
     routers = {layer.name for layer in block.layers if layer.role == "router"}
-    homes = {f"{name.rpartition('.')[0]}." for name in routers}
     for name, (inside, shape) in stored.items():
         if "{expert}" in name:
             role = expert_role(name)
@@ -152,7 +166,8 @@ def block_rows(
             continue
         path, _, leaf = inside.rpartition(".")
         layer = layers.get(path)
-        routes = path in routers or (f"{path}." in homes and shape == (sizes.get("expert"),))
+        around = any(below(router, path) for router in routers)
+        routes = path in routers or (around and shape == (sizes.get("expert"),))
         if routes and leaf not in ("weight", "bias"):
             role = "buffer.correction" if inside in buffers else "router.bias"
             yield {"name": name, "role": role, "dims": "expert"}
