@@ -1,8 +1,8 @@
 """Derives a table for each model type of transformers that has none, and notes what came of it.
 
-    python benchmarks/derive_types.py benchmarks/results/<date>-<machine>-derived-families.json
+    python benchmarks/derive_types.py benchmarks/results/<date>-<machine>-derived-families.json [TYPE…]
 
-Each type is taken at its class's own default config, without weights. docs/families_page.py makes
+Each type is taken at its class's own default config, without weights; TYPEs add to what is there. docs/families_page.py makes
 docs/families.md of the result.
 """
 
@@ -69,6 +69,9 @@ def main() -> None:
     out = Path(sys.argv[1])
     wanted = sys.argv[2:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - tables().keys())
     types = []
+    if out.is_file():  # begun earlier: what is asked for is made again, the rest is kept
+        kept = json.loads(out.read_text(encoding="utf-8"))["types"]
+        types = [one for one in kept if one["model_type"] not in wanted]
     for model_type in wanted:
         types.append(of_type(model_type))
         print(model_type, types[-1]["came"], types[-1].get("why", "")[:100], flush=True)
@@ -76,7 +79,7 @@ def main() -> None:
         "command": "benchmarks/derive_types.py",
         "machine": {"processor": platform.processor() or platform.machine(), "cores": 2},
         "versions": {name: version(name) for name in ("transformers", "torch", "prune-export")},
-        "types": types,
+        "types": sorted(types, key=lambda one: one["model_type"]),
     }
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
