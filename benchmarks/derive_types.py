@@ -1,15 +1,14 @@
 """Derives a table for each model type of transformers that has none, and notes what came of it.
 
-    python benchmarks/derive_types.py benchmarks/results/<date>-<machine>-derived-families.json [TYPE…]
+    python benchmarks/derive_types.py benchmarks/results/<date>-<machine>-derived-families.json
 
-Each type is taken at its class's own default config, without weights; TYPEs add to what is there. docs/families_page.py makes
-docs/families.md of the result.
+Each type is taken at its class's own default config, without weights; types named after the file
+are added to what is there. docs/families_page.py makes docs/families.md of the result.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import signal
 import sys
 import time
@@ -25,6 +24,7 @@ from prune_export.arch.table import tables
 from prune_export.deriving.instances import config_class, quietly
 from prune_export.deriving.making import derive
 from prune_export.errors import UnsupportedArch
+from prune_export.machine import describe
 
 SECONDS = 60
 """A type that takes longer is given up."""
@@ -77,7 +77,7 @@ def main() -> None:
         print(model_type, types[-1]["came"], types[-1].get("why", "")[:100], flush=True)
     report = {
         "command": "benchmarks/derive_types.py",
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": 2},
+        "machine": describe(),
         "versions": {name: version(name) for name in ("transformers", "torch", "prune-export")},
         "types": sorted(types, key=lambda one: one["model_type"]),
     }

@@ -82,6 +82,15 @@ def derive(full: Mapping[str, Any], scratch: Path | None = None) -> Derived:
         torch.set_num_threads(1)
         try:
             table, checks, notes = _derived(full, Path(folder))
+        except PruneExportError:
+            raise
+        except Exception as error:  # whatever the model's own code raises on its config
+            raise UnsupportedArch(
+                "config.json",
+                f"no table can be derived: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}",
+                BY_HAND,
+            ) from error
         finally:
             torch.set_num_threads(threads)
     return Derived(table, checks, notes, time.perf_counter() - began)

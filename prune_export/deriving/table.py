@@ -306,11 +306,13 @@ def untraceable(model: Any, ids: torch.Tensor) -> str:
 
     called: set[str] = set()
 
-    def probe(module: Any, query: Any, key: Any, value: Any, mask: Any, **more: Any) -> Any:
+    def probe(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **more: Any
+    ) -> Any:
         called.update(name for name, one in more.items() if one is not None)
         called.add("")
         more = {name: one for name, one in more.items() if name not in _NOT_IN_GRAPHS}
-        return sdpa_attention_forward(module, query, key, value, mask, **more)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
 
     AttentionInterface.register(_PROBE, probe)
     AttentionMaskInterface.register(_PROBE, sdpa_mask)
@@ -319,8 +321,8 @@ def untraceable(model: Any, ids: torch.Tensor) -> str:
     try:
         with torch.no_grad():
             model(ids, use_cache=False)
-    except Exception:  # an old class, which does not look its attention up
-        called.clear()
+    except Exception as error:  # an old class, or one that takes some attentions only
+        return f"its attention cannot be replaced ({type(error).__name__})"
     finally:
         model.config._attn_implementation = before
     if not called:
