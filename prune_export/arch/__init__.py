@@ -110,7 +110,7 @@ class Arch:
     def further(self) -> tuple[str, ...]:
         """The prefixes of stored names of modules that predict further tokens; none are loaded."""
         said = self.table.further
-        count = value(f"{said.key} | 0", self.config) if said else 0
+        count = value(f"{said.key} | 0", self.config) if said and said.key else 1
         numbers = range(self.layers, self.layers + min(count, MOST_LAYERS))
         prefixes = said.prefixes if said and count else []
         return tuple(prefix.replace("{next}", str(n)) for prefix in prefixes for n in numbers)

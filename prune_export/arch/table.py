@@ -141,11 +141,11 @@ class ConfigRules(_Frozen):
 class Further(_Frozen):
     """Modules that predict further tokens (MTP), which transformers does not load with the model.
 
-    `key` says how many there are; `prefixes` are those of their stored names, with `{next}` for the
-    numbers that follow the last block's.
+    `key` says how many there are; without one, the config does not say. `prefixes` are those of
+    their stored names, with `{next}` for the numbers that follow the last block's.
     """
 
-    key: str
+    key: str | None = None
     prefixes: list[str]
 
 
