@@ -143,3 +143,8 @@ def is_fused(name: str) -> bool:
 
 OUTPUT_PROJECTIONS: Final = frozenset(roles(lambda own: own.writes and own.group))
 """The roles of matrices whose outputs are added to the residual stream: `o`, `down` …"""
+
+CONTROLS: Final = frozenset(
+    name for name, own in ROLES.items() if name.startswith("linear.") and own.part and not own.group
+)
+"""The roles of what controls a recurrence: rounding it, or adapting it, moves the whole state."""

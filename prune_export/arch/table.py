@@ -71,9 +71,8 @@ class TensorRow(_Frozen):
 class LayerSet(_Frozen):
     """Layers chosen by config keys, in one of four ways; after a depth cut it is written back.
 
-    1. Those with (i + 1) divisible by `every`, which are not listed in `excluding`, from layer
-       `first` on up to layer `last`. Written with `excluding` as `every: 1` and the renumbered rest
-       in the list; else by the step, first and last layer that say the same.
+    1. Those with (i + 1) divisible by `every`, not listed in `excluding`, from `first` on up to
+       `last`. Written as `every: 1` and the rest in `excluding`, or by step, first and last.
     2. Those whose entry in the per-layer list `of` is one of `values`: the list is sliced.
     3. Those in the list `listed`, which is renumbered.
     4. Those with i % `period` == `offset`: the smallest period that says the same is written.
@@ -209,6 +208,8 @@ class Table(_Frozen):
 
     `untraceable` says what of it no exporter's graph can hold, as an end of a sentence.
 
+    `unadapted` are roles that get no adapter: joined kernels of training read their weights alone.
+
     `parts_add` says that the modules of attention and MLP add the residual states themselves.
 
     `per_sample` names arguments of a block whose first dimension is samples times heads (ALiBi's
@@ -245,6 +246,7 @@ class Table(_Frozen):
     parallel: bool | str = False
     tuple_blocks: bool = False
     untraceable: str = ""
+    unadapted: list[str] = Field(default_factory=list)
     tuple_mlp: bool | str = False
     parts_add: bool = False
     per_sample: list[str] = Field(default_factory=list)

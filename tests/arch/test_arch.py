@@ -259,7 +259,7 @@ REFUSED = [
     ({"quantization_config": {"bits": 4}}, r"quantization_config\n.*\n.*dequantize"),
     ({"per_layer_config": {"0": {}}}, r"per_layer_config\n.*\n.*different shapes"),
     ({"add_cross_attention": True}, "add_cross_attention"),
-    ({"model_type": "lama"}, r"got 'lama'.*\n.*did you mean `llama`.*one file"),
+    ({"model_type": "lama"}, r"got 'lama'.*\n.*did you mean `llama`.*one YAML file"),
     ({"num_hidden_layers": 0}, "got 0, expected 1 or more"),
     ({"intermediate_size": [48, 32]}, r"intermediate_size\n.*\[48, 32\], expected one integer"),
     ({"intermediate_size": 0}, "`intermediate_size` is 0, expected at least 1"),

@@ -122,11 +122,9 @@ def _modules(layerwise: LayerwiseModel, layer: int, part: Part) -> list[tuple[An
             if layerwise.arch.table.parts_add:
                 whole = leaf
             if all(whole is not other for other, *_ in found):
-                pair = (
-                    tensor.role == "o"
-                    if part == "attention"
-                    else layerwise.arch.mlp_in_tuple(layer)
-                )
+                pair = tensor.role == "o"
+                if part == "mlp":
+                    pair = layerwise.arch.mlp_in_tuple(layer)
                 found.append((whole, whole is not leaf, pair))
     return found
 

@@ -39,7 +39,7 @@ from prune_export.pruning.sparse.targets import (
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Edit, Overwrite
 
-_CORRECTED: Final = ("attention.out", "mlp.out")
+_CORRECTED: Final = ("attention.out", "linear.out", "mlp.out")
 """Linear groups whose inputs come from pruned matrices of the same block."""
 
 NO_SPEEDUP: Final = (

@@ -5,22 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from prune_export.arch import Arch, Tensor
+from prune_export.arch.roles import CONTROLS, is_fused
 from prune_export.arch.roles import is_expert as is_expert_role
-from prune_export.arch.roles import is_fused
 from prune_export.errors import PlanError, did_you_mean
 
-_NOT: Final = frozenset(
-    {
-        "router",
-        "shared.router",
-        "linear.a",
-        "linear.b",
-        "linear.ba",
-        "linear.decay",
-        "linear.dt",
-        "linear.x",
-    }
-)
+_NOT: Final = CONTROLS | {"router", "shared.router"}
 """What chooses experts, and what controls a recurrence."""
 _FFN_AXES: Final = frozenset({"mlp", "moe", "shared"})
 
@@ -33,6 +22,7 @@ def linear_weights(arch: Arch) -> tuple[Tensor, ...]:
         if tensor.layer is not None
         and len(tensor.dims.of) == 2
         and tensor.role not in _NOT
+        and tensor.role not in arch.table.unadapted
         and not tensor.role.endswith(".bias")
     )
 
