@@ -56,6 +56,10 @@ def test_the_language_model_is_pruned_in_place(
     planned = plan(recipe, str(gemma3), options)
     assert "its language model is cut" in planned.notes[0]
     assert "take no images" in planned.notes[1]
+    rest = Checkpoint.open(gemma3).wrapped
+    assert rest is not None
+    first = planned.stages[0]
+    assert first.cost.disk_bytes == first.after.bytes + rest.carried_bytes
     result = run(recipe, str(gemma3), options)
     assert result.verification.reload.ok
     assert result.verification.reload.model_type == "gemma3"
