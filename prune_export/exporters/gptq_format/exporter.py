@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from prune_export.arch import Arch
+from prune_export.arch.roles import CONTROLS
 from prune_export.calibrate import as_matrix, inputs_last, linears
 from prune_export.checkpoint import Checkpoint, Planned, write_checkpoint
 from prune_export.checkpoint.grid_file import Grids
@@ -61,6 +62,14 @@ class GptqFormat:
             PlanError: experts, or matrices that are stored by their inputs.
         """
         del machine
+        for tensor in arch.tensors:
+            if tensor.role in CONTROLS - {"linear.decay"} and len(tensor.dims.of) == 2:
+                raise PlanError(
+                    "exporter gptq_format",
+                    f"{tensor.name} controls a recurrence and stays as it is, and loaders of the "
+                    "layout expect codes of every linear layer of a block",
+                    "use the exporter `onnx`, which writes codes for the others",
+                )
         for tensor in linears(arch):
             if tensor.expert is not None or not inputs_last(tensor):
                 what = "one of several experts" if tensor.expert is not None else "stored [in, out]"

@@ -18,6 +18,7 @@ from prune_export.exporters.gptq_format import GptqFormat
 from prune_export.progress import Silent
 from prune_export.quantize.gptq import Gptq
 from prune_export.quantize.rtn import Rtn
+from tests.arch.tiny_models import arch_of
 from tests.exporters.onnx.graphs import MACHINE, saved
 from tests.exporters.ort_genai.test_codes import quantized
 
@@ -92,3 +93,10 @@ def test_what_the_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
 
         with pytest.raises(PlanError, match="loaders of the layout do not expect"):
             GptqFormat().check(Checkpoint.open(tmp_path / family).arch(), MACHINE)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "qwen3_next", "jamba"])
+def test_layers_that_control_a_recurrence_have_no_codes(model_type: str) -> None:
+    with pytest.raises(PlanError, match=r"controls a recurrence|one of several experts"):
+        GptqFormat().check(arch_of(model_type), MACHINE)
+    GptqFormat().check(arch_of("lfm2"), MACHINE)
