@@ -62,14 +62,6 @@ class GptqFormat:
             PlanError: experts, or matrices that are stored by their inputs.
         """
         del machine
-        for tensor in arch.tensors:
-            if tensor.role in CONTROLS - {"linear.decay"} and len(tensor.dims.of) == 2:
-                raise PlanError(
-                    "exporter gptq_format",
-                    f"{tensor.name} controls a recurrence and stays as it is, and loaders of the "
-                    "layout expect codes of every linear layer of a block",
-                    "use the exporter `onnx`, which writes codes for the others",
-                )
         for tensor in linears(arch):
             if tensor.expert is not None or not inputs_last(tensor):
                 what = "one of several experts" if tensor.expert is not None else "stored [in, out]"
@@ -201,6 +193,11 @@ class _Written:
             "pack_dtype": "int32",
         }
         left = {t.role: t.name for t in linears(self.arch) if t.name not in self.grids}
+        left |= {
+            tensor.role: tensor.name
+            for tensor in self.arch.tensors
+            if tensor.role in CONTROLS - {"linear.decay"} and len(tensor.dims.of) == 2
+        }
         if left:
             # What is not quantized, by the last part of its module's name.
             ends = sorted({name.rsplit(".", 2)[1] for name in left.values()})
