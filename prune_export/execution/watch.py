@@ -11,6 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Final
 
+from prune_export.execution.memory import memory_watched
 from prune_export.planning import PlannedStage
 from prune_export.store import Artifact
 from prune_export.system.platforms import peak_ram
@@ -54,7 +55,8 @@ class Watch:
         children = _children_peak()
         started = self._started = time.monotonic()
         worked = _processor_seconds()
-        yield
+        with memory_watched() as together:
+            yield
         found = [one for one in self.planned if _is(one, kind, name, dense=dense)]
         now = _children_peak()
         self.steps.append(
@@ -64,7 +66,7 @@ class Watch:
                 "seconds": time.monotonic() - started,
                 "processor_seconds": _processor_seconds() - worked,
                 "planned_ram_bytes": max((one.cost.ram_bytes for one in found), default=None),
-                "ram_bytes": max(_own_peak(), now if now > children else 0),
+                "ram_bytes": max(_own_peak(), now if now > children else 0, together.ram_bytes),
                 "planned_disk_bytes": sum(one.cost.disk_bytes for one in found) if found else None,
                 "disk_bytes": self._written,
                 "reused": self._taken if not self._built else 0,

@@ -109,6 +109,20 @@ class TestWhatIsPruned:
         assert alternative_of([dense], dense, reaches).startswith("No pruned model")
 
 
+def test_engines_of_one_label_name_what_differs() -> None:
+    engines: Any = [
+        {"onnx": {"precision": "fp32"}},
+        {"onnx": {"precision": "int4", "block_size": 32}},
+        {"onnx": {"precision": "int4", "block_size": 128}},
+        {"onnx": {"precision": "int4"}, "quantize": {"method": "gptq"}},
+    ]
+    found = engines_of(Search(Target(speedup=1.5), "ranking", engines=tuple(engines)))
+    assert [one.label for one in found] == [
+        "fp32 on onnx", "int4 on onnx (block_size 32)", "int4 on onnx (block_size 128)",
+        "int4 by gptq on onnx",
+    ]  # fmt: skip
+
+
 class TestWhatIsChosen:
     def choice(self, *points: Point, notes: tuple[str, ...] = ()) -> Any:
         pace = SimpleNamespace(notes=list(notes))
