@@ -2,14 +2,13 @@
 
     python benchmarks/derive_types.py benchmarks/results/<date>-<machine>-derived-families.json
 
-Each type is taken at its class's own default config, without weights. docs/families_page.py makes
-docs/families.md of the result.
+Each type is taken at its class's own default config, without weights; types named after the file
+are added to what is there. docs/families_page.py makes docs/families.md of the result.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import signal
 import sys
 import time
@@ -25,6 +24,7 @@ from prune_export.arch.table import tables
 from prune_export.deriving.instances import config_class, quietly
 from prune_export.deriving.making import derive
 from prune_export.errors import UnsupportedArch
+from prune_export.machine import describe
 
 SECONDS = 60
 """A type that takes longer is given up."""
@@ -69,14 +69,17 @@ def main() -> None:
     out = Path(sys.argv[1])
     wanted = sys.argv[2:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - tables().keys())
     types = []
+    if out.is_file():  # begun earlier: what is asked for is made again, the rest is kept
+        kept = json.loads(out.read_text(encoding="utf-8"))["types"]
+        types = [one for one in kept if one["model_type"] not in wanted]
     for model_type in wanted:
         types.append(of_type(model_type))
         print(model_type, types[-1]["came"], types[-1].get("why", "")[:100], flush=True)
     report = {
         "command": "benchmarks/derive_types.py",
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": 2},
+        "machine": describe(),
         "versions": {name: version(name) for name in ("transformers", "torch", "prune-export")},
-        "types": types,
+        "types": sorted(types, key=lambda one: one["model_type"]),
     }
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

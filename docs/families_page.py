@@ -53,7 +53,7 @@ says no, and why; the reasons are below. **not tried**: nothing refuses it, and 
 | width | `tests/arch/test_families.py`, `tests/contracts/test_width_methods.py`: cut = silenced |
 | sparse | `tests/contracts/test_methods.py`, `tests/methods/sparse`: every method, N:M, GPTQ |
 | heal | `tests/heal/test_contracts.py`: *trained* by all healers; *one step*: nothing is mixed up |
-| onnx | `tests/exporters/onnx/test_onnx.py`: prefill and decode agree with PyTorch |
+| onnx | `tests/exporters/onnx`: prefill and decode agree with PyTorch |
 | ort_genai | `tests/exporters/ort_genai/test_ort_genai.py`: agrees with PyTorch |
 | gguf | `tests.exporters.gguf.test_writing.py`: read back, it computes the same |
 

@@ -333,6 +333,7 @@ class Exporter(Protocol):
     UNOPENED: str                     why `open` always refuses; empty: it opens them
     WRITES_CODES: bool                its int4 and int8 take a quantized checkpoint's codes exactly
     calibrates: bool                  it reads calibration data; may be a property of its keys
+    runs_code: bool                   with these keys its engines hold machine code; as `calibrates`
     """
 
     VERSION: ClassVar[str]

@@ -14,39 +14,38 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from prune_export import __version__
 from prune_export.arch import Arch
 from prune_export.arch.table import Derivation, Table
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.calibrate.streaming.layerwise_model import _Names as Names
 from prune_export.checkpoint import Checkpoint
 from prune_export.deriving import proof
+from prune_export.deriving.assembly import Found, table_of
 from prune_export.deriving.instances import (
     Instance,
     build,
-    config_class,
     prompt,
     quietly,
     random_instance,
     randomize,
 )
-from prune_export.deriving.parts import Block, tell
+from prune_export.deriving.kinds import BY_HAND, kinds_of, stored_names
+from prune_export.deriving.parts import tell
 from prune_export.deriving.proof import Check, Disproved, checked
-from prune_export.deriving.small import Small, shapes, shrunk
+from prune_export.deriving.small import Small, of_depth, shapes, shrunk
 from prune_export.deriving.table import (
-    Axes,
-    Outside,
-    axes_of,
-    block_rows,
-    config_rules,
     head_sizes,
     look_outside,
 )
 from prune_export.deriving.watching import Watched
 from prune_export.errors import PruneExportError, UnsupportedArch
 
-BY_HAND: Final = "write a table by hand: docs/architectures.md shows how, `prune-export families derive` writes the start of one"  # noqa: E501
-_WIDTH_KEYS: Final = {"MLP width": ("mlp",), "heads": ("kv", "group", "dim")}
+_WIDTH_KEYS: Final = {
+    "MLP width": ("mlp",),
+    "heads": ("kv", "group", "dim"),
+    "experts' width": ("moe",),
+    "shared expert's width": ("shared",),
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,15 @@ def derive(full: Mapping[str, Any], scratch: Path | None = None) -> Derived:
         torch.set_num_threads(1)
         try:
             table, checks, notes = _derived(full, Path(folder))
+        except PruneExportError:
+            raise
+        except Exception as error:  # whatever the model's own code raises on its config
+            raise UnsupportedArch(
+                "config.json",
+                f"no table can be derived: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}",
+                BY_HAND,
+            ) from error
         finally:
             torch.set_num_threads(threads)
     return Derived(table, checks, notes, time.perf_counter() - began)
@@ -143,11 +151,17 @@ def _derived(
     sizes = head_sizes(small) | {"vocab": small.config[small.keys["vocab"]]}
     with quietly():
         model.save_pretrained(folder / "names")
-    stored = _stored(folder / "names", model)
-    _of_block(stored, blocks)
-    block = tell(Watched(model, blocks, 0, sizes["vocab"]), sizes)
+    stored = stored_names(folder / "names", model)
+    kinds = kinds_of(stored, blocks)
+    told = [
+        tell(Watched(model, blocks, kind.layers[0], sizes["vocab"]), sizes, kind.experts)
+        for kind in kinds
+    ]
     outside = look_outside(model, blocks, sizes, small.config[small.keys["heads"]])
-    said = _table(full, small, model, blocks, block, stored, outside)
+    said, block = (
+        table_of(Found(full, small, model, blocks, stored, kinds, told, outside)),
+        told[-1],
+    )
     made = random_instance(small.config, folder / "small", Table.model_validate(said))
     checks = [*proof.prove(made, folder), *_more(full, small, made)]
     if not block.heads_told:
@@ -198,205 +212,12 @@ def _blocks(model: Any, layers: int) -> str:
     return str(lists[0])
 
 
-Stored = dict[str, tuple[str, tuple[int, ...]]]
-"""By a tensor's name on disk, its name in memory and its shape."""
-
-
-def _stored(path: Path, model: Any) -> Stored:
-    names = Names(model)
-    shapes_there = proof.shapes_on_disk(path)
-    order = {name: index for index, name in enumerate(model.state_dict())}
-    found = {name: (names.renamed(name), shape) for name, shape in shapes_there.items()}
-    return dict(sorted(found.items(), key=lambda item: order.get(item[1][0], len(order))))
-
-
-def _of_block(stored: Stored, blocks: str) -> Stored:
-    """The tensors of a block by their names in it; they must be the same in all blocks.
-
-    Raises:
-        UnsupportedArch: blocks differ, or hold what derived tables do not know.
-    """
-    found: dict[int, Stored] = {}
-    start = f"{blocks}."
-    for name, (inside, shape) in stored.items():
-        if inside.startswith(start) and name.startswith(start):
-            number, _, rest = name.removeprefix(start).partition(".")
-            own = inside.removeprefix(f"{start}{number}.")
-            found.setdefault(int(number), {})[rest] = (own, shape)
-    for layer, names in found.items():
-        if names != found[0]:
-            odd = min(set(names.items()) ^ set(found[0].items()))
-            raise UnsupportedArch(
-                "config.json  model_type",
-                f"its blocks differ: {odd[0]} {list(odd[1][1])} is in block 0 or in block {layer} "
-                "only, and derived tables know blocks of one kind",
-                BY_HAND,
-            )
-    wide = [(name, shape) for name, (_, shape) in found[0].items() if len(shape) > 2]
-    merged = len({inside for inside, _ in found[0].values()}) < len(found[0])
-    if wide or merged:
-        odd_name = wide[0][0] if wide else min(found[0])
-        raise UnsupportedArch(
-            "config.json  model_type",
-            f"{odd_name} is fused with others (experts), or a convolution, which derived tables "
-            "do not know",
-            BY_HAND,
-        )
-    return found[0]
-
-
-def _table(
-    full: Mapping[str, Any],
-    small: Small,
-    model: Any,
-    blocks: str,
-    block: Block,
-    stored: Stored,
-    outside: Outside,
-) -> dict[str, Any]:
-    table_of = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)
-    }
-    positions = next(
-        (
-            module.num_embeddings
-            for name, module in table_of.items()
-            if module is not model.get_input_embeddings() and name in outside.before
-        ),
-        None,
-    )
-    axes, offset = _positioned(small, block, positions)
-    flags = dict(block.flags)
-    said: dict[str, Any] = {
-        "family": str(full["model_type"]),
-        "model_types": [str(full["model_type"])],
-        "architectures": [type(model).__name__],
-        "source": f"derived by prune_export {__version__}, transformers {version('transformers')}",
-        "layers": small.keys["layers"],
-        "blocks": blocks,
-        "final_norm": outside.final_norm,
-        "norm": outside.norm,
-        "embeddings": list(outside.before),
-        "axes": axes.to_table(),
-        "head": list(_outer(model, blocks, stored, outside, axes, offset, before=True)),
-        "block": list(block_rows(block, _of_block(stored, blocks), axes.sizes)),
-        "tail": list(_outer(model, blocks, stored, outside, axes, offset, before=False)),
-        "config": config_rules(full, small, axes),
-        "tiny": {"config": _tiny(small)},
-    }
-    for flag in ("tuple_blocks", "tuple_mlp", "parallel", "parts_add"):
-        if flags.get(flag):
-            said[flag] = True
-    times = flags.get("times")
-    if not flags.get("added"):
-        said["added_when"] = f"model_type != {full['model_type']}"
-    elif times is not None and abs(times - 1) > 1e-6:
-        key = next((k for k, v in small.config.items() if type(v) is float and v == times), None)
-        if key:
-            said["added_times"] = key
-        else:
-            said["added_when"] = f"model_type != {full['model_type']}"
-    if outside.norm_offset:
-        said["norm_offset"] = outside.norm_offset
-    if outside.scaled:
-        said["scaled_embeddings"] = True
-    if outside.per_sample:
-        said["per_sample"] = list(outside.per_sample)
-    if outside.untraceable:
-        said["untraceable"] = outside.untraceable
-    if block.notes:
-        said["notes"] = "; ".join(block.notes)
-    return said
-
-
-def _positioned(small: Small, block: Block, rows: int | None) -> tuple[Axes, int]:
-    """The axes, and how many rows there are beyond the positions that a config key says."""
-    if rows is not None:
-        for beyond in (0, 1, 2):
-            axes = axes_of(small, [block], rows - beyond)
-            if "positions" in axes.of and axes.of["positions"]["size"].isidentifier():
-                return axes, beyond
-    return axes_of(small, [block], None), 0
-
-
-def _tiny(small: Small) -> dict[str, Any]:
-    """The changes that make the class's own defaults the small config."""
-    with quietly():
-        plain = config_class(str(small.config["model_type"]))().to_dict()
-    skip = ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype")
-    return {
-        key: value
-        for key, value in small.config.items()
-        if key not in skip
-        and (key not in plain or plain[key] != value)
-        and not key.endswith("_token_id")
-    }
-
-
-def _outer(
-    model: Any,
-    blocks: str,
-    stored: Stored,
-    outside: Outside,
-    axes: Axes,
-    beyond: int,
-    *,
-    before: bool,
-) -> Iterator[dict[str, Any]]:
-    """The rows of tensors outside of the blocks, those of before the first or of after the last."""
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    named = {module: name for name, module in model.named_modules()}
-    disk = {inside: name for name, (inside, _) in stored.items()}
-    embedding = f"{named[embed]}.weight"
-    embedding, tied = disk.get(embedding, embedding), _tied_key(model)
-    for inside, tensor in model.state_dict(keep_vars=True).items():
-        if inside.startswith(f"{blocks}."):
-            continue
-        name = disk.get(inside, inside)
-        path, _, leaf = inside.rpartition(".")
-        module = model.get_submodule(path)
-        if (path in outside.before) is not before:
-            continue
-        dims = " ".join(
-            "residual" if size == axes.sizes["residual"] else
-            "vocab" if size == axes.sizes["vocab"] else str(size)
-            for size in tensor.shape
-        )  # fmt: skip
-        row: dict[str, Any] = {"name": name, "dims": dims}
-        suffix = ".bias" if leaf == "bias" else ""
-        if module is embed:
-            row["role"] = "embed"
-        elif module is head:
-            row["role"] = f"head{suffix}"
-            if not suffix:
-                row |= {"tied_to": embedding} | ({"tied_when": tied} if tied else {})
-        elif path == outside.final_norm:
-            row["role"] = f"norm.final{suffix}"
-        elif isinstance(module, nn.Embedding) and "positions" in axes.sizes:
-            row["role"] = "position"
-            more = f"{beyond}+" if beyond else ""
-            row["dims"] = f"{more}positions residual"
-        elif path in outside.before and tensor.dim() == 1:
-            row["role"] = f"norm.embed{suffix}"
-        else:
-            row["role"] = f"other.{leaf}"
-        yield row
-
-
-def _tied_key(model: Any) -> str | None:
-    """The config key that ties the head; None for a class that always does, or has no such key."""
-    config = model.config.to_dict()
-    said = {}
-    for tie in (False, True):
-        made = build({**config, "tie_word_embeddings": tie}, "meta")
-        said[tie] = made.get_output_embeddings().weight is made.get_input_embeddings().weight
-    return "tie_word_embeddings" if said[True] and not said[False] else None
-
-
 def _more(full: Mapping[str, Any], small: Small, made: Instance) -> Iterator[Check]:
     """Checks of calibration by blocks, and of the config: its shapes, what each size moves."""
     yield checked("blocks one at a time", lambda: _streamed(made))
-    yield checked("this config's names and shapes", lambda: _true_shapes(full, made.arch.table))
+    yield checked(
+        "this config's names and shapes", lambda: _true_shapes(full, small, made.arch.table)
+    )
     yield checked("each size varied", lambda: _varied(small, made.arch.table))
 
 
@@ -424,12 +245,16 @@ def _streamed(made: Instance) -> float:
     return error
 
 
-def _true_shapes(full: Mapping[str, Any], table: Table) -> str:
+def _true_shapes(full: Mapping[str, Any], small: Small, table: Table) -> str:
+    if "expert" in table.axes:
+        # Tens of thousands of tensors: its first blocks, one of each kind among them.
+        full = of_depth(full, small.keys, small.config[small.keys["layers"]])
     model, arch = build(full, "meta"), Arch.from_config(full, table=table)
     names, state = Names(model), model.state_dict()
     there = proof.untied(arch, names, {name: tuple(one.shape) for name, one in state.items()})
-    proof.compare(proof.in_memory(arch, names), there)
-    return f"{len(there)} tensors, {arch.parameters():,} parameters"
+    proof.compare(*proof.comparable(arch, names, there))
+    some = f" in its first {arch.layers} blocks" if "expert" in table.axes else ""
+    return f"{len(there)} tensors, {arch.parameters():,} parameters{some}"
 
 
 def _varied(small: Small, table: Table) -> str:
@@ -455,7 +280,7 @@ def _varied(small: Small, table: Table) -> str:
             if proof.of_one_block(there) != known:
                 continue  # a model of other parts, of which this table says nothing
             arch = Arch.from_config(changed, table=table)
-            meant, there = proof.in_memory(arch, names), proof.untied(arch, names, there)
+            meant, there = proof.comparable(arch, names, proof.untied(arch, names, there))
             for name in sorted(meant.keys() | there.keys()):
                 if meant.get(name) != there.get(name):
                     raise Disproved(

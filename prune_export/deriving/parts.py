@@ -14,28 +14,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
-from torch import nn
 
 from prune_export.arch.dims import Dims
-from prune_export.deriving.watching import LENGTH, Moved, Seen, Watched, first_tensor, same
+from prune_export.deriving.kinds import Experts
+from prune_export.deriving.layers import (
+    KEY,
+    QUERY,
+    Layer,
+    Sizes,
+    below,
+    is_linear,
+    leaf,
+    transposed,
+)
+from prune_export.deriving.residual import flags_of, norms_of
+from prune_export.deriving.watching import LENGTH, Moved, Seen, Watched, same
 
-Sizes = Mapping[str, int]
-
-QUERY: Final = "(kv group dim)"
-KEY: Final = "(kv dim)"
 _NEAR: Final = 4
 """Heads have more than twice as many channels."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer of a block: its role, and the dims of its outputs and of its inputs."""
-
-    name: str
-    role: str
-    out: str
-    into: str
-    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,8 @@ class Block:
     """What was found in one block.
 
     `norms` has a role and a dims string by module; `flags` are the table's own (`parallel` …);
-    `notes` say why something stayed unknown. `mlp` is the width of the MLP, 0 where none was found;
+    `notes` say why something stayed unknown. `mlp` is the width of the MLP, `shared` that of
+    experts which all tokens share, 0 where none was found;
     `heads_told` says that it is known which head each channel of the attention belongs to.
     """
 
@@ -53,40 +50,27 @@ class Block:
     flags: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     mlp: int = 0
+    shared: int = 0
     heads_told: bool = False
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix of its own."""
-    weight = getattr(module, "weight", None)
-    plain = isinstance(weight, torch.Tensor) and weight.dim() == 2
-    return plain and not isinstance(module, nn.Embedding) and not list(module.children())
+def tell(watched: Watched, sizes: Sizes, experts: Experts | None = None) -> Block:
+    """Finds the parts of a block; `sizes` are those of the axes, with `group` where it has one.
 
-
-def transposed(seen: Seen) -> bool | None:
-    """Whether a linear layer stores [in, out]; None where it does something else, too."""
-    weight, bias = seen.module.weight, getattr(seen.module, "bias", None)
-    assert isinstance(weight, torch.Tensor)
-    plus = 0 if bias is None else bias
-    given = seen.given.reshape(-1, seen.given.shape[-1])
-    for matrix, answer in ((weight.T, False), (weight, True)):
-        if given.shape[1] == matrix.shape[0] and same(given @ matrix + plus, seen.gave):
-            return answer
-    return None
-
-
-def tell(watched: Watched, sizes: Sizes) -> Block:
-    """Finds the parts of a block; `sizes` are those of the axes, with `group` where it has one."""
+    Of `experts` only what chooses among them, and what all tokens share, is a layer here.
+    """
     seen = watched.look()
     by_name = {one.name: one for one in seen}
     linear = [one for one in seen if one.name and is_linear(one.module)]
+    routers = [one for one in linear if experts and _chooses(one, experts)]
+    linear = [one for one in linear if one not in routers]
     names = [one.name for one in linear]
     watch = {*names, *(reader(name, seen) for name in names)}
     points = {one.name: _point(one, seen) for one in linear}
     first = {one.name: watched.move(points[one.name], 0, watch, _width(one)) for one in linear}
     mixing = [name for name in names if bool(first[name].block[:, 1:].any())]
-    home = _home(mixing, names)
-    inside = [name for name in names if name in mixing or _below(name, home)]
+    home = _home(mixing, [*names, *(one.name for one in routers)])
+    inside = [name for name in names if name in mixing or below(name, home)]
     outside = [name for name in names if name not in inside]
     layers: list[Layer] = []
     notes: list[str] = []
@@ -102,13 +86,43 @@ def tell(watched: Watched, sizes: Sizes) -> Block:
     told = bool(mixing) and not notes
     width = _elements(by_name[outside[-1]]) // sizes["residual"] if outside else 0
     layers += _mlp(watched, outside, seen, first, {**sizes, "mlp": width}, notes)
+    found = any(layer.role == "down" for layer in layers)
+    if experts:
+        layers = [_of_shared(layer) for layer in layers]
+        layers += [_router(one) for one in routers]
     layers = [_laid(layer, by_name[layer.name]) for layer in layers]
     layers = _with_one_input(layers, by_name, notes)
-    found = any(layer.role == "down" for layer in layers)
     sizes = {**sizes, "mlp": width} if found else sizes
-    norms = dict(_norms(watched, seen, layers, sizes, home))
-    flags = _flags(watched, seen, layers, home)
-    return Block(tuple(layers), norms, home, flags, tuple(notes), width if found else 0, told)
+    down = next((layer.name for layer in layers if layer.role == "down"), None)
+    end_of_mlp = experts.home if experts else down
+    norms = dict(norms_of(watched, seen, layers, sizes, home, end_of_mlp))
+    flags = flags_of(watched, seen, layers, home, end_of_mlp)
+    width = width if found else 0
+    mlp, shared = (0, width) if experts else (width, 0)
+    return Block(tuple(layers), norms, home, flags, tuple(notes), mlp, shared, told)
+
+
+def _chooses(seen: Seen, experts: Experts) -> bool:
+    """Whether a layer scores the experts, or gives one number for what is shared."""
+    rows = seen.module.weight
+    assert isinstance(rows, torch.Tensor)
+    return below(seen.name, experts.home) and rows.shape[0] in (1, experts.count)
+
+
+def _router(seen: Seen) -> Layer:
+    rows = seen.module.weight
+    assert isinstance(rows, torch.Tensor)
+    if rows.shape[0] == 1:
+        return Layer(seen.name, "shared.router", "1", "residual")
+    return Layer(seen.name, "router", "expert", "residual")
+
+
+def _of_shared(layer: Layer) -> Layer:
+    """The same layer, where it is one of an MLP, as one of the experts that all tokens share."""
+    if layer.role not in ("gate", "up", "gate_up", "down"):
+        return layer
+    out, into = (text.replace("mlp", "shared") for text in (layer.out, layer.into))
+    return replace(layer, role=f"shared.{layer.role}", out=out, into=into)
 
 
 def reader(name: str, seen: Sequence[Seen]) -> str:
@@ -144,10 +158,6 @@ def _width(seen: Seen) -> int:
     return seen.gave.numel() // LENGTH
 
 
-def _below(name: str, home: str) -> bool:
-    return bool(home) and name.startswith(f"{home}.")
-
-
 def _home(mixing: Sequence[str], names: Sequence[str]) -> str:
     """The module that all mixing layers, and not all layers, lie in; "" where there is none."""
     paths = [name.split(".")[:-1] for name in mixing]
@@ -158,7 +168,7 @@ def _home(mixing: Sequence[str], names: Sequence[str]) -> str:
         shared.append(steps[0])
     home = ".".join(shared)
     # A module around both attention and MLP is no home of one of them.
-    return home if home and not all(_below(name, home) for name in names) else ""
+    return home if home and not all(below(name, home) for name in names) else ""
 
 
 def _laid(layer: Layer, seen: Seen) -> Layer:
@@ -177,7 +187,7 @@ def _attention(
         moved, own = first[name].inputs.get(end), last[name].inputs.get(end)
         if moved is None or own is None or moved.shape[-1] != heads * dim:
             notes.append(f"what {name} does in the attention is not understood")
-            yield Layer(name, f"other.{_leaf(name)}", "", "")
+            yield Layer(name, f"other.{leaf(name)}", "", "")
             continue
         reached = (moved.any(1) | own.any(1)).reshape(-1, heads, dim)
         kinds = _kinds(moved[:, 1:].any((1, 2)), reached)
@@ -190,10 +200,10 @@ def _attention(
             yield Layer(name, role, order, "residual")
         elif set(kinds) == {"p"} and len(kinds) == heads * dim:
             # It multiplies what the output projection reads, as a gate does.
-            yield Layer(name, f"other.{_leaf(name)}", query, "residual")
+            yield Layer(name, f"other.{leaf(name)}", query, "residual")
         else:
             notes.append(f"what {name} does in the attention is not understood")
-            yield Layer(name, f"other.{_leaf(name)}", "", "")
+            yield Layer(name, f"other.{leaf(name)}", "", "")
 
 
 def _of_length(length: int, sizes: Sizes, query: str) -> str:
@@ -267,7 +277,7 @@ def _mlp(
     if not readers or plain.numel() != width * LENGTH:
         for name in outside:
             notes.append(f"what {name} does is not understood")
-            yield Layer(name, f"other.{_leaf(name)}", "", "")
+            yield Layer(name, f"other.{leaf(name)}", "", "")
         return
     yield Layer(down, "down", "residual", "mlp")
     for name in rest:
@@ -275,7 +285,7 @@ def _mlp(
         doubled = watched.without({name: lambda value: value * 2}, [end])[end]
         if name not in readers or order is None:
             notes.append(f"what {name} does is not understood")
-            yield Layer(name, f"other.{_leaf(name)}", "", "")
+            yield Layer(name, f"other.{leaf(name)}", "", "")
         elif order != "mlp":
             yield Layer(name, "gate_up", order, "residual")
         elif len(readers) == 1 or same(doubled, plain * 2):
@@ -303,136 +313,14 @@ def _with_one_input(
 ) -> list[Layer]:
     """Layers of one group must read one input: statistics of it are gathered once."""
     found = list(layers)
-    for group in (("q", "k", "v"), ("gate", "up")):
+    for group in (("q", "k", "v"), ("gate", "up"), ("shared.gate", "shared.up")):
         own = [layer for layer in found if layer.role in group]
         if len(own) > 1 and not all(
             same(seen[own[0].name].given, seen[layer.name].given) for layer in own
         ):
             notes.append(f"{', '.join(layer.name for layer in own)} read different inputs")
             found = [
-                replace(layer, role=f"other.{_leaf(layer.name)}") if layer in own else layer
+                replace(layer, role=f"other.{leaf(layer.name)}") if layer in own else layer
                 for layer in found
             ]
     return found
-
-
-def _norms(
-    watched: Watched, seen: Sequence[Seen], layers: Sequence[Layer], sizes: Sizes, home: str
-) -> Iterator[tuple[str, tuple[str, str]]]:
-    by_role = {layer.role: layer.name for layer in layers}
-    by_name = {one.name: one for one in seen}
-    into_attention = [
-        layer.name for layer in layers if _below(layer.name, home) and layer.role != "o"
-    ]
-    into_mlp = [layer.name for layer in layers if layer.role in ("gate", "up", "gate_up")]
-    names = [layer.name for layer in layers]
-    for one in seen:
-        own = list(one.module.parameters(recurse=False))
-        if not one.name or not own or any(value.dim() != 1 for value in own):
-            continue
-        if list(one.module.children()) or is_linear(one.module):
-            continue
-        size = len(own[0])
-        dims = size_dims(size, sizes, within_heads=_below(one.name, home))
-        role = f"other.{_leaf(one.name)}"
-        for norm, source in (("norm.attn.out", "o"), ("norm.mlp.out", "down"),
-                             ("norm.q", "q"), ("norm.k", "k")):  # fmt: skip
-            maker = by_name.get(by_role.get(source, ""))
-            if maker is not None and _same_values(maker.gave, one.given):
-                role = norm
-        inner = _below(one.name, home)
-        if role.startswith("other.") and size == sizes["residual"] and not inner:
-            noisy = watched.without({one.name: _with_noise}, names)
-            plain = watched.without({}, names)
-            moved = [name for name in names if not same(noisy[name], plain[name])]
-            if any(name in moved for name in into_attention):
-                role = "norm.attn"
-            elif any(name in moved for name in into_mlp):
-                role = "norm.mlp"
-        yield one.name, (role, dims)
-
-
-def _with_noise(value: torch.Tensor) -> torch.Tensor:
-    return value + torch.randn(value.shape[-1])
-
-
-def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors hold the same values in some order: heads are turned about."""
-    return one.numel() == other.numel() and same(one.flatten().sort()[0], other.flatten().sort()[0])
-
-
-def size_dims(size: int, sizes: Sizes, *, within_heads: bool) -> str:
-    """The dims of a tensor of one dimension of this size; a number where no axis is so long."""
-    heads = sizes["kv"] * sizes.get("group", 1)
-    query = QUERY if "group" in sizes else KEY
-    known: dict[int, str] = {}
-    if "group" in sizes:
-        known[heads] = "(kv group)"
-    known.setdefault(sizes["kv"], "kv")
-    known[sizes["dim"]] = "dim"
-    for text in (KEY, query):
-        known[Dims.parse(text).shape(sizes)[0]] = text
-    if "mlp" in sizes:
-        known[sizes["mlp"]] = "mlp"
-    if not within_heads or sizes["residual"] not in known:
-        known[sizes["residual"]] = "residual"
-    for times in (2, 3, 4) if within_heads else ():
-        for text in (KEY, query):
-            known.setdefault(times * Dims.parse(text).shape(sizes)[0], f"({times} {text[1:]}")
-    return known.get(size, str(size))
-
-
-def _flags(
-    watched: Watched, seen: Sequence[Seen], layers: Sequence[Layer], home: str
-) -> dict[str, Any]:
-    """What a table says of how a block adds its parts, by moving what they give."""
-    by_role = {layer.role: layer.name for layer in layers}
-    found: dict[str, Any] = {"tuple_blocks": next(one for one in seen if not one.name).in_tuple}
-    out, down = by_role.get("o"), by_role.get("down")
-    if out is None or down is None:
-        return found | {"added": False}
-    into = [layer.name for layer in layers if layer.role in ("gate", "up", "gate_up")]
-    names = [out, down]
-    step = torch.linspace(0.5, 1.5, next(one for one in seen if not one.name).gave.shape[-1])
-    plain = watched.without({}, into)
-    moved = watched.without({out: lambda value: value + _wide(step, value)}, into)
-    found["parallel"] = all(same(plain[name], moved[name]) for name in into)
-    parent = down.rpartition(".")[0]
-    mlp = next((one for one in seen if parent and one.name == parent), None)
-    found["tuple_mlp"] = bool(mlp and mlp.in_tuple)
-    # With the MLP's output held still, a step of either comes through whole, or times a number.
-    still = {one.name: one.gave for one in seen if one.name in names}
-    times = set()
-    for name in names:
-        held = {other: (lambda _value, kept=still[other]: kept) for other in names}
-        base = watched.without(held, [])[""]
-        shifted = held | {name: lambda _value, kept=still[name]: kept + _wide(step, kept)}
-        change = watched.without(shifted, [])[""] - base
-        ratio = (change / step).reshape(-1)
-        even = bool((ratio - ratio.mean()).abs().max() < 1e-3 * max(1.0, float(ratio.abs().max())))
-        times.add(round(float(ratio.mean()), 4) if even else None)
-    found["added"] = len(times) == 1 and None not in times
-    found["times"] = next(iter(times)) if found["added"] else None
-    if home:
-        blank = {out: torch.zeros_like}
-        module = watched.modules[home]
-        kept: list[torch.Tensor] = []
-
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            value = first_tensor(output)
-            assert value is not None
-            kept.append(value.clone())
-
-        handle = module.register_forward_hook(note)
-        watched.without(blank, [])
-        handle.remove()
-        found["parts_add"] = bool(kept and kept[0].any())
-    return found
-
-
-def _wide(step: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return step.expand_as(value)
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]

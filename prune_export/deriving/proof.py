@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -100,9 +101,21 @@ def names_and_shapes(made: Instance) -> str:
     return f"{len(there)} tensors"
 
 
-def in_memory(arch: Arch, names: Any) -> dict[str, tuple[int, ...]]:
-    """A table's shapes by the names that its tensors have in transformers' model."""
-    return {names.renamed(tensor.name): arch.shape(tensor) for tensor in arch.stored()}
+def comparable(
+    arch: Arch, names: Any, there: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """A table's shapes by names in memory, and those there; of fused tensors, numbers alone."""
+    meant: dict[str, tuple[int, ...]] = {}
+    fused: dict[str, int] = {}
+    for tensor in arch.stored():
+        name = names.renamed(tensor.name)
+        if name in meant:
+            fused.setdefault(name, prod(meant[name]))
+            fused[name] += prod(arch.shape(tensor))
+        else:
+            meant[name] = arch.shape(tensor)
+    found = {name: (prod(there[name]),) for name in fused if name in there}
+    return meant | {name: (size,) for name, size in fused.items()}, {**there, **found}
 
 
 def untied(arch: Arch, names: Any, there: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -226,13 +239,13 @@ def unchanged_config(made: Instance) -> str:
     return f"{len(made.full)} keys"
 
 
-def keep_of(arch: Arch, name: str, count: int) -> dict[str, list[int]]:
-    """A different choice of `count` places for every axis of a name (`mlp.3`, `kv.0` …)."""
+def keep_of(arch: Arch, counts: Mapping[str, int]) -> dict[str, list[int]]:
+    """A different choice of so many places for every axis of a name (`mlp.3`, `kv.0` …)."""
     generator = torch.Generator().manual_seed(1)
     return {
-        axis: sorted(torch.randperm(size, generator=generator)[:count].tolist())
+        axis: sorted(torch.randperm(size, generator=generator)[: counts[name]].tolist())
         for axis, size in arch.sizes.items()
-        if axis.partition(".")[0] == name
+        if (name := axis.partition(".")[0]) in counts
     }
 
 
@@ -265,12 +278,12 @@ def silenced(arch: Arch, state: State, kept: Mapping[str, Sequence[int]]) -> Sta
     return state
 
 
-def width(made: Instance, name: str, count: int, out: Path) -> float:
-    """Cut to `count` places of an axis, a model computes as the whole with the rest silenced."""
+def width(made: Instance, counts: Mapping[str, int], out: Path) -> float:
+    """Cut to so many places of axes, a model computes as the whole with the rest silenced."""
     ids = prompt(made.arch.sizes["vocab"])
-    kept, state = keep_of(made.arch, name, count), made.state()
+    kept, state = keep_of(made.arch, counts), made.state()
     if not kept:
-        raise Disproved(f"the model has no axis `{name}`")
+        raise Disproved(f"the model has no axis {' or '.join(counts)}")
     arch, narrow = cut_width(made.arch, state, kept)
     smaller, wrong = load(write(narrow, arch.to_config(made.full), out / "narrow"))
     if wrong:
@@ -280,9 +293,10 @@ def width(made: Instance, name: str, count: int, out: Path) -> float:
     return _same(logits(smaller, ids), expected, made.logits(ids), WIDTH_ERROR, 1e-4)
 
 
-def rebuilt(made: Instance, name: str, count: int) -> str:
+def rebuilt(made: Instance, counts: Mapping[str, int]) -> str:
     """A config that says a width cut makes transformers build a model of just these shapes."""
-    arch = made.arch.with_sizes(dict.fromkeys(keep_of(made.arch, name, count), count))
+    sizes = {axis: len(kept) for axis, kept in keep_of(made.arch, counts).items()}
+    arch = made.arch.with_sizes(sizes)
     config = arch.to_config(made.full)
     with quietly():
         full = config_class(str(config["model_type"])).from_dict(config).to_dict()
@@ -340,8 +354,19 @@ def prove(made: Instance, scratch: Path) -> list[Check]:
 
 def _width(made: Instance, name: str, scratch: Path) -> float:
     size = min(s for axis, s in made.arch.sizes.items() if axis.partition(".")[0] == name)
-    count = max(1, size * 5 // 8 if name != "kv" else size // 2)
+    # Kernels of mixtures ask for multiples of four.
+    count = max(1, size // 2) if name == "kv" else max(1, size * 5 // 32 * 4)
     if count >= size:
         raise Disproved(f"there is only {size} of it")
-    rebuilt(made, name, count)
-    return width(made, name, count, scratch / name)
+    counts = {name: count} | _with_it(made.arch, name, count, size)
+    rebuilt(made, counts)
+    return width(made, counts, scratch / name)
+
+
+def _with_it(arch: Arch, name: str, count: int, size: int) -> dict[str, int]:
+    """Shared experts that are so many times as wide as the others are cut with them."""
+    shared = arch.table.axes.get("shared")
+    if name != "moe" or shared is None or arch.table.axes["moe"].size not in shared.size.split():
+        return {}
+    wide = next((own for axis, own in arch.sizes.items() if axis.startswith("shared.")), 0)
+    return {"shared": wide // size * count} if wide else {}

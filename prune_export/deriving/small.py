@@ -59,6 +59,8 @@ class Small:
     config: dict[str, Any]
     keys: Keys
     changed: frozenset[str] = field(default_factory=frozenset)
+    moved: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """For each key of `keys.others`, the tensors in memory whose shapes follow it."""
     as_wide: tuple[str, ...] = ()
     """Keys that say the hidden size again."""
 
@@ -133,8 +135,9 @@ def shrunk(config: Mapping[str, Any]) -> Small:
     """
     keys = keys_of(config)
     reasons: list[str] = []
+    base, moved = _base(config, keys)
     for sizes in _tried(config, keys):
-        small = {**_base(config, keys), **sizes, **NO_ENDS}
+        small = {**base, **sizes, **NO_ENDS}
         for key in _as_wide(config, keys):
             small[key] = sizes[keys["residual"]]
         try:
@@ -146,7 +149,7 @@ def shrunk(config: Mapping[str, Any]) -> Small:
             continue
         if bool(torch.isfinite(values).all()):
             changed = {key for key in config if made.get(key) != config[key]}
-            return Small(made, keys, frozenset(changed), tuple(_as_wide(config, keys)))
+            return Small(made, keys, frozenset(changed), moved, tuple(_as_wide(config, keys)))
         reasons.append("its logits are not finite")
     raise UnsupportedArch(
         "config.json",
@@ -162,14 +165,21 @@ def _as_wide(config: Mapping[str, Any], keys: Keys) -> list[str]:
     return [key for key, value in config.items() if key not in known and value == wide]
 
 
-def _base(config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
-    """The config of fewest blocks in which there is one of each kind, with small odd sizes."""
+def _base(
+    config: Mapping[str, Any], keys: Keys
+) -> tuple[dict[str, Any], dict[str, frozenset[str]]]:
+    """The config of fewest blocks in which there is one of each kind, with small odd sizes.
+
+    With it what follows each key.
+    """
+    moved: dict[str, frozenset[str]] = {}
     small = of_depth(config, keys, _depth(config, keys))
-    before = shapes(small)
+    whole, before = dict(small), shapes(small)
     widths = iter(_WIDTHS)
     for key in keys.others:
         value = small[key]
-        rows = _moves(small, before, key)
+        rows = _moves(whole, before, key)
+        moved[key] = frozenset(rows)
         if value is None:
             continue
         if any("position" in name for name in rows):
@@ -185,7 +195,7 @@ def _base(config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
             small[key] = _WINDOW
         elif ("per_tok" in key or "top_k" in key or "topk" in key) and value > _CHOSEN:
             small[key] = _CHOSEN
-    return small
+    return small, moved
 
 
 def _moves(config: Mapping[str, Any], before: Shapes, key: str) -> list[str]:

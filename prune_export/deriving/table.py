@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any, Final
 
 import torch
@@ -14,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prune_export.arch.conditions import keys_of
 from prune_export.arch.table import common, tables
 from prune_export.deriving.instances import prompt
-from prune_export.deriving.parts import Block, Sizes, is_linear, size_dims
+from prune_export.deriving.kinds import Experts, Stored, expert_role
+from prune_export.deriving.layers import Sizes, below, is_linear, size_dims
+from prune_export.deriving.parts import Block
 from prune_export.deriving.small import Small
 from prune_export.deriving.watching import LENGTH, first_tensor, same
 from prune_export.errors import UnsupportedArch
@@ -61,11 +64,17 @@ def head_sizes(small: Small) -> dict[str, int]:
     return found | ({"group": heads // kv} if "kv" in key else {})
 
 
-def axes_of(small: Small, blocks: Sequence[Block], positions: int | None) -> Axes:
-    """Finds the config expression of every axis.
+def axes_of(
+    small: Small,
+    blocks: Sequence[Block],
+    experts: Experts | None,
+    written: Mapping[str, str],
+    positions: int | None,
+) -> Axes:
+    """Finds the config expression of every axis; `written` names a tensor of some, in memory.
 
     Raises:
-        UnsupportedArch: no key says how wide the MLP is.
+        UnsupportedArch: no key says how wide an MLP or an expert is.
     """
     key, sizes = small.keys.standard, {"vocab": small.config[small.keys["vocab"]]}
     sizes |= head_sizes(small)
@@ -78,19 +87,28 @@ def axes_of(small: Small, blocks: Sequence[Block], positions: int | None) -> Axe
         said = _said(small, positions)
         if said:
             plain["positions"], sizes["positions"] = {"size": said}, positions
-    wide = next((block.mlp for block in blocks if block.mlp), 0)
-    if wide:
-        said = _said(small, wide)
+    widths = {
+        "mlp": (max(block.mlp for block in blocks), "per_layer"),
+        "shared": (max(block.shared for block in blocks), "per_layer"),
+        "expert": (experts.count if experts else 0, "per_layer"),
+        "moe": (experts.width if experts else 0, "per_expert"),
+    }
+    for axis, (wide, where) in widths.items():
+        if not wide:
+            continue
+        said = _product(small, wide, written[axis]) if axis in written else None
+        said = said or _said(small, wide)
         if said is None:
             raise UnsupportedArch(
                 "config.json",
-                f"no key says how wide the MLP is ({wide} in a small model)",
+                f"no key says the size of `{axis}` ({wide} in a small model)",
                 "write a table by hand (docs/architectures.md)",
             )
-        plain["mlp"], sizes["mlp"] = {"size": said, "per_layer": True}, wide
+        plain[axis], sizes[axis] = {"size": said, where: True}, wide
         first = said.partition(" | ")[0]
-        if first.isidentifier():
-            writes[first] = "mlp"
+        # With fewer experts others would be chosen: that has rules of its own.
+        if first.isidentifier() and axis != "expert":
+            writes[first] = axis
     heads = key["heads"]
     if "kv" in key:
         plain["kv"] = {"size": key["kv"], "per_layer": True}
@@ -106,6 +124,14 @@ def axes_of(small: Small, blocks: Sequence[Block], positions: int | None) -> Axe
     return Axes(plain, sizes, writes)
 
 
+def _product(small: Small, size: int, name: str) -> str | None:
+    """The product of all keys that a tensor follows, if that is its width."""
+    keys = [key for key, names in small.moved.items() if name in names]
+    values = [small.config[key] for key in keys]
+    fits = bool(keys) and all(type(value) is int for value in values) and prod(values) == size
+    return " * ".join(keys) if fits else None
+
+
 def _said(small: Small, size: int) -> str | None:
     """The expression over config keys that says a size of the small model."""
     config, wide = small.config, small.keys["residual"]
@@ -116,6 +142,10 @@ def _said(small: Small, size: int) -> str | None:
         many = type(value) is int and value > 1 and value * config[wide] == size
         if many and key in small.keys.others:
             return f"{key} * {wide}"
+    for key in small.keys.others:
+        for other, value in config.items():
+            if type(value) is int and value > 0 and config[key] and config[key] * value == size:
+                return f"{key} * {other}"
     unset = next((f"{key} | " for key in small.keys.others if config[key] is None), "")
     if size % config[wide] == 0:
         return f"{unset}{size // config[wide]} * {wide}"
@@ -123,13 +153,25 @@ def _said(small: Small, size: int) -> str | None:
 
 
 def block_rows(
-    block: Block, stored: Mapping[str, tuple[str, tuple[int, ...]]], sizes: Sizes
+    block: Block, stored: Stored, sizes: Sizes, buffers: Collection[str]
 ) -> Iterator[dict[str, Any]]:
     """The rows of a block, from its tensors' names on disk, in memory, and shapes."""
     layers = {layer.name: layer for layer in block.layers}
+    routers = {layer.name for layer in block.layers if layer.role == "router"}
     for name, (inside, shape) in stored.items():
+        if "{expert}" in name:
+            role = expert_role(name)
+            dims = "residual moe" if role == "expert.down" else "moe residual"
+            yield {"name": name, "role": role, "dims": dims}
+            continue
         path, _, leaf = inside.rpartition(".")
         layer = layers.get(path)
+        around = any(below(router, path) for router in routers)
+        routes = path in routers or (around and shape == (sizes.get("expert"),))
+        if routes and leaf not in ("weight", "bias"):
+            role = "buffer.correction" if inside in buffers else "router.bias"
+            yield {"name": name, "role": role, "dims": "expert"}
+            continue
         if layer is not None and leaf in ("weight", "bias"):
             width = shape[-1 if layer.transposed else 0]
             heads = bool(block.attention) and path.startswith(f"{block.attention}.")
@@ -264,11 +306,13 @@ def untraceable(model: Any, ids: torch.Tensor) -> str:
 
     called: set[str] = set()
 
-    def probe(module: Any, query: Any, key: Any, value: Any, mask: Any, **more: Any) -> Any:
+    def probe(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **more: Any
+    ) -> Any:
         called.update(name for name, one in more.items() if one is not None)
         called.add("")
         more = {name: one for name, one in more.items() if name not in _NOT_IN_GRAPHS}
-        return sdpa_attention_forward(module, query, key, value, mask, **more)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
 
     AttentionInterface.register(_PROBE, probe)
     AttentionMaskInterface.register(_PROBE, sdpa_mask)
@@ -277,8 +321,8 @@ def untraceable(model: Any, ids: torch.Tensor) -> str:
     try:
         with torch.no_grad():
             model(ids, use_cache=False)
-    except Exception:  # an old class, which does not look its attention up
-        called.clear()
+    except Exception as error:  # an old class, or one that takes some attentions only
+        return f"its attention cannot be replaced ({type(error).__name__})"
     finally:
         model.config._attn_implementation = before
     if not called:

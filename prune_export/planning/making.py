@@ -28,7 +28,8 @@ from prune_export.planning.limits import windows_of, with_lacking
 from prune_export.planning.own_data import data_notes
 from prune_export.planning.planned import Plan, PlannedStage, Rates, Size, together
 from prune_export.planning.positions import refuse_long_requests, refuse_long_text
-from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
+from prune_export.planning.sparsity_notes import packed_note, windows_note
+from prune_export.planning.sparsity_rules import Planned, refuse_impossible
 from prune_export.planning.talks import talks_of
 from prune_export.planning.teacher import teacher_of
 from prune_export.planning.wrapped import further_notes, packed_notes, wrapped_notes
@@ -335,7 +336,8 @@ class _Planner:
         dense, arch = planned.archs[0], planned.after
         for export in exported(self.recipe):
             compared = self.recipe.verify.speed is not None
-            result = (arch, windows_note(planned, export))
+            notes = (windows_note(planned, export), packed_note(planned, export))
+            result = (arch, "; ".join(filter(None, notes)))
             for which, note in [(dense, f"the dense model{_TO_COMPARE}"), result][not compared :]:
                 export.entry.check(which, self.machine)
                 cost = export.entry.cost(which, self.size(which).bytes)

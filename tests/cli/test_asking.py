@@ -11,15 +11,7 @@ import pytest
 from prune_export.cli.asking import _fraction, _limited, _times
 from prune_export.errors import PlanError
 from prune_export.recipe import Recipe, engines_of
-from tests.cli.test_cli import DEEPEST, call
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        return call([str(argument) for argument in arguments], capsys, monkeypatch)
-
-    return run
+from tests.cli.test_cli import DEEPEST
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ def test_a_whole_run_in_ascii(place: Path, made: tuple[str, str], others: Others
     assert "artifacts" in others("store", "ls", "--store", store)[0]
 
 
+@pytest.mark.slow
 def test_commands_that_read_little_in_ascii(place: Path, others: Others) -> None:
     where = ("--model", place / "modele", "--store", place / "magasin", "--threads", 1)
     shown, _ = others("plan", place / "régime.yaml", *where)
@@ -131,6 +132,7 @@ def test_measuring_commands_in_ascii(place: Path, made: tuple[str, str], others:
     others("compare", result, result, "--engine", "onnx", *data, *short)
 
 
+@pytest.mark.slow
 def test_other_encodings(place: Path) -> None:
     where = ("--model", place / "modele", "--store", place / "magasin", "--threads", 1)
     shown, _ = command("plan", place / "régime.yaml", *where, PYTHONIOENCODING="ascii")

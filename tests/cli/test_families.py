@@ -11,17 +11,11 @@ import pytest
 from prune_export.arch import outside
 from prune_export.arch.table import parse_table, tables
 from prune_export.deriving.instances import config_class, quietly
-from tests.cli.test_cli import call
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+@pytest.fixture(autouse=True)
+def no_tables_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(outside.VARIABLE, "")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        return call([str(argument) for argument in arguments], capsys, monkeypatch)
-
-    return run
 
 
 @pytest.fixture

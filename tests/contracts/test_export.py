@@ -102,6 +102,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("name", "model_type"), pairs)
 
 
+@pytest.mark.slow
 def test_an_engine_computes_what_pytorch_computes(
     name: str, model_type: str, tiny: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:

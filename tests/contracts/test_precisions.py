@@ -67,11 +67,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     pairs = [pair for pair in pairs if pair not in UNSTEADY]
     if not metafunc.config.getoption("--all-pairs"):
         pairs = [*QUICK.items(), *(pair for pair in SOME if pair not in QUICK.items())]
-    cases = [
-        pytest.param(*pair, marks=() if pair in QUICK.items() else pytest.mark.slow)
-        for pair in pairs
-    ]
-    metafunc.parametrize(("model_type", "precision"), cases)
+    metafunc.parametrize(("model_type", "precision"), pairs)
 
 
 def evaluated(graph: Path, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -103,6 +99,7 @@ def all_experts(model_type: str) -> dict[str, Any]:
     return chosen | ({"topk_group": groups} if chosen and groups else {})
 
 
+@pytest.mark.slow
 def test_a_family_computes_the_same_in_every_precision(
     model_type: str, precision: Any, tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def test_uploads_the_same_bytes_and_only_ours(result: Path, tmp_path: Path) -> N
     assert not [path for path in written if GOOD.encode() in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_second_upload_removes_what_is_ours_and_gone(result: Path, tmp_path: Path) -> None:
     later = Path(shutil.copytree(result, tmp_path / "later"))
     for name in ("model-00001-of-00002", "model-00002-of-00002"):
@@ -64,6 +65,7 @@ def test_second_upload_removes_what_is_ours_and_gone(result: Path, tmp_path: Pat
         assert set(fake.files("me/model", "main")) == {"USE.md"}
 
 
+@pytest.mark.slow
 def test_the_hub_refuses_in_words(result: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

@@ -10,7 +10,6 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from prune_export.cli import main
 from prune_export.errors import PublishError, RecipeError
 from prune_export.hub.recipes import publish_recipes
 from prune_export.recipe import Recipe
@@ -31,6 +30,7 @@ def searching(*words: str) -> dict[str, Any]:
     return {"function": "search", "arguments": {"words": words}}
 
 
+@pytest.mark.slow
 def test_recipes_are_published_found_and_read(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -75,6 +75,7 @@ def test_recipes_are_published_found_and_read(tmp_path: Path) -> None:
     assert named["fetches"] == ["recipe hf://me/recipes/three"]
 
 
+@pytest.mark.slow
 def test_a_fetched_recipe_extends_only_its_owners(tmp_path: Path) -> None:
     own = b"recipe: 1\nextends: hf://me/base\nmodel: org/large\n"
     foreign = b"recipe: 1\nextends: hf://you/base\n"
@@ -168,18 +169,6 @@ def test_what_is_no_recipe_is_not_published(
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(error, match=said):
         publish_recipes(tmp_path, "me/recipes", dry_run=True)
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["prune-export", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return call
 
 
 def test_the_commands(cli: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -283,11 +284,12 @@ async def _collected(
 ) -> tuple[str, list[Chosen], Done]:
     text = ""
     tokens: list[Chosen] = []
-    async for event in events_of(job, watch, service.worker):
-        if isinstance(event, Done):
-            return text, tokens, event
-        if isinstance(event, Failed):
-            raise Refused(504 if event.late else 500, event.problem)
-        text += event.text
-        tokens += event.tokens
+    async with aclosing(events_of(job, watch, service.worker)) as events:
+        async for event in events:
+            if isinstance(event, Done):
+                return text, tokens, event
+            if isinstance(event, Failed):
+                raise Refused(504 if event.late else 500, event.problem)
+            text += event.text
+            tokens += event.tokens
     raise ClientDisconnect

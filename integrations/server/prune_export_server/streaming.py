@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -16,7 +16,7 @@ from prune_export_server.refused import Refused
 from prune_export_server.worker import Done, Event, Failed, Job, Worker
 
 _WRITE_SECONDS: Final = 60.0
-"""How long a client may leave a piece of a stream unread before its connection is closed."""
+"""How long after its time a stream may still be read; then its connection is closed."""
 
 
 async def gone(request: Request) -> None:
@@ -25,30 +25,32 @@ async def gone(request: Request) -> None:
         pass
 
 
-async def events_of(job: Job, watch: asyncio.Task[None], worker: Worker) -> AsyncIterator[Event]:
-    """What the engine says of a job, until its end, its time or that of the client's patience."""
-    while True:
-        if job.events.empty():
-            getter = asyncio.ensure_future(job.events.get())
-            left = job.deadline + 1 - time.monotonic()
-            await asyncio.wait(
-                {getter, watch}, timeout=max(left, 0.01), return_when=asyncio.FIRST_COMPLETED
-            )
-            if not getter.done():
-                getter.cancel()
-                with suppress(asyncio.CancelledError):
-                    await getter
-                if watch.done():
-                    return
-                worker.cancel(job)
-                yield Failed(True, "the time for this request is over")
+async def events_of(
+    job: Job, watch: asyncio.Task[None], worker: Worker
+) -> AsyncGenerator[Event, None]:
+    """What the engine says of a job, until its end, its time or that of the client's patience.
+
+    One queue brings all three, so that a token costs the event loop no task and no timer.
+    """
+
+    def late() -> None:
+        worker.cancel(job)
+        job.events.put_nowait(Failed(True, "the time for this request is over"))
+
+    def left(_: asyncio.Task[None]) -> None:
+        job.events.put_nowait(None)
+
+    seconds = max(job.deadline + 1 - time.monotonic(), 0.01)
+    timer = asyncio.get_running_loop().call_later(seconds, late)
+    watch.add_done_callback(left)
+    try:
+        while (event := await job.events.get()) is not None:
+            yield event
+            if isinstance(event, Done | Failed):
                 return
-            event = getter.result()
-        else:
-            event = job.events.get_nowait()
-        yield event
-        if isinstance(event, Done | Failed):
-            return
+    finally:
+        timer.cancel()
+        watch.remove_done_callback(left)
 
 
 class Streamed:
@@ -67,16 +69,15 @@ class Streamed:
             (b"x-accel-buffering", b"no"),
         ]
         start = {"type": "http.response.start", "status": 200, "headers": headers}
+        # By then all was generated: who does not read it keeps a connection for nothing.
+        limit = max(job.deadline for job in self._jobs) - time.monotonic() + _WRITE_SECONDS
         try:
-            await send(start)
-            async with aclosing(self._lines(watch)) as lines:
+            async with asyncio.timeout(limit), aclosing(self._lines(watch)) as lines:
+                await send(start)
                 async for line in lines:
-                    async with asyncio.timeout(_WRITE_SECONDS):
-                        await send({"type": "http.response.body", "body": line, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except (
-            OSError
-        ):  # the client has gone while it was written to, or does not read (TimeoutError)
+                    await send({"type": "http.response.body", "body": line, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except OSError:  # the client went while it was written to, or does not read: TimeoutError
             pass
         finally:
             watch.cancel()
@@ -90,21 +91,23 @@ class Streamed:
             if job.sampling.echo:
                 text = form.words.decoded(job.ids)
                 yield _event(form.chunk([form.delta(index, text, (), None, first=True, offset=0)]))
-            async for event in events_of(job, watch, self._worker):
-                if isinstance(event, Failed):
-                    yield _event(Refused(504 if event.late else 500, event.problem).body())
-                    return
-                finish = event.finish if isinstance(event, Done) else None
-                text = "" if isinstance(event, Done) else event.text
-                tokens = () if isinstance(event, Done) else event.tokens
-                if isinstance(event, Done):
-                    generated += event.generated
-                elif not (text or (form.logprobs and tokens) or first):
-                    continue
-                delta = form.delta(index, text, tokens, finish, first=first, offset=offset)
-                yield _event(form.chunk([delta]))
-                first = False
-                offset += sum(form.words.length(one.token) for one in tokens)
+            async with aclosing(events_of(job, watch, self._worker)) as events:
+                async for event in events:
+                    if isinstance(event, Failed):
+                        yield _event(Refused(504 if event.late else 500, event.problem).body())
+                        return
+                    finish = event.finish if isinstance(event, Done) else None
+                    text = "" if isinstance(event, Done) else event.text
+                    tokens = () if isinstance(event, Done) else event.tokens
+                    if isinstance(event, Done):
+                        generated += event.generated
+                    elif not (text or (form.logprobs and tokens) or first):
+                        continue
+                    delta = form.delta(index, text, tokens, finish, first=first, offset=offset)
+                    yield _event(form.chunk([delta]))
+                    first = False
+                    if form.logprobs:
+                        offset += sum(form.words.length(one.token) for one in tokens)
             if watch.done():
                 return
         if self._usage:

@@ -51,14 +51,14 @@ Event = Piece | Done | Failed
 
 @dataclass(eq=False)
 class Job:
-    """A prompt, how to answer it, and where the answer goes."""
+    """A prompt, how to answer it, and where the answer goes; None there: the client has gone."""
 
     ids: Sequence[int]
     sampling: Sampling
     stops: Sequence[str]
     deadline: float
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
     gone: threading.Event = field(default_factory=threading.Event)
     arrived: float = field(default_factory=time.monotonic)
 

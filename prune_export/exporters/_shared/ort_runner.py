@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from prune_export.contracts import Placement
-from prune_export.errors import MissingExtra
+from prune_export.errors import MissingExtra, StageError
 from prune_export.exporters._shared.ort_providers import (
     NAMES,
     Provider,
@@ -47,6 +47,7 @@ def session_for(
     fuse: bool = True,
     accuracy_level: int | None = None,
     spinning: bool = False,
+    library: Path | None = None,
 ) -> Any:
     """Opens an `onnxruntime.InferenceSession` with this machine's threads.
 
@@ -54,7 +55,8 @@ def session_for(
     `prepack`, weights stay memory-mapped: slower steps, but the session needs hardly more memory
     than its activations. Without `fuse`, the graph is run as it is written: int8 weights are then
     not multiplied with activations that the runtime rounds. `accuracy_level` says what products
-    with dequantized weights compute in, as `MatMulNBits` has it.
+    with dequantized weights compute in, as `MatMulNBits` has it. `library` has operators of its
+    own: machine code, which runs as soon as it is loaded.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
@@ -77,7 +79,25 @@ def session_for(
         options.add_session_config_entry(
             "session.qdq_matmulnbits_accuracy_level", str(accuracy_level)
         )
+    if library is not None:
+        _register(options, library)
     return open_session(graph, provider or Provider(), machine, options)
+
+
+def _register(options: Any, library: Path) -> None:
+    """Makes a library of operators known to a session.
+
+    Raises:
+        StageError: it does not load here.
+    """
+    try:
+        options.register_custom_ops_library(str(library.resolve()))
+    except Exception as error:  # onnxruntime's own classes share no public base
+        raise StageError(
+            str(library),
+            f"does not load: {str(error).strip().splitlines()[0]}",
+            "it is made for one system and processor architecture: export the engine again here",
+        ) from error
 
 
 class OrtRunner:
@@ -97,10 +117,11 @@ class OrtRunner:
         head_size: int | None = None,
         accuracy_level: int | None = None,
         spinning: bool = False,
+        library: Path | None = None,
     ) -> None:
         self._session = session_for(
             graph, machine, provider=provider, prepack=prepack, fuse=fuse,
-            accuracy_level=accuracy_level, spinning=spinning,
+            accuracy_level=accuracy_level, spinning=spinning, library=library,
         )  # fmt: skip
         wanted = (provider or Provider()).resolved(machine)
         self._provider = NAMES[wanted]

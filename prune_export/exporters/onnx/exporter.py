@@ -39,14 +39,17 @@ from prune_export.exporters._shared.ort_providers import (
     present,
     runtime_version,
 )
+from prune_export.exporters._shared.packed_keys import Packing, refuse_unpackable
 from prune_export.exporters._shared.rope import refuse_untraceable
 from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.exporters._shared.states import refuse_states
 from prune_export.exporters._shared.tuning import TUNING_S
+from prune_export.kernels.compiling import LIBRARY, refuse_without_compiler
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
 if TYPE_CHECKING:
+    from prune_export.exporters._shared.packed_engine import PackedEngine
     from prune_export.exporters.onnx.slidesparse import Slid
 
 _BYTES: Final = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 2, "int4": 2}  # the embedding stays fp32
@@ -104,6 +107,8 @@ class Onnx:
         ),
     ] = False
 
+    packed: Packing = "no"
+
     provider: Annotated[
         ProviderName,
         Field(
@@ -129,7 +134,7 @@ class Onnx:
     RUNS_ON: ClassVar[frozenset[str] | None] = None
     PACKAGES: ClassVar[tuple[str, ...]] = ("onnx", "onnxruntime", "onnxruntime-gpu")
     SPARSE_NOTE: ClassVar[SparseNote] = SparseNote(
-        unasked="multiplied dense: no kernels for sparse weights here",
+        unasked="multiplied dense: no kernels for sparse weights without `packed: sparse`",
         asked="the exporter `tensorrt` tells what is chosen",
     )
     EXAMPLE: ClassVar[str] = "example.md.j2"
@@ -139,10 +144,17 @@ class Onnx:
     calibrates: ClassVar[bool] = False
     WRITES_CODES: ClassVar[bool] = True
     LATER: ClassVar[Mapping[str, Any]] = {
-        "block_size": 32, "head": "same", "accuracy_level": 4, "tune": False
+        "block_size": 32, "head": "same", "accuracy_level": 4, "tune": False, "packed": "no",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
+        refuse_unpackable("onnx", self.packed, self.precision, self.block_size, self.tune)
+        if self.packed != "no" and (self.provider not in ("auto", "cpu") or self.sliding):
+            raise PlanError(
+                "onnx.packed",
+                "multiplies on the CPU, as weights are stored",
+                "leave `provider` and `sliding` out, or `packed`",
+            )
         self._provider()  # which refuses what cannot be
         if self.sliding and self._bits:
             raise PlanError(
@@ -166,6 +178,8 @@ class Onnx:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: onnx", package, "onnx")
         self._provider().check(machine)
+        if self.packed != "no":
+            refuse_without_compiler("onnx.packed")
 
     def longest(self, config: Mapping[str, Any]) -> int | None:
         """The length that TensorRT's providers build for; None, as others take any length."""
@@ -226,6 +240,7 @@ class Onnx:
         with work.progress.task("compare with PyTorch", 1) as task:
             note = self._compared(out, config, narrow, stamped.weights, work.machine)
             task.advance()
+        packed = self._pack(out, work)
         chosen, tuned = self._tuned(out, int(opened.full_config()["vocab_size"]), work)
         return BuildRecord(
             exporter="onnx",
@@ -233,7 +248,8 @@ class Onnx:
             parameters=asdict(chosen) | {"opset": tracing.OPSET},
             graph="model.onnx",
             weight_bytes=weight_files.decode_bytes(stamped, dtype, trace.experts_visited)
-            + (slid.added_bytes if slid else 0),
+            + (slid.added_bytes if slid else 0)
+            + (packed.added_bytes if packed else 0),
             seconds=perf_counter() - start,
             toolchain=_toolchain(),
             notes=(
@@ -242,9 +258,10 @@ class Onnx:
                 note,
                 *filter(None, (self._provider().note(work.machine),)),
                 *(slid.notes() if slid else ()),
+                *(packed.notes() if packed else ()),
                 *tuned,
             ),
-            sparsity={"asked": True, "proven": None} if self.sparse else {},
+            sparsity=packed.sparsity(self.packed) if packed else self._sparsity(),
         )
 
     def open(self, path: Path, machine: Machine) -> Runner:
@@ -262,7 +279,7 @@ class Onnx:
         level = self.accuracy_level if self._bits else None
         return OrtRunner(
             path / "model.onnx", machine, provider=self._provider(), accuracy_level=level,
-            spinning=spinning,
+            spinning=spinning, library=path / LIBRARY if self.runs_code else None,
         )  # fmt: skip
 
     @property
@@ -272,8 +289,29 @@ class Onnx:
 
     def without_sparsity(self) -> Onnx | None:
         """The same exporter without SlideSparse and sparse kernels; None where it uses none."""
-        off = replace(self, sliding=False, sparse=False)
+        packed: Packing = "dense" if self.packed == "sparse" else self.packed
+        off = replace(self, sliding=False, sparse=False, packed=packed)
         return off if off != self else None
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether its engines hold machine code: the kernel of packed weights."""
+        return self.packed != "no"
+
+    def _sparsity(self) -> dict[str, Any]:
+        return {"asked": True, "proven": None} if self.sparse else {}
+
+    def _pack(self, out: Path, work: Work) -> PackedEngine | None:
+        """Packs the weights, and holds the engine against itself before."""
+        if self.packed == "no":
+            return None
+        from prune_export.exporters._shared.packed_engine import pack_engine
+
+        plain = replace(self, packed="no", provider="cpu")
+        with work.progress.task("pack weights", 1) as task:
+            found = pack_engine(out / "model.onnx", self.packed, plain, self, work.machine)
+            task.advance()
+        return found
 
     @property
     def _bits(self) -> int:
@@ -305,7 +343,11 @@ class Onnx:
 
     def _provider(self) -> Provider:
         return Provider(
-            self.provider, self.precision, self.sparse, self.profile, self.provider_options
+            "cpu" if self.packed != "no" else self.provider,
+            self.precision,
+            self.sparse,
+            self.profile,
+            self.provider_options,
         )
 
     def _slid(self, out: Path, work: Work) -> Slid | None:

@@ -19,12 +19,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
@@ -35,14 +35,19 @@ from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import CheckpointError, MissingExtra, PlanError, StageError
 from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.ort_providers import runtime_version
+from prune_export.exporters._shared.packed_keys import Packing, refuse_unpackable, sparsity_of
 from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.exporters._shared.trim import Trim
 from prune_export.exporters._shared.tuning import TUNING_S
 from prune_export.exporters.ort_genai.graph import decode_bytes
-from prune_export.exporters.ort_genai.runner import GRAPH, open_runner
+from prune_export.exporters.ort_genai.runner import GRAPH, name_library, open_runner
 from prune_export.exporters.ort_genai.support import corrections, refuse
+from prune_export.kernels.compiling import LIBRARY, refuse_without_compiler
 from prune_export.machine import Machine
 from prune_export.units import MIB
+
+if TYPE_CHECKING:
+    from prune_export.exporters._shared.packed_graph import PackedGraph
 
 _PACKAGES: Final = ("onnxruntime-genai", "onnx", "onnx-ir")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -65,7 +70,7 @@ class OrtGenai:
     RUNS_ON: ClassVar[frozenset[str] | None] = None
     PACKAGES: ClassVar[tuple[str, ...]] = ("onnxruntime-genai",)
     SPARSE_NOTE: ClassVar[SparseNote] = SparseNote(
-        unasked="multiplied dense: no kernels for sparse weights here",
+        unasked="multiplied dense: no kernels for sparse weights without `packed: sparse`",
     )
     EXAMPLE: ClassVar[str] = "example.md.j2"
     ALONE: ClassVar[str] = "genai_config.json"
@@ -73,7 +78,7 @@ class OrtGenai:
 
     calibrates: ClassVar[bool] = False
     WRITES_CODES: ClassVar[bool] = True
-    LATER: ClassVar[Mapping[str, Any]] = {"head": "same", "tune": False}
+    LATER: ClassVar[Mapping[str, Any]] = {"head": "same", "tune": False, "packed": "no"}
 
     precision: Annotated[
         Literal["fp32", "fp16", "int8", "int4"],
@@ -106,6 +111,10 @@ class OrtGenai:
             "threads and spinning go into genai_config.json, the rest into run.sh beside it"
         ),
     ] = False
+    packed: Packing = "no"
+
+    def __post_init__(self) -> None:
+        refuse_unpackable("ort_genai", self.packed, self.precision, self.block_size, self.tune)
 
     @property
     def times_machine(self) -> bool:
@@ -135,6 +144,8 @@ class OrtGenai:
                 'run `pip install "onnxruntime-genai>=0.18,<0.19"`',
             )
         refuse(arch)
+        if self.packed != "no":
+            refuse_without_compiler("ort_genai.packed")
 
     def longest(self, config: Mapping[str, Any]) -> int:
         """The longest context: the rows of the graph's rotary tables."""
@@ -192,7 +203,8 @@ class OrtGenai:
             )
         self._build(source, out, work)
         copy_side_files(source, out, replacing=False)  # the builder wrote some itself
-        notes, kl = self._try(checkpoint, out, work)
+        packed = self._pack(out, work)
+        notes, kl, calls = self._try(checkpoint, out, work)
         record = BuildRecord(
             exporter="ort_genai",
             version=self.VERSION,
@@ -202,13 +214,36 @@ class OrtGenai:
             seconds=perf_counter() - start,
             toolchain={package: metadata.version(package) for package in _PACKAGES}
             | {"onnxruntime": runtime_version()},
-            notes=tuple(filter(None, (Trim.of(source).note(), *notes))),
+            notes=tuple(
+                filter(None, (Trim.of(source).note(), *notes, packed.note() if packed else ""))
+            ),
+            sparsity=sparsity_of(packed, calls, self.packed) if packed else {},
         )
         return record, kl
 
     def open(self, path: Path, machine: Machine) -> Runner:
         """Opens the engine at `path`, as `export` wrote it, on the CPU."""
-        return open_runner(path, machine)
+        return open_runner(path, machine, library=path / LIBRARY if self.runs_code else None)
+
+    def without_sparsity(self) -> OrtGenai | None:
+        """The same exporter with zeros stored like the rest; None where they are already."""
+        return replace(self, packed="dense") if self.packed == "sparse" else None
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether its engines hold machine code: the kernel of packed weights."""
+        return self.packed != "no"
+
+    def _pack(self, out: Path, work: Work) -> PackedGraph | None:
+        """Packs the weights, and names the kernel's library in the runtime's configuration."""
+        if self.packed == "no":
+            return None
+        from prune_export.exporters._shared.packed_graph import pack_graph
+
+        with work.progress.task("ort_genai: packing weights"):
+            found = pack_graph(out / GRAPH, self.packed)
+        name_library(out)
+        return found
 
     def opened(self, path: Path, machine: Machine, *, spinning: bool) -> Runner:
         """Opens it for tuning, with threads that may spin."""
@@ -262,13 +297,15 @@ class OrtGenai:
             }
         return options
 
-    def _try(self, checkpoint: Path, out: Path, work: Work) -> tuple[tuple[str, str], float]:
+    def _try(self, checkpoint: Path, out: Path, work: Work) -> tuple[tuple[str, str], float, int]:
+        """Compares with PyTorch; gives notes, KL in nats, how often a step calls our kernel."""
         answer = work.scratch / "genai-trial-answer.json"
         request = {
             "source": str(checkpoint.resolve()),
             "out": str(out.resolve()),
             "threads": work.machine.threads,
             "answer": str(answer.resolve()),
+            "packed": self.packed != "no",
         }
         with work.progress.task("ort_genai: comparing with PyTorch"):
             _run("trial", request, work, lambda line: None)
@@ -287,7 +324,7 @@ class OrtGenai:
             f"{found['max_error']:.1g}, KL {found['mean_kl']:.1g} nats, same choice "
             f"{found['same_choice']}; onnxruntime-genai generated {found['generated']} tokens"
         )
-        return (tried, str(found["tokenizer"])), float(found["mean_kl"])
+        return (tried, str(found["tokenizer"])), float(found["mean_kl"]), int(found["calls"])
 
     def _problem(self, found: Mapping[str, Any], *, exact: bool = False) -> str:
         """Says what is wrong with a trial's findings; empty when nothing is.

@@ -80,6 +80,7 @@ def check_runner(entry: Any, model: Any, path: Path) -> None:
             assert error(got, wanted, np.ones(got.shape[:2])) < 2e-5, ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), WORKS)
 def test_onnx_is_exact_on_both_sides_of_the_original_length(
     family: str, kind: str, tmp_path: Path

@@ -248,6 +248,7 @@ def test_the_cost_bounds_what_is_written(llama: Any) -> None:
     assert cost.seconds > 0
 
 
+@pytest.mark.slow
 def test_sliding_windows_compute_the_same(tmp_path: Path) -> None:
     """Every weight of a block is 6 of 8, and another matrix is not touched."""
     source, out = tmp_path / "dense", tmp_path / "onnx"

@@ -38,7 +38,8 @@ def most_kept(columns: np.ndarray) -> int:
     return int(np.count_nonzero(groups, axis=1).max())
 
 
-@pytest.mark.parametrize("model_type", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_int8_of_the_portable_graph(model_type: str, tmp_path: Path) -> None:
     saved(model_type, tmp_path / "model", tie_word_embeddings=False)
     thinned(tmp_path / "model", transposed=model_type == "gpt2")
