@@ -28,8 +28,8 @@ from prune_export.exporters.ort_genai.support import architectures
 from prune_export.machine import Machine
 from prune_export.modeling import register
 from tests.contracts.refused import REFUSED, WHOLE_HEADS
-from tests.exporters.gguf.test_writing import FAMILIES as GGUF
 from tests.deriving.test_whole_run import MODEL_TYPE as EXPORTED
+from tests.exporters.gguf.test_writing import FAMILIES as GGUF
 from tests.exporters.onnx.graphs import UNTRACEABLE
 from tests.exporters.ort_genai.test_ort_genai import RIGHT
 from tests.heal.test_contracts import FAMILIES as HEALED
