@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 # long ones would come last, alone.
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo headline test quick lint docs site wheel-check triton-check clean
+.PHONY: help demo headline test test-all quick lint docs site wheel-check triton-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,8 +38,11 @@ headline: $(BIN)/.demo  ## the headline recipe on the same model
 test: $(BIN)/.demo  ## all tests
 	$(BIN)/python -m pytest $(SPREAD)
 
-quick: $(BIN)/.demo  ## the tests that take no more than seconds
-	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
+test-all: $(BIN)/.demo  ## all tests, and every row of the products over families; over an hour
+	$(BIN)/python -m pytest $(SPREAD) --all-pairs
+
+quick: $(BIN)/.demo  ## after each change: a few rows of every test that takes no more than seconds
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow" --few
 
 lint: $(BIN)/.demo  ## ruff, mypy, import-linter and the docs site, as CI runs them
 	$(BIN)/ruff format --check .

@@ -299,7 +299,7 @@ def _missing_hardware(
         )
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
         yield Missing(
-            "engines of aoti",
+            "engines of aoti, and packed weights",
             "no C++ compiler is on the PATH",
             "apt-get install g++" if sys.platform == "linux" else "",
         )

@@ -78,6 +78,14 @@ def calibrates(entry: Any) -> bool:
     return bool(getattr(entry, "calibrates", False))
 
 
+def runs_code(entry: Any) -> bool:
+    """Whether engines of an exporter with these keys hold machine code.
+
+    All do where its class says `RUNS_CODE`, else those of which its attribute `runs_code` says so.
+    """
+    return ExporterFacts.of(type(entry)).runs_code or bool(getattr(entry, "runs_code", False))
+
+
 def packages_of_exporters() -> tuple[str, ...]:
     """The distributions that any exporter names; one that cannot be imported runs nothing here."""
     found: list[str] = []

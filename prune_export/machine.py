@@ -29,6 +29,7 @@ _FEATURES: Final = frozenset(
         "avx512f",
         "avx512bw",
         "avx512vl",
+        "avx512_vbmi2",
         "avx512_vnni",
         "avx512_bf16",
         "avx512_fp16",

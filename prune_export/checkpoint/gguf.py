@@ -18,6 +18,7 @@ import psutil
 
 from prune_export.arch import Arch
 from prune_export.checkpoint.config import full_config
+from prune_export.checkpoint.filled import keep_gguf_config, kept_gguf_config
 from prune_export.checkpoint.gguf_header import GgufHeader, read_gguf_header
 from prune_export.checkpoint.loading import load_model, load_tokenizer
 from prune_export.checkpoint.reader import Checkpoint
@@ -97,9 +98,14 @@ def gguf_config(file: Path) -> dict[str, Any]:
         CheckpointError: the file is truncated or not GGUF.
         UnsupportedArch: transformers does not read this model from GGUF, or not exactly.
     """
+    kept = kept_gguf_config(file)
+    if kept is not None:
+        return kept
     header = read_gguf_header(file)
     with _quiet():
-        return _config(file, header)
+        found = _config(file, header)
+    keep_gguf_config(file, found)
+    return found
 
 
 def _config(file: Path, header: GgufHeader) -> dict[str, Any]:

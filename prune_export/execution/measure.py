@@ -18,6 +18,8 @@ from prune_export.calibrate import TokenSet
 from prune_export.contracts import BuildRecord, Work
 from prune_export.execution.context import RunContext
 from prune_export.execution.inputs import Base
+from prune_export.execution.optional import OutOfTime, optional
+from prune_export.execution.proving import speed_in_time, time_to_generate, time_to_time
 from prune_export.machine import describe
 from prune_export.recipe import Quality, Recipe
 from prune_export.store import Artifact, Key
@@ -104,8 +106,13 @@ def measure_run(
                 found.perplexity.append(
                     _perplexity(context, engine.exporter, engine, artifact.id, text)
                 )
-    if asked.generation:
-        found.generation.extend(_generation(context, point) for point in points)
+    measured = 1 + len(found.perplexity)
+    if asked.generation and time_to_generate(context, recipe, measured, len(points)):
+        short = optional(context, lambda: context.pace.left < time_to_time(context, recipe))
+        try:
+            found.generation.extend([_generation(short, point) for point in points])
+        except OutOfTime:
+            context.say_late("verify: generated text was given up, as time was short.")
     if quality and quality.tasks:
         found.tasks.extend(_tasks(context, quality, points))
         for artifact, engine in runnable if quality.engines else ():
@@ -115,11 +122,12 @@ def measure_run(
             found.parity.append(_parity(context, artifact, engine, points[-1], ids))
         found.placement.extend(_placement(context, artifact, engine))
     if asked.speed:
+        speed = speed_in_time(context, asked.speed, len(exports))
         for one, other in zip(dense, exports, strict=True):
             if not _engine(other).runs_on(context.machine):
                 continue
-            found.speed.extend(_speed(context, asked.speed, one, other, ids))
-            found.sweep.extend(_sweep(context, asked.speed, one, other, ids))
+            found.speed.extend(_speed(context, speed, one, other, ids))
+            found.sweep.extend(_sweep(context, speed, one, other, ids))
         found.gates.extend(speed_gates(found.speed, asked.speed.at_least, asked.speed.phase))
     found.gates.extend(placement_gates(found.placement))
     twins = off or [None] * len(exports)

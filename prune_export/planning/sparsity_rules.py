@@ -19,6 +19,7 @@ from typing import Any, Final
 from prune_export.arch import Arch
 from prune_export.calibrate import inputs_of, linears
 from prune_export.errors import PlanError
+from prune_export.kernels.gains import beyond_reach
 from prune_export.machine import Machine
 from prune_export.recipe import Export, Recipe, Stage
 from prune_export.sparsity.nm import Nm
@@ -48,6 +49,13 @@ class Zeros:
         """The N:M pattern that it leaves; None where it leaves none."""
         pattern: Nm | None = self.stage.entry.nm
         return pattern
+
+    @property
+    def share(self) -> float:
+        """The fraction of its weights that it makes zero."""
+        if self.nm is not None:
+            return 1 - self.nm.keep / self.nm.of
+        return float(getattr(self.stage.entry, "sparsity", None) or 0.0)
 
 
 @dataclass(frozen=True)
@@ -124,24 +132,6 @@ def refuse_impossible(planned: Planned) -> None:
             raise error
 
 
-def windows_note(planned: Planned, export: Export) -> str:
-    """Says what SlideSparse rewrites for an export, and gains at most; empty where unused."""
-    if not export.parameters().get("sliding"):
-        return ""
-    if not planned.zeros:
-        return "windows for what the model itself keeps as 2N-2 of 2N: no stage makes a pattern"
-    return "; ".join(dict.fromkeys(filter(None, (_gain(zeros.nm) for zeros in planned.zeros))))
-
-
-def _gain(nm: Nm | None) -> str:
-    if nm is None or not _is_rewritten(nm):
-        return ""
-    windows = windows_for(nm)
-    assert windows is not None
-    note = f"{nm} in windows: at most {bound(windows):.2f}x of dense"
-    return note if windows == nm else f"{note}, and {windows} would be as fast"
-
-
 def _pattern_for_tensor_cores(planned: Planned) -> Iterator[PlanError]:
     """Sparse tensor cores know 2:4 only; other patterns need SlideSparse, and some have none."""
     for export, keys in _sparse_exports(planned.recipe):
@@ -186,7 +176,7 @@ def _windows_find_zeros(planned: Planned) -> Iterator[PlanError]:
 
     Without such a stage the model itself may have the zeros, which no plan knows.
     """
-    if any(zeros.nm and _is_rewritten(zeros.nm) for zeros in planned.zeros):
+    if any(zeros.nm and is_rewritten(zeros.nm) for zeros in planned.zeros):
         return
     for export in planned.recipe.export:
         if export.parameters().get("sliding"):
@@ -216,7 +206,8 @@ def _not_rewritten(zeros: Zeros) -> tuple[str, str]:
 
 def _zeros_survive(planned: Planned) -> Iterator[PlanError]:
     """Healing fills zeros unless it is told to keep them."""
-    for zeros, at, stage in _after_zeros(planned):
+    packs = any(one.parameters().get("packed") == "sparse" for one in planned.recipe.export)
+    for zeros, at, stage in _after_zeros(planned) if packs or _needs_zeros(planned.recipe) else ():
         if stage.kind == "heal" and stage.parameters().get("keep_zeros") is False:
             yield PlanError(
                 f"stages.{at}.heal.keep_zeros",
@@ -228,7 +219,7 @@ def _zeros_survive(planned: Planned) -> Iterator[PlanError]:
 
 def _zeros_come_last(planned: Planned) -> Iterator[PlanError]:
     """Width pruning after N:M sparsity breaks the pattern: it removes channels and refits."""
-    for zeros, at, stage in _after_zeros(planned):
+    for zeros, at, stage in _after_zeros(planned) if _needs_zeros(planned.recipe) else ():
         before, after = (
             {(tensor.role, arch.shape(tensor)) for tensor in linears(arch)}
             for arch in planned.archs[at : at + 2]
@@ -243,9 +234,7 @@ def _zeros_come_last(planned: Planned) -> Iterator[PlanError]:
 
 
 def _after_zeros(planned: Planned) -> Iterator[tuple[Zeros, int, Stage]]:
-    """Yields each stage after one that leaves zeros, where an export needs them as they are."""
-    if not _needs_zeros(planned.recipe):
-        return
+    """Yields each stage after one that leaves zeros."""
     for zeros in planned.zeros:
         for at, stage in enumerate(planned.recipe.stages[zeros.at + 1 :], zeros.at + 1):
             yield zeros, at, stage
@@ -311,13 +300,18 @@ def _gate_within_reach(planned: Planned) -> Iterator[PlanError]:
     only = f"{' and '.join(names)} only put{'s' if len(names) == 1 else ''} zeros into weights"
     for export in planned.recipe.export:
         keys = sparse.get(export.name)
-        if planned.machine.device == "cpu":
+        if export.parameters().get("packed") == "sparse":
+            share = max(zeros.share for zeros in planned.zeros)
+            refused = beyond_reach(export.parameters(), share, speed.at_least)
+            yield from [refused] if refused else []
+        elif planned.machine.device == "cpu":
             yield PlanError(
                 where,
                 f"{only}, and no runtime is faster for them on a CPU: at 50 % the best kernels "
                 "reach 0.26 to 0.94 times dense",
-                "leave `at_least` out, remove blocks or widths as well, or run on a GPU that "
-                "knows 2 of 4 with `sparse: true`",
+                "leave `at_least` out, remove blocks or widths as well, write `packed: sparse` in "
+                "an exporter that has it (`ort_genai`, `onnx`), or run on a GPU that knows 2 of 4 "
+                "with `sparse: true`",
             )
         elif keys is None:
             yield PlanError(
@@ -357,7 +351,10 @@ def _sparse_exports(recipe: Recipe) -> Iterator[tuple[Export, Mapping[str, Any]]
 
 
 def _needs_zeros(recipe: Recipe) -> bool:
-    """Whether an export needs the zeros exactly where the pattern has them."""
+    """Whether an export needs the zeros exactly where the pattern has them.
+
+    Packed weights need them too, but take any that are left.
+    """
     asked = ("sparse", "sliding")
     return any(export.parameters().get(key) for export in recipe.export for key in asked)
 
@@ -367,7 +364,7 @@ def _inside_native(nm: Nm) -> bool:
     return nm.keep == 1 or (nm.keep == NATIVE.keep and nm.of % NATIVE.of == 0)
 
 
-def _is_rewritten(nm: Nm) -> bool:
+def is_rewritten(nm: Nm) -> bool:
     """Whether SlideSparse rewrites a pattern, which tensor cores do not take as it is."""
     return windows_for(nm) is not None and not _inside_native(nm)
 

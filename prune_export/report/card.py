@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from prune_export import registry
-from prune_export.escapes import escaped_page
+from prune_export.display.escapes import escaped_page
 from prune_export.exporter_facts import ExporterFacts
 from prune_export.report import table
 from prune_export.report.benchmarks import benchmark_of
@@ -99,7 +99,7 @@ def card_data(report: Report, *, repo_id: str | None = None) -> ModelCardData:
     results = _eval_results(report)
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if report.base.wrapper else "text-generation",
         license=license_id if _LICENSE.fullmatch(license_id) and license_id != "other" else None,
         base_model=hub_base,
         datasets=_trained_on(report) or None,

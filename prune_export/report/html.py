@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from prune_export.escapes import escaped_page
+from prune_export.display.escapes import escaped_page
 from prune_export.report import table
 from prune_export.report.caveats import caveats, failed
 from prune_export.report.figures import figure_title, names_by_stage

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prune_export.notebook import html_table
+from prune_export.display.notebook import html_table
 from prune_export.report.reading import Report, perplexity_change, text_from_blocks
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.units import text_from_bytes, text_from_count

@@ -15,11 +15,15 @@ from typing import Any, Final
 import numpy as np
 
 from prune_export.errors import CheckpointError
+from prune_export.kernels.packing import read, unpack
 from prune_export.system.cached import is_within
 from prune_export.system.files import read_regular
 
 _LONGEST_GRAPH: Final = 2**31
 """Protobuf's own bound."""
+_PACKED: Final = "PackedMatMul"
+"""Our own product, whose weight is bytes that `kernels` reads."""
+_PRODUCTS: Final = frozenset({"MatMul", "Gemm", "MatMulNBits", _PACKED})
 _KEEP_ZEROS: Final = frozenset(
     {"Cast", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear"}
 )
@@ -47,6 +51,9 @@ class Matrix:
         if self.node.op_type == "MatMulNBits":
             given = _attributes(self.node)
             return int(given["K"]), int(given["N"])
+        if self.node.op_type == _PACKED:
+            head = read(self.stored())
+            return head.columns, head.rows
         rows, columns = (int(size) for size in self.tensor.dims)
         return (columns, rows) if self.turned else (rows, columns)
 
@@ -58,6 +65,9 @@ class Matrix:
         """Computes the mask of non-zero weights, bool `[in, out]`."""
         if self.node.op_type == "MatMulNBits":
             return self._nonzero_blocks()
+        if self.node.op_type == _PACKED:
+            held: np.ndarray = (unpack(self.stored()) != 0).T
+            return held
         values = self.stored()
         zeros = self._zero_points()
         used = nonzero(values) if zeros is None else values != zeros
@@ -79,18 +89,32 @@ class Matrix:
         return np.expand_dims(points, 1 - axis % 2) if points.ndim == 1 else points
 
     def _nonzero_blocks(self) -> np.ndarray:
-        """Of ONNX Runtime's own product: uint8 `[out, blocks, bytes]`, low bits first."""
+        """Of ONNX Runtime's own product: codes that are not their block's zero point."""
+        used: np.ndarray = (self.codes() != self._points())[:, : self.shape[0]]
+        return used.T
+
+    def codes(self) -> np.ndarray:
+        """The codes uint8 `[out, in]` of a `MatMulNBits`, the last block filled up.
+
+        They are stored `[out, blocks, bytes]`, low bits first.
+        """
+        bits = int(_attributes(self.node)["bits"])
+        return _unpacked(self.stored().reshape(self.shape[1], -1), bits)
+
+    def is_symmetric(self) -> bool:
+        """Whether all zero points of a `MatMulNBits` are the middle of its codes."""
+        bits = int(_attributes(self.node)["bits"])
+        return bool((self._points() == 1 << (bits - 1)).all())
+
+    def _points(self) -> np.ndarray:
+        """The zero point of each code of a `MatMulNBits`, or of all."""
         given = _attributes(self.node)
         bits, block = int(given["bits"]), int(given["block_size"])
-        inputs, outputs = self.shape
-        values = _unpacked(self.stored().reshape(outputs, -1), bits)
-        points: np.ndarray | int = 1 << (bits - 1)
         if len(self.node.input) > 3 and self.node.input[3]:
             packed = array_of(self.constants[self.node.input[3]], self.folder)
-            blocks = values.shape[1] // block
-            points = _unpacked(packed.reshape(outputs, -1), bits)[:, :blocks].repeat(block, axis=1)
-        used: np.ndarray = (values != points)[:, :inputs]
-        return used.T
+            points = _unpacked(packed.reshape(self.shape[1], -1), bits)
+            return points[:, : -(-self.shape[0] // block)].repeat(block, axis=1)
+        return np.array(1 << (bits - 1), np.uint8)
 
 
 def matrices(model: Any, folder: Path) -> Iterator[Matrix]:
@@ -98,7 +122,7 @@ def matrices(model: Any, folder: Path) -> Iterator[Matrix]:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node:
-        if node.op_type not in ("MatMul", "Gemm", "MatMulNBits") or len(node.input) < 2:
+        if node.op_type not in _PRODUCTS or len(node.input) < 2:
             continue
         name, through = node.input[1], []
         turned = node.op_type == "Gemm" and bool(_attributes(node).get("transB", 0))
@@ -109,7 +133,7 @@ def matrices(model: Any, folder: Path) -> Iterator[Matrix]:
             through.append(maker)
             name = maker.input[0]
         tensor = constants.get(name)
-        whole = node.op_type == "MatMulNBits"
+        whole = node.op_type in ("MatMulNBits", _PACKED)
         if tensor is not None and (whole or len(tensor.dims) == 2):
             yield Matrix(name, tensor, node, turned, tuple(through), folder, constants)
 
@@ -163,6 +187,29 @@ def array_of(tensor: Any, folder: Path) -> np.ndarray:
         raise CheckpointError(str(file), f"is too short for {tensor.name}", "export again")
     mapped: np.ndarray = np.memmap(file, kind, "r", offset, tuple(tensor.dims))
     return mapped
+
+
+def raw_of(tensor: Any, folder: Path) -> np.ndarray:
+    """The bytes of an ONNX tensor as they are stored, uint8; mapped where they are external.
+
+    Raises:
+        CheckpointError: as `array_of`.
+    """
+    import onnx
+
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        if tensor.raw_data:
+            return np.frombuffer(tensor.raw_data, np.uint8)
+        inline: np.ndarray = onnx.numpy_helper.to_array(tensor).reshape(-1).view(np.uint8)
+        return inline
+    length = next((int(one.value) for one in tensor.external_data if one.key == "length"), None)
+    as_bytes = onnx.TensorProto(name=tensor.name, data_type=onnx.TensorProto.UINT8)
+    as_bytes.data_location = onnx.TensorProto.EXTERNAL
+    as_bytes.external_data.extend(tensor.external_data)
+    if length is None:
+        return array_of(tensor, folder).reshape(-1).view(np.uint8)
+    as_bytes.dims.append(length)
+    return array_of(as_bytes, folder)
 
 
 def nonzero(values: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from prune_export import registry
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Bounded, BuildRecord, Runner
 from prune_export.errors import CheckpointError, UnsupportedArch, VerifyError
-from prune_export.exporter_facts import ExporterFacts, calibrates
+from prune_export.exporter_facts import ExporterFacts, calibrates, runs_code
 from prune_export.machine import Machine
 from prune_export.system.files import open_regular
 
@@ -64,8 +64,12 @@ class Engine:
 
     @property
     def runs_code(self) -> bool:
-        """Whether opening it runs machine code from its files."""
-        return ExporterFacts.of(self._kind).runs_code
+        """Whether opening it runs machine code from its files.
+
+        Raises:
+            VerifyError: as `open`.
+        """
+        return runs_code(self._entry)
 
     def runs_on(self, machine: Machine) -> bool:
         """Whether this machine has the device that it needs."""

@@ -46,7 +46,7 @@ def measure_sparsity(record: BuildRecord, path: Path) -> list[Sparsity]:
         eligible_layers=list(said.get("eligible_layers", ())),
         chosen_layers=list(said.get("chosen_layers", ())),
         tactics=dict(said.get("tactics", {})),
-        note=_note(record.exporter, asked=asked),
+        note=str(said.get("note") or _note(record.exporter, asked=asked)),
     )
     return [found]
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prune_export.arch import Arch
-from prune_export.checkpoint import gguf_config, import_gguf
+from prune_export.checkpoint import filled, gguf_config, import_gguf
 from prune_export.checkpoint.gguf_header import read_gguf_header
 from prune_export.errors import (
     CheckpointError,
@@ -219,7 +219,31 @@ def test_too_little_memory_is_refused_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_package_names_its_extra(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_is_kept_for_the_next_plan(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it takes seconds where the vocabulary is large."""
+    monkeypatch.setattr(filled, "user_cache", lambda: tmp_path)
+    made = gguf_config(file)
+    kept = filled._file(filled._beginning(file))
+    assert kept is not None
+    monkeypatch.setattr("prune_export.checkpoint.gguf.read_gguf_header", None)
+    assert gguf_config(file) == made
+    monkeypatch.undo()
+    monkeypatch.setattr(filled, "user_cache", lambda: tmp_path)
+    longer = tmp_path / "longer.gguf"
+    longer.write_bytes(file.read_bytes() + b"\0" * 32)
+    for damaged in ("", "[]", "{}"):
+        kept.write_text(damaged)
+        assert filled.kept_gguf_config(file) is None
+        assert gguf_config(file) == made
+    assert filled.kept_gguf_config(longer) is None
+
+
+def test_a_missing_package_names_its_extra(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filled, "user_cache", lambda: tmp_path)
     real = builtins.__import__
 
     def without(name: str, *rest: Any, **more: Any) -> Any:

@@ -25,8 +25,10 @@ DECLARED: dict[str, Any] = {
 ALLOWED = {
     "doctor.py": {"onnx", "tensorrt", "gguf"},  # extras of the package, called like the exporters
     # The format of a model that is read, not the engine that is written:
+    "checkpoint/filled.py": {"gguf"},
     "checkpoint/gguf.py": {"gguf"},
     "checkpoint/gguf_header.py": {"gguf"},
+    "execution/asked.py": {"gguf"},
     "execution/inputs.py": {"gguf"},
     "planning/making.py": {"gguf"},
     "report/card.py": {"onnx"},  # the Hub's tag for a graph of that format

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prune_export.opening import reported_engines
 
+from prune_export.errors import CheckpointError
 from prune_export.execution import Options, measure, run
+from prune_export.kernels.compiling import compiler
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
 from prune_export.recipe.stages import Workload
@@ -70,3 +73,59 @@ def test_a_sparse_engine_is_timed_against_dense_and_against_itself(
     assert (result.out / "figures" / "sparse_gain.png").is_file()
     assert (result.out / "figures" / "sweep.png").is_file()
     assert "no kernels for sparse weights" in (result.out / "README.md").read_text()
+
+
+PACKED = """\
+recipe: 1
+stages:
+  - prune: {method: magnitude, sparsity: 0.8}
+export:
+  - onnx: {precision: int8, block_size: 32, packed: sparse}
+verify:
+  generation: false
+  speed: {workloads: [{batch: 1, prompt: 8, new: 2}]}
+"""
+
+
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler for the kernel")
+@pytest.mark.usefixtures("measured_here")
+@pytest.mark.slow
+def test_packed_weights_are_timed_against_the_same_stored_dense(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, Any, bool]] = []
+
+    def timed(
+        dense: Engine, pruned: Engine, workloads: Sequence[Workload], *_: Any, **__: Any
+    ) -> list[Speed]:
+        packed = [one.parameters["packed"] for one in (dense, pruned)]
+        asked.append((*packed, dense.path == pruned.path))
+        return [
+            Speed("onnx", workload, "decode", [1.0], [1.0], 1.0, 0.9, 1.1, 0.9, 1.1, 0.0,
+                  "no speedup", 1.0, 1.0)
+            for workload in workloads
+        ]  # fmt: skip
+
+    monkeypatch.setattr(measure, "measure_speed", timed)  # timing alone would take minutes
+    options = Options(tmp_path / "out", tmp_path / "store", Machine.detect(device="cpu", threads=1))
+    result = run(Recipe.parse(PACKED), str(tiny_llama), options)
+    assert asked == [("sparse", "sparse", False), ("dense", "sparse", False)]
+    found = result.verification
+    (parity,) = found.parity
+    assert parity.ok
+    (sparsity,) = found.sparsity
+    assert sparsity.proven
+    assert len(sparsity.gain) == 1
+    assert sum(weight.zeros > 0.7 for weight in sparsity.weights) == 24  # of 6 blocks, 4 products
+    assert sparsity.chosen in (24, 25)  # the head may have enough that rounding made zero
+    (placed,) = found.placement
+    assert placed.ok
+    card = (result.out / "README.md").read_text()
+    assert 'options.register_custom_ops_library(path + "/onnx/libprune_export_packed.so")' in card
+    assert "which is machine code for Linux" in card
+    # Whoever gets the result runs no machine code of it without saying so.
+    engines = reported_engines(result.out, trust=False, store=None)
+    with pytest.raises(CheckpointError, match="holds machine code"):
+        engines["onnx"].open(options.machine)
+    own = reported_engines(result.out, trust=False, store=options.store)
+    own["onnx"].open(options.machine).__exit__(None, None, None)

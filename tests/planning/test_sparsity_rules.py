@@ -15,7 +15,8 @@ from prune_export.arch.table import table_for
 from prune_export.errors import PlanError
 from prune_export.execution import Options, plan
 from prune_export.machine import Machine
-from prune_export.planning.sparsity_rules import Planned, refuse_impossible, windows_note
+from prune_export.planning.sparsity_notes import packed_note, windows_note
+from prune_export.planning.sparsity_rules import Planned, refuse_impossible
 from prune_export.recipe import Recipe
 
 CPU = Machine("cpu", 8 << 30, 0, 1)
@@ -326,3 +327,39 @@ def test_the_plan_has_the_twin_and_the_grid(tiny_llama: Path, corpus: Path, tmp_
     body["verify"]["speed"]["sweep"]["prompt"] = [100_000]
     with pytest.raises(PlanError, match=r"sweep.prompt\n  is 100004, but the model has"):
         plan(Recipe.parse(yaml.safe_dump(body), root=corpus), str(tiny_llama), options)
+
+
+PACKED = {"ort_genai": {"precision": "int8", "block_size": 128, "packed": "sparse"}}
+
+
+def test_packed_weights_on_a_cpu_are_measured_up_to_what_bytes_allow() -> None:
+    asked = recipe(prune(sparsity=0.5), export=[PACKED], at_least=1.3)
+    for machine in (CPU, AMPERE):
+        check(asked, machine)
+    said = refused(recipe(prune(sparsity=0.5), export=[PACKED], at_least=1.7), CPU)
+    assert "50% zeros can gain in int8: packed, their matrices have 0.64 of the bytes" in said
+    assert "allows 1.57x" in said
+    check(recipe(prune(sparsity=0.7), export=[PACKED], at_least=1.7), CPU)
+    assert "write `packed: sparse`" in refused(
+        recipe(prune(sparsity=0.5), export=["ort_genai"], at_least=1.2), CPU
+    )
+
+
+def test_packed_weights_need_the_zeros_but_no_pattern() -> None:
+    heal = {"heal": {"method": "lora", "keep_zeros": False}}
+    said = refused(recipe(prune(sparsity=0.5), heal, export=[PACKED]), CPU)
+    assert "so that healing fills the zeros of magnitude" in said
+    less = arch(intermediate_size=32)
+    check(recipe(prune(sparsity=0.5), export=[PACKED]), CPU, cut=(arch(), less))
+
+
+def test_the_plan_says_what_zeros_gain_here() -> None:
+    (export,) = recipe(export=[PACKED]).export
+    planned = Planned(recipe(prune(3, 4), export=[PACKED]), (arch(),) * 2, CPU)
+    note = packed_note(planned, export)
+    assert note.startswith("25% zeros of magnitude: at most 1.14x of its zeros stored, by bytes")
+    assert "here about" in note
+    bare = Planned(recipe(export=[PACKED]), (arch(),), CPU)
+    assert "no stage makes zeros" in packed_note(bare, export)
+    (other,) = recipe(export=["ort_genai"]).export
+    assert packed_note(planned, other) == ""

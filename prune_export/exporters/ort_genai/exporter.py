@@ -19,12 +19,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field
 
@@ -35,19 +35,27 @@ from prune_export.contracts import BuildRecord, Cost, Runner, Work
 from prune_export.errors import CheckpointError, MissingExtra, PlanError, StageError
 from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.ort_providers import runtime_version
+from prune_export.exporters._shared.packed_keys import Packing, refuse_unpackable, sparsity_of
 from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.exporters._shared.trim import Trim
+from prune_export.exporters._shared.tuning import TUNING_S
 from prune_export.exporters.ort_genai.graph import decode_bytes
-from prune_export.exporters.ort_genai.runner import GRAPH, open_runner
+from prune_export.exporters.ort_genai.runner import GRAPH, name_library, open_runner
 from prune_export.exporters.ort_genai.support import corrections, refuse
+from prune_export.kernels.compiling import LIBRARY, refuse_without_compiler
 from prune_export.machine import Machine
 from prune_export.units import MIB
+
+if TYPE_CHECKING:
+    from prune_export.exporters._shared.packed_graph import PackedGraph
 
 _PACKAGES: Final = ("onnxruntime-genai", "onnx", "onnx-ir")
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_RELATIVE_ERROR: Final = {"fp32": 1e-3, "fp16": 5e-2}
 """Largest logit error as a fraction of the logits' standard deviation."""
 _MAX_KL: Final = 0.1  # nats a token, for int8; SmolLM2-135M has 0.005
+_GRAPHS_TRIED: Final = 5
+"""Graphs that `tune` builds in an integer precision."""
 _BITS: Final = {"fp32": 32.0, "fp16": 16.0, "int8": 9.0, "int4": 5.0}
 """A stored weight with its share of scales, at the default block size."""
 
@@ -62,7 +70,7 @@ class OrtGenai:
     RUNS_ON: ClassVar[frozenset[str] | None] = None
     PACKAGES: ClassVar[tuple[str, ...]] = ("onnxruntime-genai",)
     SPARSE_NOTE: ClassVar[SparseNote] = SparseNote(
-        unasked="multiplied dense: no kernels for sparse weights here",
+        unasked="multiplied dense: no kernels for sparse weights without `packed: sparse`",
     )
     EXAMPLE: ClassVar[str] = "example.md.j2"
     ALONE: ClassVar[str] = "genai_config.json"
@@ -70,7 +78,7 @@ class OrtGenai:
 
     calibrates: ClassVar[bool] = False
     WRITES_CODES: ClassVar[bool] = True
-    LATER: ClassVar[Mapping[str, Any]] = {"head": "same"}
+    LATER: ClassVar[Mapping[str, Any]] = {"head": "same", "tune": False, "packed": "no"}
 
     precision: Annotated[
         Literal["fp32", "fp16", "int8", "int4"],
@@ -95,6 +103,23 @@ class OrtGenai:
             "and int4: `same` as the blocks, but int8 where the checkpoint's own codes are written"
         ),
     ] = "same"
+    tune: Annotated[
+        bool,
+        Field(
+            description="measure here which block size, head and accuracy level (none of them "
+            "coarser in what it computes than asked), threads, spinning and pages are fastest; "
+            "threads and spinning go into genai_config.json, the rest into run.sh beside it"
+        ),
+    ] = False
+    packed: Packing = "no"
+
+    def __post_init__(self) -> None:
+        refuse_unpackable("ort_genai", self.packed, self.precision, self.block_size, self.tune)
+
+    @property
+    def times_machine(self) -> bool:
+        """Whether the engine depends on how fast this machine is."""
+        return self.tune
 
     def check(self, arch: Arch, machine: Machine) -> None:
         """Refuses, in the plan, what the builder does not know or gets wrong, or cannot run here.
@@ -119,6 +144,8 @@ class OrtGenai:
                 'run `pip install "onnxruntime-genai>=0.18,<0.19"`',
             )
         refuse(arch)
+        if self.packed != "no":
+            refuse_without_compiler("ort_genai.packed")
 
     def longest(self, config: Mapping[str, Any]) -> int:
         """The longest context: the rows of the graph's rotary tables."""
@@ -128,14 +155,28 @@ class OrtGenai:
         """Estimates memory for the builder, which holds the whole model in fp32, and disk."""
         weights = 4 * arch.parameters()
         copies = 3 if self.precision.startswith("int") else 2  # measured: 2.8 and 1.3
-        disk = int(arch.parameters() * _BITS[self.precision] / 8)
+        tries = _GRAPHS_TRIED if self.tune and self._bits else 1
+        disk = int(arch.parameters() * _BITS[self.precision] / 8) + self._embedding_bytes(arch)
         return Cost(
             ram_bytes=600 * MIB + copies * weights,
             disk_bytes=disk,
             flops=2.0 * arch.parameters() * 64,
-            moved_bytes=2 * checkpoint_bytes + 2 * disk,
-            seconds=20.0 + 0.2 * arch.layers,
+            moved_bytes=(2 * checkpoint_bytes + 2 * disk) * tries,
+            seconds=(10.0 + 0.15 * arch.layers) * tries + (TUNING_S if self.tune else 0.0),
         )
+
+    def _embedding_bytes(self, arch: Arch) -> int:
+        """What the embedding takes more than its share of codes: the builder keeps it in fp32.
+
+        Only one that is tied to an int4 head is read from the head's codes.
+        """
+        if not self._bits:
+            return 0
+        tied = any(tensor.tied_to for tensor in arch.tensors)
+        size = arch.sizes["vocab"] * arch.sizes["residual"]
+        if tied:
+            return 0 if self._bits == 4 else 4 * size
+        return int((4 - _BITS[self.precision] / 8) * size)
 
     def export(self, checkpoint: Path, out: Path, work: Work) -> BuildRecord:
         """Writes graph, `genai_config.json`, tokenizer and configs into `out`, and tries them.
@@ -144,6 +185,14 @@ class OrtGenai:
             CheckpointError: the checkpoint has no tokenizer.
             StageError: the builder failed, or the engine does not compute what PyTorch does.
         """
+        if self.tune:
+            from prune_export.exporters.ort_genai.tuned import export_tuned
+
+            return export_tuned(self, checkpoint, out, work)
+        return self.export_tried(checkpoint, out, work)[0]
+
+    def export_tried(self, checkpoint: Path, out: Path, work: Work) -> tuple[BuildRecord, float]:
+        """Exports with these keys as they are; gives also the engine's KL from PyTorch in nats."""
         start = perf_counter()
         source = Checkpoint.open(checkpoint)
         if not any((checkpoint / name).is_file() for name in _TOKENIZERS):
@@ -154,8 +203,9 @@ class OrtGenai:
             )
         self._build(source, out, work)
         copy_side_files(source, out, replacing=False)  # the builder wrote some itself
-        notes = self._try(checkpoint, out, work)
-        return BuildRecord(
+        packed = self._pack(out, work)
+        notes, kl, calls = self._try(checkpoint, out, work)
+        record = BuildRecord(
             exporter="ort_genai",
             version=self.VERSION,
             parameters=asdict(self),
@@ -164,12 +214,40 @@ class OrtGenai:
             seconds=perf_counter() - start,
             toolchain={package: metadata.version(package) for package in _PACKAGES}
             | {"onnxruntime": runtime_version()},
-            notes=tuple(filter(None, (Trim.of(source).note(), *notes))),
+            notes=tuple(
+                filter(None, (Trim.of(source).note(), *notes, packed.note() if packed else ""))
+            ),
+            sparsity=sparsity_of(packed, calls, self.packed) if packed else {},
         )
+        return record, kl
 
     def open(self, path: Path, machine: Machine) -> Runner:
         """Opens the engine at `path`, as `export` wrote it, on the CPU."""
-        return open_runner(path, machine)
+        return open_runner(path, machine, library=path / LIBRARY if self.runs_code else None)
+
+    def without_sparsity(self) -> OrtGenai | None:
+        """The same exporter with zeros stored like the rest; None where they are already."""
+        return replace(self, packed="dense") if self.packed == "sparse" else None
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether its engines hold machine code: the kernel of packed weights."""
+        return self.packed != "no"
+
+    def _pack(self, out: Path, work: Work) -> PackedGraph | None:
+        """Packs the weights, and names the kernel's library in the runtime's configuration."""
+        if self.packed == "no":
+            return None
+        from prune_export.exporters._shared.packed_graph import pack_graph
+
+        with work.progress.task("ort_genai: packing weights"):
+            found = pack_graph(out / GRAPH, self.packed)
+        name_library(out)
+        return found
+
+    def opened(self, path: Path, machine: Machine, *, spinning: bool) -> Runner:
+        """Opens it for tuning, with threads that may spin."""
+        return open_runner(path, machine, spinning=spinning)
 
     def _build(self, source: Checkpoint, out: Path, work: Work) -> None:
         config = source.full_config()
@@ -219,13 +297,15 @@ class OrtGenai:
             }
         return options
 
-    def _try(self, checkpoint: Path, out: Path, work: Work) -> tuple[str, str]:
+    def _try(self, checkpoint: Path, out: Path, work: Work) -> tuple[tuple[str, str], float, int]:
+        """Compares with PyTorch; gives notes, KL in nats, how often a step calls our kernel."""
         answer = work.scratch / "genai-trial-answer.json"
         request = {
             "source": str(checkpoint.resolve()),
             "out": str(out.resolve()),
             "threads": work.machine.threads,
             "answer": str(answer.resolve()),
+            "packed": self.packed != "no",
         }
         with work.progress.task("ort_genai: comparing with PyTorch"):
             _run("trial", request, work, lambda line: None)
@@ -244,7 +324,7 @@ class OrtGenai:
             f"{found['max_error']:.1g}, KL {found['mean_kl']:.1g} nats, same choice "
             f"{found['same_choice']}; onnxruntime-genai generated {found['generated']} tokens"
         )
-        return tried, str(found["tokenizer"])
+        return (tried, str(found["tokenizer"])), float(found["mean_kl"]), int(found["calls"])
 
     def _problem(self, found: Mapping[str, Any], *, exact: bool = False) -> str:
         """Says what is wrong with a trial's findings; empty when nothing is.

@@ -17,6 +17,7 @@ from prune_export.contracts import Placement, Runner
 from prune_export.errors import CheckpointError
 from prune_export.exporters._shared.ort_providers import NAMES, Provider, placement
 from prune_export.exporters._shared.ort_runner import OrtRunner, session_for
+from prune_export.kernels.compiling import LIBRARY
 from prune_export.machine import Machine
 from prune_export.system.files import read_json_object
 
@@ -27,15 +28,29 @@ _LARGEST_HEAD: Final = 65_536
 _ROOM: Final = 256  # positions by which a full cache grows
 
 
-def open_runner(path: Path, machine: Machine) -> Runner:
+def name_library(path: Path) -> None:
+    """Names the kernel of packed weights in genai_config.json, from where the runtime loads it."""
+    file = path / CONFIG
+    config = read_json_object(file, "onnxruntime-genai's configuration of an engine")
+    config["model"]["decoder"].setdefault("session_options", {})["custom_ops_library"] = LIBRARY
+    file.write_text(json.dumps(config, indent=4), encoding="utf-8")
+
+
+def open_runner(
+    path: Path, machine: Machine, *, library: Path | None = None, spinning: bool = False
+) -> Runner:
     """Opens the builder's graph in `path` on the CPU.
 
     fp16 graphs have no attention that appends in place; their cache is handed on instead.
+    `library` has operators of the graph that the runtime lacks.
     """
     shared, head_size = _read_config(path)
     if shared:
-        return GenaiRunner(path, machine)
-    return OrtRunner(path / GRAPH, machine, provider=PROVIDER, head_size=head_size)
+        return GenaiRunner(path, machine, library, spinning=spinning)
+    return OrtRunner(
+        path / GRAPH, machine, provider=PROVIDER, head_size=head_size, spinning=spinning,
+        library=library,
+    )  # fmt: skip
 
 
 def _read_config(path: Path) -> tuple[bool, int]:
@@ -64,8 +79,12 @@ def _read_config(path: Path) -> tuple[bool, int]:
 class GenaiRunner:
     """Runs the graph step by step, with the KV cache in buffers that the graph writes into."""
 
-    def __init__(self, path: Path, machine: Machine) -> None:
-        self._session = session_for(path / GRAPH, machine, provider=PROVIDER)
+    def __init__(
+        self, path: Path, machine: Machine, library: Path | None = None, *, spinning: bool = False
+    ) -> None:
+        self._session = session_for(
+            path / GRAPH, machine, provider=PROVIDER, spinning=spinning, library=library
+        )
         self._head_size = _read_config(path)[1]
         # Blocks may have different numbers of heads.
         self._past = {

@@ -2,7 +2,8 @@
 
     python -m prune_export.exporters.ort_genai.trial REQUEST.json
 
-The request holds `source`, `out`, `threads` and `answer`, the file that gets the findings as JSON.
+The request holds `source`, `out`, `threads`, `answer`, the file that gets the findings as JSON, and
+`packed`: whether the engine multiplies packed weights with our kernel, whose calls are counted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from prune_export.checkpoint.loading import load_config, load_model, load_tokenizer
 from prune_export.exporters.ort_genai.runner import OgRunner, open_runner
 from prune_export.exporters.ort_genai.tokens import compared
+from prune_export.kernels import LIBRARY, Library
 from prune_export.machine import Machine
 from prune_export.numeric.logits import largest_error, mean_kl
 
@@ -39,11 +41,13 @@ def main(request: dict[str, Any]) -> None:
     torch.set_num_threads(machine.threads)
     out, source = Path(request["out"]), Path(request["source"])
     ids = _ids(source)
-    with open_runner(out, machine) as runner:
+    library = out / LIBRARY if request["packed"] else None
+    with open_runner(out, machine, library=library) as runner:
         got = [runner.step(ids[:, :-_STEPS])[0]]
         got += [
             runner.step(ids[:, i : i + 1])[0] for i in range(ids.shape[1] - _STEPS, len(ids[0]))
         ]
+        calls = Library(library).calls if library else 0
     engine = np.concatenate(got, axis=1)[0]  # [positions, vocab]
     places = np.arange(ids.shape[1])
     if got[0].shape[1] == 1:
@@ -54,6 +58,7 @@ def main(request: dict[str, Any]) -> None:
     logits = _pytorch(source)
     findings = _compare(logits(ids)[places], engine)
     findings |= _judged(logits, prompt[0].tolist(), tokens)
+    findings["calls"] = calls // (1 + _STEPS)
     findings["tokenizer"] = compared(source, out)
     Path(request["answer"]).write_text(json.dumps(findings, sort_keys=True), encoding="utf-8")
 

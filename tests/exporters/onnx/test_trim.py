@@ -14,10 +14,10 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.exporters._shared.ort_runner import OrtRunner
 from prune_export.exporters._shared.trim import Trim
 from prune_export.exporters.onnx import Onnx
-from tests.arch.kinds import one_of_each
-from tests.exporters.onnx.test_onnx import (
+from tests.exporters.onnx.graphs import (
     FAMILIES,
     MACHINE,
+    NARROWED,
     error,
     expected_logits,
     exported,
@@ -26,9 +26,6 @@ from tests.exporters.onnx.test_onnx import (
     stepped,
 )
 from tests.zeroed_models import Zeroed
-
-NARROWED = {*one_of_each(1), "llama"} - {"gpt_bigcode"}
-"""What is cut of a block is the same for a kind; gpt_bigcode has one key for all its heads."""
 
 KINDS = {
     "cohere2": 2, "deepseek_v3": 2, "dots1": 2, "ernie4_5_moe": 2, "exaone4": 2, "gemma2": 2,
@@ -84,6 +81,7 @@ def zero_everything(model: Zeroed) -> None:
 
 @pytest.mark.parametrize("model_type", [one for one in FAMILIES if one.values[0] in NARROWED])
 def test_a_wide_family_becomes_a_narrow_engine(model_type: str, tmp_path: Path) -> None:
+    """Also that the family's graph computes the same: the others' are in test_onnx.py."""
     saved(model_type, tmp_path / "wide")
     model = Zeroed(tmp_path / "wide")
     zero_everything(model)
@@ -160,6 +158,7 @@ def test_the_narrow_engine_computes_what_the_wide_model_does(llama: Any) -> None
     assert agrees(path / "wide", path / "onnx" / record.graph) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_model_without_attention_needs_no_cache(tmp_path: Path) -> None:
     saved("llama", tmp_path / "wide", num_hidden_layers=2)
     model = Zeroed(tmp_path / "wide")
