@@ -254,3 +254,13 @@ def test_a_missing_package_names_its_extra(
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtra, match=r'pip install "prune-export\[gguf\]"'):
         gguf_config(file)
+
+
+def test_sizes_that_transformers_gives_other_names_are_refused(tmp_path: Path) -> None:
+    """It reads falcon's sizes under llama's names, and builds one of falcon's default sizes."""
+    file = write_gguf(tmp_path / "falcon.gguf", tiny_model(), architecture="falcon")
+    with pytest.raises(UnsupportedArch) as caught:
+        gguf_config(file)
+    assert "intermediate_size, num_key_value_heads, rms_norm_eps" in caught.value.problem
+    assert "no falcon config has" in caught.value.problem
+    assert caught.value.fix == "start from the original safetensors model"

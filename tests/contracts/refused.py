@@ -56,18 +56,19 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
     "ziplm": frozenset(
         {
             "bamba", "bloom", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo",
-            "gemma4_text", "glm4_moe", "gpt_oss", "granitemoe", "granitemoehybrid",
-            "granitemoeshared", "hunyuan_v1_moe", "jamba", "lfm2", "lfm2_moe", "llama4_text",
-            "minimax_m2", "mistral4", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text",
-            "qwen3_5_text", "qwen3_moe", "qwen3_next",
+            "glm4_moe", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared",
+            "hunyuan_v1_moe", "jamba", "lfm2", "lfm2_moe", "llama4_text", "minimax_m2", "mistral4",
+            "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text",
+            "qwen3_moe", "qwen3_next",
         }
     ),
 }  # fmt: skip
 
 WHOLE_HEADS: Final = frozenset(
     {
-        "bloom", "falcon", "flex_olmo", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium",
-        "minimax_m2", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "stablelm",
+        "bloom", "falcon", "flex_olmo", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
+        "helium", "jamba", "lfm2_moe", "minimax_m2", "olmo2", "olmo3", "olmoe", "opt", "persimmon",
+        "stablelm",
     }
 )  # fmt: skip
 """Families whose config has no head size, or a norm over all heads: nothing cuts their heads."""

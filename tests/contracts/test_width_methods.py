@@ -32,7 +32,7 @@ METHODS = [
 
 def method_for(name: str, checkpoint: Checkpoint, **keys: Any) -> Any:
     """The method on channels and, where the family's config can say it, heads."""
-    if checkpoint.arch().family not in WHOLE_HEADS:
+    if checkpoint.config["model_type"] not in WHOLE_HEADS:
         keys["heads"] = 0.5
     return registry.find("methods", name)(ffn=0.5, **keys)
 

@@ -64,3 +64,23 @@ def test_tensors_that_no_key_counts_are_refused(saved: Callable[..., Path], tmp_
     (source / "config.json").write_text(json.dumps(said | {"num_nextn_predict_layers": 0}))
     with pytest.raises(CheckpointError, match=r"layers\.6\.eh_proj.*\n.*is not part of"):
         Checkpoint.open(source).arch()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"), [("qwen3_next", {}), ("qwen3_5_text", {"mtp_num_hidden_layers": 1})]
+)
+def test_those_under_a_name_of_their_own_are_left_behind(
+    saved: Callable[..., Path], tmp_path: Path, model_type: str, said: dict[str, int]
+) -> None:
+    """Qwen's lie beside the blocks; in Qwen3-Next no key of the config counts them."""
+    plain = saved(model_type)
+    tensors = load_file(plain / "model.safetensors") | {"mtp.fc.weight": torch.ones(32, 64)}
+    (tmp_path / "whole").mkdir()
+    save_file(tensors, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text()) | said
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
+    opened = Checkpoint.open(tmp_path / "whole")
+    after = rewrite(opened, opened.arch(), [Drop((3,))], tmp_path / "cut", ram_bytes=1 << 30)
+    assert "mtp.fc.weight" not in after.entries
+    assert {key: after.config[key] for key in said} == dict.fromkeys(said, 0)
+    assert "MTP, 1 tensors" in further_notes(opened, opened.arch())[0]
