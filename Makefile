@@ -12,10 +12,10 @@ export HF_HUB_OFFLINE := 1
 # long ones would come last, alone.
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo headline test quick lint docs site wheel-check clean
+.PHONY: help demo headline test test-all quick lint docs site wheel-check triton-check clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(BIN)/.demo  ## prune, heal, export and verify SmolLM2-135M; about 15 minutes on 2 cores
 	$(BIN)/python benchmarks/demo_data.py $(DEMO)
@@ -38,8 +38,11 @@ headline: $(BIN)/.demo  ## the headline recipe on the same model
 test: $(BIN)/.demo  ## all tests
 	$(BIN)/python -m pytest $(SPREAD)
 
-quick: $(BIN)/.demo  ## the tests that take no more than seconds
-	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
+test-all: $(BIN)/.demo  ## all tests, and every row of the products over families; over an hour
+	$(BIN)/python -m pytest $(SPREAD) --all-pairs
+
+quick: $(BIN)/.demo  ## after each change: a few rows of every test that takes no more than seconds
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow" --few
 
 lint: $(BIN)/.demo  ## ruff, mypy, import-linter and the docs site, as CI runs them
 	$(BIN)/ruff format --check .
@@ -56,6 +59,13 @@ site: $(BIN)/.demo  ## the docs as a site, in build/site
 
 wheel-check: $(BIN)/.installed  ## the built wheel in an empty environment; downloads what it needs
 	$(BIN)/python tests/wheel_check.py
+
+# In an environment of its own: the server's Python part wants numpy 1, and Triton's schema an older protobuf.
+triton-check: $(BIN)/.demo  ## a generation in a real tritonserver; downloads it
+	$(PYTHON) -m venv build/triton
+	build/triton/bin/pip install -q --no-deps nvidia-pytriton==0.7.0 tritonclient==2.73.0
+	build/triton/bin/pip install -q "onnxruntime-genai>=0.18,<0.19" "numpy<2" protobuf
+	$(BIN)/python -m pytest tests/integrations/triton
 
 # pip and not another installer: the constraints pin a CPU build of torch that only pip finds everywhere.
 $(BIN)/.installed: pyproject.toml constraints.txt

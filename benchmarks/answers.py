@@ -24,8 +24,8 @@ from heal import _windows
 from prune_export.calibrate import CalibrationContext, KeptAnswers, TokenSet, keep_answers
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
-from prune_export.training.distill_loss import Answers, distill_loss
-from prune_export.training.objective import Distill
+from prune_export.training.losses.distill_loss import Answers, distill_loss
+from prune_export.training.losses.objective import Distill
 
 
 def main() -> None:

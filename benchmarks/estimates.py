@@ -4,7 +4,8 @@
     python benchmarks/estimates.py DIR [--figure estimates.png] [--save]
 
 DIR is that directory, or any directories of results, or their report.json. What was taken from a
-store is left out: it took no time. A run that others share the machine with shows their load.
+store is left out: it took no time. A run that others share the machine with shows their load; then
+run `recipes.py --threads 1` and compare with processor seconds (`--processor`).
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ def main() -> None:
     asked.add_argument("places", type=Path, nargs="+", help="results, or what recipes.py made")
     asked.add_argument("--figure", type=Path, help="where to draw it")
     asked.add_argument("--save", action="store_true", help="keep all rows in benchmarks/results")
+    asked.add_argument("--processor", action="store_true", help="compare with processor seconds")
     given = asked.parse_args()
     rows = list(rows_of(given.places))
+    if given.processor:
+        rows = [row | {"seconds": row["processor_seconds"]} for row in rows]
     if not rows:
         raise SystemExit("no report with estimates there: run a recipe with this version")
     print("\n".join(table(rows)))
@@ -38,7 +42,8 @@ def main() -> None:
         draw(rows, given.figure)
         print(given.figure)
     if given.save:
-        print(save("estimates", {"rows": rows}))
+        seconds = "processor" if given.processor else "wall"
+        print(save("estimates", {"seconds": seconds, "rows": rows}))
 
 
 def rows_of(places: Sequence[Path]) -> Iterator[dict[str, Any]]:
@@ -57,7 +62,7 @@ def rows_of(places: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 def _sums(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Times and disk add up; of memory the peaks are compared."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"processor_seconds": sum(one["processor_seconds"] for one in steps)}
     for quantity in QUANTITIES:
         join = max if quantity == "ram_bytes" else sum
         for key in (quantity, f"planned_{quantity}"):

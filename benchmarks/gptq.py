@@ -28,9 +28,17 @@ CASES: dict[str, dict[str, Any]] = {
     "rtn int8, 32": {"rtn": {"bits": 8, "symmetric": True}},
     "rtn int4, 32": {"rtn": {}},
     "rtn int4, 64 symmetric": {"rtn": {"group_size": 64, "symmetric": True}},
+    "gptq int8, 32": {"gptq": {"bits": 8, "symmetric": True}},
     "gptq int4, 32": {"gptq": {}},
     "gptq int4, 64 symmetric": {"gptq": {"group_size": 64, "symmetric": True}},
     "llm-compressor gptq int4, 64 symmetric": {"peer": {"group_size": 64, "symmetric": True}},
+    "llm-compressor gptq int4, 32": {"peer": {"group_size": 32, "symmetric": False}},
+    "llm-compressor gptq int4, 32, searched": {
+        "peer": {"group_size": 32, "symmetric": False, "observer": "memoryless_mse"}
+    },
+    "gptq int4, 64 symmetric, no search": {
+        "gptq": {"group_size": 64, "symmetric": True, "search": False}
+    },
     "gptq int4, 32, block order": {"gptq": {"order": "block"}},
     "sparsegpt 2:4": {"sparsegpt": {"nm": {"keep": 2, "of": 4}}},
     "sparsegpt 2:4, then gptq int4, 32": {"sparsegpt": {"nm": {"keep": 2, "of": 4}}, "gptq": {}},
@@ -103,6 +111,7 @@ def _tokens(options: argparse.Namespace) -> dict[str, Any]:
 
 def _ours(options: argparse.Namespace) -> dict[str, Any]:
     import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from prune_export import registry
     from prune_export.calibrate import CalibrationContext, ModelView, TokenSet
@@ -113,6 +122,8 @@ def _ours(options: argparse.Namespace) -> dict[str, Any]:
     from prune_export.surgery import rewrite
 
     torch.set_num_threads(options.threads)
+    with torch.device("meta"):  # imports what the peer has imported before it is timed, too
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
     tokens = TokenSet.of(torch.load(options.work / "calibration.pt"))
     machine = Machine.detect(device="cpu", threads=options.threads)
     steps = CASES[options.case]
@@ -163,8 +174,7 @@ def _peer(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     keys = CASES[options.case]["peer"]
     weights = QuantizationArgs(
-        num_bits=4, type="int", strategy="group", group_size=keys["group_size"],
-        symmetric=keys["symmetric"],
+        num_bits=4, type="int", strategy="group", **keys
     )  # fmt: skip
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     recipe = GPTQModifier(config_groups={"group_0": scheme}, ignore=["re:.*lm_head"])

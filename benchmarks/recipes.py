@@ -34,6 +34,14 @@ TEXT = {
     "ranking": {"files": ["healing.jsonl"], "samples": 12, "length": 512, "seed": 2},
     "evaluation": {"files": ["evaluation.jsonl"], "samples": 12, "length": 1024},
 }
+SHORT = {
+    "calibration": {**TEXT["calibration"], "samples": 16},
+    "healing": TEXT["healing"],
+    "ranking": {**TEXT["ranking"], "samples": 4, "length": 256},
+    "evaluation": {**TEXT["evaluation"], "samples": 4, "length": 512},
+}
+"""What `--short` reads: enough to run all, too little for its perplexities to mean anything."""
+
 HEAL = {"rank": 16, "batch": 2, "learning_rate": 2e-3}
 WORKLOAD = {"batch": 1, "prompt": 128, "new": 32}
 
@@ -47,6 +55,7 @@ def main() -> None:
     asked.add_argument("--search-steps", type=int, default=20, help="of each candidate's heal")
     asked.add_argument("--minutes", type=float, default=0.5, help="of timing, an engine")
     asked.add_argument("--threads", type=int, default=2)
+    asked.add_argument("--short", action="store_true", help="hardly any text, and no generation")
     asked.add_argument("--save", action="store_true", help="keep all rows in benchmarks/results")
     given = asked.parse_args()
     names = given.only or [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
@@ -66,8 +75,12 @@ def main() -> None:
 def _overrides(recipe: dict[str, Any], given: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """What is set otherwise than the recipe says."""
     for name in recipe["data"]:
-        if "dataset" in recipe["data"][name]:
+        if given.short and name in SHORT and "generated" not in recipe["data"][name]:
+            yield f"data.{name}", SHORT[name]
+        elif "dataset" in recipe["data"][name]:
             yield f"data.{name}", TEXT[name]
+    if given.short:
+        yield "verify.generation", False
     for index, stage in enumerate(recipe["stages"]):
         ((kind, keys),) = stage.items()
         heal, at, steps = keys, f"stages.{index}.heal", given.steps

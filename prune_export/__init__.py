@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from prune_export import contracts, errors, plugins
     from prune_export.execution import Options, RunResult, plan, run
     from prune_export.machine import Machine
-    from prune_export.opening import engines
     from prune_export.planning import Plan
-    from prune_export.provenance import Loaded, Provenance, load
     from prune_export.recipe import Recipe
+    from prune_export.results.opening import engines
+    from prune_export.results.provenance import Loaded, Provenance, load
 
 __version__ = "0.1.0"
 
@@ -43,15 +43,15 @@ __all__ = [
 ]
 
 _HOMES: Final = {
-    "Loaded": "provenance",
+    "Loaded": "results.provenance",
     "Machine": "machine",
     "Options": "execution",
     "Plan": "planning",
-    "Provenance": "provenance",
+    "Provenance": "results.provenance",
     "Recipe": "recipe",
     "RunResult": "execution",
-    "engines": "opening",
-    "load": "provenance",
+    "engines": "results.opening",
+    "load": "results.provenance",
     "plan": "execution",
     "run": "execution",
 }

@@ -33,7 +33,8 @@ class Cost:
 
     `flops` (multiplications and additions) and `moved_bytes` (disk reads and writes) are turned
     into seconds with this machine's measured rates; `seconds` is time that neither explains, such
-    as tracing a graph.
+    as tracing a graph. `bfloat16_flops` are those of `flops` that are in bfloat16, which some CPUs
+    multiply several times as fast as float32.
     """
 
     ram_bytes: int = 0
@@ -42,15 +43,16 @@ class Cost:
     flops: float = 0.0
     moved_bytes: int = 0
     seconds: float = 0.0
+    bfloat16_flops: float = 0.0
 
 
 @dataclass(frozen=True)
 class Teacher:
     """The model that a healer learns from; `id` is made of its files' hashes.
 
-    `answers(tokens, temperature)` is the directory in which what it says to the healing data is
-    kept, so many of its likeliest tokens a position (`calibrate.KeptAnswers`); where it is not
-    there yet, it is made, with one block of the teacher in memory. `blocks` has the teacher's block
+    `answers(tokens, temperature)` is the directory that holds its distributions over the healing
+    data: the `tokens` likeliest of each position (`calibrate.KeptAnswers`). If it is not there yet,
+    it is made, with one block of the teacher in memory. `blocks` has the teacher's block
     that each of the student's was; None where that is not known.
     """
 
@@ -67,7 +69,7 @@ class Work:
     `scratch` is a directory that outlives a killed run: long work keeps its checkpoints there and
     goes on from them. It is removed when the stage is complete. `tokens` is calibration data, for
     exporters that ask for it and where the recipe has it; `teacher` is there for healers that are
-    `Taught`. `team` are the processes that were started with this one, which may share the work.
+    `Taught`. `team` are the processes that torchrun started with this one, which share the work.
     """
 
     machine: Machine
@@ -193,11 +195,11 @@ class TracksAblations(Protocol):
 
 @runtime_checkable
 class TimesMachine(Protocol):
-    """What a method has besides where how fast this machine is may decide what it cuts."""
+    """A method that may measure this machine's speed to decide what it cuts."""
 
     @property
     def times_machine(self) -> bool:
-        """Whether it does with these keys: then the id of what it makes says which machine."""
+        """Whether the machine's speed decides, with these keys: then the artifact's id names it."""
 
 
 @dataclass(frozen=True)
@@ -231,11 +233,11 @@ class Healer(Protocol):
 
 @runtime_checkable
 class Taught(Protocol):
-    """What a healer has besides where it may learn from another model, its teacher."""
+    """A healer that may learn from another model, its teacher."""
 
     @property
     def taught(self) -> bool:
-        """Whether it learns from one."""
+        """Whether this healer, with these keys, learns from a teacher."""
 
     @property
     def teacher(self) -> str | None:
@@ -244,7 +246,7 @@ class Taught(Protocol):
     def taught_cost(
         self, arch: Arch, teacher: Arch, samples: int, length: int, machine: Machine
     ) -> tuple[Cost, str]:
-        """What healing takes with a teacher, and in a few words what is done with it."""
+        """Estimates the cost of healing with a teacher; says in a few words how it is used."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ class BuildRecord:
     sparsity: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """What the store keeps of an export and report.json says of an engine, as JSON types."""
+        """The record as JSON types, as the store and report.json hold it."""
         return asdict(self) | {
             "parameters": dict(self.parameters),
             "toolchain": dict(self.toolchain),
@@ -328,6 +330,7 @@ class Exporter(Protocol):
     SPARSE_NOTE: SparseNote           what a report says beside their sparse weights
     EXAMPLE: str                      a template beside it: how to run one, for the model card
     RUNTIME: str                      what runs them, as the model card names it
+    UNOPENED: str                     why `open` always refuses; empty: it opens them
     WRITES_CODES: bool                its int4 and int8 take a quantized checkpoint's codes exactly
     calibrates: bool                  it reads calibration data; may be a property of its keys
     runs_code: bool                   with these keys its engines hold machine code; as `calibrates`

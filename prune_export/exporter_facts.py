@@ -34,6 +34,7 @@ class ExporterFacts:
     `ALONE`: the file by which an engine's directory is known where no report is beside it; empty
     for engines that need their report.
     `RUNTIME`: what runs them, as the model card names it; empty for the exporter's own name.
+    `UNOPENED`: why their engines cannot be opened here at all; empty for those that can.
     `WRITES_CODES`: in an integer precision (`int4`, `int8`) they write the codes of a quantized
     checkpoint as they are.
     """
@@ -45,6 +46,7 @@ class ExporterFacts:
     example: str = ""
     alone: str = ""
     runtime: str = ""
+    unopened: str = ""
     writes_codes: bool = False
 
     @classmethod
@@ -59,6 +61,7 @@ class ExporterFacts:
             example=getattr(kind, "EXAMPLE", plain.example),
             alone=getattr(kind, "ALONE", plain.alone),
             runtime=str(getattr(kind, "RUNTIME", plain.runtime)),
+            unopened=str(getattr(kind, "UNOPENED", plain.unopened)),
             writes_codes=bool(getattr(kind, "WRITES_CODES", plain.writes_codes)),
         )
 

@@ -26,9 +26,9 @@ from prune_export.calibrate import (
 )
 from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
+from prune_export.numeric.scores import least, runs
 from prune_export.progress import Progress
 from prune_export.report import style
-from prune_export.scores import least, runs
 
 SOURCE: Final = "prune-export inspect"
 """What a picture says of where it comes from; nothing but such a picture is written over."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import json
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -13,8 +16,9 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +26,12 @@ from hypothesis import settings
 
 from prune_export.checkpoint import filled
 from prune_export.modeling import register
+from tests.covers import all_but_few, left_out
 from tests.measured_here import install
 
 torch.set_num_threads(1)
+# Tracing makes objects by the million, few of them in circles: looking for these was a tenth of it.
+gc.set_threshold(100_000, 20, 50)
 
 # The same examples in every run, however slow the machine: a test that fails, fails again.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -56,12 +63,30 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves products over all families to `--all-pairs`, but for a cover of each.
+
+    A row that is named on the command line runs.
+    """
+    named = any("[" in argument for argument in config.args)
+    if named or config.getoption("--all-pairs"):
+        return
+    rest = left_out(items)
+    if config.getoption("--few"):
+        rest |= all_but_few(item for item in items if item not in rest)
+    if rest:
+        items[:] = [item for item in items if item not in rest]
+        config.hook.pytest_deselected(items=list(rest))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-pairs",
         action="store_true",
-        help="export every method's model of every family (half an hour)",
+        help="run every row of the products over families that are covers by default",
     )
+    parser.addoption("--few", action="store_true", help="run two rows of every test")
 
 
 SENTENCES = (
@@ -132,8 +157,6 @@ def tiny_graph(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with calibration.txt, healing.jsonl and evaluation.txt, none overlapping."""
-    import json
-
     root = tmp_path_factory.mktemp("corpus")
     (root / "calibration.txt").write_text(prose(1, 40), encoding="utf-8")
     lines = (json.dumps({"text": line}) for line in prose(2, 60).splitlines())
@@ -143,6 +166,49 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def cli(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process: its exit status, standard output and standard error."""
+    from prune_export.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["prune-export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return int(ended.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
 def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines answer from threads of this process (`tests.measured_here`)."""
     install(monkeypatch)
+
+
+@pytest.fixture
+def genai_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs of `ort_genai` run here and not in two new processes for each export.
+
+    What they compute is the same, and starting them costs four times as much: they import torch,
+    transformers and the builder. As processes they run in `test_a_directory_for_onnxruntime_genai`
+    and `test_a_failed_build_says_why`. What they change for good is put back here.
+    """
+    from onnxruntime_genai.models import builder
+    from transformers import AutoModelForCausalLM
+
+    def run(program: str, request: Mapping[str, Any], work: Any, follow: Any) -> None:
+        del work, follow
+        main = importlib.import_module(f"prune_export.exporters.ort_genai.{program}").main
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GIT_DIR", os.devnull)
+            for owner, name in (
+                (AutoModelForCausalLM, "from_pretrained"),
+                (builder.Model, "make_inputs_and_outputs"),
+            ):
+                patch.setattr(owner, name, getattr(owner, name))
+            main(json.loads(json.dumps(request)))
+
+    monkeypatch.setattr("prune_export.exporters.ort_genai.exporter._run", run)

@@ -35,3 +35,8 @@ def maker(new_directory: Callable[[str], Path]) -> Callable[..., Path]:
         return made[key]
 
     return save
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file of a directory, by name."""
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}

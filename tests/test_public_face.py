@@ -49,7 +49,7 @@ def test_importing_it_brings_nothing_heavy() -> None:
 
 def test_verbs_stay_functions_when_their_homes_are_imported_without_what_is_heavy() -> None:
     code = (
-        "import prune_export.execution, prune_export.planning, prune_export.provenance\n"
+        "import prune_export.execution, prune_export.planning, prune_export.results.provenance\n"
         "from prune_export import load, plan, run\n"
         "print(callable(load), callable(plan), callable(run))\n"
         "import sys; print([m for m in ('matplotlib', 'transformers.models', 'peft')"

@@ -85,6 +85,7 @@ def test_the_wheel_has_types_recipes_tables_and_nothing_of_the_tests(wheel: Path
         "prune_export_llama_cpp",
         "prune_export_lm_eval",
         "prune_export_server",
+        "prune_export_triton",
         f"prune_export-{prune_export.__version__}.dist-info",
     }
 

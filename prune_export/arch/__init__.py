@@ -25,7 +25,8 @@ from prune_export.arch.rules import (
     write_width,
 )
 from prune_export.arch.table import Table, table_for
-from prune_export.arch.tensors import Binding, Tensor
+from prune_export.arch.tensors import Binding, Tensor, members
+from prune_export.arch.wrappers import Within
 from prune_export.errors import PlanError, UnsupportedArch, did_you_mean
 
 MOST_LAYERS: Final = 10_000
@@ -42,7 +43,8 @@ class Arch:
     (`mlp.3`), by expert an entry an expert (`moe.3.7`), and none for an axis that no tensor has.
     `tensors` are in the order of the model. `config` is the full one that it was made from, with
     per-layer entries following the layers. `untied` are keys of it that were turned off so that a
-    tensor is stored on its own.
+    tensor is stored on its own. `within` says what a larger model (of images and text) asks of the
+    language model that it holds, None for a plain one.
     """
 
     family: str
@@ -52,10 +54,16 @@ class Arch:
     config: Mapping[str, Any]
     table: Table
     untied: frozenset[str] = frozenset()
+    within: Within | None = None
 
     @staticmethod
-    def from_config(config: Mapping[str, Any], *, ignore_keys: Collection[str] = ()) -> Arch:
-        """Binds the table of `config["model_type"]`.
+    def from_config(
+        config: Mapping[str, Any],
+        *,
+        ignore_keys: Collection[str] = (),
+        table: Table | None = None,
+    ) -> Arch:
+        """Binds the table of `config["model_type"]`, or another that is given.
 
         `config` is a full transformers config as a dict (defaults filled in), `ignore_keys` are
         keys that the caller answers for.
@@ -63,7 +71,7 @@ class Arch:
         Raises:
             UnsupportedArch: no table, a key or a value that the table does not know.
         """
-        table = table_for(str(config.get("model_type")))
+        table = table or table_for(str(config.get("model_type")), config)
         config = with_stored_names(table, config)
         refuse_unknown(table, config, ignore_keys)
         layers = value(table.layers, config)
@@ -95,6 +103,25 @@ class Arch:
         """Whether attention and MLP of a block are parallel: both added to the block's input."""
         said = self.table.parallel
         return holds(said, self.config) if isinstance(said, str) else said
+
+    def mlp_in_tuple(self, layer: int) -> bool:
+        """Whether the MLP module of a block returns its output as the first of two."""
+        said = self.table.tuple_mlp
+        if isinstance(said, bool):
+            return said
+        return layer in members(self.table, said, self.config, self.layers)
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """The prefixes of stored names of modules that predict further tokens; none are loaded."""
+        said = self.table.further
+        count = min(value(f"{said.key} | 0", self.config), MOST_LAYERS) if said else 0
+        numbers = [str(self.layers + at) for at in range(count)]
+        return tuple(
+            prefix.replace("{next}", number)
+            for prefix in (said.prefixes if said else ())
+            for number in (numbers if "{next}" in prefix else ("",))
+        )
 
     def stored(self) -> tuple[Tensor, ...]:
         """The tensors that a checkpoint holds: all but those tied to another."""
@@ -156,6 +183,8 @@ class Arch:
         Raises:
             PlanError: there is no such axis, or one would be empty.
         """
+        if self.within:
+            self.within.refuse_sizes({a: n for a, n in sizes.items() if n != self.sizes.get(a)})
         for axis, size in sizes.items():
             if axis not in self.sizes:
                 raise PlanError(
@@ -189,6 +218,8 @@ class Arch:
             UnsupportedArch: there is no table of that type.
             PlanError: it lacks some of the tensors.
         """
+        if self.within:
+            self.within.refuse_type(model_type)
         table = table_for(model_type)
         names = {"model_type": model_type, "architectures": list(table.architectures)}
         other = replace(self, table=table, family=table.family)
@@ -219,6 +250,16 @@ class Arch:
                 sizes[".".join((name, renumber[numbers[0]], *numbers[1:]))] = size
         return self._bound(config, len(kept), sizes)
 
+    @property
+    def droppable(self) -> range:
+        """The blocks of which any may go: without those that a larger model, or the family, keeps.
+
+        Where the last block must be of a kind, it stays.
+        """
+        rules = self.table.config
+        last = any(self.config.get(key) for key in rules.ends_with)
+        return range(self.within.fed if self.within else 0, self.layers - last)
+
     def kept(self, layers: Collection[int]) -> tuple[int, ...]:
         """The layers left after dropping `layers`, ascending.
 
@@ -230,6 +271,8 @@ class Arch:
             raise PlanError(
                 "layers", f"got {unknown}, but the model has layers 0 to {self.layers - 1}"
             )
+        if self.within:
+            self.within.refuse_layers(set(layers))
         kept = tuple(layer for layer in range(self.layers) if layer not in set(layers))
         if not kept:
             raise PlanError(
@@ -268,7 +311,8 @@ class Arch:
         return with_names_of(self.table, written, base)
 
     def _bound(self, config: Mapping[str, Any], layers: int, sizes: Mapping[str, int]) -> Arch:
-        return replace(_bound(Binding(self.table, config, layers, sizes)), untied=self.untied)
+        bound = _bound(Binding(self.table, config, layers, sizes))
+        return replace(bound, untied=self.untied, within=self.within)
 
     def _check_written(self, written: Mapping[str, Any]) -> None:
         said = _bound(Binding(self.table, {**self.config, **written}, self.layers, {}))

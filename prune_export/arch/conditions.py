@@ -2,6 +2,7 @@
 
 head_dim | hidden_size / num_attention_heads     the first alternative with no missing key
 kv * group + 1                                   left to right, integers only
+ff * 2 // 3 ^ 256                                `//` drops the rest, `^` rounds up to multiples
 attention_bias and not use_gelu                  true of the config's values
 word_embed_proj_dim != hidden_size               the right side is a key's value, or a word
 """
@@ -18,8 +19,8 @@ LARGEST_SIZE: Final = 2**40
 """No axis is longer; the longest of 2026, a vocabulary, has 262,144."""
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_TERM = re.compile(r"[+*/]|[A-Za-z_][A-Za-z0-9_]*|[0-9]+")
-_SIGNS: Final = "+*/"
+_TERM = re.compile(r"//|[+*/^]|[A-Za-z_][A-Za-z0-9_]*|[0-9]+")
+_SIGNS: Final = ("+", "*", "/", "//", "^")
 _TEST = re.compile(r"(?P<no>not +)?(?P<key>\w+)(?: *(?P<sign>==|!=) *(?P<value>\S+))?")
 
 
@@ -48,6 +49,8 @@ def value(expression: str, config: Mapping[str, Any]) -> int:
                 total *= number or 0
             elif sign == "+":
                 total += number or 0
+            elif sign in ("//", "^") and number:
+                total = total // number if sign == "//" else -(-total // number) * number
             elif not number or total % number:
                 raise UnsupportedArch(
                     "config.json", f"{alternative.strip()} leaves a rest: {total} / {number}"

@@ -3,6 +3,11 @@
 A family's table gives each tensor a role (`q`, `down`, `norm.attn` …). What shares an input, what
 reads or writes the residual stream, what belongs to attention: whoever needs to know derives it
 from here, so a new role is one line. The bias of a matrix has its role and `.bias`.
+
+`linear.…` is what mixes tokens in a block without attention over all of them (gated delta nets,
+Mamba, short convolutions): `linear.in` … and `linear.out` are its projections; a convolution,
+decays, step sizes and what makes these from the states (`linear.a`, `linear.ba`, `linear.x` …)
+control a recurrence, hold few of the weights, and belong to no group.
 """
 
 from __future__ import annotations
@@ -41,6 +46,20 @@ ROLES: Final[Mapping[str, Role]] = {
     "q_b": Role("attention", "attention.queries"),
     "kv_b": Role("attention", "attention.latent"),
     "o": Role("attention", "attention.out", writes=True),
+    "linear.in": Role("attention", "linear.in", reads="norm.attn"),
+    "linear.z": Role("attention", "linear.in", reads="norm.attn"),
+    "linear.qkv": Role("attention", "linear.in", reads="norm.attn"),
+    "linear.qkvz": Role("attention", "linear.in", reads="norm.attn"),
+    "linear.out": Role("attention", "linear.out", writes=True),
+    "linear.a": Role("attention", reads="norm.attn"),
+    "linear.b": Role("attention", reads="norm.attn"),
+    "linear.ba": Role("attention", reads="norm.attn"),
+    "linear.x": Role("attention"),
+    "linear.dt": Role("attention"),
+    "linear.conv": Role("attention"),
+    "linear.decay": Role("attention"),
+    "linear.skip": Role("attention"),
+    "linear.step": Role("attention"),
     "gate": Role("mlp", "mlp.in", reads="norm.mlp"),
     "up": Role("mlp", "mlp.in", reads="norm.mlp"),
     "gate_up": Role("mlp", "mlp.in", reads="norm.mlp"),
@@ -61,11 +80,16 @@ ROLES: Final[Mapping[str, Role]] = {
     "buffer.beta": Role("mlp"),
     "buffer.eps": Role("mlp"),
     "buffer.correction": Role("mlp"),
+    "buffer.scale": Role(),
     "sinks": Role("attention"),
     "norm.q": Role("attention"),
     "norm.k": Role("attention"),
     "norm.q_a": Role("attention"),
     "norm.kv_a": Role("attention"),
+    "norm.linear": Role("attention"),
+    "norm.linear.dt": Role("attention"),
+    "norm.linear.b": Role("attention"),
+    "norm.linear.c": Role("attention"),
     "norm.embed": Role(),
     "norm.attn": Role(),
     "norm.attn.out": Role(),
@@ -113,3 +137,8 @@ def is_fused(name: str) -> bool:
 
 OUTPUT_PROJECTIONS: Final = frozenset(roles(lambda own: own.writes and own.group))
 """The roles of matrices whose outputs are added to the residual stream: `o`, `down` …"""
+
+CONTROLS: Final = frozenset(
+    name for name, own in ROLES.items() if name.startswith("linear.") and own.part and not own.group
+)
+"""The roles of what controls a recurrence: rounding it, or adapting it, moves the whole state."""

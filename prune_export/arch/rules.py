@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from prune_export.arch.conditions import keys_of, value
-from prune_export.arch.table import LayerSet, Table, common
+from prune_export.arch.conditions import holds, keys_of, value
+from prune_export.arch.rare import PER_LAYER
+from prune_export.arch.table import LayerSet, Table, common, is_among
 from prune_export.arch.tensors import members
 from prune_export.errors import PlanError, UnsupportedArch, did_you_mean
 
@@ -23,7 +24,35 @@ def with_stored_names(table: Table, config: Mapping[str, Any]) -> dict[str, Any]
                     f"got {other!r}, but {key}, which means the same, is {named[key]!r}",
                     "remove the one that is wrong",
                 )
-    return named
+    return _without_layers(table, named)
+
+
+def _without_layers(table: Table, named: dict[str, Any]) -> dict[str, Any]:
+    """Reads what `per_layer_config` says of a kind of layers as keys of that kind.
+
+    Raises:
+        UnsupportedArch: it says something of other layers, of one alone, or another key.
+    """
+    rule, each = table.config.by_kind, named.get(PER_LAYER)
+    if rule is None or not isinstance(each, Mapping):
+        return named
+    inside = members(table, rule.layers, named, value(table.layers, named))
+    entries = {int(layer) if str(layer).isdecimal() else -1: one for layer, one in each.items()}
+    one: Any = next(iter(entries.values()), {})
+    if (
+        entries.keys() != inside
+        or any(entry != one for entry in entries.values())
+        or not isinstance(one, Mapping)
+        or one.keys() - rule.keys.keys()
+    ):
+        raise UnsupportedArch(
+            f"config.json  {PER_LAYER}",
+            f"got {each!r:.60}, expected the same {' and '.join(rule.keys)} for each of the layers "
+            f"{sorted(inside)}, and for no other",
+            "save the model again with the transformers that it came with",
+        )
+    said = {key: value for key, value in named.items() if key != PER_LAYER}
+    return said | {rule.keys[key]: size for key, size in one.items()}
 
 
 def with_names_of(
@@ -35,7 +64,14 @@ def with_names_of(
         for alias, key in table.config.aliases.items()
         if alias in base and key not in base
     }
-    return {used.get(key, key): value for key, value in config.items()}
+    named = {used.get(key, key): value for key, value in config.items()}
+    rule = table.config.by_kind
+    if rule is None or PER_LAYER not in base:
+        return named
+    inside = members(table, rule.layers, config, value(table.layers, config))
+    each = {old: named.pop(new) for old, new in rule.keys.items() if new in named}
+    digits = len(str(value(table.layers, config) - 1))
+    return {**named, PER_LAYER: {f"{layer:0{digits}}": each for layer in sorted(inside)}}
 
 
 def refuse_unknown(table: Table, config: Mapping[str, Any], ignore: Collection[str]) -> None:
@@ -58,7 +94,7 @@ def refuse_unknown(table: Table, config: Mapping[str, Any], ignore: Collection[s
                 f"config.json  {key}", f"got {got!r:.60}, expected none", shared.refuses[key]
             )
         accepted = table.config.accepts.get(key, shared.accepts.get(key))
-        if accepted is not None and got not in accepted:
+        if accepted is not None and not is_among(got, accepted):
             close = did_you_mean(got, filter(None, accepted)) if isinstance(got, str) else ""
             raise UnsupportedArch(
                 f"config.json  {key}",
@@ -104,10 +140,20 @@ def cut_config(table: Table, config: Mapping[str, Any], kept: Sequence[int]) -> 
     for key in rules.per_layer:
         if config.get(key) is not None:
             cut[key] = [config[key][layer] for layer in kept]
+    for key, wanted in rules.ends_with.items():
+        if cut.get(key) and cut[key][-1] != wanted:
+            raise PlanError(
+                f"config.json  {key}",
+                f"would end with {cut[key][-1]!r}; transformers insists that the last block is "
+                f"{wanted!r}",
+                f"keep block {layers - 1}, or one of that kind as the last one",
+            )
     for key in rules.by_root_of_depth:
         if isinstance(config.get(key), int | float):
             cut[key] = config[key] * (len(kept) / layers) ** 0.5
     for name, row in table.layer_sets.items():
+        if not holds(row.when, config):
+            continue
         inside = members(table, name, config, layers)
         new = [number for number, old in enumerate(kept) if old in inside]
         cut |= _set_keys(row, new, len(kept))
@@ -123,6 +169,16 @@ def _set_keys(row: LayerSet, inside: Sequence[int], layers: int) -> dict[str, An
     Raises:
         PlanError: its keys cannot say them.
     """
+    if row.of:
+        return {}  # its list was sliced
+    if row.listed:
+        return {row.listed: list(inside)}
+    if row.period and row.offset:
+        for period in range(1, layers + 2):
+            for offset in range(period):
+                if [i for i in range(layers) if i % period == offset] == list(inside):
+                    return {row.period: period, row.offset: offset}
+        raise _unsayable(row, inside, layers, "a period and an offset")
     if row.excluding:
         said: dict[str | None, Any] = {
             row.every: 1,
@@ -139,10 +195,14 @@ def _set_keys(row: LayerSet, inside: Sequence[int], layers: int) -> dict[str, An
         if [i for i in range(first, last + 1) if (i + 1) % every == 0] == list(inside):
             said = {row.every: every, row.first: first, row.last: last}
             return {key: value for key, value in said.items() if key}
-    raise PlanError(
+    raise _unsayable(row, inside, layers, "a first block, a last one and a step")
+
+
+def _unsayable(row: LayerSet, inside: Sequence[int], layers: int, told: str) -> PlanError:
+    return PlanError(
         f"config.json  {', '.join(row.keys)}",
         f"cannot say which of the {layers} blocks left are of which kind: {list(inside)} are of "
-        "one kind, and the keys tell a first block, a last one and a step",
+        f"one kind, and the keys tell {told}",
         "drop other blocks: whole runs of one kind, or as many of each kind in turn",
     )
 
@@ -192,17 +252,18 @@ def write_width(
                 "cut another part",
             )
     everywhere = {
-        name: uniform[name] if name in uniform else value(axis.size, config)
+        name: uniform[name] if name in uniform else value(axis.said(config), config)
         for name, axis in table.axes.items()
     }
     for key, expression in table.config.writes.items():
         written[key] = _written(key, expression, everywhere)
+    written.update(table.config.sets)
     said = {**config, **written}
     for name in _unsaid(table, said, uniform):
         raise PlanError(
             f"axis {name}",
             f"cannot have size {uniform[name]}: a {table.family} config says "
-            f"`{table.axes[name].size}`, which would be "
+            f"`{table.axes[name].said(said)}`, which would be "
             f"{_says(table, name, said) or 'no whole number'}",
             "choose another axis or size",
         )
@@ -242,7 +303,7 @@ def _unsaid(table: Table, config: Mapping[str, Any], uniform: Mapping[str, int])
 
 def _says(table: Table, axis: str, config: Mapping[str, Any]) -> int | None:
     try:
-        return value(table.axes[axis].size, config)
+        return value(table.axes[axis].said(config), config)
     except UnsupportedArch:
         return None
 

@@ -9,16 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
+from os import environ
 from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from prune_export.arch import outside
+from prune_export.arch.common import common, is_among, parse_yaml
 from prune_export.arch.conditions import holds, keys_of, value
 from prune_export.arch.dims import Dims
+from prune_export.arch.rare import ByKind, Further
 from prune_export.errors import UnsupportedArch, did_you_mean
 
-__all__ = ["Axis", "ConfigRules", "LayerSet", "Table", "TensorRow", "common", "holds", "value"]
+__all__ = [
+    "Axis", "ConfigRules", "LayerSet", "Table", "TensorRow", "common", "holds", "is_among", "value",
+]  # fmt: skip
 
 
 class _Frozen(BaseModel):
@@ -29,12 +35,20 @@ class Axis(_Frozen):
     """A named size: an expression over config keys.
 
     It is the same everywhere (`residual`), or its own in each layer (`mlp.3`), or its own in each
-    expert of each layer (`moe.3.7`).
+    expert of each layer (`moe.3.7`). Where the condition `adjusted_when` holds, it is `adjusted`
+    instead of `size`, until a width cut says it anew.
     """
 
     size: str
+    adjusted: str | None = None
+    adjusted_when: str | None = None
     per_layer: bool = False
     per_expert: bool = False
+
+    def said(self, config: Mapping[str, Any]) -> str:
+        """The expression that gives the size under a config."""
+        adjusts = self.adjusted and holds(self.adjusted_when, config)
+        return self.adjusted if adjusts and self.adjusted else self.size
 
 
 class TensorRow(_Frozen):
@@ -55,22 +69,33 @@ class TensorRow(_Frozen):
 
 
 class LayerSet(_Frozen):
-    """Layers chosen by config keys: those with (i + 1) divisible by `every`, which are not listed.
+    """Layers chosen by config keys, in one of four ways; after a depth cut it is written back.
 
-    `first` and `last` are keys that say from which layer on, and up to which one; `excluding` is a
-    list of layers. After a depth cut the set is written back: with `excluding`, as `every: 1` and
-    the renumbered rest in the list; else by the step, first and last layer that say the same.
+    1. Those with (i + 1) divisible by `every`, not listed in `excluding`, from `first` on up to
+       `last`. Written as `every: 1` and the rest in `excluding`, or by step, first and last.
+    2. Those whose entry in the per-layer list `of` is one of `values`: the list is sliced.
+    3. Those in the list `listed`, which is renumbered.
+    4. Those with i % `period` == `offset`: the smallest period that says the same is written.
+
+    Where the condition `when` does not hold, the set is empty and its keys say nothing.
     """
 
     every: str | None = None
     excluding: str | None = None
     first: str | None = None
     last: str | None = None
+    of: str | None = None
+    values: list[Any] = Field(default_factory=list)
+    listed: str | None = None
+    period: str | None = None
+    offset: str | None = None
+    when: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The config keys that say it."""
-        return tuple(filter(None, (self.every, self.excluding, self.first, self.last)))
+        """The config keys that say it, and that a depth cut rewrites with it."""
+        said = (self.every, self.excluding, self.first, self.last)
+        return tuple(filter(None, (*said, self.listed, self.period, self.offset)))
 
 
 class Count(_Frozen):
@@ -96,11 +121,14 @@ class ConfigRules(_Frozen):
         by_root_of_depth: numbers that a block divides by the square root of the number of layers;
             a depth cut scales them, so that blocks compute what they did.
         writes: for each key that states a size, its value as an expression over the axes.
+        sets: keys that a width cut sets to a value, so that `writes` are taken as they are.
         divides: key pairs (divisor, multiple) that transformers insists on.
         at_most: key pairs (less, more) without which the model cannot run.
         grouped: for an axis, the key that says into how many groups its places are divided, each
             with a part of its own in the computation; with more than one it cannot be cut.
         aliases: other names that transformers accepts for a key, and the name that it writes.
+        by_kind: sizes of a kind of layers that transformers writes layer by layer.
+        ends_with: what the last entry of a `per_layer` list must be.
     """
 
     known: list[str] = Field(default_factory=list)
@@ -111,10 +139,13 @@ class ConfigRules(_Frozen):
     depth_requires: dict[str, Any] = Field(default_factory=dict)
     by_root_of_depth: list[str] = Field(default_factory=list)
     writes: dict[str, str] = Field(default_factory=dict)
+    sets: dict[str, Any] = Field(default_factory=dict)
     divides: list[tuple[str, str]] = Field(default_factory=list)
     at_most: list[tuple[str, str]] = Field(default_factory=list)
     grouped: dict[str, str] = Field(default_factory=dict)
     aliases: dict[str, str] = Field(default_factory=dict)
+    by_kind: ByKind | None = None
+    ends_with: dict[str, Any] = Field(default_factory=dict)
 
 
 class Bundled(_Frozen):
@@ -147,6 +178,17 @@ class Tiny(_Frozen):
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
+class Derivation(_Frozen):
+    """How a table was derived: by which transformers, and what was proven of it on random models.
+
+    `unproven` has, for each use that the proof did not carry, why; such uses are refused.
+    """
+
+    transformers: str
+    proven: list[str]
+    unproven: dict[str, str] = Field(default_factory=dict)
+
+
 class Table(_Frozen):
     """The table of a family.
 
@@ -162,9 +204,11 @@ class Table(_Frozen):
 
     `tuple_blocks` says that the model takes the first of what a block returns, not all of it.
 
-    `tuple_mlp` says that an MLP returns its output as the first of two.
+    `tuple_mlp` says that an MLP returns its output as the first of two; or in which layer set.
 
     `untraceable` says what of it no exporter's graph can hold, as an end of a sentence.
+
+    `unadapted` are roles that get no adapter: joined kernels of training read their weights alone.
 
     `parts_add` says that the modules of attention and MLP add the residual states themselves.
 
@@ -173,8 +217,12 @@ class Table(_Frozen):
 
     `bundled` is the code that a checkpoint of a model type of ours brings along.
 
+    `derived` marks a table that was made by `prune_export.deriving`, not by a person.
+
     `ignored_tensors` are ends of names (`rotary_emb.inv_freq`) of buffers that old releases of
     transformers stored and that carry nothing: they are accepted, and left behind.
+
+    `further` says where modules that predict further tokens lie: they are left behind.
 
     `scaled_embeddings` says that embeddings are multiplied by the square root of the axis
     `residual`; `norm_offset` is what norms add to their stored gain.
@@ -189,6 +237,7 @@ class Table(_Frozen):
     architectures: list[str]
     source: str
     bundled: Bundled | None = None
+    derived: Derivation | None = None
     layers: str
     blocks: str
     final_norm: str | None
@@ -197,7 +246,8 @@ class Table(_Frozen):
     parallel: bool | str = False
     tuple_blocks: bool = False
     untraceable: str = ""
-    tuple_mlp: bool = False
+    unadapted: list[str] = Field(default_factory=list)
+    tuple_mlp: bool | str = False
     parts_add: bool = False
     per_sample: list[str] = Field(default_factory=list)
     embeddings: list[str]
@@ -207,6 +257,7 @@ class Table(_Frozen):
     block: list[TensorRow]
     tail: list[TensorRow]
     ignored_tensors: list[str] = Field(default_factory=list)
+    further: Further | None = None
     scaled_embeddings: bool = False
     norm_offset: float = 0.0
     added_when: str | None = None
@@ -225,12 +276,24 @@ class Table(_Frozen):
         rules = self.config
         return (self.layers, *rules.per_layer, *sets, *rules.counts, *rules.by_root_of_depth)
 
+    def further_keys(self) -> frozenset[str]:
+        """The config key that counts modules predicting further tokens, with its aliases."""
+        key = self.further.key if self.further else None
+        same = {alias for alias, of in self.config.aliases.items() if of == key}
+        return frozenset(filter(None, {key, *same}))
+
     def keys(self) -> frozenset[str]:
         """Every config key that the table knows, without those common to all families."""
         rules = self.config
-        sized = {key for axis in self.axes.values() for key in keys_of(axis.size)}
+        sized = {
+            key
+            for axis in self.axes.values()
+            for said in (axis.size, axis.adjusted or "", axis.adjusted_when or "")
+            for key in keys_of(said)
+        }
         return frozenset(
             {*rules.known, *rules.accepts, *rules.derives, *rules.depth_requires, *rules.writes}
+            | rules.sets.keys()
             | {*rules.aliases, *rules.grouped.values(), *self.depth_keys()}
             | sized
         )
@@ -253,6 +316,10 @@ class Table(_Frozen):
         unknown = (keys_of(self.added_when or "") | {self.added_times or ""}) - known - {""}
         if unknown:
             raise ValueError(f"added_when, added_times: unknown keys {sorted(unknown)}")
+        for name, chosen in self.layer_sets.items():
+            unknown = keys_of(chosen.when or "") - known
+            if unknown or (chosen.of and chosen.of not in self.config.per_layer):
+                raise ValueError(f"layer_sets.{name}: unknown keys {sorted(unknown) or chosen.of}")
         unknown = frozenset(self.config.grouped.keys() - self.axes.keys())
         if unknown:
             raise ValueError(f"config.grouped: unknown axes {sorted(unknown)}")
@@ -263,84 +330,70 @@ class Table(_Frozen):
         return self
 
 
-class Common(_Frozen):
-    """Config keys that any family may carry: harmless, limited to values, or refused with advice.
+def tables() -> Mapping[str, Table]:
+    """Every table, by model type: ours, then those from outside (`prune_export.arch.outside`).
 
-    A refused key is let pass where it is null or empty.
+    Of tables that were derived, each for one config, the first of a type is given here;
+    `table_for` chooses among them.
+
+    Raises:
+        UnsupportedArch: a table is malformed; file and key are named. Two describe one model type.
     """
-
-    known: list[str]
-    accepts: dict[str, list[Any]]
-    refuses: dict[str, str]
-
-    def keys(self) -> frozenset[str]:
-        """Every key that stands here."""
-        return frozenset({*self.known, *self.accepts, *self.refuses})
-
-
-def _yaml(text: str) -> Any:
-    """Parses YAML data, by libyaml where it is there: it takes a tenth of the time."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+    return _tables(environ.get(outside.VARIABLE, ""))[0]
 
 
 @cache
-def tables() -> Mapping[str, Table]:
-    """Every table, by model type.
-
-    Raises:
-        UnsupportedArch: a table is malformed; file and key are named.
-    """
+def _own_tables() -> Mapping[str, Table]:
     found: dict[str, Table] = {}
     for entry in sorted(files("prune_export.arch").joinpath("families").iterdir(), key=str):
         if entry.name.endswith(".yaml") and not entry.name.startswith("_"):
-            table = parse_table(entry.read_text(encoding="utf-8"), entry.name)
+            table = parse_table(entry.read_text(encoding="utf-8"), f"families/{entry.name}")
             found |= dict.fromkeys(table.model_types, table)
     return found
 
 
-def parse_table(text: str, name: str) -> Table:
-    """Parses a YAML table; `name` is the file's, for messages.
+@cache
+def _tables(listed: str) -> tuple[Mapping[str, Table], Mapping[str, tuple[Table, ...]]]:
+    return outside.joined(_own_tables(), listed, parse_table)
+
+
+def parse_table(text: str, where: str) -> Table:
+    """Parses a YAML table; `where` is its file, for messages.
 
     Raises:
         UnsupportedArch: it is malformed.
     """
     try:
-        return Table.model_validate(_yaml(text))
+        return Table.model_validate(parse_yaml(text))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(step) for step in first["loc"])
+        key = ".".join(str(step) for step in first["loc"])
         raise UnsupportedArch(
-            f"families/{name}  {where}".rstrip(),
+            f"{where}  {key}".rstrip(),
             first["msg"],
             "docs/architectures.md shows what a table may say",
         ) from None
     except yaml.YAMLError as error:
-        raise UnsupportedArch(f"families/{name}", f"is not YAML: {error}") from None
+        raise UnsupportedArch(where, f"is not YAML: {error}") from None
 
 
-@cache
-def common() -> Common:
-    """Loads the rules of `families/_common.yaml` for config keys that any family may carry."""
-    text = files("prune_export.arch").joinpath("families/_common.yaml").read_text(encoding="utf-8")
-    return Common.model_validate(_yaml(text))
-
-
-def table_for(model_type: str) -> Table:
-    """Finds the table of a model type.
+def table_for(model_type: str, config: Mapping[str, Any] | None = None) -> Table:
+    """Finds the table of a model type; of several that were derived, the first true of `config`.
 
     Raises:
         UnsupportedArch: no table describes it.
     """
-    known = tables()
+    known, derived = _tables(environ.get(outside.VARIABLE, ""))
     if model_type not in known:
         raise UnsupportedArch(
             "config.json  model_type",
             f"got {model_type!r}, which no architecture table describes",
-            f"{did_you_mean(model_type, known)}; a new family is one file, "
-            "prune_export/arch/families/<family>.yaml (docs/architectures.md)",
+            f"{did_you_mean(model_type, known)}; `prune-export families derive MODEL` tries to "
+            "make and prove a table; one by hand is one YAML file (docs/architectures.md)",
         )
+    for table in derived.get(model_type, ()):
+        limited = table.config.accepts.items()
+        said = config or {}
+        if all(is_among(said[key], values) for key, values in limited if key in said):
+            return table
     return known[model_type]

@@ -66,7 +66,7 @@ class Binding:
         """
         if axis in self.given:
             return self.given[axis]
-        expression = self.table.axes[axis.split(".")[0]].size
+        expression = self.table.axes[axis.split(".")[0]].said(self.config)
         size = value(expression, self.config)
         if size < 1:
             raise UnsupportedArch("config.json", f"`{expression}` is {size}, expected at least 1")
@@ -140,19 +140,36 @@ class Binding:
 def members(table: Table, name: str, config: Mapping[str, Any], layers: int) -> frozenset[int]:
     """The layers of a layer set."""
     row = table.layer_sets[name]
+    if not holds(row.when, config):
+        return frozenset()
+    if row.of:
+        kinds = config.get(row.of) or ()
+        return frozenset(layer for layer, kind in enumerate(kinds) if kind in row.values)
+    if row.listed:
+        inside = _listed(row.listed, config)
+        return frozenset(layer for layer in range(layers) if layer in inside)
+    if row.period and row.offset:
+        period, offset = value(row.period, config), value(row.offset, config)
+        if period < 1:
+            raise UnsupportedArch(f"config.json  {row.period}", f"got {period}, expected 1 or more")
+        return frozenset(layer for layer in range(layers) if layer % period == offset)
     every = value(f"{row.every or 1} | 1", config)
     if every < 1:
         raise UnsupportedArch(f"config.json  {row.every}", f"got {every}, expected 1 or more")
     first = value(f"{row.first or 0} | 0", config)
     last = value(f"{row.last or layers} | {layers}", config)
-    listed = config.get(row.excluding or "") or ()
-    if not isinstance(listed, list | tuple) or any(type(one) is not int for one in listed):
-        raise UnsupportedArch(
-            f"config.json  {row.excluding}", f"got {listed!r:.60}, expected a list of layers"
-        )
-    outside = set(listed)
+    outside = _listed(row.excluding or "", config)
     return frozenset(
         layer
         for layer in range(max(first, 0), min(last + 1, layers))
         if (layer + 1) % every == 0 and layer not in outside
     )
+
+
+def _listed(key: str, config: Mapping[str, Any]) -> set[int]:
+    listed = config.get(key) or ()
+    if not isinstance(listed, list | tuple) or any(type(one) is not int for one in listed):
+        raise UnsupportedArch(
+            f"config.json  {key}", f"got {listed!r:.60}, expected a list of layers"
+        )
+    return set(listed)

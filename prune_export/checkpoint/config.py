@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +57,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}  quantization_config",
             f"the weights are quantized ({named or 'unknown method'}), expected plain floats",
-            "start from the unquantized model; quantize at export, after the pruning",
+            "`prune-export run` dequantizes it first; from Python, `checkpoint.import_packed`"
+            if named in ("fp8", "mxfp4")
+            else "start from the unquantized model; quantize at export, after the pruning",
         )
     return config
 
@@ -77,6 +80,17 @@ def _refuse_counts(file: Path, config: Mapping[str, Any]) -> None:
             )
 
 
+def _with_floats(value: Any) -> Any:
+    """Turns `{"__float__": "Infinity"}`, as transformers writes what JSON lacks, into floats."""
+    if isinstance(value, list):
+        return [_with_floats(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _with_floats(entry) for key, entry in value.items()}
+
+
 def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Fills in transformers' defaults; gives a plain dict.
 
@@ -84,7 +98,8 @@ def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     `auto_map` is ignored.
 
     Raises:
-        UnsupportedArch: transformers does not know the model type, or it is a multimodal wrapper.
+        UnsupportedArch: transformers does not know the model type, or it is a multimodal wrapper
+            that no line of `arch/wrappers.yaml` describes.
         CheckpointError: transformers refuses the values.
     """
     file = path / "config.json"
@@ -99,8 +114,24 @@ def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             "save the language model alone with transformers "
             "(`AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(OUT)`), and use that",
         )
+    return filled_config(config, path)
+
+
+def filled_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Fills in transformers' defaults, of plain models and of larger ones that hold one.
+
+    Raises:
+        UnsupportedArch: transformers does not know the model type.
+        CheckpointError: transformers refuses the values.
+    """
+    file = path / "config.json"
+    model_type = str(config.get("model_type"))
     _refuse_counts(file, config)
-    plain = {key: value for key, value in config.items() if key != "auto_map"}
+    for key in (*_NESTED, "vision_config"):
+        if isinstance(config.get(key), dict):
+            _refuse_counts(file, config[key])
+    # A copy: some configuration classes write into the lists and tables that they are given.
+    plain = deepcopy({key: value for key, value in config.items() if key != "auto_map"})
     if (kept := kept_config(plain)) is not None:
         return kept
     # Imported here: transformers brings torch, and opening a checkpoint must stay cheap.
@@ -120,7 +151,7 @@ def full_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     noise.setLevel(logging.ERROR)
     try:
         made_by = CONFIG_MAPPING[model_type]
-        filled = made_by.from_dict(plain).to_dict()
+        filled = made_by.from_dict(_with_floats(plain)).to_dict()
     except Exception as error:
         # Whatever a configuration class raises on odd values, they are the file's fault.
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -17,7 +17,9 @@ from typing import Any, Final
 import psutil
 
 from prune_export.arch import Arch
+from prune_export.arch.table import common, tables
 from prune_export.checkpoint.config import full_config
+from prune_export.checkpoint.filled import keep_gguf_config, kept_gguf_config
 from prune_export.checkpoint.gguf_header import GgufHeader, read_gguf_header
 from prune_export.checkpoint.loading import load_model, load_tokenizer
 from prune_export.checkpoint.reader import Checkpoint
@@ -97,9 +99,14 @@ def gguf_config(file: Path) -> dict[str, Any]:
         CheckpointError: the file is truncated or not GGUF.
         UnsupportedArch: transformers does not read this model from GGUF, or not exactly.
     """
+    kept = kept_gguf_config(file)
+    if kept is not None:
+        return kept
     header = read_gguf_header(file)
     with _quiet():
-        return _config(file, header)
+        found = _config(file, header)
+    keep_gguf_config(file, found)
+    return found
 
 
 def _config(file: Path, header: GgufHeader) -> dict[str, Any]:
@@ -121,7 +128,28 @@ def _config(file: Path, header: GgufHeader) -> dict[str, Any]:
         ) from error
     config = {key: value for key, value in config.items() if key not in _DEAD_KEYS}
     _refuse_ignored_rope(file, header, config)
+    _refuse_strange_keys(file, config)
     return full_config(config, file)
+
+
+def _refuse_strange_keys(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a config whose keys are not those of its model type.
+
+    transformers' reader gives Falcon's sizes the names that Llama has for them: its class does not
+    look at these, and builds a model of its default sizes.
+    """
+    model_type = str(config.get("model_type"))
+    table = tables().get(model_type)
+    if table is None:
+        return
+    strange = sorted(config.keys() - table.keys() - common().keys())
+    if strange:
+        raise UnsupportedArch(
+            f"{file}  {strange[0]}",
+            f"transformers reads {', '.join(strange)} from this file, which no {model_type} config "
+            "has: it would build a model of other sizes",
+            _ORIGINAL,
+        )
 
 
 def _refuse_ignored_rope(file: Path, header: GgufHeader, config: Mapping[str, Any]) -> None:

@@ -7,10 +7,15 @@ PEFT adapter beside the weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
+from prune_export.arch.wrappers import wrapper_of
+from prune_export.checkpoint.config import read_json
+from prune_export.checkpoint.reader import Checkpoint
 from prune_export.checkpoint.side import side_files
 from prune_export.errors import CheckpointError
 from prune_export.modeling import register
@@ -26,23 +31,61 @@ It has no argument that turns its PEFT integration off; `adapter_kwargs` says wh
 def load_model(path: Path | str, **options: Any) -> Any:
     """Loads a directory's causal language model, without an adapter; `options` go to transformers.
 
+    Of a larger model (of images and text) the language model alone is loaded.
+
     Raises:
         OSError, ValueError: as transformers has them, for what it cannot load.
     """
     from transformers import AutoModelForCausalLM
 
     register()
-    return AutoModelForCausalLM.from_pretrained(
-        path,
-        local_files_only=True,
-        trust_remote_code=False,
-        adapter_kwargs=dict(NO_ADAPTER),
-        **options,
-    )
+    found = _wrapped(Path(path))
+    if found is not None:
+        options = _as_text(found) | options
+    with _silent("transformers.modeling_utils") if found else nullcontext():
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            adapter_kwargs=dict(NO_ADAPTER),
+            **options,
+        )
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Keeps a logger from its warnings: that tensors of the other parts are left alone is meant."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _wrapped(path: Path) -> Checkpoint | None:
+    """Opens a checkpoint of a larger model; None for a plain one."""
+    if not is_regular(path / "config.json") or wrapper_of(read_json(path / "config.json")) is None:
+        return None
+    opened = Checkpoint.open(path)
+    return opened if opened.wrapped is not None else None
+
+
+def _as_text(opened: Checkpoint) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that load the language model of a larger model alone."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert opened.wrapped is not None
+    full = opened.full_config()
+    config = CONFIG_MAPPING[full["model_type"]].from_dict(full)
+    return {"config": config, "key_mapping": opened.wrapped.renaming()}
 
 
 def load_config(path: Path | str) -> Any:
     """Loads a directory's configuration, as an object of transformers' own class.
+
+    Of a larger model (of images and text) it is that of the language model alone.
 
     Raises:
         OSError, ValueError: as transformers has them.
@@ -50,6 +93,8 @@ def load_config(path: Path | str) -> Any:
     from transformers import AutoConfig
 
     register()
+    if (found := _wrapped(Path(path))) is not None:
+        return _as_text(found)["config"]
     return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 

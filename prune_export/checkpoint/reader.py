@@ -10,36 +10,29 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from prune_export.arch import Arch
-from prune_export.arch.table import Table, tables
-from prune_export.checkpoint.config import full_config, read_config, read_json
-from prune_export.checkpoint.header import FLOATS, TORCH, Entry, read_header
+from prune_export.arch.table import tables
+from prune_export.checkpoint.config import full_config, read_config
+from prune_export.checkpoint.header import FLOATS, TORCH, Entry
 from prune_export.checkpoint.side import refuse_adapter, side_files
-from prune_export.checkpoint.tied import refuse_two_heads, with_one_name
+from prune_export.checkpoint.stored import CONVERT, PICKLES, some, stored_entries
+from prune_export.checkpoint.tied import refuse_two_heads, with_one_name, with_prefix
+from prune_export.checkpoint.wrapped import Wrapped, part, unwrap
 from prune_export.errors import CheckpointError, UnsupportedArch, did_you_mean
-from prune_export.system.files import is_regular, open_regular, shown
+from prune_export.system.files import open_regular, shown
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Checkpoint", "Entry"]
-
-SINGLE: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
-PICKLES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5"})
-"""Formats that can run code when they are opened, or are another framework's: never read."""
-
-CONVERT: Final = (
-    "convert it once where you trust it: `AutoModelForCausalLM.from_pretrained(SOURCE)"
-    ".save_pretrained(TARGET)` with transformers writes safetensors"
-)
 
 
 @dataclass(frozen=True)
@@ -48,11 +41,15 @@ class Checkpoint:
 
     `config` is config.json as it stands; `entries` are the stored tensors by name, in the order in
     which they lie in the files; it is empty for a directory that was opened without weights.
+
+    Of a larger model that holds a language model (of images and text) both are the language
+    model's, under the names that it has by itself; `wrapped` is what surrounds it.
     """
 
     path: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
+    wrapped: Wrapped | None = None
 
     @staticmethod
     def open(path: Path | str, *, weights: bool = True) -> Checkpoint:
@@ -66,13 +63,16 @@ class Checkpoint:
         config = read_config(path)
         refuse_adapter(path)
         side_files(path)  # what cannot be carried along is refused before any work
+        config, wrapped = unwrap(config, path)
         if not weights:
-            return Checkpoint(path, MappingProxyType(config), MappingProxyType({}))
-        entries = _entries(path)
+            return Checkpoint(path, MappingProxyType(config), MappingProxyType({}), wrapped)
+        entries = stored_entries(path)
         table = tables().get(str(config.get("model_type")))
+        if table is not None and wrapped is not None:
+            entries, wrapped = part(entries, table, wrapped, path)
         if table is not None:
-            entries = with_one_name(_prefixed(entries, table), table, config, path)
-        return Checkpoint(path, MappingProxyType(config), MappingProxyType(entries))
+            entries = with_one_name(with_prefix(entries, table), table, config, path)
+        return Checkpoint(path, MappingProxyType(config), MappingProxyType(entries), wrapped)
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +94,10 @@ class Checkpoint:
             UnsupportedArch: transformers does not know the model type.
             CheckpointError: transformers refuses the values.
         """
+        return deepcopy(self._full)
+
+    @cached_property
+    def _full(self) -> dict[str, Any]:
         return full_config(self.config, self.path)
 
     def arch(self, ignore_keys: Collection[str] = ()) -> Arch:
@@ -110,6 +114,8 @@ class Checkpoint:
             if not error.where.startswith("config.json"):
                 raise
             raise UnsupportedArch(f"{self.path}/{error.where}", error.problem, error.fix) from None
+        if self.wrapped is not None:
+            arch = replace(arch, within=self.wrapped.within)
         if self.entries:
             self.check(arch)
         return arch
@@ -128,14 +134,14 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}  {missing[0]}",
                 f"is missing ({len(missing)} of {len(stored)} tensors of this config are)"
-                + (f"; unexpected: {_some(unexpected)}" if unexpected else ""),
+                + (f"; unexpected: {some(unexpected)}" if unexpected else ""),
                 "fetch the whole model; config.json and the weights must be of the same model",
             )
         if unexpected:
             raise CheckpointError(
                 f"{self.path}  {unexpected[0]}",
                 f"is not part of a {arch.family} model of this config "
-                f"({len(unexpected)} unexpected: {_some(unexpected)})",
+                f"({len(unexpected)} unexpected: {some(unexpected)})",
                 "config.json and the weights must be of the same model",
             )
         refuse_two_heads(self.entries, arch, self.path)
@@ -156,14 +162,15 @@ class Checkpoint:
                 )
 
     def redundant(self, arch: Arch) -> tuple[str, ...]:
-        """Stored names that are redundant: copies of tied tensors, and buffers of old releases."""
+        """Stored names to leave behind: copies of tied tensors, old buffers, and `further`."""
         tied = {tensor.name for tensor in arch.tensors if tensor.tied_to is not None}
         stored = {tensor.name for tensor in arch.stored()}
         ends = tuple(f".{suffix}" for suffix in arch.table.ignored_tensors)
         return tuple(
             name
             for name in self.entries
-            if name not in stored and (name in tied or bool(ends and name.endswith(ends)))
+            if name not in stored
+            and (name in tied or name.endswith(ends) or name.startswith(arch.further))
         )
 
     def read(self, name: str) -> torch.Tensor:
@@ -291,107 +298,3 @@ def _refuse_files(path: Path) -> None:
         "is a file, expected a model directory",
         "give the directory that holds config.json and the safetensors files",
     )
-
-
-def _entries(path: Path) -> dict[str, Entry]:
-    # transformers prefers the single file too, when both are there.
-    if (path / SINGLE).exists():
-        return read_header(path / SINGLE)
-    if (path / INDEX).exists():
-        return _sharded(path)
-    names = sorted(found.name for found in path.iterdir())
-    pickled = [name for name in names if Path(name.removesuffix(".index.json")).suffix in PICKLES]
-    if pickled:
-        raise CheckpointError(
-            str(path / pickled[0]),
-            "the weights are not safetensors; pickles can run code, so they are not opened",
-            CONVERT,
-        )
-    others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
-    raise CheckpointError(
-        str(path),
-        f"has no weights: expected {SINGLE}, or {INDEX} with its shards"
-        + (f"; got {_some(others)}" if others else ""),
-        "name the .gguf file itself as the model"
-        if any(name.endswith(".gguf") for name in others)
-        else "fetch the whole model, or save it with transformers (`save_pretrained`)",
-    )
-
-
-def _sharded(path: Path) -> dict[str, Entry]:
-    index = path / INDEX
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise CheckpointError(
-            f"{index}  weight_map", f"got {listed!r:.60}, expected tensor names and their shards"
-        )
-    for name, shard in listed.items():
-        _refuse_outside(index, name, shard)
-    entries: dict[str, Entry] = {}
-    for shard in sorted(set(listed.values())):
-        if not is_regular(path / shard):
-            raise CheckpointError(
-                f"{index}  {shard}",
-                "is a shard that does not exist, or is no regular file",
-                f"fetch {shard} into {path}",
-            )
-        found = read_header(path / shard)
-        for name, entry in found.items():
-            if name in entries:
-                raise CheckpointError(
-                    f"{path / shard}  {name}",
-                    f"is also in {entries[name].file.name}, expected each tensor in one shard",
-                    "remove the shards that are of another model, or save the model again",
-                )
-            entries[name] = entry
-    for name, shard in listed.items():
-        if name not in entries or entries[name].file != path / shard:
-            raise CheckpointError(
-                f"{index}  {name}",
-                f"should be in {shard}, which does not hold it",
-                "the index and the shards are of different models: fetch both again",
-            )
-    unlisted = [name for name in entries if name not in listed]
-    if unlisted:
-        raise CheckpointError(
-            f"{index}  {unlisted[0]}",
-            f"is in {entries[unlisted[0]].file.name}, but not in the index "
-            f"({len(unlisted)} such: {_some(unlisted)})",
-            "the index and the shards are of different models: fetch both again",
-        )
-    return entries
-
-
-def _refuse_outside(index: Path, name: str, shard: object) -> None:
-    if not isinstance(shard, str) or not shard:
-        raise CheckpointError(f"{index}  {name}", f"got {shard!r:.60}, expected a file name")
-    parts = PurePosixPath(shard)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in shard or "\0" in shard:
-        raise CheckpointError(
-            f"{index}  {name}",
-            f"got {shard!r}, which points outside the directory",
-            "do not use this model: a sound index names files beside it",
-        )
-    if parts.suffix in PICKLES:
-        raise CheckpointError(
-            f"{index}  {name}", f"got {shard!r}, which is not safetensors", CONVERT
-        )
-
-
-def _prefixed(entries: dict[str, Entry], table: Table) -> dict[str, Entry]:
-    """Adds the base model's prefix to names, which some old checkpoints lack.
-
-    GPT-2 on the Hub, for one, stores `h.0.…` for `transformer.h.0.…`.
-    """
-    prefix, dot, rest = table.blocks.partition(".")
-    if not dot or any(name.startswith(f"{prefix}.") for name in entries):
-        return entries
-    if not any(name.startswith(f"{rest}.") for name in entries):
-        return entries
-    whole = {row.name for row in (*table.head, *table.tail)}
-    return {name if name in whole else f"{prefix}.{name}": entry for name, entry in entries.items()}
-
-
-def _some(names: Iterable[str], shown: int = 3) -> str:
-    listed = list(names)
-    return ", ".join(listed[:shown]) + (", …" if len(listed) > shown else "")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.checkpoint.config import read_json
-from prune_export.checkpoint.reader import CONVERT, INDEX, PICKLES, SINGLE
 from prune_export.checkpoint.side import ADAPTER, MERGE, SIDE_NAMES, SIDE_STEMS
+from prune_export.checkpoint.stored import CONVERT, INDEX, PICKLES, SINGLE
 from prune_export.errors import CheckpointError, PlanError, PruneExportError
 from prune_export.system.files import shown
 

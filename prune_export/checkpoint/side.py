@@ -18,14 +18,15 @@ SIDE_NAMES: Final = frozenset({
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
     "merges.txt", "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model",
     "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json", "tokenizer.model",
-    "tokenizer.model.v3", "tokenizer_config.json", "vocab.json", "vocab.txt",
+    "tokenizer.model.v3", "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json",
+    "vocab.txt",
 })  # fmt: skip
 SIDE_STEMS: Final = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 
 _SETTINGS: Final = frozenset({
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
     "preprocessor_config.json", "processor_config.json", "special_tokens_map.json",
-    "tokenizer_config.json",
+    "tokenizer_config.json", "video_preprocessor_config.json",
 })  # fmt: skip
 """Settings; the others of `SIDE_NAMES` are vocabularies."""
 

@@ -1,4 +1,6 @@
-"""Checks LM heads that a config ties to the embedding against what the files hold.
+"""Reads tensors under other names, and checks LM heads that a config ties to the embedding.
+
+Of the latter:
 
 transformers 5 takes what is there: two tensors of other values stay apart, whatever config.json
 says, and of a pair of which only the head is stored the embedding is made. The first is refused
@@ -47,6 +49,20 @@ def with_one_name(
         if row.name in alone and holds(row.when, full) and holds(row.tied_when, full)
     }
     return {named.get(name) or name: entry for name, entry in entries.items()}
+
+
+def with_prefix(entries: dict[str, Entry], table: Table) -> dict[str, Entry]:
+    """Adds the base model's prefix to names, which some old checkpoints lack.
+
+    GPT-2 on the Hub, for one, stores `h.0.…` for `transformer.h.0.…`.
+    """
+    prefix, dot, rest = table.blocks.partition(".")
+    if not dot or any(name.startswith(f"{prefix}.") for name in entries):
+        return entries
+    if not any(name.startswith(f"{rest}.") for name in entries):
+        return entries
+    whole = {row.name for row in (*table.head, *table.tail)}
+    return {name if name in whole else f"{prefix}.{name}": entry for name, entry in entries.items()}
 
 
 def refuse_two_heads(entries: Mapping[str, Entry], arch: Arch, path: Path) -> None:

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from prune_export.checkpoint.header import BITS, TORCH, Entry, nbytes
-from prune_export.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from prune_export.checkpoint.reader import Checkpoint
+from prune_export.checkpoint.stored import INDEX, SINGLE
 from prune_export.errors import CheckpointError, PlanError
 from prune_export.progress import Progress, Silent, Task
 from prune_export.system.files import open_regular

@@ -147,11 +147,13 @@ def _limited(recipe: object, precision: str | None, runtimes: Sequence[str]) -> 
 
     The first engine stays: all others are measured against it.
     """
+    from prune_export.recipe.engines import QUANTIZE
+
     stage = recipe.stages[0]  # type: ignore[attr-defined]
     engines = [dict(one) for one in getattr(stage.entry, "engines", ())]
     if not engines or not (precision or runtimes):
         return []
-    names = {name for one in engines for name in one}
+    names = {name for one in engines for name in one if name != QUANTIZE}
     for name in runtimes:
         if name not in names:
             raise PlanError(
@@ -163,7 +165,8 @@ def _limited(recipe: object, precision: str | None, runtimes: Sequence[str]) -> 
         one
         for one in engines[1:]
         for name, keys in one.items()
-        if (not runtimes or name in runtimes)
+        if name != QUANTIZE
+        and (not runtimes or name in runtimes)
         and (precision is None or _bits(keys) >= _BITS[precision])
     ]
     return [f"{_ENGINES}={json_text.dumps([engines[0], *left])}"]

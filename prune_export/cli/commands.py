@@ -12,6 +12,7 @@ from prune_export.cli import console, options
 from prune_export.cli.asking import faster, smaller
 from prune_export.cli.comparing import compare
 from prune_export.cli.doctoring import doctor
+from prune_export.cli.families import families as families_of
 from prune_export.cli.help import Command, Group
 from prune_export.cli.listing import methods, schema
 from prune_export.cli.others import commands_of_others
@@ -78,6 +79,7 @@ def run(
     ] = None,
     ignore_config_key: options.IgnoreKeys = None,
     allow_owner: options.Owners = None,
+    families: options.Families = None,
     push_to: Annotated[
         str | None, typer.Option(metavar="REPO", help="Publish the result to `owner/name`.")
     ] = None,
@@ -143,6 +145,7 @@ def plan(
     device: options.Device = None,
     ignore_config_key: options.IgnoreKeys = None,
     allow_owner: options.Owners = None,
+    families: options.Families = None,
     devices: options.Devices = 1,
     device_memory: options.DeviceMemory = None,
     device_tflops: options.DeviceTflops = None,
@@ -175,7 +178,7 @@ def plan(
     show_plan(plan_of(loaded, model, chosen), as_json=json)
 
 
-for listing in (smaller, faster, recipes, methods, schema):
+for listing in (smaller, faster, recipes, methods, families_of, schema):
     app.command(cls=Command)(listing)
 
 
@@ -201,6 +204,7 @@ def inspect(
     threads: options.Threads = None,
     device: options.Device = None,
     ignore_config_key: options.IgnoreKeys = None,
+    families: options.Families = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -241,6 +245,7 @@ def export(
     threads: options.Threads = None,
     device: options.Device = None,
     ignore_config_key: options.IgnoreKeys = None,
+    families: options.Families = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -279,6 +284,7 @@ def verify(
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of the text.")] = 16,
     length: Annotated[int, typer.Option(min=32, metavar="N", help="Tokens in a window.")] = 512,
     trust_engine: options.TrustEngine = False,
+    families: options.Families = None,
     store: options.StoreDir = None,
     ram: options.Ram = None,
     threads: options.Threads = None,

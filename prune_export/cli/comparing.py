@@ -184,9 +184,9 @@ def _candidates(
 ) -> list[_Candidate]:
     """Every engine that is asked for, the first one's first."""
     from prune_export.checkpoint import Checkpoint
-    from prune_export.opening import reported_engines
     from prune_export.planning.positions import refuse_long_request
     from prune_export.report.comparison import labels_of, runtime_text, weight_file_bytes
+    from prune_export.results.opening import reported_engines
     from prune_export.verify import Engine
 
     found: list[_Candidate] = []

@@ -29,8 +29,8 @@ from rich.text import Text
 
 from prune_export.cli.grids import print_pairs, print_table
 from prune_export.cli.screen import Screen, in_encoding
+from prune_export.display.escapes import json_escaped
 from prune_export.errors import PruneExportError
-from prune_export.escapes import json_escaped
 from prune_export.progress import Progress, Silent, Task
 from prune_export.units import text_from_seconds
 

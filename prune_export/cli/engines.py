@@ -13,17 +13,19 @@ from prune_export.calibrate import TokenSet, token_set
 from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.cli import console
 from prune_export.contracts import BuildRecord
+from prune_export.deriving.cache import ensure_family
 from prune_export.errors import PlanError
+from prune_export.execution.asked import config_of
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
 from prune_export.execution.inputs import open_base
 from prune_export.execution.result import Result, alone, mend
 from prune_export.machine import Machine, describe
-from prune_export.opening import report_of, reported_engines
 from prune_export.planning.positions import refuse_long_text
 from prune_export.progress import Progress
 from prune_export.recipe import Export, LocalText, Recipe
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
+from prune_export.results.opening import report_of, reported_engines
 from prune_export.store import Store
 from prune_export.system.places import judged
 from prune_export.verify import (
@@ -63,6 +65,7 @@ def exported(
     export = _export(to, sets)
     context = RunContext(Store(store), machine, progress, ignore_keys=ignore_keys, command=command)
     path, revision = resolve_model(checkpoint)
+    ensure_family(config_of(path), store)
     real = judged(out, {"the store": store, "the model": path}, again=False)
     mend(real)
     base = open_base(context, checkpoint, path, revision)
@@ -98,7 +101,9 @@ def verified(
         CheckpointError: the directory is not a result, or its checkpoint is broken.
         PlanError: the windows of text are longer than the model takes.
     """
-    config = Checkpoint.open(directory).full_config()
+    opened = Checkpoint.open(directory)
+    ensure_family(opened, store)
+    config = opened.full_config()
     if data:
         refuse_long_text("--length", length, config)
     engines = reported_engines(directory, trust, store)
@@ -109,8 +114,8 @@ def verified(
     )
     ids = text.ids.numpy() if text is not None else tokens_without_text()
     for name, engine in list(engines.items()):
-        if not engine.runs_on(machine):
-            found.unverified[name] = f"it does not run on {machine.device}, which is all there is"
+        if why := engine.why_not(machine):
+            found.unverified[name] = why
             del engines[name]
             continue
         found.parity.append(measure_parity(engine, reference, ids, machine, progress=progress))

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.cli import console
+from prune_export.deriving.cache import ensure_family
 from prune_export.errors import PlanError
+from prune_export.execution.asked import config_of
 from prune_export.execution.context import RunContext
 from prune_export.execution.inputs import make_tokens, open_base
 from prune_export.inspect import SOURCE, Inspection, draw, inspect_model
@@ -47,6 +49,7 @@ def inspected(
             raise PlanError(f"--data {file}", "no such file", "give .txt, .jsonl or .parquet files")
     context = RunContext(Store(store), machine, progress, ignore_keys=ignore_keys, command=command)
     path, revision = resolve_model(model)
+    ensure_family(config_of(path), store)
     base = open_base(context, model, path, revision)
     root = Path(os.path.commonpath([file.parent for file in files]))
     names = tuple(str(file.relative_to(root)) for file in files)

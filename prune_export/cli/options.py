@@ -104,6 +104,26 @@ Owners = Annotated[
     ),
 ]
 
+
+def _use_families(given: list[Path] | None) -> list[Path] | None:
+    from prune_export.arch import outside
+
+    for one in given or ():
+        outside.use(one)
+    return given
+
+
+Families = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--families",
+        metavar="DIR",
+        help="A directory of tables of model families, `DIR/*.yaml` (env PRUNE_EXPORT_FAMILIES). "
+        "Repeatable.",
+        callback=_use_families,
+    ),
+]
+
 Devices = Annotated[
     int,
     typer.Option(min=1, metavar="N", help="Plan for so many processes, a device each."),
@@ -147,6 +167,14 @@ def store_directory(given: Path | None) -> Path:
             "is not given, and this user has no home directory to keep one in",
             f"pass `--store DIR`, or set {_STORE_VARIABLE} or XDG_CACHE_HOME",
         ) from None
+
+
+def use_kept_families(store: Path) -> None:
+    """Makes the tables known that were derived for this store."""
+    from prune_export.arch import outside
+
+    for folder in sorted(store.glob("family-*/files")):
+        outside.use(folder)
 
 
 def seconds(given: str | None) -> float | None:

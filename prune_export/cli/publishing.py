@@ -13,7 +13,7 @@ from prune_export.cli import console, options
 from prune_export.errors import PlanError
 
 if TYPE_CHECKING:
-    from prune_export.hub import Published
+    from prune_export.hub.publishing import Published
 
 
 def publish(
@@ -52,7 +52,7 @@ def publish(
     The token is taken from the environment or the Hub's login, and written nowhere.
     """
     if recipe_only:
-        from prune_export.hub_recipes import publish_recipes
+        from prune_export.hub.recipes import publish_recipes
 
         found = publish_recipes(
             directory, repo, private=not public, dry_run=dry_run, allow=allow or (),
@@ -79,7 +79,7 @@ def destination(proposed: str | None, push_to: str | None, *, publish: bool) -> 
         PlanError: `--publish`, and the recipe proposes none.
         PublishError: it is no name of a repository.
     """
-    from prune_export.hub import check_names
+    from prune_export.hub.publishing import check_names
 
     repo = push_to or (proposed if publish else None)
     if publish and repo is None:
@@ -103,7 +103,7 @@ def upload(
     allow: Sequence[str] = (),
 ) -> None:
     """Uploads a result directory and shows what went where."""
-    from prune_export.hub import publish as publish_result
+    from prune_export.hub.publishing import publish as publish_result
 
     found = publish_result(
         directory, repo, private=private, force=force, dry_run=dry_run, allow=allow,

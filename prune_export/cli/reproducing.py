@@ -38,8 +38,8 @@ def reproduce(
     Speed is not measured. Exit status 1 when something came out otherwise.
     """
     from prune_export.execution import Options
-    from prune_export.reproduction import places
-    from prune_export.reproduction import reproduce as again
+    from prune_export.results.reproduction import places
+    from prune_export.results.reproduction import reproduce as again
 
     chosen = places(
         out,

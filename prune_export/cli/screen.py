@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from prune_export.escapes import escaped
+from prune_export.display.escapes import escaped
 
 _SPELT: Final = str.maketrans(
     {

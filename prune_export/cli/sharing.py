@@ -69,7 +69,7 @@ def announce(recipe: Recipe, model: str | None, *, own_data: bool) -> None:
 
 
 def _search(words: Sequence[str], *, json: bool) -> None:
-    from prune_export.hub_recipes import search
+    from prune_export.hub.recipes import search
 
     found = search(words)
     if json:

@@ -18,13 +18,15 @@ from typing import Any
 from prune_export.calibrate import TokenSet
 from prune_export.checkpoint import Checkpoint, resolve_model
 from prune_export.contracts import HasSparsity, Taught
+from prune_export.deriving.cache import ensure_family
 from prune_export.errors import StageError
-from prune_export.execution.asked import config_of, model_of, with_data
+from prune_export.execution.asked import config_of, imported_from, model_of, with_data
 from prune_export.execution.choosing import run_choice
 from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
 from prune_export.execution.inputs import Base, dense_artifact, open_base
 from prune_export.execution.measure import measure_run
+from prune_export.execution.proving import quality_in_time
 from prune_export.execution.record import report_of
 from prune_export.execution.result import Result, alone, lock_of, mend, versions
 from prune_export.execution.said import make_data
@@ -38,6 +40,7 @@ from prune_export.planning import (
     Plan,
     Rates,
     fit_time,
+    how_busy,
     make_plan,
     refuse_other_vocabulary,
     sets_of,
@@ -113,6 +116,8 @@ def _fitted(recipe: Recipe, model: str | None, options: Options) -> tuple[Recipe
         check_tasks(recipe.verify.quality.tasks)
     spec, path, _ = model_of(recipe, model)
     checkpoint = config_of(path)
+    if ensure_family(checkpoint, options.store):
+        checkpoint = config_of(path)
     devices = options.devices or Devices(options.team.size, options.team.here)
     rates = None if devices.elsewhere else Rates.measure(options.machine)
 
@@ -126,14 +131,14 @@ def _fitted(recipe: Recipe, model: str | None, options: Options) -> tuple[Recipe
             out=options.out,
             ram_limit=options.ram_limit,
             ignore_keys=options.ignore_keys,
-            imported=path.suffix == ".gguf",
+            imported=imported_from(path),
             devices=devices,
             rates=rates,
         )
 
     if options.seconds is None:
         return recipe, plan_of(recipe)
-    return fit_time(recipe, options.seconds, plan_of)
+    return fit_time(recipe, options.seconds, plan_of, busy=how_busy())
 
 
 def run(
@@ -149,23 +154,17 @@ def run(
     """
     progress, began = progress or Silent(), time.monotonic()
     recipe, planned = _fitted(recipe, model, options)
-    planned.check()
     watch = Watch(planned.stages, options.seconds, began)
+    planned.check()
     out = Path(os.path.realpath(options.out))
     mend(out)
     sweep()
     store = Store(options.store)
     store.sweep()
     context = RunContext(
-        store,
-        options.machine,
-        progress,
-        options.force,
-        options.ignore_keys,
-        options.command,
-        options.team,
-        watch,
-    )
+        store, options.machine, progress, options.force, options.ignore_keys, options.command,
+        options.team, watch,
+    )  # fmt: skip
     if options.seconds is not None:
         progress.say(planned.notes[-1])
     with watch.step("import"):
@@ -189,7 +188,8 @@ def run(
     off = [_without_sparsity(context, recipe, export, last) for export in recipe.export]
     sets = {name: tokens for name, (_, tokens) in data.items()}
     with watch.step("verify"):
-        found = measure_run(context, recipe, base, stages, exports, dense, sets, off)
+        shorter, shown = quality_in_time(context, recipe, sets)
+        found = measure_run(context, shorter, base, stages, exports, dense, shown, off)
     made = _Made(asked, planned.notes, base, data, staged, exports, found)
     try:
         with alone(out):
@@ -280,7 +280,7 @@ def _stages(
             chosen, reference = found.engine or chosen, found.reference or reference
             continue
         teacher = _teacher(context, recipe, stage, base) if stage.kind == "heal" else None
-        stage = _in_time(context, stage)
+        stage = _in_time(context, stage, sum(one.kind == "heal" for one in carried))
         with _watched(context, stage):
             made.append(_made(context, stage, source, data, teacher))
         carried.append(stage)
@@ -300,17 +300,19 @@ def _watched(context: RunContext, stage: Stage) -> AbstractContextManager[None]:
     return context.watch.step(stage.kind, name) if context.watch else nullcontext()
 
 
-def _in_time(context: RunContext, stage: Stage) -> Stage:
-    """A heal stage with as many steps as there is time for, by what earlier steps have taken."""
+def _in_time(context: RunContext, stage: Stage, before: int) -> Stage:
+    """A heal stage with as many steps as there is time for, by what earlier steps have taken.
+
+    `before` are the heals before it: those after it get their part of the time.
+    """
     steps = getattr(stage.entry, "steps", None)
     if stage.kind != "heal" or context.watch is None or not isinstance(steps, int):
         return stage
-    planned = sum(one.seconds for one in context.watch.planned if one.kind == "heal")
-    fitting = context.watch.steps_for(steps, planned, "heal")
+    heals = [one.seconds for one in context.watch.planned if one.kind == "heal"][before:]
+    fitting = context.watch.steps_for(steps, sum(heals[:1]), "heal", sum(heals[1:]))
     if fitting >= steps:
         return stage
-    context.progress.say(f"heal {stage.name}: {fitting} of {steps} steps, as time is short")
-    context.watch.notes.append(f"Healing took {fitting} of {steps} steps, as time was short.")
+    context.say_late(f"heal {stage.name}: {fitting} of {steps} steps, as time was short.")
     return replace(stage, entry=replace(stage.entry, steps=fitting))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
+from prune_export.checkpoint import Checkpoint, gguf_config, packed_in, resolve_model
 from prune_export.errors import PlanError
 from prune_export.planning import with_own_samples, with_text
 from prune_export.recipe import Recipe
@@ -29,11 +29,23 @@ def model_of(recipe: Recipe, model: str | None) -> tuple[str, Path, str | None]:
 
 
 def config_of(path: Path) -> Checkpoint:
-    """Opens a model directory, of which a config.json will do, or the config of a GGUF file."""
+    """Opens a model directory, of which a config.json will do, or the config of a model that is
+    to be dequantized first: a GGUF file, or a directory with packed weights.
+    """
     if path.suffix == ".gguf":
         return Checkpoint(path, gguf_config(path), {})
+    if (packed := packed_in(path)) is not None:
+        return packed.alone()
     weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
     return Checkpoint.open(path, weights=weights)
+
+
+def imported_from(path: Path) -> str:
+    """What a model is dequantized from before anything else: `gguf`, `fp8`, `mxfp4`; else empty."""
+    if path.suffix == ".gguf":
+        return "gguf"
+    packed = packed_in(path)
+    return packed.method if packed else ""
 
 
 def with_data(

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, log
-from pathlib import Path
-from typing import Any, Final
+from functools import cached_property
+from typing import Any
 
 from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
@@ -24,43 +23,23 @@ from prune_export.execution.context import RunContext
 from prune_export.execution.engines import export_engine
 from prune_export.execution.inputs import Base
 from prune_export.execution.measure import dense_latency_ms, engine_perplexity, engine_speed
-from prune_export.execution.search import Data, Found, Row, artifact_of, rank, rows_of, table_of
+from prune_export.execution.optional import OutOfTime, optional
+from prune_export.execution.points import DENSE, Point, alternative_of, engine_bytes, to_prune
+from prune_export.execution.search import (
+    SIZED,
+    Data,
+    Found,
+    Row,
+    artifact_of,
+    rank,
+    rows_of,
+    table_of,
+)
 from prune_export.execution.stages import run_stage
 from prune_export.planning import CALIBRATION
 from prune_export.recipe import EngineOption, Search, Stage, engines_of
 from prune_export.store import Artifact
-from prune_export.units import bytes_from_text, text_from_bytes
-
-DENSE: Final = "the dense model"
-
-
-@dataclass
-class Point:
-    """A model on an engine, measured; `row` is None for the dense model."""
-
-    option: EngineOption
-    engine: Artifact
-    perplexity: float
-    bytes: int
-    speedup: float | None
-    row: Row | None = None
-    note: str = ""
-
-    @property
-    def label(self) -> str:
-        """The model, and what it runs on."""
-        return f"{self.row.candidate.label if self.row else DENSE}, {self.option.label}"
-
-    @property
-    def loss(self) -> float:
-        """Its validation loss in nats."""
-        return log(self.perplexity) if self.perplexity > 0 else inf
-
-    @property
-    def told(self) -> str:
-        """What was measured of it, in words."""
-        speed = f"{self.speedup:.2f}x as fast, " if self.speedup else ""
-        return f"perplexity {self.perplexity:.2f}, {speed}{text_from_bytes(self.bytes)}"
+from prune_export.units import bytes_from_text
 
 
 @dataclass
@@ -80,29 +59,38 @@ class _Choice:
         return self.points[0]
 
     def measure(self, option: EngineOption, path: Base | Artifact, row: Row | None) -> Point:
-        """Builds a model's engine, and measures it beside the reference."""
+        """Builds a model's engine, and measures it beside the reference.
+
+        Raises:
+            OutOfTime: something else reaches the target, and there is only time to prove that.
+        """
+        with self.context.pace.piece("engine"):
+            found = self.measured(option, path, row)
+        self.context.progress.say(f"search: {found.label}: {found.told}")
+        self.points.append(found)
+        return found
+
+    def measured(self, option: EngineOption, path: Base | Artifact, row: Row | None) -> Point:
+        """Builds a model's engine; its quality, its bytes, and its speed over the reference's."""
+        context = self.working
         of = f", {row.candidate.label if row else 'dense'}, {option.label}"
         tokens = self.data.get(CALIBRATION)
         if option.quantize is not None:
             chosen = self.data.get(option.quantize.data)
-            path = run_stage(self.context, option.quantize, path.path, path.id, chosen)
+            path = run_stage(context, option.quantize, path.path, path.id, chosen)
         engine = export_engine(
-            self.context, option.export, path.path, path.id, of=of,
+            context, option.export, path.path, path.id, of=of,
             tokens=tokens[1] if tokens else None,
         )  # fmt: skip
         text = self.data[self.search.validation][1]
-        perplexity = engine_perplexity(self.context, option.label, engine, text)
+        perplexity = engine_perplexity(context, option.label, engine, text)
         speedup = None
         if self.search.target.timed or self.search.measure_speed:
             speedup = 1.0
         if speedup and self.points:
             first, load = self.reference.engine, self.search.target.workload
-            speedup = engine_speed(self.context, first, engine, load)
-        size = engine_bytes(engine)
-        found = Point(option, engine, perplexity, size, speedup, row)
-        self.context.progress.say(f"search: {found.label}: {found.told}")
-        self.points.append(found)
-        return found
+            speedup = engine_speed(context, first, engine, load)
+        return Point(option, engine, perplexity, engine_bytes(engine), speedup, row)
 
     def share(self, point: Point) -> float:
         """How much of a dense engine's size or time the target leaves it; 1 and more reach it."""
@@ -113,7 +101,7 @@ class _Choice:
             return target.parameters * first.bytes / max(point.bytes, 1)
         return (point.speedup or 1.0) / self.wanted
 
-    @property
+    @cached_property
     def wanted(self) -> float:
         """The speedup over the reference that the target asks for."""
         target = self.search.target
@@ -126,14 +114,20 @@ class _Choice:
         """Whether a point reaches the target, within the search's tolerance."""
         return self.share(point) >= 1 - self.search.target.tolerance
 
+    @property
+    def in_hand(self) -> bool:
+        """Whether some point reaches the target: what follows is optional then."""
+        return any(map(self.reaches, self.points))
 
-def engine_bytes(engine: Artifact) -> int:
-    """The bytes of an engine's files on disk, without tokenizer and settings."""
-    return sum(
-        (engine.path / name).stat().st_size
-        for name in engine.files
-        if not (name.endswith((".json", ".txt", ".jinja")) or Path(name).name.startswith("token"))
-    )
+    @property
+    def working(self) -> RunContext:
+        """The context to work with: what is done by it is given up when it is late and optional."""
+        pace = self.context.pace
+        return optional(self.context, lambda: self.in_hand and not pace.affords({}, healed=False))
+
+    def time_for_engine(self, *, pruned: bool) -> bool:
+        """Whether there is time to build and measure one more engine, beside what must follow."""
+        return self.context.pace.affords({"engine": 1}, healed=pruned or not self.in_hand)
 
 
 def run_choice(
@@ -156,17 +150,17 @@ def run_choice(
     rows: list[Row] = []
     outside = 0
     for point in to_prune(choice.points, choice.share, choice.reaches, search):
-        if _too_late(choice, to_prune=True):
-            _note(choice, "A dense engine reaches the target; time was too short to prune another.")
-            break
+        if choice.in_hand and not _time_to_prune(choice):
+            context.say_late(
+                "search: an engine reaches the target, and time was too short to prune for "
+                f"{point.option.label}."
+            )
+            continue
         made, others, missed = _pruned(choice, point, teacher)
         rows, outside = rows + made, outside + missed
         refused += others
-        if made:
-            best = artifact_of(context, made[0].made[-1])
-            best = made[0].last or best
-            for option in dict.fromkeys(one.option.label for one in choice.points[:]):
-                _try(choice, _named(choice, option), best, made[0], refused)
+        if made and made[0].made:
+            _on_engines(choice, point.option, made[0], refused)
     chosen = _best(choice, refused)
     chosen.note = "chosen"
     if chosen.row is not None:
@@ -187,58 +181,26 @@ def run_choice(
     )  # fmt: skip
 
 
-def _too_late(choice: _Choice, *, to_prune: bool) -> bool:
-    """Whether a result is in hand, and what is left of the time is needed to prove it.
+def _time_to_prune(choice: _Choice) -> bool:
+    """Whether there is time for one candidate: brought to its speed, pruned, on one engine."""
+    sized = SIZED if choice.search.target.timed else 0.0
+    return choice.context.pace.affords({"size": sized, "prune": 1, "engine": 1})
 
-    The pace is that of the engines so far, of which the plan counts a dense and a pruned one each.
+
+def _on_engines(
+    choice: _Choice, first: EngineOption, row: Row, refused: list[dict[str, Any]]
+) -> None:
+    """Measures a pruned model on every engine that the dense one ran on, if there is time.
+
+    The first one is what it was pruned for.
     """
-    watch, done = choice.context.watch, len(choice.points)
-    if watch is None or watch.budget is None:
-        return False
-    if not any(choice.reaches(point) for point in choice.points):
-        return False
-    search = sum(one.seconds for one in watch.planned if one.kind == "search")
-    heal = sum(one.seconds for one in watch.planned if one.kind == "heal")
-    share = done / (2 * len(choice.search.engines) + 1)
-    pace = max(watch.ratio, watch.elapsed / max(search * share, 1.0))
-    needed = pace * (search + heal) / 2 if to_prune else watch.elapsed / done
-    last = "heal" if heal else "search"
-    return watch.left < needed + watch.after(last, pace)
-
-
-def to_prune(points: Sequence[Point], share: Any, reaches: Any, search: Search) -> list[Point]:
-    """Lists the dense points that pruning should bring to the target.
-
-    Left out is an engine beside which another needs less pruning at no worse quality, as far as
-    `close` tells. Where dense models suffice, the first engine is pruned as the alternative.
-    """
-    short = [point for point in points if not reaches(point)]
-    wanted = [
-        point
-        for point in short
-        if not any(
-            other.loss - point.loss <= search.close
-            and (share(other), -other.loss) > (share(point), -point.loss)
-            for other in points
-        )
-    ]
-    if not wanted and search.alternative and short and short[0] is points[0]:
-        return [points[0]]
-    return wanted
-
-
-def alternative_of(points: Sequence[Point], chosen: Point, reaches: Any) -> str:
-    """Says in a sentence what the best other choice would have been, pruned if dense was chosen."""
-    others = [
-        point
-        for point in points
-        if point is not chosen and reaches(point) and (point.row is None) != (chosen.row is None)
-    ]
-    if not others:
-        what = "pruned" if chosen.row is None else "dense"
-        return f"No {what} model that reaches the target was measured."
-    best = min(others, key=lambda point: point.loss)
-    return f"The alternative was {best.label}: {best.told}; chosen has {chosen.told}."
+    model = row.last or artifact_of(choice.context, row.made[-1])
+    others = [one.option for one in choice.points if one.row is None and one.option != first]
+    for option in (first, *others):
+        if option != first and not choice.time_for_engine(pruned=True):
+            _untried(choice, option, row)
+            continue
+        _try(choice, option, model, row, refused)
 
 
 def _dense(choice: _Choice) -> list[dict[str, Any]]:
@@ -249,8 +211,8 @@ def _dense(choice: _Choice) -> list[dict[str, Any]]:
     """
     refused: list[dict[str, Any]] = []
     for option in engines_of(choice.search):
-        if _too_late(choice, to_prune=False):
-            _note(choice, f"Time was too short to try the dense model as {option.label}.")
+        if choice.in_hand and not choice.time_for_engine(pruned=False):
+            _untried(choice, option, None)
             continue
         _try(choice, option, choice.source, None, refused)
     if not choice.points:
@@ -261,10 +223,9 @@ def _dense(choice: _Choice) -> list[dict[str, Any]]:
     return refused
 
 
-def _note(choice: _Choice, text: str) -> None:
-    choice.context.progress.say(f"search: {text}")
-    if choice.context.watch is not None:
-        choice.context.watch.notes.append(text)
+def _untried(choice: _Choice, option: EngineOption, row: Row | None) -> None:
+    name = row.candidate.label if row else DENSE
+    choice.context.say_late(f"search: {name} was not tried as {option.label}, as time was short.")
 
 
 def _try(
@@ -280,6 +241,8 @@ def _try(
     try:
         option.export.entry.check(arch, choice.context.machine)
         choice.measure(option, model, row)
+    except OutOfTime:
+        _untried(choice, option, row)
     except (PlanError, MissingExtra) as error:
         refused.append({"label": f"{name}, {option.label}", "note": error.problem})
     except StageError as error:
@@ -294,31 +257,52 @@ def _pruned(
     """Ranks the ways to prune that bring an engine to the target; none where none does."""
     share = choice.share(point)
     left, wanted = (None, 1 / share) if choice.search.target.timed else (share, None)
+    label, context = f"pruned, {point.option.label}", choice.working
+    given_up = f"search: pruning for {point.option.label} was given up, as time was short."
     try:
         rows, refused, outside = rows_of(
-            choice.context, choice.search, choice.source, choice.arch, left,
-            exporter=point.option.export, wanted=wanted,
+            context, choice.search, choice.source, choice.arch, left,
+            exporter=point.option.export, wanted=wanted, optional=choice.in_hand,
         )  # fmt: skip
     except StageError as error:
-        return [], [{"label": f"pruned, {point.option.label}", "note": error.problem}], 0
-    rank(choice.context, choice.search, choice.source, choice.data, rows, teacher)
+        return [], [{"label": label, "note": error.problem}], 0
+    except OutOfTime:
+        choice.context.say_late(given_up)
+        return [], [{"label": label, "note": "time was short"}], 0
+    try:
+        rank(
+            context, choice.search, choice.source, choice.data, rows, teacher,
+            optional=choice.in_hand,
+        )  # fmt: skip
+    except OutOfTime:
+        choice.context.say_late(given_up)
+        for row in rows:
+            row.note = row.note if row.made else "not tried: time was short"
+        rows.sort(key=lambda row: row.rank)
     return rows, refused, outside
 
 
-def _named(choice: _Choice, label: str) -> EngineOption:
-    return next(one.option for one in choice.points if one.option.label == label)
-
-
 def _best(choice: _Choice, refused: Sequence[Mapping[str, Any]]) -> Point:
-    """The best point by quality of those that reach the target; dense where that is too close.
+    """The best point by quality of those that reach the target.
+
+    Where that is too close to tell, a dense one, and of these what is fastest, or smallest. Where
+    time was short the nearest to the target is better than nothing.
 
     Raises:
-        StageError: none does.
+        StageError: none reaches it.
     """
     there = sorted((one for one in choice.points if choice.reaches(one)), key=lambda one: one.loss)
     if there:
         near = [one for one in there if one.loss - there[0].loss <= choice.search.close]
-        return next((one for one in near if one.row is None), there[0])
+        dense = [one for one in near if one.row is None]
+        return max(dense, key=choice.share) if dense else there[0]
+    if choice.context.pace.notes:
+        nearest = max(choice.points, key=choice.share)
+        choice.context.say_late(
+            "search: nothing was found in this time that reaches the target; taken is the nearest, "
+            f"{nearest.label} ({choice.share(nearest):.0%} of the way)."
+        )
+        return nearest
     told = [f"{one.label} ({choice.share(one):.0%} of the way)" for one in choice.points]
     told += [f"{one['label']} ({one['note']})" for one in refused]
     raise StageError(

@@ -31,6 +31,17 @@ class RunContext:
     team: Team = ALONE
     watch: Watch | None = None
 
+    @property
+    def pace(self) -> Watch:
+        """The clock of the run; one without a plan and a limit where there is none."""
+        return self.watch or Watch(())
+
+    def say_late(self, text: str) -> None:
+        """Says, also in the report, what was left out or cut as time was short."""
+        self.progress.say(text)
+        if self.watch is not None:
+            self.watch.notes.append(text[0].upper() + text[1:])
+
     def make(
         self, key: Key, label: str, build: Callable[[Path, Work], Mapping[str, Any]]
     ) -> Artifact:

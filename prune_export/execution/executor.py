@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -117,7 +117,7 @@ def done(context: RunContext, job: Job) -> Done:
     return Done(tuple(made), perplexity_of(context, job.label, last, text))
 
 
-Each = Callable[[Sequence[Job], str], Iterator[tuple[int, Done]]]
+Each = Callable[[Sequence[Job], str], Generator[tuple[int, Done]]]
 """Does jobs (under a title that progress shows); gives them by number as they are done."""
 
 
@@ -137,7 +137,7 @@ def open_executor(search: Search, context: RunContext) -> Iterator[Each]:
         hiring = _here(context)
     with hiring as work:
 
-        def each(jobs: Sequence[Job], title: str) -> Iterator[tuple[int, Done]]:
+        def each(jobs: Sequence[Job], title: str) -> Generator[tuple[int, Done]]:
             with context.progress.task(f"search: {title}", len(jobs)) as task:
                 for number, result in work(jobs):
                     context.progress.say(f"search: {jobs[number].label}: {result.perplexity:.2f}")
@@ -168,8 +168,12 @@ def _in_processes(search: Search, context: RunContext) -> Iterator[_Work]:
 
         def work(jobs: Sequence[Job]) -> Iterator[tuple[int, Done]]:
             waiting = {pool.submit(desk.work, job): number for number, job in enumerate(jobs)}
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
+            try:
+                for future in as_completed(waiting):
+                    yield waiting[future], future.result()
+            finally:  # whoever asked may have had enough
+                for future in waiting:
+                    future.cancel()
 
         try:
             yield work

@@ -13,7 +13,15 @@ from prune_export.calibrate import (
     inside,
     token_set,
 )
-from prune_export.checkpoint import Checkpoint, card_license, import_gguf, read_gguf_header
+from prune_export.checkpoint import (
+    Checkpoint,
+    Packed,
+    card_license,
+    import_gguf,
+    import_packed,
+    packed_in,
+    read_gguf_header,
+)
 from prune_export.contracts import Work
 from prune_export.execution.context import RunContext
 from prune_export.recipe import CONVERSATIONS, LocalText, TextSource, TokenFile
@@ -54,9 +62,11 @@ class Base:
 
 
 def open_base(context: RunContext, spec: str, path: Path, revision: str | None) -> Base:
-    """Opens the model at `path`: a directory as it is, or a GGUF file, which is converted once."""
+    """Opens the model at `path`: a directory as it is; what is packed is dequantized once."""
     if path.suffix == ".gguf":
         return base_from_gguf(context, spec, path)
+    if (packed := packed_in(path)) is not None:
+        return base_from_packed(context, spec, packed, revision)
     return base_from_directory(context, spec, path, revision)
 
 
@@ -73,16 +83,34 @@ def base_from_gguf(context: RunContext, spec: str, file: Path) -> Base:
     return Base(spec, None, artifact.path, artifact.id, str(said) if said else None)
 
 
+def base_from_packed(context: RunContext, spec: str, packed: Packed, revision: str | None) -> Base:
+    """Dequantizes a directory of 8-bit or 4-bit floats to a plain checkpoint."""
+    digest = sha256_of_json(_hashes(context, packed.source()))
+    key = Key("import", packed.method, _IMPORT_VERSION, {}, (digest,))
+
+    def build(files: Path, work: Work) -> Mapping[str, Any]:
+        import_packed(packed, files, work.progress)
+        return {}
+
+    artifact = context.make(key, f"dequantize {packed.method}", build)
+    return Base(spec, revision, artifact.path, artifact.id, card_license(packed.path))
+
+
 def base_from_directory(context: RunContext, spec: str, path: Path, revision: str | None) -> Base:
     """Opens a checkpoint directory, identified by hashes of all files that matter."""
-    checkpoint = Checkpoint.open(path)
-    decisive = [path / "config.json", *checkpoint.files, *checkpoint.side_files()]
+    digest = sha256_of_json(_hashes(context, Checkpoint.open(path)))
+    return Base(spec, revision, path, f"model-{digest[:24]}", card_license(path))
+
+
+def _hashes(context: RunContext, checkpoint: Checkpoint) -> dict[str, str]:
+    """The hashes of all files of a model directory that matter, by name."""
+    decisive = [checkpoint.path / "config.json", *checkpoint.files, *checkpoint.side_files()]
     with context.progress.task("hash the model's files", len(decisive)) as task:
         hashes = {}
         for file in decisive:
             hashes[file.name] = context.store.file_hash(file)
             task.advance()
-    return Base(spec, revision, path, f"model-{sha256_of_json(hashes)[:24]}", card_license(path))
+    return hashes
 
 
 def dense_artifact(context: RunContext, base: Base) -> Artifact:

@@ -18,12 +18,15 @@ from prune_export.calibrate import TokenSet
 from prune_export.contracts import BuildRecord, Work
 from prune_export.execution.context import RunContext
 from prune_export.execution.inputs import Base
+from prune_export.execution.optional import OutOfTime, optional
+from prune_export.execution.proving import speed_in_time, time_to_generate, time_to_time
 from prune_export.machine import describe
 from prune_export.recipe import Quality, Recipe
 from prune_export.store import Artifact, Key
 from prune_export.verify import (
     Effort,
     Engine,
+    measure_engine_tasks,
     measure_generation,
     measure_parity,
     measure_perplexity,
@@ -91,8 +94,7 @@ def measure_run(
     found = Verification(reload=_reload(context, points[-1]), machine=describe())
     if asked.parity or asked.speed or (quality and quality.engines):
         found.unverified.update(
-            {one.exporter: f"it does not run on {context.machine.device}, which is all there was"
-             for _, one in engines if not one.runs_on(context.machine)}
+            {one.exporter: why for _, one in engines if (why := one.why_not(context.machine))}
         )  # fmt: skip
     if text is not None and quality is not None:
         for point in points:
@@ -104,20 +106,28 @@ def measure_run(
                 found.perplexity.append(
                     _perplexity(context, engine.exporter, engine, artifact.id, text)
                 )
-    if asked.generation:
-        found.generation.extend(_generation(context, point) for point in points)
+    measured = 1 + len(found.perplexity)
+    if asked.generation and time_to_generate(context, recipe, measured, len(points)):
+        short = optional(context, lambda: context.pace.left < time_to_time(context, recipe))
+        try:
+            found.generation.extend([_generation(short, point) for point in points])
+        except OutOfTime:
+            context.say_late("verify: generated text was given up, as time was short.")
     if quality and quality.tasks:
         found.tasks.extend(_tasks(context, quality, points))
+        for artifact, engine in runnable if quality.engines else ():
+            found.tasks.extend(_engine_tasks(context, quality, found.tasks, artifact, engine))
     for artifact, engine in runnable:
         if asked.parity:
             found.parity.append(_parity(context, artifact, engine, points[-1], ids))
         found.placement.extend(_placement(context, artifact, engine))
     if asked.speed:
+        speed = speed_in_time(context, asked.speed, len(exports))
         for one, other in zip(dense, exports, strict=True):
             if not _engine(other).runs_on(context.machine):
                 continue
-            found.speed.extend(_speed(context, asked.speed, one, other, ids))
-            found.sweep.extend(_sweep(context, asked.speed, one, other, ids))
+            found.speed.extend(_speed(context, speed, one, other, ids))
+            found.sweep.extend(_sweep(context, speed, one, other, ids))
         found.gates.extend(speed_gates(found.speed, asked.speed.at_least, asked.speed.phase))
     found.gates.extend(placement_gates(found.placement))
     twins = off or [None] * len(exports)
@@ -243,6 +253,27 @@ def _tasks(context: RunContext, quality: Quality, points: Sequence[Point]) -> li
         lambda: measure_tasks(
             quality.tasks, points[-1].path, context.machine, dense=points[0].path,
             samples=quality.task_samples, progress=context.progress,
+        ),
+    )  # fmt: skip
+
+
+def _engine_tasks(
+    context: RunContext,
+    quality: Quality,
+    beside: Sequence[Task],
+    artifact: Artifact,
+    engine: Engine,
+) -> list[Task]:
+    own = [one for one in beside if not one.engine]
+    return _kept(
+        context, "engine_tasks", f"verify: lm-eval tasks on {engine.exporter}", list[Task],
+        (artifact.id,), {
+            "tasks": list(quality.tasks), "samples": quality.task_samples,
+            "dense": [[one.name, one.metric, one.dense] for one in own],
+        },
+        lambda: measure_engine_tasks(
+            quality.tasks, engine, context.machine, beside=own, samples=quality.task_samples,
+            progress=context.progress,
         ),
     )  # fmt: skip
 

@@ -40,6 +40,7 @@ def report_of(
             "revision": base.revision,
             "license": base.license,
             "dtype": source.dtype,
+            **({"wrapper": source.wrapped.model_type} if source.wrapped else {}),
             **_size(context, source),
         },
         "result": _size(context, last),

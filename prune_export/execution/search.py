@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, log
-from typing import Any
+from typing import Any, Final
 
 from prune_export.arch import Arch
 from prune_export.calibrate import TokenSet
@@ -33,6 +33,9 @@ from prune_export.recipe import (
     unreached,
 )
 from prune_export.store import Artifact
+
+SIZED: Final = 2.5
+"""Engines that are built, on average, to bring a candidate to a speed."""
 
 Data = Mapping[str, tuple[Artifact, TokenSet]]
 
@@ -131,19 +134,40 @@ def rank(
     data: Data,
     rows: list[Row],
     teacher: Base | None,
+    *,
+    optional: bool = False,
 ) -> None:
-    """Prunes, measures and shortly heals candidates, and sorts them, the best one first."""
+    """Prunes, measures and shortly heals candidates, and sorts them, the best one first.
+
+    Where time is limited, candidates for which there is none are left out, the last ones first; at
+    least one is made unless all are `optional`. Then `made` of some rows is empty.
+    """
     ids = {name: artifact.id for name, (artifact, _) in data.items()}
     jobs = [
         Job(r.candidate.label, r.candidate.stages, source.path, source.id, ids, search.validation)
         for r in rows
     ]
-    healer = heal_of(search)
+    healer, pace = heal_of(search), context.pace
+    engine = 1.0 if search.engines else 0.0
     with executor.open_executor(search, context) as each:
-        for number, result in each(jobs, "pruning"):
+        done = 0
+        found = each(jobs, "pruning")
+        while done < len(jobs):
+            if (done or optional) and not pace.affords({"prune": 1, "engine": engine}):
+                left = len(jobs) - done
+                context.say_late(
+                    f"search: {left} of {len(jobs)} candidates were not pruned, as time was short."
+                )
+                break
+            with pace.piece("prune"):
+                number, result = next(found)
             rows[number].made = list(result.made)
             rows[number].pruned = result.perplexity
-        if healer is not None:
+            done += 1
+        found.close()
+        for row in rows:
+            row.note = row.note if row.made else "not tried: time was short"
+        if healer is not None and done:
             _heal(context, each, search, healer, rows, ids, teacher)
     rows.sort(key=lambda row: row.rank)
 
@@ -171,11 +195,13 @@ def rows_of(
     *,
     exporter: Export,
     wanted: float | None = None,
+    optional: bool = False,
 ) -> tuple[list[Row], list[dict[str, Any]], int]:
     """Makes the candidates that reach the target; lists those refused, and counts those that miss.
 
     `left` is the fraction of the parameters to keep; None where engines of `exporter` are brought
-    to `wanted` times the dense one's speed.
+    to `wanted` times the dense one's speed. For those is stopped when time is short and there is
+    one, or all are `optional`.
 
     Raises:
         StageError: none does.
@@ -185,13 +211,18 @@ def rows_of(
     outside = 0
     known: set[str] = set()
     for template in templates(search):
+        if left is None and (rows or optional) and not _time_for(context, search, len(rows)):
+            context.say_late(
+                f"search: {template.label} and what follows were not timed, as time was short."
+            )
+            break
         try:
             if left is not None:
                 candidate, speedup = template.near(arch, left, search.target.tolerance), None
             else:
                 assert wanted is not None
                 candidate, speedup = to_speed(
-                    context, search, wanted, template, arch, source, exporter
+                    context, search, wanted, template, arch, source, exporter, optional=optional
                 )
         except PlanError as error:
             if template.of_grid:
@@ -217,6 +248,12 @@ def rows_of(
     return rows, refused, outside
 
 
+def _time_for(context: RunContext, search: Search, before: int) -> bool:
+    """Whether there is time to bring one more candidate to a speed, and to prune all so far."""
+    engine = 1.0 if search.engines else 0.0
+    return context.pace.affords({"size": SIZED, "prune": before + 1, "engine": engine})
+
+
 def _heal(
     context: RunContext,
     each: executor.Each,
@@ -230,10 +267,18 @@ def _heal(
     best = min(row.loss for row in rows)
     going = [row for row in rows if row.loss - best <= search.give_up]
     for row in rows:
-        if row not in going:
+        if row.made and row not in going:
             row.note = f"not healed: {row.loss - best:.2f} nats behind before healing"
     rungs = list(rungs_of(healer, search.rungs))
     for number, rung in enumerate(rungs):
+        share = _part_of(healer, rung)
+        more = {"heal": share * len(going), "engine": 1.0 if search.engines else 0.0}
+        if not context.pace.affords(more):
+            context.say_late(
+                f"search: candidates were ranked after {number} of {len(rungs)} parts of their "
+                "healing, as time was short."
+            )
+            return
         jobs = []
         for row in going:
             before = row.last or artifact_of(context, row.made[-1])
@@ -242,11 +287,21 @@ def _heal(
                 Job(label, (rung,), before.path, before.id, ids, search.validation, teacher)
             )
         title = f"healing, part {number + 1} of {len(rungs)}" if len(rungs) > 1 else "healing"
-        for at, result in each(jobs, title):
+        found = each(jobs, title)
+        for _ in jobs:
+            with context.pace.piece("heal", share):
+                at, result = next(found)
             going[at].last = artifact_of(context, result.made[-1])
             going[at].rungs.append(result.perplexity)
+        found.close()
         if number + 1 < len(rungs):
             going = _going_on(search, going)
+
+
+def _part_of(healer: Stage, rung: Stage) -> float:
+    """The part of a heal's steps that a rung of it takes."""
+    own, whole = (getattr(one.entry, "steps", None) for one in (rung, healer))
+    return own / whole if isinstance(own, int) and isinstance(whole, int) and whole else 1.0
 
 
 def _going_on(search: Search, rows: list[Row]) -> list[Row]:
@@ -282,7 +337,7 @@ def _time(context: RunContext, search: Search, source: Base | Artifact, rows: li
     export = exporter_of(search)
     dense = export_engine(context, export, source.path, source.id, of=", dense to compare with")
     for row in rows:
-        if row.speedup is None and "not healed" not in row.note:
+        if row.made and row.speedup is None and "not healed" not in row.note:
             last = artifact_of(context, row.made[-1])
             engine = export_engine(
                 context, export, last.path, last.id, of=f", {row.candidate.label}"

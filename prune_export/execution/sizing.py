@@ -54,11 +54,17 @@ def to_speed(
     arch: Arch,
     source: Base | Artifact,
     export: Export,
+    *,
+    optional: bool = False,
 ) -> tuple[Candidate, float]:
     """Finds the candidate whose engine decodes `wanted` times as fast as the dense one.
 
     Speed depends on shapes alone, so engines of the right shapes are timed before anything is
-    scored; the size is found by secants on seconds a step, which are nearly linear in it.
+    scored; the size is found by secants on seconds a step, which are nearly linear in it. An
+    `optional` candidate is given up when time is short.
+
+    Raises:
+        PlanError: it does not come near that, or not in time.
     """
     dense = export_engine(context, export, source.path, source.id, of=", dense to compare with")
     total = arch.parameters()
@@ -67,15 +73,18 @@ def to_speed(
     size = total / wanted
     best: tuple[Candidate, float] | None = None
     tried: set[int] = set()
-    for _ in range(_TRIALS):
+    for trial in range(_TRIALS):
+        if trial and optional and not context.pace.affords({"size": 1, "prune": 1, "engine": 1}):
+            raise PlanError(template.label, "time was too short to bring it to that speed")
         candidate = template.to_size(arch, round(size))
         left = candidate.arch.parameters()
         if left in tried:
             break
         tried.add(left)
-        shaped = shaped_model(context, source, arch, candidate.arch)
-        engine = export_engine(context, export, shaped.path, shaped.id, of=", of these shapes")
-        speedup = engine_speed(context, dense, engine, search.target.workload)
+        with context.pace.piece("size"):
+            shaped = shaped_model(context, source, arch, candidate.arch)
+            engine = export_engine(context, export, shaped.path, shaped.id, of=", of these shapes")
+            speedup = engine_speed(context, dense, engine, search.target.workload)
         context.progress.say(
             f"search: {candidate.label}: {left / total:.1%} of the parameters: {speedup:.2f}x"
         )

@@ -16,6 +16,7 @@ import email.utils
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def ask_server(
     refuse_unasked(generation)
     known = {(one.draw, one.prompt) for one in journal.samples}
     turns = [divmod(place, len(prompts)) for place in range(count_of(generation, prompts))]
-    left = iter([turn for turn in turns if turn not in known])
+    left = deque(turn for turn in turns if turn not in known)
     task.advance(len(known))
     key = os.environ.get(API_KEY)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -132,8 +133,9 @@ def ask_server(
         server = _Server(client, generation)
         try:
             while True:
-                refuse_too_many(journal.samples, generation)
-                while len(waiting) < generation.at_once and (turn := next(left, None)) is not None:
+                while len(waiting) < generation.at_once and left:
+                    refuse_too_many(journal.samples, generation)
+                    turn = left.popleft()
                     waiting[pool.submit(server.answer, prompts[turn[1]], *turn)] = turn
                 if not waiting:
                     return

@@ -16,9 +16,9 @@ from prune_export.contracts import Cost, HealRecord, Work
 from prune_export.machine import Machine
 from prune_export.training import heal as training
 from prune_export.training import memory
+from prune_export.training.adapters.targets import targets
 from prune_export.training.model import require
 from prune_export.training.settings import Settings
-from prune_export.training.targets import targets
 
 
 @dataclass(frozen=True)

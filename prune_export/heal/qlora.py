@@ -19,9 +19,9 @@ from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.training import heal as training
 from prune_export.training import memory
+from prune_export.training.adapters.targets import stacks_experts, targets
 from prune_export.training.model import require
 from prune_export.training.settings import Quantization, Settings
-from prune_export.training.targets import stacks_experts, targets
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,13 @@ FOLDER: Final = Path(__file__).parent
 
 _STEMS: Final = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
+_UNLISTED: Final = {"mistral4": "Mistral4ForCausalLM"}
+"""Language models of transformers that `AutoModelForCausalLM` does not list (5.23), by type."""
+
 
 def register() -> None:
     """Registers the model types with transformers' automatic classes; imports transformers."""
-    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     from prune_export.modeling import configuration_sliced
@@ -29,6 +32,10 @@ def register() -> None:
         config: Any = getattr(configuration_sliced, f"Sliced{stem}Config")
         stand_in = type(f"Sliced{stem}ForCausalLM", (_StandIn,), {"config_class": config})
         AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, stand_in, exist_ok=True)
+    for model_type, name in _UNLISTED.items():
+        config = CONFIG_MAPPING[model_type]
+        stand_in = type(name, (_StandInOfTheirs,), {"config_class": config})
         AutoModelForCausalLM.register(config, stand_in, exist_ok=True)
 
 
@@ -54,3 +61,13 @@ class _StandIn:
     @classmethod
     def _from_config(cls, *args: Any, **kwargs: Any) -> Any:
         return cls._own()._from_config(*args, **kwargs)
+
+
+class _StandInOfTheirs(_StandIn):
+    """The same for a class of transformers."""
+
+    @classmethod
+    def _own(cls) -> Any:
+        import transformers
+
+        return getattr(transformers, cls.__name__)

@@ -10,7 +10,7 @@ from prune_export.planning.devices import TFLOPS, Devices
 from prune_export.planning.fitting import fit_time
 from prune_export.planning.making import make_plan
 from prune_export.planning.own_data import data_notes, with_own_samples, with_text
-from prune_export.planning.planned import Plan, PlannedStage, Rates, Size
+from prune_export.planning.planned import Plan, PlannedStage, Rates, Size, how_busy
 from prune_export.planning.teacher import refuse_other_vocabulary
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Size",
     "data_notes",
     "fit_time",
+    "how_busy",
     "make_plan",
     "refuse_other_vocabulary",
     "sets_of",

@@ -47,8 +47,12 @@ class Devices:
 
     def shared(self, cost: Cost, parts: int) -> Cost:
         """The cost of work of so many parts that all processes share, as long as they last."""
+        sharing = min(self.count, parts)
         return dataclasses.replace(
-            cost, ram_bytes=cost.ram_bytes * self.here, flops=cost.flops / min(self.count, parts)
+            cost,
+            ram_bytes=cost.ram_bytes * self.here,
+            flops=cost.flops / sharing,
+            bfloat16_flops=cost.bfloat16_flops / sharing,
         )
 
     def note(self, parts: int) -> str:

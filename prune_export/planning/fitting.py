@@ -21,6 +21,9 @@ _ROOM: Final = 0.85
 """The part of the time that is planned with: plans are estimates."""
 
 _LENGTHS: Final = {0: None, 1: None, 2: 1024, 3: 1024, 4: 512, 5: 512}
+_TOO_SHORT_TO_TIME: Final = 6
+"""The level from which on candidates are timed only where the target is a speed."""
+
 _SHORTEST: Final = 256
 _FEWEST: Final = 16
 _LEAST_STEPS: Final = 4
@@ -29,26 +32,29 @@ _MORE: Final = 4
 
 
 def fit_time(
-    recipe: Recipe, seconds: float, plan_of: Callable[[Recipe], Plan]
+    recipe: Recipe, seconds: float, plan_of: Callable[[Recipe], Plan], *, busy: float = 1.0
 ) -> tuple[Recipe, Plan]:
     """Gives the largest version of a recipe whose plan fits into `seconds`, and that plan.
 
-    The plan's notes say what was scaled down, and what more time would buy.
+    The plan's notes say what was scaled down, and what more time would buy. Plans are of a machine
+    at rest; where others use this one, work takes `busy` times as long now, and may not later, so
+    that alone refuses nothing.
 
     Raises:
         PlanError: even the smallest does not fit.
     """
     whole = plan_of(recipe)
-    if whole.seconds <= seconds * _ROOM:
-        note = f"All of it fits into {text_from_seconds(seconds)}."
+    shared = f" This machine is busy: work takes {busy:.1f} times as long." if busy > 1.2 else ""
+    if whole.seconds * busy <= seconds * _ROOM:
+        note = f"All of it fits into {text_from_seconds(seconds)}.{shared}"
         return recipe, replace(whole, notes=(*whole.notes, note))
-    fitted, planned = _largest(recipe, seconds, plan_of)
+    fitted, planned = _largest(recipe, seconds, plan_of, busy)
     less = ", ".join(_differences(recipe, fitted))
     note = (
         f"To fit into {text_from_seconds(seconds)} instead of {text_from_seconds(whole.seconds)}: "
-        f"{less}."
+        f"{less}.{shared}"
     )
-    better, _ = _largest(recipe, _MORE * seconds, plan_of)
+    better, _ = _largest(recipe, _MORE * seconds, plan_of, busy)
     more = ", ".join(_differences(fitted, better))
     if more:
         note += f" With {text_from_seconds(_MORE * seconds)} it would be: {more}."
@@ -56,7 +62,7 @@ def fit_time(
 
 
 def _largest(
-    recipe: Recipe, seconds: float, plan_of: Callable[[Recipe], Plan]
+    recipe: Recipe, seconds: float, plan_of: Callable[[Recipe], Plan], busy: float
 ) -> tuple[Recipe, Plan]:
     low, high = 0, _LEVELS
     found = scaled(recipe, high)
@@ -72,11 +78,11 @@ def _largest(
         middle = (low + high) // 2
         tried = scaled(recipe, middle)
         its = plan_of(tried)
-        if its.seconds <= seconds * _ROOM:
+        if its.seconds * busy <= seconds * _ROOM:
             found, plan, high = tried, its, middle
         else:
             low = middle + 1
-    spare = seconds * _ROOM - plan.seconds
+    spare = seconds * _ROOM / busy - plan.seconds
     longer = _healed_longer(recipe, found, plan, spare)
     return (longer, plan_of(longer)) if longer is not found else (found, plan)
 
@@ -117,6 +123,7 @@ def _scaled_search(search: Search, level: int) -> Search:
         heal=_scaled_heal(dict(search.heal), level) if search.heal else None,
         rungs=max(1, search.rungs - level // 3),
         engines=search.engines[: max(3, len(search.engines) - level // 2)],
+        measure_speed=search.measure_speed and level < _TOO_SHORT_TO_TIME,
     )
 
 
@@ -174,6 +181,8 @@ def _differences(one: Recipe, other: Recipe) -> list[str]:
             for what, size in (("candidates", len), ("engines", len)):
                 was, is_ = size(getattr(before, what)), size(getattr(now, what))
                 found += [f"{was} → {is_} {what}"] if was != is_ else []
+            if before.measure_speed and not now.measure_speed:
+                found.append("no candidate timed")
             short = [dict(at.heal or {}).get("steps") for at in (before, now)]
             if short[0] != short[1]:
                 found.append(f"short heals {short[0]} → {short[1]} steps")

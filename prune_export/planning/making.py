@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import inf, prod
@@ -17,6 +17,7 @@ from prune_export.arch import Arch
 from prune_export.calibrate import Tokenizer, pass_cost
 from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import Cost, HasPlanNote, HasSparsity, Refitting, TracksAblations
+from prune_export.deriving.cache import derived_note
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.machine import Machine
 from prune_export.planning.choices import exported, left_of, tokens_judged
@@ -31,6 +32,7 @@ from prune_export.planning.sparsity_notes import packed_note, windows_note
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible
 from prune_export.planning.talks import talks_of
 from prune_export.planning.teacher import teacher_of
+from prune_export.planning.wrapped import further_notes, packed_notes, wrapped_notes
 from prune_export.recipe import (
     Recipe,
     Search,
@@ -69,13 +71,13 @@ def make_plan(
     out: Path,
     ram_limit: int | None = None,
     ignore_keys: tuple[str, ...] = (),
-    imported: bool = False,
+    imported: str = "",
     devices: Devices = HERE,
     rates: Rates | None = None,
 ) -> Plan:
     """Plans a recipe for a model: resolves, costs and checks every stage.
 
-    `checkpoint` may be only a config. `imported` says that it is to be made from a GGUF file first.
+    `checkpoint` may be only a config. `imported` says what it is to be dequantized from first.
     `ram_limit` in bytes replaces the available memory as what must not be exceeded. What this
     machine lacks is in `Plan.lacking`, so that the plan can be looked at all the same; for
     `devices` that are not here it is what these lack, and of memory only a `ram_limit` is known.
@@ -89,7 +91,7 @@ def make_plan(
         rates = Rates.known(devices.flops) if devices.elsewhere else Rates.measure(machine)
     machine = devices.machine(machine)
     planner = _Planner(recipe, checkpoint, machine, rates, arch, ignore_keys, devices)
-    stages, archs = ([planner.imported(arch)] if imported else []), [arch]
+    stages, archs = ([planner.imported(arch, imported)] if imported else []), [arch]
     ablated = Ablated()
     stages += talks_of(recipe, checkpoint, arch, machine, planner.planned)
     for index, stage in enumerate(recipe.stages):
@@ -108,7 +110,10 @@ def make_plan(
     if recipe.verify.generation and Tokenizer.lies_in(checkpoint.path):
         refuse_unknown_prompts(checkpoint.path, archs[0].sizes["vocab"])
     plan = Plan(recipe.name, model, arch.family, tuple(stages), machine, tuple(archs))
-    plan = dataclasses.replace(plan, devices=devices, notes=data_notes(recipe))
+    notes = (*wrapped_notes(recipe, checkpoint), *further_notes(checkpoint, archs[0]))
+    notes += tuple(filter(None, [derived_note(archs[0].table)]))
+    notes += (*packed_notes(imported), *data_notes(recipe))
+    plan = dataclasses.replace(plan, devices=devices, notes=notes)
     return with_lacking(plan, recipe, checkpoint.path, store, out, ram_limit)
 
 
@@ -142,26 +147,22 @@ class _Planner:
         cost: Cost,
         note: str = "",
     ) -> PlannedStage:
-        return PlannedStage(
-            kind,
-            name,
-            parameters,
-            self.size(before),
-            self.size(after),
-            cost,
-            self.rates.seconds(cost),
-            note,
-        )
+        sizes, seconds = (self.size(before), self.size(after)), self.rates.seconds(cost)
+        return PlannedStage(kind, name, parameters, *sizes, cost, seconds, note)
 
-    def imported(self, arch: Arch) -> PlannedStage:
+    def imported(self, arch: Arch, source: str) -> PlannedStage:
         size = self.size(arch)
+        whole = source == "gguf"  # others pass through memory a tensor at a time
         cost = Cost(
-            ram_bytes=_PROCESS_BYTES + 3 * size.bytes,
+            # Measured of a GGUF: 1.4 and 1.8 times its float32 bytes.
+            ram_bytes=450 * MIB + round(1.8 * size.bytes) if whole else _PROCESS_BYTES,
             disk_bytes=size.bytes,
             moved_bytes=2 * size.bytes,
             seconds=6,
         )
-        return self.planned("import", "gguf", {}, arch, arch, cost, "dequantized once to float32")
+        dtype = "float32" if whole else str(arch.config.get("dtype") or "bfloat16")
+        note = f"dequantized once to {dtype}"
+        return self.planned("import", source, {}, arch, arch, cost, note)
 
     def stage(self, index: int, stage: Stage, arch: Arch) -> tuple[PlannedStage, Arch]:
         how = {
@@ -267,6 +268,7 @@ class _Planner:
         told: list[str] = []
         fixes: list[str] = []
         fitting = outside = 0
+        parts = {"prune": 0.0, "heal": 0.0, "engine": 0.0, "size": 0.0}
         for template in templates(search):
             try:
                 candidate = template.near(arch, left, near)
@@ -286,6 +288,7 @@ class _Planner:
             steps += [self._heal(healer, before)[0]] if healer else []
             for step in steps:
                 total = together(total, step.cost)
+                parts["heal" if step.kind == "heal" else "prune"] += step.seconds
             after = after or before
         if after is None:
             problem, fix = unreached(told, outside, arch)
@@ -293,14 +296,21 @@ class _Planner:
         if search.executor == "ray" and find_spec("ray") is None:
             raise MissingExtra.of("search  executor", "ray", "ray")
         engines = list(engines_of(search))
+        timing = _TIMING_S if search.target.timed or search.measure_speed else 0.0
         for option in engines:
             # The dense model and the best pruned one; each is built, judged and timed.
             each = option.export.entry.cost(arch, self.size(arch).bytes)
             judged = 2.0 * arch.parameters() * tokens_judged(self.recipe, search)
             each = dataclasses.replace(
-                each, flops=2 * (each.flops + judged), seconds=2 * (each.seconds + _TIMING_S)
+                each, flops=2 * (each.flops + judged), seconds=2 * (each.seconds + timing)
             )
             total = together(total, each)
+            parts["engine"] += self.rates.seconds(each) / 2 / len(engines)
+            with suppress(PlanError):  # a model that takes no grid does without this engine
+                coarse = self._prune(option.quantize, arch)[0] if option.quantize else None
+                if coarse is not None:
+                    total = together(together(total, coarse.cost), coarse.cost)
+                    parts["engine"] += coarse.seconds / len(engines)
         if engines:
             engines[0].export.entry.check(arch, self.machine)
         if search.target.timed or search.measure_speed:
@@ -308,6 +318,7 @@ class _Planner:
             entry = engines[0].export.entry if engines else entry
             entry.check(after, self.machine)
             each = entry.cost(after, self.size(after).bytes)
+            parts["size"] = self.rates.seconds(each) + _TIMING_S
             count = (3 if search.target.timed else 1) * fitting + 1
             total = together(
                 total, dataclasses.replace(each, seconds=(each.seconds + _TIMING_S) * count)
@@ -317,7 +328,9 @@ class _Planner:
             total, ram_bytes=total.ram_bytes * workers, gpu_bytes=total.gpu_bytes * workers
         )
         name = f"the best of {fitting} candidates"
-        return self.planned("search", name, {}, arch, after, total, "the first one's shapes"), after
+        planned = self.planned("search", name, {}, arch, after, total, "the first one's shapes")
+        one = {kind: parts[kind] / fitting for kind in ("prune", "heal")}
+        return dataclasses.replace(planned, parts=parts | one), after
 
     def exports(self, planned: Planned) -> Iterator[PlannedStage]:
         dense, arch = planned.archs[0], planned.after

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.arch import Arch
-from prune_export.checkpoint import Checkpoint, gguf_config, resolve_model
+from prune_export.checkpoint import Checkpoint, gguf_config, packed_in, resolve_model
 from prune_export.contracts import Taught
 from prune_export.errors import PlanError
 from prune_export.recipe import Recipe
@@ -35,7 +35,8 @@ def teacher_of(
     if path.suffix == ".gguf":
         other = Checkpoint(path, gguf_config(path), {})
     else:
-        other = Checkpoint.open(path)
+        packed = packed_in(path)
+        other = packed.alone() if packed else Checkpoint.open(path)
     refuse_other_vocabulary(other, model, ignore_keys)
     return other.arch(ignore_keys)
 

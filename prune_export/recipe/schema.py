@@ -49,7 +49,9 @@ class Quality(Frozen):
     ] = None
     tasks: Annotated[tuple[str, ...], Field(description="lm-eval tasks.")] = ()
     task_samples: Annotated[int | None, Field(gt=0, description="Samples of each task.")] = None
-    engines: Annotated[bool, Field(description="Measure each engine's perplexity as well.")] = True
+    engines: Annotated[
+        bool, Field(description="Measure each engine as well: perplexity and tasks.")
+    ] = True
 
 
 class Speed(Frozen):

@@ -45,7 +45,11 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
 def benchmark_of(task: Task) -> Benchmark | None:
     """The benchmark that a score is a result of; None where it is none."""
     known = BENCHMARKS.get(task.name)
-    whole = known is not None and (task.metric, task.samples) == (known.metric, known.questions)
+    whole = (
+        known is not None
+        and not task.engine
+        and (task.metric, task.samples) == (known.metric, known.questions)
+    )
     return known if whole and math.isfinite(task.pruned) else None
 
 

@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from markupsafe import Markup
 
 from prune_export import registry
-from prune_export.escapes import escaped_page
+from prune_export.display.escapes import escaped_page
 from prune_export.exporter_facts import ExporterFacts
 from prune_export.report import table
 from prune_export.report.benchmarks import benchmark_of
@@ -99,7 +99,7 @@ def card_data(report: Report, *, repo_id: str | None = None) -> ModelCardData:
     results = _eval_results(report)
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if report.base.wrapper else "text-generation",
         license=license_id if _LICENSE.fullmatch(license_id) and license_id != "other" else None,
         base_model=hub_base,
         datasets=_trained_on(report) or None,
@@ -196,7 +196,8 @@ def _eval_results(report: Report) -> list[EvalResult]:
             dataset_type=_flat(task.name),
             dataset_name=_flat(task.name),
             metric_type=_flat(task.metric),
-            metric_name=f"{_flat(task.metric)}, {task.samples} samples",
+            metric_name=f"{_flat(task.metric)}, {task.samples} samples"
+            + (f", engine {_flat(task.engine)}" if task.engine else ""),
             metric_value=round(task.pruned, 4),
         )
         for task in (report.verification.tasks if report.verification else ())
@@ -230,6 +231,7 @@ def _examples(report: Report, repo_id: str | None) -> list[Markup]:
 def _served(exporter: str) -> Markup:
     """The command that runs an engine; nothing for an exporter that is not known here."""
     known = exporter in registry.names("exporters")
+    known = known and not ExporterFacts.of_name(exporter).unopened
     return spanned(f"prune-export serve . --engine {exporter}") if known else Markup()
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from prune_export.escapes import escaped_page
+from prune_export.display.escapes import escaped_page
 from prune_export.report import style
 from prune_export.report.html import environment, figure_of
 from prune_export.report.pareto import Point, Range, beaten_by, draw_pareto

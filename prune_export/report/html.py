@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
-from prune_export.escapes import escaped_page
+from prune_export.display.escapes import escaped_page
 from prune_export.report import table
 from prune_export.report.caveats import caveats, failed
 from prune_export.report.figures import figure_title, names_by_stage
@@ -230,6 +231,17 @@ def value_text(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
+def ticked(text: str) -> Markup:
+    """The text with what stands between backticks as code; all of it is escaped."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # one is left over
+        return escape(text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part)
+        for place, part in enumerate(parts)
+    )
+
+
 @cache
 def environment() -> jinja2.Environment:
     """The template engine of all pages: it escapes every value."""
@@ -256,6 +268,7 @@ def environment() -> jinja2.Environment:
         "share": _share_of_bound,
         "speed": table.speed_text,
         "stray": stray_text,
+        "ticked": ticked,
         "times": table.times,
         "value": value_text,
         "weights": weights_text,

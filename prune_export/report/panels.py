@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -109,7 +110,8 @@ def block_scores(axes: Axes, stage: StageReading, *, compact: bool = False) -> N
         axes.set_ylim(floor, high * 1.6 if log else high + 0.12 * ((high - floor) or 1.0))
     axes.set_xlim(-0.7, len(scores) - 0.3)
     axes.set_xlabel("block (0 = first)")
-    axes.set_ylabel(style.label(name, 36) + (" (log scale)" if log else ""))
+    said = style.label(name, 72) + (" (log scale)" if log else "")
+    axes.set_ylabel("\n".join(textwrap.wrap(said, 40)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
     axes.grid(axis="y")
     if gone and not compact:

@@ -52,6 +52,8 @@ class Base:
     license: str | None = None
     dtype: str = ""
     revision: str | None = None
+    wrapper: str = ""
+    """The type of the larger model (of images and text) whose language model this is."""
 
     @property
     def name(self) -> str:

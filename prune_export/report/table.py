@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prune_export.notebook import html_table
+from prune_export.display.notebook import html_table
 from prune_export.report.reading import Report, perplexity_change, text_from_blocks
 from prune_export.report.sparse import kernels_text, stray_text, weights_text
 from prune_export.units import text_from_bytes, text_from_count
@@ -192,7 +192,7 @@ def _quality_rows(report: Report) -> list[Row]:
     for task in report.verification.tasks if report.verification else ():
         base = "not measured" if task.dense is None else number(task.dense, 4)
         shift = "" if task.dense is None else f"{task.pruned - task.dense:+.4f}".replace("-", "−")
-        label = f"{task.name}, {task.metric}"
+        label = f"{task.name}, {task.metric}" + (f", {task.engine}" if task.engine else "")
         rows.append(Row("quality", label, base, number(task.pruned, 4), shift))
     return rows
 

@@ -1,7 +1,8 @@
 """Trains a pruned checkpoint; what the healers (`prune_export/heal/`) share.
 
-`settings` and `objective` (the keys), `targets` (which weights get an adapter), `memory` (what it
-takes), `model` and `full_weights` (loading), `loss`, `divergence` and `distill_loss`, `teacher`,
-`loop` (the steps), `state` (its checkpoints), `zeros` and `masked` (weights that stay zero),
-`merge`, and `heal` (the whole, in order).
+`settings` (the keys), `adapters/` (LoRA: which weights, their products, their merge), `losses/`
+(the next token's, and a teacher's), `memory` (what a training takes), `model` and `full_weights`
+(loading), `attention`, `teacher`, `on_policy`, `layerdrop`, `zeros` (weights that stay zero),
+`loop` (the steps), `shared` (by several processes), `state` (its checkpoints), and `heal` (the
+whole, in order).
 """

@@ -21,6 +21,8 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.contracts import HEALING_WINDOWS, HealRecord, Work
 from prune_export.errors import StageError
 from prune_export.surgery import Edit, rewrite
+from prune_export.training.adapters.merge import merged
+from prune_export.training.adapters.targets import linear_weights, targets
 from prune_export.training.full_weights import Whole, trained_tensors
 from prune_export.training.layerdrop import left_out
 from prune_export.training.loop import (
@@ -32,12 +34,10 @@ from prune_export.training.loop import (
     trained_tokens,
 )
 from prune_export.training.memory import answers_to_keep, fit
-from prune_export.training.merge import merged
 from prune_export.training.model import compute_dtype, plain, quiet
 from prune_export.training.settings import Quantization, Settings, Training
 from prune_export.training.shared import Lesson, share_lesson, student_of
 from prune_export.training.state import State, write_whole
-from prune_export.training.targets import linear_weights, targets
 from prune_export.training.teacher import comparing, lessons
 from prune_export.training.zeros import kept_zeros, refuse_filled
 

@@ -28,7 +28,7 @@ from prune_export.contracts import Work
 from prune_export.errors import StageError
 from prune_export.system.processes import Team
 from prune_export.training.attention import PlainAttention, makes_scores
-from prune_export.training.loss import next_token_loss, predictions
+from prune_export.training.losses.loss import next_token_loss, predictions
 from prune_export.training.on_policy import is_on_policy, said_by_student
 from prune_export.training.settings import Training
 from prune_export.training.state import State

@@ -13,10 +13,10 @@ from prune_export.contracts import Cost
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.sampling import READ_BYTES_A_SECOND, STEP_SECONDS
+from prune_export.training.adapters.targets import linear_weights, targets
 from prune_export.training.attention import makes_scores, score_bytes
 from prune_export.training.full_weights import trained_tensors
 from prune_export.training.settings import Quantization, Settings, Training
-from prune_export.training.targets import linear_weights, targets
 from prune_export.units import GIB, MIB, text_from_bytes
 
 PROCESS_BYTES: Final = 620 * MIB
@@ -273,13 +273,15 @@ def cost(
     mapped = 0 if as_stored else min(stored, _MAPPED_BYTES)
     host = mapped + 12 * size.largest if on_gpu else max(mapped + working, measured)
     trained = settings.steps * settings.batch * length
+    flops = trained * _token_flops(arch, settings, size, length, found.gradient_checkpointing)
     return Cost(
         ram_bytes=PROCESS_BYTES + host,
         gpu_bytes=max(working, measured) if on_gpu or machine is None else 0,
         disk_bytes=stored + 2 * 12 * size.trained,
-        flops=trained * _token_flops(arch, settings, size, length, found.gradient_checkpointing),
+        flops=flops,
         moved_bytes=3 * stored,
         seconds=15,
+        bfloat16_flops=flops if item == 2 else 0.0,
     )
 
 
@@ -378,7 +380,8 @@ def taught_cost(
             seconds += share / rows * how.new_tokens * step
             note += f"; {how.on_policy:.0%} of steps on-policy, {how.new_tokens} tokens"
         note += f"; hidden states {how.hidden.by}" if how.hidden else ""
-        return dataclasses.replace(own, flops=flops, seconds=seconds), note
+        narrow = flops if item == 2 else 0.0
+        return dataclasses.replace(own, flops=flops, seconds=seconds, bfloat16_flops=narrow), note
     made = answers_cost(teacher, samples, length, kept, machine)
     each_bytes = answer_bytes(teacher.sizes["vocab"], kept)
     note = f"teacher's answers kept: {kept} tokens, {each_bytes} bytes a position"
@@ -389,4 +392,5 @@ def taught_cost(
         flops=own.flops + made.flops,
         moved_bytes=own.moved_bytes + made.moved_bytes,
         seconds=own.seconds + made.seconds,
+        bfloat16_flops=own.bfloat16_flops,
     ), note

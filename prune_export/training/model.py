@@ -18,8 +18,8 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_model
 from prune_export.errors import MissingExtra, StageError
 from prune_export.machine import Machine
-from prune_export.training.low_rank import compute_in_own_dtype
-from prune_export.training.masked import Base, mask
+from prune_export.training.adapters.low_rank import compute_in_own_dtype
+from prune_export.training.adapters.masked import Base, mask
 from prune_export.training.settings import Quantization, Settings
 from prune_export.training.zeros import Packed
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from prune_export.errors import PlanError
-from prune_export.training.objective import NEXT_TOKEN, Distill, Objective, distill_of
+from prune_export.training.losses.objective import NEXT_TOKEN, Distill, Objective, distill_of
 from prune_export.training.zeros import KeepZeros
 
 _WARMUP_SHARE: Final = 0.1

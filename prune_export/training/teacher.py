@@ -16,10 +16,10 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_model
 from prune_export.contracts import Work
 from prune_export.errors import StageError
-from prune_export.training.distill_loss import Answers, distill_loss
-from prune_export.training.hidden import States, watched
-from prune_export.training.loss import next_token_loss
-from prune_export.training.objective import Distill
+from prune_export.training.losses.distill_loss import Answers, distill_loss
+from prune_export.training.losses.hidden import States, watched
+from prune_export.training.losses.loss import next_token_loss
+from prune_export.training.losses.objective import Distill
 from prune_export.training.settings import Training
 
 

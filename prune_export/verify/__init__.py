@@ -14,12 +14,13 @@ from prune_export.verify.quality import measure_perplexity
 from prune_export.verify.reload import measure_reload
 from prune_export.verify.sparsity import measure_sparsity, not_from_rounding
 from prune_export.verify.speed import Effort, measure_speed
-from prune_export.verify.tasks import check_tasks, measure_tasks
+from prune_export.verify.tasks import check_tasks, measure_engine_tasks, measure_tasks
 
 __all__ = [
     "Effort",
     "Engine",
     "check_tasks",
+    "measure_engine_tasks",
     "measure_generation",
     "measure_parity",
     "measure_perplexity",

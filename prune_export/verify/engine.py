@@ -73,8 +73,16 @@ class Engine:
 
     def runs_on(self, machine: Machine) -> bool:
         """Whether this machine has the device that it needs."""
-        devices = ExporterFacts.of(self._kind).runs_on
-        return devices is None or machine.device in devices
+        return not self.why_not(machine)
+
+    def why_not(self, machine: Machine) -> str:
+        """Why it cannot be opened on this machine, to go on a sentence; empty where it can."""
+        facts = ExporterFacts.of(self._kind)
+        if facts.unopened:
+            return facts.unopened
+        if facts.runs_on is None or machine.device in facts.runs_on:
+            return ""
+        return f"it does not run on {machine.device}, which is all there is"
 
     @property
     def calibrated(self) -> bool:

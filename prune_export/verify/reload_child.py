@@ -2,6 +2,7 @@
 
     python -I reload_child.py DIRECTORY RAM_BYTES [own-code]
 
+A plain model is loaded with AutoModelForCausalLM, one of images and text with its own class.
 It must not import prune_export: a user who downloads the checkpoint has none. Prints one JSON line,
 what `check` returns. A model that does not fit into RAM_BYTES is loaded with its weights left on
 disk (accelerate), and generates 4 tokens instead of 16. With `own-code` the code beside it is run:
@@ -18,6 +19,7 @@ from typing import Any
 def check(directory: Path, ram_bytes: int, *, own_code: bool = False) -> dict[str, Any]:
     """Loads `directory` and generates; gives what was found, as JSON types."""
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -39,7 +41,11 @@ def check(directory: Path, ram_bytes: int, *, own_code: bool = False) -> dict[st
                 "offload_folder": offload,
             }
         )
-        model, info = AutoModelForCausalLM.from_pretrained(
+        own: Any = AutoModelForCausalLM
+        listed = type(config) in own._model_mapping or own_code
+        if config.get_text_config() is not config or not listed:
+            own = getattr(transformers, config.architectures[0])
+        model, info = own.from_pretrained(
             directory,
             output_loading_info=True,
             local_files_only=True,

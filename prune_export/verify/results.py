@@ -138,7 +138,10 @@ class Reload:
 
 @dataclass(frozen=True)
 class Task:
-    """One metric of one lm-eval task, `dense` None where the dense model was not evaluated."""
+    """One metric of one lm-eval task, `dense` None where the dense model was not evaluated.
+
+    `engine` is the exporter of the engine that was evaluated; empty: the checkpoint itself.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -147,6 +150,7 @@ class Task:
     dense: float | None
     pruned: float
     samples: int
+    engine: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Runs lm-eval tasks on a checkpoint, in a process of their own."""
+"""Runs lm-eval tasks on a checkpoint or an engine, in a process of their own.
+
+An engine is a model of lm-eval through an integration, which the entry point `engine` of the group
+`prune_export.task_models` names: a class with `of(engine, machine)` and `close()`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Final
 
 from prune_export.errors import MissingExtra, StageError, VerifyError
 from prune_export.machine import Machine
 from prune_export.progress import Progress, Silent
+from prune_export.verify.engine import Engine
 from prune_export.verify.results import Task
 from prune_export.verify.session import environment
 
@@ -74,6 +81,49 @@ def measure_tasks(
     ]
 
 
+def measure_engine_tasks(
+    tasks: Sequence[str],
+    engine: Engine,
+    machine: Machine,
+    *,
+    beside: Sequence[Task] = (),
+    samples: int | None = None,
+    include: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Task]:
+    """Measures each metric of each task on an engine itself, one request at a time.
+
+    `beside` are the same tasks of the checkpoint: what the dense model reached stands there.
+
+    Raises:
+        MissingExtra: lm-eval is not installed.
+        VerifyError: no integration brings a model for engines.
+        StageError: lm-eval failed; with its last words.
+    """
+    check_tasks(tasks)
+    model = task_model()
+    if model is None:
+        raise VerifyError(
+            "verify.quality.tasks",
+            "nothing that is installed evaluates engines with lm-eval",
+            "install prune-export again, or write `engines: false` below `quality`",
+        )
+    with (progress or Silent()).task(f"lm-eval tasks on {engine.exporter}", 1) as task:
+        asked = {"engine": engine.to_json(), "machine": asdict(machine), "model": model.value}
+        found = _evaluate(tasks, engine.path, machine, samples, include, asked)
+        task.advance()
+    dense = {(one.name, one.metric): one.dense for one in beside}
+    return [
+        Task(name, metric, dense.get((name, metric)), value, count, engine.exporter)
+        for (name, metric), (value, count) in found.items()
+    ]
+
+
+def task_model() -> EntryPoint | None:
+    """The integration that makes an engine a model of lm-eval; None where none is installed."""
+    return next(iter(entry_points(group="prune_export.task_models", name="engine")), None)
+
+
 _Scores = dict[tuple[str, str], tuple[float, int]]
 
 
@@ -83,14 +133,16 @@ def _evaluate(
     machine: Machine,
     samples: int | None,
     include: Path | None,
+    about_engine: Mapping[str, Any] | None = None,
 ) -> _Scores:
-    """Evaluates a checkpoint: (task, metric) -> (value, number of documents)."""
+    """Evaluates a checkpoint, or an engine: (task, metric) -> (value, number of documents)."""
     asked = {
         "tasks": list(tasks),
         "checkpoint": str(checkpoint),
         "device": machine.device,
         "samples": samples,
         "include": str(include) if include else None,
+        **(about_engine or {}),
     }
     # A task may need data from the Hub, so only the user decides whether there is a network.
     variables = environment(machine)

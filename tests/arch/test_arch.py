@@ -259,7 +259,7 @@ REFUSED = [
     ({"quantization_config": {"bits": 4}}, r"quantization_config\n.*\n.*dequantize"),
     ({"per_layer_config": {"0": {}}}, r"per_layer_config\n.*\n.*different shapes"),
     ({"add_cross_attention": True}, "add_cross_attention"),
-    ({"model_type": "lama"}, r"got 'lama'.*\n.*did you mean `llama`.*one file"),
+    ({"model_type": "lama"}, r"got 'lama'.*\n.*did you mean `llama`.*one YAML file"),
     ({"num_hidden_layers": 0}, "got 0, expected 1 or more"),
     ({"intermediate_size": [48, 32]}, r"intermediate_size\n.*\[48, 32\], expected one integer"),
     ({"intermediate_size": 0}, "`intermediate_size` is 0, expected at least 1"),
@@ -364,3 +364,30 @@ def test_what_blocks_divide_by_the_root_of_their_number_is_scaled() -> None:
     written = arch.without((1, 4, 5)).to_config(arch.config)
     assert written["scale_depth"] == pytest.approx(1.4 * 0.5**0.5)
     assert arch.to_config(arch.config)["scale_depth"] == 1.4
+
+
+def test_blocks_that_the_model_cannot_do_without_are_not_chosen_from() -> None:
+    assert bound("llama").droppable == range(6)
+    arch = bound("gemma4_text")
+    assert arch.droppable == range(5)
+    with pytest.raises(
+        PlanError, match=r"layer_types\n.*would end with 'sliding.*\n.*keep block 5"
+    ):
+        arch.without([5])
+    assert arch.without([3, 4, 5]).layers == 3, "another block of that kind may be the last one"
+
+
+def test_sizes_of_a_kind_of_layers_are_read_once_or_layer_by_layer() -> None:
+    keys = {"head_dim": 16, "num_key_value_heads": 1}
+    whole = full({"model_type": "gemma4_text", **tiny_config("gemma4_text", {})})
+    assert whole["per_layer_config"] == {"2": keys, "5": keys}
+    arch = Arch.from_config(whole)
+    once = {key: value for key, value in whole.items() if key != "per_layer_config"}
+    once |= {"global_head_dim": 16, "num_global_key_value_heads": 1}
+    assert Arch.from_config(once).sizes == arch.sizes
+    cut = arch.without([0, 3])
+    assert cut.to_config(whole)["per_layer_config"] == {"1": keys, "3": keys}
+    assert cut.to_config(once)["global_head_dim"] == 16
+    for odd in ({"2": keys}, {"2": keys, "5": {**keys, "head_dim": 8}}, {"2": {"x": 1}}):
+        with pytest.raises(UnsupportedArch, match=r"per_layer_config\n.*\[2, 5\]"):
+            Arch.from_config(whole | {"per_layer_config": odd})

@@ -81,14 +81,15 @@ MALFORMED = [
 def test_a_malformed_table_is_named(old: str, new: str, message: str) -> None:
     assert old in LLAMA
     with pytest.raises(UnsupportedArch, match=message) as caught:
-        parse_table(LLAMA.replace(old, new, 1), "x.yaml")
+        parse_table(LLAMA.replace(old, new, 1), "families/x.yaml")
     assert caught.value.where.startswith("families/x.yaml")
 
 
 def test_a_table_is_data_only() -> None:
     with pytest.raises(UnsupportedArch, match="is not YAML"):
         parse_table(
-            LLAMA.replace("family: llama", "family: !!python/object/apply:os.getcwd []"), "x.yaml"
+            LLAMA.replace("family: llama", "family: !!python/object/apply:os.getcwd []"),
+            "families/x.yaml",
         )
 
 

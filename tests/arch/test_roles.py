@@ -20,9 +20,9 @@ def test_a_bias_has_the_part_of_its_matrix_and_is_none() -> None:
 
 
 def test_what_is_derived() -> None:
-    assert {"o", "down", "expert.down", "shared.down"} == OUTPUT_PROJECTIONS
+    assert {"o", "linear.out", "down", "expert.down", "shared.down"} == OUTPUT_PROJECTIONS
     assert LINEAR_GROUPS["gate_up"] == "mlp.in"
     assert "router" not in LINEAR_GROUPS
-    assert OUTPUTS["attention"] == ("o", "o.bias")
+    assert OUTPUTS["attention"] == ("o", "o.bias", "linear.out", "linear.out.bias")
     assert residual_bases.READS_BEHIND["router"] == "norm.mlp"
     assert "embed" in residual_bases.WRITES

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prune_export.arch import Arch
-from prune_export.checkpoint import gguf_config, import_gguf
+from prune_export.checkpoint import filled, gguf_config, import_gguf
 from prune_export.checkpoint.gguf_header import read_gguf_header
 from prune_export.errors import (
     CheckpointError,
@@ -219,7 +219,31 @@ def test_too_little_memory_is_refused_before_the_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_package_names_its_extra(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_is_kept_for_the_next_plan(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it takes seconds where the vocabulary is large."""
+    monkeypatch.setattr(filled, "user_cache", lambda: tmp_path)
+    made = gguf_config(file)
+    kept = filled._file(filled._beginning(file))
+    assert kept is not None
+    monkeypatch.setattr("prune_export.checkpoint.gguf.read_gguf_header", None)
+    assert gguf_config(file) == made
+    monkeypatch.undo()
+    monkeypatch.setattr(filled, "user_cache", lambda: tmp_path)
+    longer = tmp_path / "longer.gguf"
+    longer.write_bytes(file.read_bytes() + b"\0" * 32)
+    for damaged in ("", "[]", "{}"):
+        kept.write_text(damaged)
+        assert filled.kept_gguf_config(file) is None
+        assert gguf_config(file) == made
+    assert filled.kept_gguf_config(longer) is None
+
+
+def test_a_missing_package_names_its_extra(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filled, "user_cache", lambda: tmp_path)
     real = builtins.__import__
 
     def without(name: str, *rest: Any, **more: Any) -> Any:
@@ -230,3 +254,13 @@ def test_a_missing_package_names_its_extra(file: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtra, match=r'pip install "prune-export\[gguf\]"'):
         gguf_config(file)
+
+
+def test_sizes_that_transformers_gives_other_names_are_refused(tmp_path: Path) -> None:
+    """It reads falcon's sizes under llama's names, and builds one of falcon's default sizes."""
+    file = write_gguf(tmp_path / "falcon.gguf", tiny_model(), architecture="falcon")
+    with pytest.raises(UnsupportedArch) as caught:
+        gguf_config(file)
+    assert "intermediate_size, num_key_value_heads, rms_norm_eps" in caught.value.problem
+    assert "no falcon config has" in caught.value.problem
+    assert caught.value.fix == "start from the original safetensors model"

@@ -110,6 +110,7 @@ def resolved(url: str, cache: Path, *calls: dict[str, Any], **environment: str) 
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_fetches_what_is_data_and_finds_it_again_offline(models: Models, tmp_path: Path) -> None:
     shards = [
         name for name in models["org/many"] if name.startswith("model") and "evil" not in name

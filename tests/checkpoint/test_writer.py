@@ -28,6 +28,7 @@ from prune_export.checkpoint.header import TORCH
 from prune_export.checkpoint.writer import lay_out
 from prune_export.errors import CheckpointError, PlanError
 from tests.checkpoint.raw_safetensors import parts
+from tests.saved_models import contents
 
 Saved = Callable[..., Path]
 CONFIG = {"model_type": "llama"}
@@ -53,10 +54,6 @@ def copies(checkpoint: Checkpoint) -> list[Planned]:
     return [
         Planned(name, entry.dtype, entry.shape, entry) for name, entry in checkpoint.entries.items()
     ]
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
 
 
 def data(path: Path) -> dict[str, bytes]:

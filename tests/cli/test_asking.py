@@ -10,16 +10,8 @@ import pytest
 
 from prune_export.cli.asking import _fraction, _limited, _times
 from prune_export.errors import PlanError
-from prune_export.recipe import Recipe
-from tests.cli.test_cli import DEEPEST, call
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        return call([str(argument) for argument in arguments], capsys, monkeypatch)
-
-    return run
+from prune_export.recipe import Recipe, engines_of
+from tests.cli.test_cli import DEEPEST
 
 
 @pytest.fixture
@@ -56,6 +48,10 @@ def test_precision_and_runtime_leave_the_first_engine_to_compare_with() -> None:
         {"ort_genai": {"precision": "int8"}},
         {"onnx": {"precision": "int8"}},
     ]
+    coarse = {"ort_genai": {"precision": "int4"}, "quantize": {"method": "gptq"}}
+    assert left("int4", "ort_genai") == [
+        {"onnx": {"precision": "fp32"}}, {"ort_genai": {"precision": "int8"}}, coarse
+    ]  # fmt: skip
     assert left("fp32") == [{"onnx": {"precision": "fp32"}}]
     assert left(None, "onnx") == [
         {"onnx": {"precision": "fp32"}}, {"onnx": {"precision": "int8"}}
@@ -81,9 +77,9 @@ def test_each_bundled_recipe_chooses_over_precision_too(name: str, target: dict[
     search = Recipe.load(name).stages[0].entry
     asked = search.target.model_dump()
     assert {key: asked[key] for key in target} == target
-    assert {keys["precision"] for one in search.engines for keys in one.values()} == {
-        "fp32", "int8", "int4"
-    }  # fmt: skip
+    assert [one.label for one in engines_of(search)] == [
+        "fp32 on onnx", "int8 on ort_genai", "int4 by gptq on ort_genai", "int8 on onnx"
+    ]  # fmt: skip
     assert search.alternative
 
 
@@ -112,6 +108,7 @@ def test_one_line_is_planned_from_a_text_and_a_time(
         assert told in said
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_run_and_plan_take_one_text(
     cli: Any, tiny_llama: Path, notes: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from prune_export import __version__
-from prune_export.cli import main
 
 DEEPEST = """\
 recipe: 1
@@ -23,25 +22,6 @@ stages:
   - prune: {method: deepest, remove: 2}
 verify: {parity: false, generation: false}
 """
-
-
-def call(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error) of a command in this process."""
-    monkeypatch.setattr(sys, "argv", ["prune-export", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    shown = capsys.readouterr()
-    return int(ended.value.code or 0), shown.out, shown.err
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        return call([str(argument) for argument in arguments], capsys, monkeypatch)
-
-    return run
 
 
 @pytest.fixture
@@ -151,7 +131,7 @@ def test_a_recipe_alone_never_publishes(
         asked.append((repo, private))
         return f"published {repo}"
 
-    monkeypatch.setattr("prune_export.hub.publish", upload)  # the Hub is another machine
+    monkeypatch.setattr("prune_export.hub.publishing.publish", upload)  # the Hub is another machine
     proposing = DEEPEST + "publish: {repo: stranger/model, private: false}\n"
     recipe.write_text(proposing, encoding="utf-8")
     run = ("run", recipe, "-m", tiny_llama, "-o", tmp_path / "out", "--store", tmp_path / "store")

@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from prune_export.cli import main
-
 Call = Any
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prune-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return run
 
 
 @pytest.fixture
@@ -58,7 +43,7 @@ def test_three_models_in_one_table(
     assert "note: without `--data` no quality was measured" in cli(*asked)[1]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
 def test_the_quality_of_each_is_measured_on_the_same_windows(
     cli: Call, tiny_llama: Path, shorter: Path, corpus: Path, tmp_path: Path
 ) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prune_export.cli import main
 from prune_export.store import Key, Store
 
 KEY = Key("prune", "deepest", "1", {"remove": 2}, ("model-0",), None)
@@ -23,14 +21,13 @@ verify: {parity: false, generation: false}
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+def joined(cli: Any) -> Any:
+    """As `cli`, what is said on standard error in one line."""
+
     def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prune-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        assert "Traceback" not in shown.err
-        return int(ended.value.code or 0), shown.out, " ".join(shown.err.split())
+        status, shown, said = cli(*arguments)
+        assert "Traceback" not in said
+        return status, shown, " ".join(said.split())
 
     return run
 
@@ -51,32 +48,32 @@ def made(store: Store, **parameters: int) -> str:
 
 @pytest.mark.parametrize("command", ["gc", "ls"])
 def test_a_directory_that_is_no_store_is_not_cleaned(
-    cli: Any, tmp_path: Path, command: str
+    joined: Any, tmp_path: Path, command: str
 ) -> None:
     home = tmp_path / "home"
     (home / "photos").mkdir(parents=True)
     (home / "photos" / "cat.jpg").write_text("")
-    status, _, told = cli("store", command, "--store", home)
+    status, _, told = joined("store", command, "--store", home)
     assert status == 2
     assert "is no store" in told
     assert "photos" in told
     assert (home / "photos" / "cat.jpg").exists()
-    status, _, told = cli("store", command, "--store", tmp_path / "absent")
+    status, _, told = joined("store", command, "--store", tmp_path / "absent")
     assert status == 2
     assert "no run has used it" in told
     assert not (tmp_path / "absent").exists()
 
 
 def test_a_default_store_that_was_never_used_is_empty(
-    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joined: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PRUNE_EXPORT_STORE", str(tmp_path / "store"))
-    assert "0 artifacts" in cli("store", "ls")[1]
-    assert "removed 0 artifacts" in cli("store", "gc")[1]
+    assert "0 artifacts" in joined("store", "ls")[1]
+    assert "removed 0 artifacts" in joined("store", "gc")[1]
     assert not (tmp_path / "store").exists()
 
 
-def test_gc_says_what_it_could_not_read(cli: Any, tmp_path: Path, store: Store) -> None:
+def test_gc_says_what_it_could_not_read(joined: Any, tmp_path: Path, store: Store) -> None:
     kept, broken = made(store, remove=1), made(store, remove=2)
     store.remember(tmp_path, [kept, broken])
     (store.root / broken / "manifest.json").write_text("null")
@@ -84,19 +81,21 @@ def test_gc_says_what_it_could_not_read(cli: Any, tmp_path: Path, store: Store) 
     (store.root / "seen.json").write_text("[]")
     (store.root / f"{kept}.lock").touch()
     where = ("--store", store.root)
-    assert json.loads(cli("store", "ls", *where, "--json")[1])
-    told = cli("store", "gc", *where, "--dry-run")[1]
+    assert json.loads(joined("store", "ls", *where, "--json")[1])
+    told = joined("store", "gc", *where, "--dry-run")[1]
     assert "would remove 1 artifacts" in told
-    found = json.loads(cli("store", "gc", *where, "--json")[1])
+    found = json.loads(joined("store", "gc", *where, "--json")[1])
     assert found["removed"] == [broken]
     assert sorted(found["broken"]) == sorted([broken, "roots/x.json"])
     assert f"{kept}.lock" in found["left_by_killed_runs"]
     assert store.get(kept)
     assert not (store.root / broken).exists()
-    assert cli("store", "gc", *where)[1].splitlines() == ["removed 0 artifacts, 0 B"]
+    assert joined("store", "gc", *where)[1].splitlines() == ["removed 0 artifacts, 0 B"]
 
 
-def test_an_engine_is_put_only_where_nothing_is(cli: Any, tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_engine_is_put_only_where_nothing_is(
+    joined: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -107,24 +106,24 @@ def test_an_engine_is_put_only_where_nothing_is(cli: Any, tiny_llama: Path, tmp_
         tmp_path / "store" / "out": "lies in the store", tiny_llama.parent: "is not empty",
         tmp_path / ("a" * 300): "too long", "/dev/null": "is a device",
     }.items():  # fmt: skip
-        status, _, told = cli(*export, place)
+        status, _, told = joined(*export, place)
         assert status == 2
         assert says in told
     assert (out / "notes.txt").read_text() == "mine"
     assert not list((tmp_path / "store").glob("*-*"))
 
 
-def test_a_picture_replaces_nobodys(cli: Any, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_picture_replaces_nobodys(joined: Any, tiny_llama: Path, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     photo.write_bytes(b"\x89PNG of a cat")
-    status, _, told = cli("inspect", tiny_llama, "--data", photo, "--out", photo)
+    status, _, told = joined("inspect", tiny_llama, "--data", photo, "--out", photo)
     assert status == 2
     assert "a file that prune-export inspect did not write" in told
     assert photo.read_bytes() == b"\x89PNG of a cat"
 
 
 def test_a_user_without_a_home_directory_can_plan(
-    cli: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joined: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a container that runs under a number that its passwd does not know."""
     recipe = tmp_path / "r.yaml"
@@ -137,14 +136,14 @@ def test_a_user_without_a_home_directory_can_plan(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", unknown)
     plan = ("plan", recipe, "--model", tiny_llama, "--out", tmp_path / "out", "--threads", 1)
-    status, _, told = cli(*plan)
+    status, _, told = joined(*plan)
     assert status == 2
     assert "no home directory" in told
     assert "--store" in told
-    assert cli(*plan, "--store", tmp_path / "store")[0] == 0
+    assert joined(*plan, "--store", tmp_path / "store")[0] == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert cli(*plan)[0] == 0
+    assert joined(*plan)[0] == 0
     for model in ("~/model", "~nobody-of-this-name/model"):
-        status, _, told = cli("plan", recipe, "--model", model, "--threads", 1)
+        status, _, told = joined("plan", recipe, "--model", model, "--threads", 1)
         assert status == 2
         assert "is not a Hub id" in told

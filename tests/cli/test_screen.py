@@ -18,8 +18,8 @@ from rich.text import Text
 from prune_export.cli import console, main
 from prune_export.cli.engines import show_verification
 from prune_export.cli.screen import Screen, in_encoding
+from prune_export.display.escapes import escaped, json_escaped
 from prune_export.errors import PlanError
-from prune_export.escapes import escaped, json_escaped
 from prune_export.verify.results import (
     Parity,
     Perplexity,

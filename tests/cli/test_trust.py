@@ -11,7 +11,7 @@ import pytest
 
 from prune_export.errors import CheckpointError
 from prune_export.machine import Machine
-from prune_export.opening import reported_engines
+from prune_export.results.opening import reported_engines
 from prune_export.store import Key, Store
 
 

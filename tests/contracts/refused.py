@@ -13,52 +13,62 @@ _ALIBI: Final = frozenset({"bloom"})
 _FUSED: Final = frozenset({"gpt_oss", "granitemoe", "granitemoeshared"})
 """The experts of a block are one tensor on disk, of which nothing is cut and made sparse."""
 
+_PARTLY_FUSED: Final = _FUSED | {"llama4_text", "mistral4"}
+"""These too, in some blocks only: of others the MLP can be cut."""
+
 REFUSED: Final[dict[str, frozenset[str]]] = {
-    "gblm": _FUSED,
-    "gptq": _FUSED,
-    "iterative_magnitude": _FUSED,
-    "magnitude": _FUSED,
-    "ria": _FUSED,
-    "rtn": _FUSED,
-    "sparsegpt": _FUSED,
-    "wanda": _FUSED,
+    "every_other": frozenset({"gemma4_text"}),  # its last block must stay
+    "gblm": _PARTLY_FUSED,
+    "gptq": _PARTLY_FUSED,
+    "iterative_magnitude": _PARTLY_FUSED,
+    "magnitude": _PARTLY_FUSED,
+    "ria": _PARTLY_FUSED,
+    "rtn": _PARTLY_FUSED,
+    "sparsegpt": _PARTLY_FUSED,
+    "wanda": _PARTLY_FUSED,
     # Their blocks differ in shape and cannot be merged.
     "laco": frozenset(
         {
-            "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "qwen2_moe",
-            "qwen3_moe",
+            "bamba", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "gemma4_text",
+            "glm4_moe", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "llama4_text", "mistral4",
+            "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
         }
     ),
-    "llm_pruner": _ALIBI | _FUSED,
-    "minitron": _ALIBI | _FUSED,
-    "structured_gblm": _ALIBI | _FUSED,
-    "structured_magnitude": _ALIBI | _FUSED,
-    "structured_wanda": _ALIBI | _FUSED,
+    "llm_pruner": _ALIBI | _FUSED | {"mistral4"},
+    "minitron": _ALIBI | _FUSED | {"mistral4"},
+    "structured_gblm": _ALIBI | _FUSED | {"mistral4"},
+    "structured_magnitude": _ALIBI | _FUSED | {"mistral4"},
+    "structured_wanda": _ALIBI | _FUSED | {"mistral4"},
     # Norms that subtract the mean, norms of outputs, models that are sliced already, and configs
     # that cannot say another hidden size.
     "slicegpt": frozenset(
         {
-            "bloom", "cohere", "cohere2", "exaone4", "falcon", "flex_olmo", "gemma2", "gemma3_text",
-            "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium", "hyperclovax", "jais2",
+            "bamba", "bloom", "cohere", "cohere2", "exaone4", "falcon", "flex_olmo", "gemma2",
+            "gemma3_text", "gemma4_text", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
+            "granitemoehybrid", "helium", "hyperclovax", "jais2", "jamba", "lfm2", "lfm2_moe",
             "minicpm3", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi",
             "phimoe", "sliced_llama", "sliced_mistral", "sliced_qwen2", "sliced_qwen3", "stablelm",
             "starcoder2",
         }
     ),
-    # Their MLPs differ, or are experts, or are as wide as the states ask.
+    # Their MLPs differ, or are experts, or are as wide as the states ask, or some blocks have no
+    # attention.
     "ziplm": frozenset(
         {
-            "bloom", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo",
-            "glm4_moe", "gpt_oss", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "minimax_m2",
-            "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+            "bamba", "bloom", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo",
+            "glm4_moe", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared",
+            "hunyuan_v1_moe", "jamba", "lfm2", "lfm2_moe", "llama4_text", "minimax_m2", "mistral4",
+            "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text",
+            "qwen3_moe", "qwen3_next",
         }
     ),
 }  # fmt: skip
 
 WHOLE_HEADS: Final = frozenset(
     {
-        "bloom", "falcon", "flex_olmo", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "helium",
-        "minimax_m2", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "stablelm",
+        "bloom", "falcon", "flex_olmo", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
+        "helium", "jamba", "lfm2_moe", "minimax_m2", "olmo2", "olmo3", "olmoe", "opt", "persimmon",
+        "stablelm",
     }
 )  # fmt: skip
 """Families whose config has no head size, or a norm over all heads: nothing cuts their heads."""

@@ -23,7 +23,14 @@ DECLARED: dict[str, Any] = {
 }  # fmt: skip
 
 ALLOWED = {
-    "doctor.py": {"onnx", "tensorrt"},  # extras of the package, called like the exporters
+    "doctor.py": {"onnx", "tensorrt", "gguf"},  # extras of the package, called like the exporters
+    # The format of a model that is read, not the engine that is written:
+    "checkpoint/filled.py": {"gguf"},
+    "checkpoint/gguf.py": {"gguf"},
+    "checkpoint/gguf_header.py": {"gguf"},
+    "execution/asked.py": {"gguf"},
+    "execution/inputs.py": {"gguf"},
+    "planning/making.py": {"gguf"},
     "report/card.py": {"onnx"},  # the Hub's tag for a graph of that format
     "recipe/search.py": {"onnx"},  # a default of the recipe, which names an exporter
 }

@@ -32,7 +32,7 @@ METHODS = [
 
 def method_for(name: str, checkpoint: Checkpoint, **keys: Any) -> Any:
     """The method on channels and, where the family's config can say it, heads."""
-    if checkpoint.arch().family not in WHOLE_HEADS:
+    if checkpoint.config["model_type"] not in WHOLE_HEADS:
         keys["heads"] = 0.5
     return registry.find("methods", name)(ffn=0.5, **keys)
 
@@ -85,13 +85,14 @@ def logits(model: Any) -> torch.Tensor:
     [
         (name, family)
         for at, name in enumerate(METHODS)
-        for family in one_of_each(at)
-        if not refuses(name, family)
+        for turn, family in enumerate(one_of_each(at))
+        if turn % 3 == at % 3 and not refuses(name, family)
     ],
 )
 def test_a_cut_model_computes_as_the_whole_one_silenced(
     name: str, model_type: str, tiny: Callable[[str], Checkpoint], tmp_path: Path
 ) -> None:
+    """Each kind of family meets one or two of the methods, whose edits are made by one function."""
     checkpoint = tiny(model_type)
     arch = checkpoint.arch()
     method = method_for(name, checkpoint, compensate=False)

@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import re
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -19,8 +20,11 @@ import torch
 
 import prune_export
 from prune_export import Machine, Options, Recipe, plan, plugins, registry, run
+from prune_export.arch import table
 from prune_export.checkpoint import Checkpoint
 from prune_export.cli.listing import methods
+from prune_export.deriving.instances import random_instance
+from prune_export.deriving.making import prove_table
 from prune_export.errors import PlanError, StageError
 from tests.contracts import test_methods as contracts
 from tests.contracts.made import plain_view
@@ -28,6 +32,7 @@ from tests.contracts.made import plain_view
 pytestmark = pytest.mark.usefixtures("measured_here")
 
 TEXT = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text(encoding="utf-8")
+FAMILIES = dict(re.findall(r"<!-- example:begin (\S+) -->\n```yaml\n(.*?)```", TEXT, re.S))
 EXAMPLES = dict(re.findall(r"<!-- example:begin (\S+) -->\n```python\n(.*?)```", TEXT, re.S))
 DATA = "data:\n  calibration: {files: [calibration.txt], samples: 4, length: 32}\n"
 QUIET = "verify: {parity: false, generation: false}\n"
@@ -52,6 +57,7 @@ def install(site: Path, package: str, files: dict[str, str], entries: dict[str, 
 def forget() -> None:
     for cached in (registry.names, registry.find, registry._plugins):
         cached.cache_clear()
+    table._tables.cache_clear()
 
 
 @contextmanager
@@ -76,7 +82,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     toml = re.search(r"```toml\n(.*?)```", TEXT, re.S)
     assert toml is not None
     entries = tomllib.loads(toml[1])["project"]["entry-points"]
-    install(site, "my_package", EXAMPLES, entries)
+    install(site, "my_package", {**EXAMPLES, **FAMILIES}, entries)
     with on_path(site, "my_package"):
         yield site
 
@@ -96,6 +102,21 @@ def made(
         name: entry.shape for name, entry in after.entries.items()
     }
     return json.loads((result.out / "report.json").read_text()), result
+
+
+def test_the_family(installed: Path, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
+    own = table.table_for("nanochat")
+    assert own == table.parse_table(FAMILIES["nanochat.yaml"], "docs/your-own.md")
+    checks, _ = prove_table(own)
+    assert {one.what: one.word for one in checks if not one.ok} == {"heads": "refused"}
+    config = {"model_type": "nanochat", **own.tiny.config, "vocab_size": 258}
+    model = random_instance(config, tmp_path / "model").path
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_llama / name, model / name)
+    report, result = made("{method: angular_distance, remove: 2}", QUIET, model, corpus, tmp_path)
+    assert report["result"]["layers"] == 4
+    assert report["notes"] == [] or "derived" not in report["notes"][0]
+    assert result.verification.reload.ok
 
 
 def test_examples_import_what_is_public_and_nothing_else() -> None:

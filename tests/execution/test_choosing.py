@@ -7,13 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prune_export.checkpoint import Checkpoint
+from prune_export.checkpoint.grid_file import Grids
+from prune_export.checkpoint.loading import load_model
 from prune_export.errors import RecipeError, StageError
 from prune_export.execution import Options, plan, run
-from prune_export.execution.choosing import Point, _too_late, alternative_of, to_prune
+from prune_export.execution.choosing import _best
+from prune_export.execution.points import Point, alternative_of, to_prune
+from prune_export.exporters.onnx import Onnx
 from prune_export.machine import Machine
 from prune_export.recipe import EngineOption, Recipe, Search, engines_of
 from prune_export.recipe.search import Target
@@ -103,34 +109,49 @@ class TestWhatIsPruned:
         assert alternative_of([dense], dense, reaches).startswith("No pruned model")
 
 
-class TestTooLate:
-    def choice(self, left: float, elapsed: float, *points: Any) -> Any:
-        watch = SimpleNamespace(
-            budget=1800.0, ratio=1.0, left=left, elapsed=elapsed,
-            planned=[SimpleNamespace(kind="search", seconds=700.0)],
-            after=lambda kind, ratio: 100.0 * ratio,
-        )  # fmt: skip
+def test_engines_of_one_label_name_what_differs() -> None:
+    engines: Any = [
+        {"onnx": {"precision": "fp32"}},
+        {"onnx": {"precision": "int4", "block_size": 32}},
+        {"onnx": {"precision": "int4", "block_size": 128}},
+        {"onnx": {"precision": "int4"}, "quantize": {"method": "gptq"}},
+    ]
+    found = engines_of(Search(Target(speedup=1.5), "ranking", engines=tuple(engines)))
+    assert [one.label for one in found] == [
+        "fp32 on onnx", "int4 on onnx (block_size 32)", "int4 on onnx (block_size 128)",
+        "int4 by gptq on onnx",
+    ]  # fmt: skip
+
+
+class TestWhatIsChosen:
+    def choice(self, *points: Point, notes: tuple[str, ...] = ()) -> Any:
+        pace = SimpleNamespace(notes=list(notes))
+        said: list[str] = []
         return SimpleNamespace(
-            context=SimpleNamespace(watch=watch), points=list(points), reaches=reaches,
-            search=SimpleNamespace(engines=[1, 2, 3]),
+            points=list(points), reaches=reaches, share=share, search=SEARCH, said=said,
+            context=SimpleNamespace(pace=pace, say_late=said.append),
         )  # fmt: skip
 
-    def test_nothing_is_left_out_before_a_result_is_in_hand(self) -> None:
-        full, half = point("32", 17.57, 0.7), point("8", 17.62, 1.4)
-        assert not _too_late(self.choice(1.0, 900.0, full), to_prune=True)
-        assert _too_late(self.choice(1.0, 900.0, full, half), to_prune=True)
+    def test_of_dense_ones_too_close_to_tell_the_fastest(self) -> None:
+        slow, fast = point("8 on onnx", 17.60, 1.2), point("8 on genai", 17.62, 1.4)
+        coarse = point("4", 18.9, 2.0)
+        assert _best(self.choice(slow, fast, coarse), []) is fast
 
-    def test_the_pace_of_the_engines_so_far_counts(self) -> None:
-        points = [point("32", 17.57, 0.7), point("8", 17.62, 1.4)]
-        # Two of seven engines were planned to take 200 s; one more and the proof follow.
-        assert not _too_late(self.choice(210.0, 200.0, *points), to_prune=False)
-        assert _too_late(self.choice(190.0, 200.0, *points), to_prune=False)
-        assert _too_late(self.choice(790.0, 800.0, *points), to_prune=False)
-        assert _too_late(self.choice(440.0, 200.0, *points), to_prune=True)
-        assert not _too_late(self.choice(460.0, 200.0, *points), to_prune=True)
+    def test_a_dense_one_before_a_pruned_one_that_is_as_good(self) -> None:
+        dense, cut = point("8", 17.62, 1.0), point("8", 17.60, 1.5, pruned=True)
+        assert _best(self.choice(dense, cut), []) is dense
+
+    def test_what_is_nearest_where_time_was_short(self) -> None:
+        full, half = point("32", 17.57, 0.4), point("8", 17.62, 0.8)
+        with pytest.raises(StageError, match="nothing reaches it"):
+            _best(self.choice(full, half), [])
+        late = self.choice(full, half, notes=("some were left out",))
+        assert _best(late, []) is half
+        assert "nothing was found in this time" in late.said[0]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_here", "genai_in_this_process")
 def test_a_dense_int8_model_is_chosen_over_a_pruned_one(
     wide_llama: Path, corpus: Path, options: Options
 ) -> None:
@@ -176,3 +197,49 @@ def test_engines_are_checked_as_exports_are(corpus: Path) -> None:
     options = list(engines_of(stage.entry))
     assert all(isinstance(one, EngineOption) for one in options)
     assert [one.label for one in options] == ["fp32 on onnx", "int8 on onnx", "int4 on ort_genai"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
+def test_a_latency_is_reached_by_a_dense_engine(
+    tiny_llama: Path, corpus: Path, options: Options
+) -> None:
+    """A second for a step is enough for any engine of the tiny model: nothing is pruned."""
+    text = (CHOICE % 0.5).replace("parameters: 0.5", "latency_ms: 1000")
+    text = text.replace("        - ort_genai: {precision: int4}\n", "")
+    recipe = Recipe.parse(text, root=corpus)
+    result = run(recipe, str(tiny_llama), options)
+    (table,) = json.loads((result.out / "report.json").read_text())["searches"]
+    assert table["target"]["latency_ms"] == 1000
+    assert table["chosen"].startswith("the dense model, ")
+    assert all(one["reaches"] for one in table["points"])
+    assert len(table["points"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
+def test_a_quantize_stage_of_an_engine_is_carried_out(
+    wide_llama: Path, corpus: Path, options: Options
+) -> None:
+    """The chosen engine holds the codes of GPTQ, and so does the checkpoint beside it."""
+    text = (CHOICE % 0.6).replace("close: 0.1", "close: 0.1\n      alternative: false")
+    text = text.replace(
+        "onnx: {precision: int8}", "{onnx: {precision: int4}, quantize: {method: gptq}}"
+    )
+    text = text.replace("        - ort_genai: {precision: int4}\n", "")
+    recipe = Recipe.parse(text, root=corpus)
+    result = run(recipe, str(wide_llama), options)
+    report = json.loads((result.out / "report.json").read_text())
+    (table,) = report["searches"]
+    assert table["chosen"] == "the dense model, int4 by gptq on onnx"
+    assert [stage["kind"] for stage in report["stages"]] == ["quantize"]
+    quantized = Checkpoint.open(result.out)
+    assert Grids.of(quantized) is not None
+    with Onnx(precision="int4").open(result.out / "onnx", options.machine) as runner:
+        ids = np.arange(3, 19)[None]
+        logits, _ = runner.step(ids)
+    reference = load_model(result.out, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        wanted = reference(torch.from_numpy(ids)).logits.numpy()
+    # Activations are rounded to 8 bits in the engine; its weights are the checkpoint's.
+    assert np.abs(logits - wanted).max() < 0.05 * wanted.std()

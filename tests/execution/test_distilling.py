@@ -26,7 +26,7 @@ from prune_export.recipe import Recipe, Stage
 from prune_export.recipe.stages import checker
 from prune_export.store import Store
 from prune_export.surgery import Drop, rewrite
-from prune_export.training.objective import Distill, Distilled, Hidden
+from prune_export.training.losses.objective import Distill, Distilled, Hidden
 from tests.execution.test_run import hashes
 from tests.heal.conftest import windows
 

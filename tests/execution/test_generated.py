@@ -24,7 +24,7 @@ from prune_export.progress import Silent
 from prune_export.recipe import Generated, Recipe
 from prune_export.store import Artifact, Store
 from prune_export.verify import Engine, drive
-from tests.calibrate.passes.test_answers import Killed, KilledAfter
+from tests.killed import Killed, killed_after
 
 RECIPE = """\
 recipe: 1
@@ -56,6 +56,7 @@ def data(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
 def test_free_samples_of_the_dense_model_heal_without_any_text(
     tiny_llama: Path, tmp_path: Path, options: Options
 ) -> None:
@@ -111,7 +112,7 @@ def test_the_same_answers_come_again_and_a_killed_run_ends_in_them(
     assert len({sample.answer for sample in samples}) == 16
     broken = replace(options, store=tmp_path / "again")
     with pytest.raises(Killed):
-        data(one, model, broken, KilledAfter(70))
+        data(one, model, broken, killed_after(70))
     journal = next(broken.store.glob("generated-*.partial/scratch/answers.jsonl"))
     assert len(journal.read_bytes().splitlines()) in (3, 6, 9)
     with journal.open("ab") as file:

@@ -68,6 +68,7 @@ def recipe(root: Path, stages: str) -> Recipe:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
 def test_rounds_are_the_artifacts_of_the_stages_written_out(
     tiny_llama: Path, corpus: Path, options: Options
 ) -> None:

@@ -118,6 +118,7 @@ def test_workers_change_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.all_pairs
 def test_ray_changes_nothing(
     tiny_llama: Path,
     corpus: Path,
@@ -125,6 +126,7 @@ def test_ray_changes_nothing(
     alone: tuple[dict[str, Any], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """What happens on Ray's workers is in test_executor.py, that workers change nothing above."""
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine starves them
     one, _ = alone

@@ -58,6 +58,7 @@ def engines(tiny_llama: Path, tmp_path: Path) -> TimedEngines:
     return TimedEngines(context, Checkpoint.open(tiny_llama).arch(), model.path, model.id)
 
 
+@pytest.mark.slow
 def test_an_engine_has_the_widths_asked_for(
     engines: TimedEngines, clock: list[tuple[Artifact, Artifact]]
 ) -> None:
@@ -81,6 +82,7 @@ def test_widths_that_differ_are_zeros_in_a_stock_model(engines: TimedEngines) ->
     assert not made.read("model.layers.1.self_attn.o_proj.weight").any()
 
 
+@pytest.mark.slow
 def test_engines_are_narrow_also_where_widths_differ(
     engines: TimedEngines, clock: list[tuple[Artifact, Artifact]]
 ) -> None:

@@ -16,17 +16,17 @@ from typing import Any
 
 from mutate import Door
 
-from prune_export import hub
 from prune_export.checkpoint import Checkpoint, card_license, read_gguf_header
 from prune_export.checkpoint.loading import load_ends, load_tokenizer
 from prune_export.execution import Options, plan
 from prune_export.exporters.aoti import runner as aoti_runner
 from prune_export.exporters.ort_genai import runner as ort_genai_runner
 from prune_export.exporters.ort_genai import support
+from prune_export.hub import publishing
 from prune_export.machine import Machine
-from prune_export.opening import _exports
 from prune_export.recipe import Recipe
 from prune_export.report import Report, model_card, summary_rows
+from prune_export.results.opening import _exports
 
 TESTS = Path(__file__).parents[1]
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
@@ -123,7 +123,7 @@ def _report(place: Path) -> None:
 
 
 def _verification(place: Path) -> None:
-    hub._check_verified(place)
+    publishing._check_verified(place)
 
 
 def _recipe(place: Path) -> None:

@@ -244,6 +244,14 @@ def test_no_more_tokens_are_asked_for_than_may_be(serving: Any, tmp_path: Path) 
     assert len(serving.asked) == 4
 
 
+def test_the_last_answer_may_take_the_last_tokens(serving: Any, tmp_path: Path) -> None:
+    found, _ = asked_of(serving, tmp_path, most_tokens=40)
+    assert len(found) == 4
+    again, _ = asked_of(serving, tmp_path, most_tokens=40)
+    assert again == found
+    assert len(serving.asked) == 4
+
+
 def test_answers_that_are_empty_or_withheld_are_counted(serving: Any, tmp_path: Path) -> None:
     serving.script += [
         lambda asked: answer(asked, message={"content": None}),

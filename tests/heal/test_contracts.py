@@ -17,9 +17,9 @@ from prune_export.errors import PlanError
 from prune_export.heal.full import Full
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
-from prune_export.training.objective import Distill, Distilled
+from prune_export.training.adapters.targets import linear_weights
+from prune_export.training.losses.objective import Distill, Distilled
 from prune_export.training.settings import Training
-from prune_export.training.targets import linear_weights
 from tests.heal.conftest import MACHINE, save_tiny
 
 Heal = Callable[..., tuple[HealRecord, Path]]

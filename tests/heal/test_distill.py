@@ -23,13 +23,14 @@ from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
 from prune_export.recipe.stages import Stage
 from prune_export.store import Key
+from prune_export.training.losses.objective import Distill, Distilled
 from prune_export.training.memory import answers_to_keep
-from prune_export.training.objective import Distill, Distilled
 from prune_export.training.settings import Training
 from prune_export.units import GIB
 from tests.arch.tiny_models import arch_of
 from tests.heal.conftest import QUICK, save_tiny, windows
-from tests.heal.test_resume import Killed, KilledAt, files
+from tests.killed import Killed, killed_at
+from tests.saved_models import contents
 from tests.training.test_memory import CPU, SMOLLM2_24
 
 Heal = Callable[..., tuple[HealRecord, Path]]
@@ -128,9 +129,9 @@ def test_stopped_at_several_steps_ends_in_the_same_bytes(
     scratch = tmp_path / "scratch"
     for step in (3, 8, 9):
         with pytest.raises(Killed):
-            heal(healer, source, teacher=teacher, scratch=scratch, progress=KilledAt(step))
+            heal(healer, source, teacher=teacher, scratch=scratch, progress=killed_at(step))
     record, out = heal(healer, source, teacher=teacher, scratch=scratch)
-    assert files(out) == files(expected)
+    assert contents(out) == contents(expected)
     assert record.log == unbroken.log
 
 
@@ -140,10 +141,10 @@ def test_another_teacher_does_not_go_on_from_this_run(tmp_path: Path, heal: Heal
     other = save_tiny(tmp_path / "other", "llama", num_hidden_layers=2)
     healer, scratch = full(save_every=1, objective=how(cache="live")), tmp_path / "scratch"
     with pytest.raises(Killed):
-        heal(healer, source, teacher=one, scratch=scratch, progress=KilledAt(5))
+        heal(healer, source, teacher=one, scratch=scratch, progress=killed_at(5))
     _, out = heal(healer, source, teacher=other, scratch=scratch)
     _, fresh = heal(healer, source, teacher=other)
-    assert files(out) == files(fresh)
+    assert contents(out) == contents(fresh)
 
 
 def test_without_a_teacher_it_says_so(tmp_path: Path, heal: Heal) -> None:

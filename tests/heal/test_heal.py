@@ -20,11 +20,11 @@ from prune_export.errors import PlanError, StageError
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
+from prune_export.training.adapters.targets import targets
 from prune_export.training.heal import _refuse_mismatch
 from prune_export.training.loop import Run, _picked
 from prune_export.training.model import Trainee, plain, trainee
 from prune_export.training.settings import Quantization
-from prune_export.training.targets import targets
 from tests.heal.conftest import MACHINE, QUICK, logits, save_tiny, windows
 
 Heal = Callable[..., tuple[HealRecord, Path]]

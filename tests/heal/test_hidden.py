@@ -15,11 +15,12 @@ from prune_export.contracts import HealRecord, Teacher, Work
 from prune_export.errors import StageError
 from prune_export.progress import Silent
 from prune_export.surgery import Drop, rewrite
-from prune_export.training.hidden import States, paired, watched
-from prune_export.training.objective import Hidden
+from prune_export.training.losses.hidden import States, paired, watched
+from prune_export.training.losses.objective import Hidden
 from tests.heal.conftest import MACHINE, save_tiny, windows
 from tests.heal.test_distill import full, how
-from tests.heal.test_resume import Killed, KilledAt, files
+from tests.killed import Killed, killed_at
+from tests.saved_models import contents
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 
@@ -120,9 +121,9 @@ def test_a_narrower_student_learns_a_map_too_and_resumes_with_it(
     scratch = tmp_path / "scratch"
     for step in (3, 7):
         with pytest.raises(Killed):
-            heal(healer, source, teacher=teacher, scratch=scratch, progress=KilledAt(step))
+            heal(healer, source, teacher=teacher, scratch=scratch, progress=killed_at(step))
     record, out = heal(healer, source, teacher=teacher, scratch=scratch)
-    assert files(out) == files(expected)
+    assert contents(out) == contents(expected)
     assert record.log == unbroken.log
     losses = [row[1] for row in record.log["loss"]]
     assert losses[-1] < losses[0]

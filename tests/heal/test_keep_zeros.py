@@ -19,15 +19,16 @@ from prune_export.errors import StageError
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
-from prune_export.training.loss import next_token_loss
-from prune_export.training.masked import Base, _MaskedLinear
+from prune_export.training.adapters.masked import Base, _MaskedLinear
+from prune_export.training.losses.loss import next_token_loss
 from prune_export.training.memory import fit
 from prune_export.training.model import Trainee, quiet, trainee
 from prune_export.training.settings import Quantization
 from prune_export.training.zeros import Packed, kept_zeros, refuse_filled
 from tests.arch.tiny_models import arch_of
 from tests.heal.conftest import QUICK, save_tiny, windows
-from tests.heal.test_resume import Killed, KilledAt, files
+from tests.killed import Killed, killed_at
+from tests.saved_models import contents
 from tests.training.test_memory import SMOLLM2_24
 
 Heal = Callable[..., tuple[HealRecord, Path]]
@@ -197,9 +198,9 @@ def test_stopped_runs_end_in_the_same_bytes(name: str, tmp_path: Path, heal: Hea
     scratch = tmp_path / "scratch"
     for step in (2, 7, 12):
         with pytest.raises(Killed):
-            heal(healer, source, scratch=scratch, progress=KilledAt(step))
+            heal(healer, source, scratch=scratch, progress=killed_at(step))
     record, out = heal(healer, source, scratch=scratch)
-    assert files(out) == files(expected)
+    assert contents(out) == contents(expected)
     assert record.log == unbroken.log
 
 
@@ -221,7 +222,7 @@ def test_a_dense_model_is_healed_as_before(tmp_path: Path, heal: Heal) -> None:
     source = save_tiny(tmp_path / "model", "llama")
     _, auto = heal(Lora(**QUICK), source)
     _, off = heal(Lora(**QUICK, keep_zeros=False), source)
-    assert files(auto) == files(off)
+    assert contents(auto) == contents(off)
 
 
 def test_a_filled_zero_is_refused(tmp_path: Path) -> None:

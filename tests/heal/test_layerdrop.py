@@ -16,7 +16,8 @@ from prune_export.errors import PlanError
 from prune_export.heal.lora import Lora
 from prune_export.training.layerdrop import left_out, skipped
 from tests.heal.conftest import QUICK, save_tiny
-from tests.heal.test_resume import Killed, KilledAt, files
+from tests.killed import Killed, killed_at
+from tests.saved_models import contents
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 
@@ -61,7 +62,7 @@ def test_a_block_left_out_is_a_block_removed(model_type: str, tmp_path: Path) ->
         setattr(model.get_submodule(parent), leaf, torch.nn.ModuleList([blocks[0], blocks[2]]))
         model.config.num_hidden_layers = 2
         for key in ("layer_types", "no_rope_layers"):
-            if getattr(model.config, key, None):
+            if key in vars(model.config) and getattr(model.config, key):
                 kept = getattr(model.config, key)
                 setattr(model.config, key, [kept[0], kept[2]])
         torch.testing.assert_close(model(ids, use_cache=False).logits, trained)
@@ -74,7 +75,7 @@ def test_healing_with_layerdrop_trains_and_resumes_to_the_same_bytes(
     healer = Lora(**QUICK | {"steps": 12, "dropout": 0.0}, layerdrop=0.4, save_every=2)
     record, expected = heal(healer, source)
     plain, without = heal(Lora(**QUICK | {"steps": 12, "dropout": 0.0}), source)
-    assert files(expected) != files(without), "it changes the training"
+    assert contents(expected) != contents(without), "it changes the training"
     losses = [row[1] for row in record.log["loss"]]
     assert losses != [row[1] for row in plain.log["loss"]]
     held_out = record.log["held_out"]["loss"]
@@ -82,9 +83,9 @@ def test_healing_with_layerdrop_trains_and_resumes_to_the_same_bytes(
     scratch = tmp_path / "scratch"
     for step in (1, 5, 8):
         with pytest.raises(Killed):
-            heal(healer, source, scratch=scratch, progress=KilledAt(step))
+            heal(healer, source, scratch=scratch, progress=killed_at(step))
     _, out = heal(healer, source, scratch=scratch)
-    assert files(out) == files(expected)
+    assert contents(out) == contents(expected)
 
 
 def test_checkpointed_gradients_leave_out_the_same_blocks(tmp_path: Path, heal: Heal) -> None:

@@ -21,7 +21,8 @@ from prune_export.training.on_policy import is_on_policy, said_by_student
 from prune_export.training.settings import Training
 from tests.heal.conftest import QUICK, save_tiny, windows
 from tests.heal.test_distill import divergence, full, how
-from tests.heal.test_resume import Killed, KilledAt, files
+from tests.killed import Killed, killed_at
+from tests.saved_models import contents
 from tests.training.test_memory import CPU, SMOLLM2_24, arch_of
 
 Heal = Callable[..., tuple[HealRecord, Path]]
@@ -99,9 +100,9 @@ def test_stopped_in_the_midst_it_ends_in_the_same_bytes(
     scratch = tmp_path / "scratch"
     for step in (3, 5):
         with pytest.raises(Killed):
-            heal(healer, source, teacher=teacher, scratch=scratch, progress=KilledAt(step))
+            heal(healer, source, teacher=teacher, scratch=scratch, progress=killed_at(step))
     record, out = heal(healer, source, teacher=teacher, scratch=scratch)
-    assert files(out) == files(expected)
+    assert contents(out) == contents(expected)
     assert record.log == unbroken.log
     assert record.trained_tokens == unbroken.trained_tokens
     learnt = 4 * (15 if healer.distill and healer.distill.on_policy < 1 else 6)

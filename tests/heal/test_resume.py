@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from prune_export.training.loop import _Pause
 from prune_export.training.settings import Training
 from prune_export.training.state import State
 from tests.heal.conftest import QUICK, save_tiny
+from tests.killed import Killed, killed_at
+from tests.saved_models import contents
 
 Heal = Callable[..., tuple[HealRecord, Path]]
 NARROW: dict[str, Any] = {
@@ -37,41 +38,6 @@ HEALERS: dict[str, Training] = {
 }
 
 
-class Killed(BaseException):
-    """What no code catches."""
-
-
-class KilledAt:
-    """A progress that dies at a step of the training."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    @contextmanager
-    def task(self, label: str, total: float | None = None) -> Iterator[Any]:
-        del total
-        outer, done = self, 0.0
-
-        class Task:
-            def advance(self, steps: float = 1) -> None:
-                nonlocal done
-                done += steps
-                if label == "healing" and done >= outer.step:
-                    raise Killed
-
-            def note(self, text: str) -> None:
-                del text
-
-        yield Task()
-
-    def say(self, text: str) -> None:
-        del text
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {found.name: found.read_bytes() for found in sorted(path.iterdir())}
-
-
 @pytest.mark.parametrize("name", HEALERS)
 def test_stopped_at_several_steps_ends_in_the_same_bytes(
     name: str, tmp_path: Path, heal: Heal
@@ -82,9 +48,9 @@ def test_stopped_at_several_steps_ends_in_the_same_bytes(
     scratch = tmp_path / "scratch"
     for step in (2, 7, 8, 19, 20):
         with pytest.raises(Killed):
-            heal(HEALERS[name], source, scratch=scratch, progress=KilledAt(step))
+            heal(HEALERS[name], source, scratch=scratch, progress=killed_at(step))
     record, out = heal(HEALERS[name], source, scratch=scratch)
-    assert files(out) == files(expected)
+    assert contents(out) == contents(expected)
     assert record.log == unbroken.log
 
 
@@ -92,17 +58,17 @@ def test_saving_more_often_changes_nothing(tmp_path: Path, heal: Heal) -> None:
     source = save_tiny(tmp_path / "model", "llama")
     _, often = heal(Lora(**QUICK, save_every=1), source)
     _, once = heal(Lora(**QUICK, save_every=100), source)
-    assert files(often) == files(once)
+    assert contents(often) == contents(once)
 
 
 def test_other_settings_do_not_go_on_from_this_run(tmp_path: Path, heal: Heal) -> None:
     source = save_tiny(tmp_path / "model", "llama")
     scratch = tmp_path / "scratch"
     with pytest.raises(Killed):
-        heal(Lora(**QUICK, seed=1, save_every=1), source, scratch=scratch, progress=KilledAt(6))
+        heal(Lora(**QUICK, seed=1, save_every=1), source, scratch=scratch, progress=killed_at(6))
     _, out = heal(Lora(**QUICK), source, scratch=scratch)
     _, fresh = heal(Lora(**QUICK), source)
-    assert files(out) == files(fresh)
+    assert contents(out) == contents(fresh)
 
 
 SCRIPT = """
@@ -161,7 +127,7 @@ def test_killed_by_the_system_ends_in_the_same_bytes(name: str, tmp_path: Path, 
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output.decode()
     assert output == b""
-    assert files(out) == files(expected)
+    assert contents(out) == contents(expected)
 
 
 def test_saves_are_counted_in_steps_or_spaced_in_time() -> None:

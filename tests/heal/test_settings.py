@@ -80,6 +80,7 @@ def test_warmup_takes_at_most_a_tenth() -> None:
     assert Lora(steps=9).warmup_steps == 0
 
 
+@pytest.mark.slow
 def test_advice_to_install_a_kernel_that_is_not_used_is_not_shown() -> None:
     """In a process of its own, whose logging nobody has set up, as a library's user has it."""
     code = (

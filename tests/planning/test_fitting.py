@@ -12,7 +12,7 @@ from prune_export.contracts import Cost
 from prune_export.errors import PlanError
 from prune_export.execution.watch import Watch
 from prune_export.machine import Machine
-from prune_export.planning import Plan, PlannedStage, Size, fit_time
+from prune_export.planning import Plan, PlannedStage, Size, fit_time, how_busy
 from prune_export.planning.fitting import scaled
 from prune_export.recipe import Recipe
 
@@ -32,6 +32,7 @@ stages:
       engines: [onnx: {precision: fp32}, onnx: {precision: int8}]
       validation: ranking
       heal: {method: lora, rank: 2, steps: 120, batch: 16}
+      measure_speed: true
   - heal: {method: lora, rank: 2, steps: 2000, batch: 16}
 verify: {speed: {minutes: 3}}
 """
@@ -76,6 +77,18 @@ class TestFitting:
         with pytest.raises(PlanError, match="the least that this recipe can do takes about"):
             fit_time(Recipe.parse(RECIPE), 61.0, plan_of)
 
+    def test_a_busy_machine_gets_less_to_do_and_is_not_refused(self) -> None:
+        recipe = Recipe.parse(RECIPE)
+        rested = fit_time(recipe, 36000.0, plan_of)[1]
+        busy = fit_time(recipe, 36000.0, plan_of, busy=3.0)[1]
+        assert busy.seconds <= 0.85 * 36000 / 3 + 1 < rested.seconds
+        assert "busy: work takes 3.0 times as long" in busy.notes[-1]
+        least = fit_time(recipe, 120.0, plan_of, busy=3.0)[1]  # what it takes here at rest
+        assert least.seconds <= 120.0
+
+    def test_how_busy_it_is_is_within_bounds(self) -> None:
+        assert 1.0 <= how_busy(0.01) <= 4.0
+
     def test_levels_only_take_away(self) -> None:
         recipe = Recipe.parse(RECIPE)
         times = [plan_of(scaled(recipe, level)).seconds for level in range(13)]
@@ -86,6 +99,7 @@ class TestFitting:
         assert len(stage.entry.candidates) == 1
         assert len(stage.entry.engines) == 2
         assert least.data["ranking"].samples == 16
+        assert not least.stages[0].entry.measure_speed
         assert least.data["healing"].samples == 32000
 
 

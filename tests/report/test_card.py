@@ -21,6 +21,7 @@ from prune_export.report import write_report
 from prune_export.report.benchmarks import eval_result_files
 from prune_export.report.card import card_data, fenced, model_card, papers, sources, spanned
 from prune_export.report.reading import Report
+from prune_export.report.table import summary_rows
 from tests.report.variants import made
 
 
@@ -187,7 +188,13 @@ def test_a_benchmark_of_the_hub_has_its_own_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"samples": 100}, {"metric": "acc"}, {"name": "mmlu"}, {"pruned": math.nan}],
+    [
+        {"samples": 100},
+        {"metric": "acc"},
+        {"name": "mmlu"},
+        {"pruned": math.nan},
+        {"engine": "onnx"},
+    ],
 )
 def test_a_part_of_a_benchmark_is_no_result_of_it(change: dict[str, Any]) -> None:
     report = with_tasks(PRO | change)
@@ -195,6 +202,16 @@ def test_a_part_of_a_benchmark_is_no_result_of_it(change: dict[str, Any]) -> Non
     if "pruned" not in change:
         results = front(model_card(report))["model-index"][0]["results"]
         assert PRO["pruned"] in {one["metrics"][0]["value"] for one in results}
+
+
+def test_an_engines_score_has_a_row_and_a_name_of_its_own() -> None:
+    report = with_tasks(PRO, PRO | {"engine": "onnx", "pruned": 0.4311})
+    labels = [row.label for row in summary_rows(Report.of(report))]
+    label = "mmlu_pro, exact_match (custom-extract)"
+    assert [one for one in labels if one.startswith("mmlu_pro")] == [label, f"{label}, onnx"]
+    results = front(model_card(report))["model-index"][0]["results"]
+    (ours,) = [one for one in results if one["dataset"]["type"] == "mmlu_pro"]
+    assert ours["metrics"][0]["name"].endswith("12032 samples, engine onnx")
 
 
 def test_hostile_text_cannot_open_anything() -> None:

@@ -112,6 +112,9 @@ def test_page_and_picture_are_the_same_bytes_each_time_and_run_nothing(tmp_path:
     page = first[1].read_text(encoding="utf-8")
     assert "<script" not in page
     assert "default-src 'none'" in page
+    # On a narrow page each cell says what it is.
+    assert page.count('data-label="perplexity"') == len(found.entries)
+    assert page.count('data-label="beaten by"') == len(found.entries)
     with Image.open(first[0]) as image:
         assert min(image.size) > 600
 

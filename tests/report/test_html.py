@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from prune_export.report import html
 from prune_export.report.card import model_card
-from prune_export.report.html import figure_of, render_page, scalars, value_text, what_was_done
+from prune_export.report.html import (
+    figure_of,
+    render_page,
+    scalars,
+    ticked,
+    value_text,
+    what_was_done,
+)
 from prune_export.report.reading import Report
 from prune_export.report.table import summary_rows
 from tests.report.variants import made
@@ -196,3 +204,19 @@ def test_the_same_report_gives_the_same_page(tmp_path: Path) -> None:
     report = made("no_speedup")
     report["stages"] = []
     assert render_page(report, tmp_path) == render_page(report, tmp_path)
+
+
+def test_what_stands_between_backticks_is_code_and_nothing_else_is_markup() -> None:
+    assert ticked("run `a <b>` or <i>") == "run <code>a &lt;b&gt;</code> or &lt;i&gt;"
+    assert ticked("one ` alone <i>") == "one ` alone &lt;i&gt;"
+
+
+def test_white_on_the_colour_of_removed_blocks_can_be_read() -> None:
+    """WCAG's contrast of text this small is 4.5 at least."""
+    css = (Path(html.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
+    match = re.search(r"\.gone { background: #(\w{6}); color: #fff;", css)
+    assert match is not None
+    parts = [int(match[1][at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    assert 1.05 / (luminance + 0.05) >= 4.5

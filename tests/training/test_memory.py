@@ -4,10 +4,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
+from prune_export.contracts import Cost
+from prune_export.heal.full import Full
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.machine import Machine
+from prune_export.planning.devices import Devices
+from prune_export.planning.planned import Rates, together
 from prune_export.training.memory import fit
 from prune_export.units import GIB
 from tests.arch.tiny_models import arch_of
@@ -98,3 +103,28 @@ def test_what_fits_is_chosen() -> None:
     assert chosen(64, micro_batch=12) == (12, False)
     assert chosen(4, micro_batch=12) == (12, True)
     assert chosen(64, gradient_checkpointing=True) == (2, True)
+
+
+@pytest.mark.parametrize("objective", ["next_token", "distill"])
+@pytest.mark.parametrize("kind", [Lora, Full])
+def test_flops_are_counted_in_the_dtype_that_is_trained_in(kind: Any, objective: Any) -> None:
+    arch = arch_of("llama", **SMOLLM2_24)
+
+    def cost(dtype: Any) -> Cost:
+        made = {"steps": 10, "batch": 2, "compute_dtype": dtype, "objective": objective}
+        healer = TypeAdapter(kind).validate_python(made)
+        if objective == "distill":
+            return healer.taught_cost(arch, arch, 100, 512, CPU)[0]
+        return healer.cost(arch, 0, 512, CPU)
+
+    half, whole = cost("bfloat16"), cost("float32")
+    assert half.flops == whole.flops == half.bfloat16_flops
+    assert whole.bfloat16_flops == 0
+
+
+def test_seconds_follow_the_rate_of_the_dtype() -> None:
+    rates = Rates(flops=1e9, disk_bytes=1e9, bfloat16_flops=4e9)
+    work = Cost(flops=6e9, bfloat16_flops=4e9)
+    assert rates.seconds(work) == pytest.approx(2 + 1)
+    assert rates.seconds(together(work, work)) == pytest.approx(6)
+    assert rates.seconds(Devices(count=2).shared(work, 8)) == pytest.approx(1.5)

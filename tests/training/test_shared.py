@@ -28,7 +28,7 @@ from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
 from prune_export.progress import Silent
 from prune_export.system.processes import ALONE, Team, joined, shares, started_team
-from prune_export.training.objective import Distill, Distilled, Hidden
+from prune_export.training.losses.objective import Distill, Distilled, Hidden
 from tests.heal.conftest import MACHINE, save_tiny, teacher_at, windows
 
 ROOT = Path(__file__).parents[2]

@@ -76,6 +76,7 @@ def test_is_that_of_transformers(tiny: Path, machine: Machine, ids: np.ndarray) 
     assert found.windows == 4
 
 
+@pytest.mark.slow
 def test_what_counts_is_measured_alike_whole_and_streamed(
     tiny: Path, machine: Machine, ids: np.ndarray
 ) -> None:

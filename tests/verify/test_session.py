@@ -124,6 +124,7 @@ def test_worker_ends_with_a_killed_parent(tiny_graph: Path, machine: Machine) ->
     eventually(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
 
 
+@pytest.mark.slow
 def test_tokens_that_the_engine_lacks_are_refused(session: Session, ids: np.ndarray) -> None:
     """Before they are looked up in its embedding; the process lives on."""
     beyond = ids.copy()

@@ -37,8 +37,8 @@ def gguf(
 
     What is zero in single blocks is left out; such a file is of the architecture `deci`.
     """
+    from prune_export.exporters.gguf.writing import write_gguf
     from prune_export.units import text_from_bytes
-    from prune_export_llama_cpp.writing import write_gguf
 
     found = write_gguf(checkpoint, out, kind.value, keep_zeros=keep_zeros)
     if json:

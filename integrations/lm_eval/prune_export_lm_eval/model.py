@@ -19,6 +19,7 @@ NAME = "prune-export"
 """Under which lm-eval knows it: `--model prune-export --model_args directory=out/,engine=onnx`."""
 
 _DEFAULT_LONGEST = 2048
+_MOST_NEW = 256
 
 
 class EngineLM(TemplateLM):  # type: ignore[misc]
@@ -29,7 +30,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         directory: str,
         engine: str = "pytorch",
         max_length: int | None = None,
-        max_gen_toks: int = 256,
+        max_gen_toks: int = _MOST_NEW,
         trust_engine: bool = False,
         **unused: Any,
     ) -> None:
@@ -41,16 +42,37 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
             raise PlanError(
                 f"--engine {engine}", f"{directory} does not hold it", did_you_mean(engine, held)
             )
-        config = load_config(place)
-        limits = [max_length, held[engine].longest, getattr(config, "max_position_embeddings", 0)]
+        self._open(held[engine], place, Machine.detect(), max_length, max_gen_toks)
+
+    @classmethod
+    def of(cls, engine: Any, machine: Machine) -> EngineLM:
+        """As what `engines` found, whose config and tokenizer lie beside it."""
+        made = cls.__new__(cls)
+        TemplateLM.__init__(made)
+        made._open(engine, engine.path, machine, None, _MOST_NEW)
+        return made
+
+    def _open(
+        self,
+        engine: Any,
+        place: Path,
+        machine: Machine,
+        max_length: int | None,
+        max_gen_toks: int,
+    ) -> None:
+        config = load_config(place).get_text_config()
+        limits = [max_length, engine.longest, getattr(config, "max_position_embeddings", 0)]
         self.max_length = min([one for one in limits if one] or [_DEFAULT_LONGEST])
         self.max_gen_toks = max_gen_toks
         self.batch_size = 1
         self.tokenizer = load_tokenizer(place)
         ends = sorted({*load_ends(place), self.tokenizer.eos_token_id} - {None})
         self._end = ends[0] if ends else 0
-        self._runner = held[engine].open(Machine.detect())
-        self._generator = Generator(self._runner, ends, self.max_length)
+        self._generator = Generator(engine.open(machine), ends, self.max_length)
+
+    def close(self) -> None:
+        """Frees the engine."""
+        self._generator.close()
 
     @property
     def eot_token_id(self) -> int:
@@ -66,9 +88,15 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """The tokens of a text, without special ones unless asked for."""
-        found = self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)
-        return list(found["input_ids"])
+        """The tokens of a text, as lm-eval's own model of transformers makes them.
+
+        Unless it is said, the tokenizer adds what it always adds, but no second first token.
+        """
+        begin = self.tokenizer.decode([self.prefix_token_id])
+        if add_special_tokens is None and string.startswith(begin):
+            add_special_tokens = False
+        said = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer(string, verbose=False, **said)["input_ids"])
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prune_export_server.generation import Chosen
-from prune_export_server.text import decoded
+from prune_export_server.text import Words
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Form:
     """How the answers of one request look: whose they are, and of which kind."""
 
     model: str
-    tokenizer: Any
+    words: Words
     chat: bool
     logprobs: bool
     id: str = ""
@@ -76,13 +76,12 @@ class Form:
             return None
         if self.chat:
             return {"content": [self._entry(one) for one in tokens], "refusal": None}
-        words = [self._word(one.token) for one in tokens]
         places = []
-        for word in words:
+        for one in tokens:
             places.append(offset)
-            offset += len(word)
+            offset += self.words.length(one.token)
         return {
-            "tokens": words,
+            "tokens": [self.words.word(one.token) for one in tokens],
             "token_logprobs": [one.logprob for one in tokens],
             "top_logprobs": [self._likeliest(one) for one in tokens],
             "text_offset": places,
@@ -94,8 +93,8 @@ class Form:
         }
 
     def _said(self, token: int, logprob: float | None) -> dict[str, Any]:
-        word = self._word(token)
-        return {"token": word, "logprob": logprob, "bytes": list(word.encode())}
+        word, raw = self.words.word(token), self.words.bytes_of(token)
+        return {"token": word, "logprob": logprob, "bytes": raw}
 
     def _likeliest(self, one: Chosen) -> dict[str, float] | None:
         """By its text; the token itself is always there, and of equal texts the likeliest."""
@@ -103,13 +102,8 @@ class Form:
             return None
         found: dict[str, float] = {}
         for token, value in (*one.likeliest, (one.token, one.logprob)):
-            found.setdefault(self._word(token), value)
+            found.setdefault(self.words.word(token), value)
         return found
-
-    def _word(self, token: int) -> str:
-        return decoded(self.tokenizer, [token]) or str(
-            self.tokenizer.convert_ids_to_tokens(int(token)) or ""
-        )
 
 
 def usage_of(prompt: int, generated: int) -> dict[str, int]:

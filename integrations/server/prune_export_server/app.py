@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,48 +22,34 @@ from starlette.routing import Route
 from prune_export_server.answers import Form, usage_of
 from prune_export_server.generation import Chosen, Sampling
 from prune_export_server.metrics import Metrics
+from prune_export_server.refused import Refused
 from prune_export_server.requests import ChatRequest, CompletionRequest, first_problem
-from prune_export_server.text import decoded
-from prune_export_server.worker import Done, Event, Failed, Full, Job, Worker
+from prune_export_server.streaming import Streamed, events_of, gone
+from prune_export_server.text import Words
+from prune_export_server.worker import Done, Failed, Full, Job, Worker
 
 MOST_BODY: Final = 4 << 20
 """The longest body in bytes: a megabyte of text is more than any context."""
 _BODY_SECONDS: Final = 30.0
+_LOG: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes need: the engine's worker, a tokenizer of their own, and limits."""
+    """What the routes need: the engine's worker, a tokenizer of their own, and limits.
+
+    `words` has one more, which the event loop alone uses.
+    """
 
     model: str
     worker: Worker
     tokenizer: Any
+    words: Words
     vocabulary: int
     longest: int
     timeout: float
     metrics: Metrics
     draining: Callable[[], bool] = lambda: False
-
-
-class Refused(Exception):
-    """A request that gets an error: its status, OpenAI's type and code, the key, and words."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        """The error as OpenAI's clients read it."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        if self.status == 429:
-            kind = "rate_limit_error"
-        return {
-            "error": {
-                "message": self.message, "type": kind, "param": self.param, "code": self.code,
-            }
-        }  # fmt: skip
 
 
 def application(service: Service) -> Starlette:
@@ -77,7 +64,7 @@ def application(service: Service) -> Starlette:
         most = asked.max_completion_tokens or asked.max_tokens
         wanted = (asked.top_logprobs or 0) if asked.logprobs else None
         sampling = _sampling(service, asked, [ids], most, wanted)
-        form = Form(service.model, service.tokenizer, chat=True, logprobs=asked.logprobs)
+        form = Form(service.model, service.words, chat=True, logprobs=asked.logprobs)
         return await _answer(service, request, asked, [ids], sampling, form)
 
     async def completions(request: Request) -> Response:
@@ -85,9 +72,7 @@ def application(service: Service) -> Starlette:
         _check_model(service, asked.model)
         ids = await run_in_threadpool(_prompt_ids, service, lock, asked.prompts)
         sampling = _sampling(service, asked, ids, asked.max_tokens, asked.logprobs, asked.echo)
-        form = Form(
-            service.model, service.tokenizer, chat=False, logprobs=asked.logprobs is not None
-        )
+        form = Form(service.model, service.words, chat=False, logprobs=asked.logprobs is not None)
         return await _answer(service, request, asked, ids, sampling, form)
 
     async def models(request: Request) -> Response:
@@ -118,6 +103,10 @@ def application(service: Service) -> Starlette:
                 found = JSONResponse(error.body(), error.status, headers)
             except ClientDisconnect:
                 found = Response(status_code=499)
+            except Exception as error:  # a fault of ours: the client reads JSON all the same
+                _LOG.exception("%s failed", request.url.path)
+                body = Refused(500, f"the server failed: {type(error).__name__}").body()
+                found = JSONResponse(body, 500)
             path = request.scope["route"].path
             service.metrics.requests.labels(path, str(found.status_code)).inc()
             return found
@@ -260,6 +249,11 @@ async def _answer(
 ) -> Any:
     loop = asyncio.get_running_loop()
     end = time.monotonic() + service.timeout
+    most = service.worker.most_waiting
+    if len(prompts) > most:
+        raise Refused(400, f"{len(prompts)} prompts; the queue takes {most}", param="prompt")
+    if not service.worker.alive:
+        raise Refused(503, "the engine does not run any more")
     jobs = [Job(ids, sampling, asked.stops, end, loop) for ids in prompts]
     try:
         service.worker.submit(jobs)
@@ -267,14 +261,14 @@ async def _answer(
         raise Refused(429, "too many requests are waiting; try again later") from None
     if asked.stream:
         usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        return _Events(service, jobs, form, usage=usage)
-    watch = asyncio.create_task(_gone(request))
+        return Streamed(service.worker, jobs, form, usage=usage)
+    watch = asyncio.create_task(gone(request))
     try:
         choices, generated = [], 0
         for index, job in enumerate(jobs):
             text, tokens, done = await _collected(job, watch, service)
             if sampling.echo:
-                text = decoded(service.tokenizer, job.ids) + text
+                text = service.words.decoded(job.ids) + text
             choices.append(form.choice(index, text, tokens, done.finish))
             generated += done.generated
         usage_ = usage_of(sum(map(len, prompts)), generated)
@@ -285,109 +279,17 @@ async def _answer(
             service.worker.cancel(job)
 
 
-async def _gone(request: Request) -> None:
-    """Returns when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _collected(
     job: Job, watch: asyncio.Task[None], service: Service
 ) -> tuple[str, list[Chosen], Done]:
     text = ""
     tokens: list[Chosen] = []
-    async for event in _events(job, watch, service):
-        if isinstance(event, Done):
-            return text, tokens, event
-        if isinstance(event, Failed):
-            raise Refused(504 if event.late else 500, event.problem)
-        text += event.text
-        tokens += event.tokens
+    async with aclosing(events_of(job, watch, service.worker)) as events:
+        async for event in events:
+            if isinstance(event, Done):
+                return text, tokens, event
+            if isinstance(event, Failed):
+                raise Refused(504 if event.late else 500, event.problem)
+            text += event.text
+            tokens += event.tokens
     raise ClientDisconnect
-
-
-async def _events(job: Job, watch: asyncio.Task[None], service: Service) -> AsyncIterator[Event]:
-    """What the engine says of a job, until its end, its time or that of the client's patience."""
-    while True:
-        if job.events.empty():
-            getter = asyncio.ensure_future(job.events.get())
-            left = job.deadline + 1 - time.monotonic()
-            await asyncio.wait(
-                {getter, watch}, timeout=max(left, 0.01), return_when=asyncio.FIRST_COMPLETED
-            )
-            if not getter.done():
-                getter.cancel()
-                with suppress(asyncio.CancelledError):
-                    await getter
-                if watch.done():
-                    return
-                service.worker.cancel(job)
-                yield Failed(True, "the time for this request is over")
-                return
-            event = getter.result()
-        else:
-            event = job.events.get_nowait()
-        yield event
-        if isinstance(event, Done | Failed):
-            return
-
-
-class _Events:
-    """A streamed answer: server-sent events, ended early where the client goes."""
-
-    status_code = 200
-
-    def __init__(self, service: Service, jobs: Sequence[Job], form: Form, *, usage: bool) -> None:
-        self._service, self._jobs, self._form, self._usage = service, jobs, form, usage
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        watch = asyncio.create_task(_gone(Request(scope, receive)))
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-store"),
-            (b"x-accel-buffering", b"no"),
-        ]
-        start = {"type": "http.response.start", "status": 200, "headers": headers}
-        try:
-            await send(start)
-            async for line in self._lines(watch):
-                await send({"type": "http.response.body", "body": line, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except OSError:  # the client has gone while it was written to
-            pass
-        finally:
-            watch.cancel()
-            for job in self._jobs:
-                self._service.worker.cancel(job)
-
-    async def _lines(self, watch: asyncio.Task[None]) -> AsyncIterator[bytes]:
-        form, generated = self._form, 0
-        for index, job in enumerate(self._jobs):
-            first, offset = True, 0
-            if job.sampling.echo:
-                text = decoded(self._service.tokenizer, job.ids)
-                yield _event(form.chunk([form.delta(index, text, (), None, first=True, offset=0)]))
-            async for event in _events(job, watch, self._service):
-                if isinstance(event, Failed):
-                    yield _event(Refused(504 if event.late else 500, event.problem).body())
-                    return
-                finish = event.finish if isinstance(event, Done) else None
-                text = "" if isinstance(event, Done) else event.text
-                tokens = () if isinstance(event, Done) else event.tokens
-                if isinstance(event, Done):
-                    generated += event.generated
-                elif not (text or (form.logprobs and tokens) or first):
-                    continue
-                delta = form.delta(index, text, tokens, finish, first=first, offset=offset)
-                yield _event(form.chunk([delta]))
-                first, offset = False, offset + len(text)
-            if watch.done():
-                return
-        if self._usage:
-            total = usage_of(sum(len(job.ids) for job in self._jobs), generated)
-            yield _event(form.chunk([], total))
-        yield b"data: [DONE]\n\n"
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"

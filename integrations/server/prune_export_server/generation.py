@@ -38,15 +38,19 @@ class Chosen:
     likeliest: tuple[tuple[int, float], ...] = ()
 
 
+FLOOR: Final = -9999.0
+"""What is told of a token that cannot come: JSON has no minus infinity."""
+
+
 class Cancelled(Exception):
     """Nobody waits for the answer any more."""
 
 
 class Generator:
-    """An opened engine that answers one prompt after the other."""
+    """An opened engine that answers one prompt after the other; `close` frees it."""
 
     def __init__(self, runner: Runner, ends: Sequence[int], longest: int | None) -> None:
-        self._runner = runner
+        self._runner = runner.__enter__()
         self.ends = frozenset(ends)
         self.longest = longest
         # An engine may give the last position's logits alone; then a prompt that is to be
@@ -54,6 +58,10 @@ class Generator:
         logits, _ = runner.step(np.zeros((1, 2), np.int64))
         self._gives_all = logits.shape[1] == 2
         runner.reset()
+
+    def close(self) -> None:
+        """Frees the engine."""
+        self._runner.__exit__(None, None, None)
 
     def prompt(
         self, ids: Sequence[int], sampling: Sampling, stopped: Callable[[], bool]
@@ -92,7 +100,8 @@ class Generator:
         Raises:
             Cancelled: `stopped` said so between two steps.
         """
-        random = np.random.default_rng(sampling.seed)
+        seed = sampling.seed
+        random = np.random.default_rng(None if seed is None else seed % 2**64)
         for number in range(sampling.max_tokens):
             if stopped():
                 raise Cancelled
@@ -109,31 +118,66 @@ class Generator:
 
 
 def sample(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """Chooses a token: the likeliest at temperature 0, else from the `top_p` nucleus."""
+    """Chooses a token: the likeliest at temperature 0, else from the `top_p` nucleus.
+
+    Raises:
+        ArithmeticError: the engine gave no numbers.
+    """
+    likeliest = int(logits.argmax())
+    _check(logits[likeliest])
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
-    weights = np.exp(scaled - scaled.max())
+        return likeliest
+    with np.errstate(over="ignore", under="ignore"):
+        scaled = (logits.astype(np.float64) - logits[likeliest]) / sampling.temperature
+        weights = np.exp(scaled)
     if sampling.top_p < 1:
-        order = np.argsort(-weights, kind="stable")
-        total = np.cumsum(weights[order])
-        # The smallest set whose probability reaches top_p; one token at least.
-        keep = int(np.searchsorted(total, sampling.top_p * total[-1])) + 1
-        return int(order[_draw(total[:keep], random)])
+        order, total = _nucleus(weights, sampling.top_p)
+        return int(order[_draw(total, random)])
     return _draw(np.cumsum(weights), random)
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest set whose probability reaches `top_p`, one token at least; the likeliest first.
+
+    Gives its tokens and the running sums of their weights. Of a long vocabulary only as much is
+    sorted as is needed.
+    """
+    whole, most = float(weights.sum()), 256
+    while True:
+        if most < len(weights):
+            least = np.partition(weights, -most)[-most]
+            places = np.flatnonzero(weights >= least)
+        else:
+            places = np.arange(len(weights))
+        order = places[np.argsort(-weights[places], kind="stable")]
+        total = np.cumsum(weights[order])
+        keep = int(np.searchsorted(total, top_p * whole)) + 1
+        if keep <= len(order) or len(order) == len(weights):
+            return order[:keep], total[:keep]
+        most *= 16
+
+
+def _check(highest: float) -> None:
+    if not np.isfinite(highest):
+        raise ArithmeticError("the engine gave no numbers: its logits are not finite")
 
 
 def scores(logits: np.ndarray, token: int, most: int) -> Chosen:
     """The log probability of a token, and the `most` likeliest; temperature does not count."""
     wide = logits.astype(np.float64)
     top = wide.max()
+    _check(top)
     total = top + np.log(np.exp(wide - top).sum())
     best: tuple[tuple[int, float], ...] = ()
     if most:
         places = np.argpartition(-wide, min(most, len(wide)) - 1)[:most]
         ordered = sorted(places, key=lambda place: (-wide[place], place))
-        best = tuple((int(place), float(wide[place] - total)) for place in ordered)
-    return Chosen(token, float(wide[token] - total), best)
+        best = tuple((int(place), _told(wide[place] - total)) for place in ordered)
+    return Chosen(token, _told(wide[token] - total), best)
+
+
+def _told(logprob: float) -> float:
+    return max(float(logprob), FLOOR)
 
 
 def _draw(cumulative: np.ndarray, random: np.random.Generator) -> int:

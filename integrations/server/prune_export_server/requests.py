@@ -6,12 +6,14 @@ describe the request (`user`, `metadata`) may be there.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-MOST_STOPS = 16
-MOST_PROMPTS = 128
+MOST_STOPS: Final = 16
+LONGEST_STOP: Final = 1000
+"""Characters: how much text may be held back for a stop string."""
+MOST_PROMPTS: Final = 128
 
 _Unused = Annotated[None, BeforeValidator(lambda value: _unused(value))]
 
@@ -33,7 +35,7 @@ class _Common(BaseModel):
     model: str
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -47,10 +49,19 @@ class _Common(BaseModel):
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {key: value for key, value in body.items() if value is not None}
+
     @model_validator(mode="after")
     def _few_stops(self) -> Any:
         if len(self.stops) > MOST_STOPS:
             raise ValueError(f"more than {MOST_STOPS} stop strings")
+        if any(len(one) > LONGEST_STOP for one in self.stops):
+            raise ValueError(f"a stop string of more than {LONGEST_STOP} characters")
         return self
 
 

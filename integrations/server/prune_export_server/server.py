@@ -16,6 +16,7 @@ from prune_export.plugins import load_config, load_ends, load_tokenizer
 from prune_export_server.app import Service, application
 from prune_export_server.generation import Generator
 from prune_export_server.metrics import Metrics
+from prune_export_server.text import Words
 from prune_export_server.worker import Worker
 
 PREFERRED: Final = ("tensorrt", "ort_genai", "onnx", "aoti", "pytorch")
@@ -81,11 +82,11 @@ def open_service(settings: Settings, draining: Callable[[], bool] = lambda: Fals
     if chosen not in running:
         raise PlanError(
             f"--engine {chosen}",
-            f"does not run on {machine.device}, which is all there is",
+            f"cannot be opened: {held[chosen].why_not(machine)}",
             did_you_mean("", running),
         )
     engine = held[chosen]
-    config = load_config(settings.directory)
+    config = load_config(settings.directory).get_text_config()
     limits = [engine.longest, getattr(config, "max_position_embeddings", None) or engine.positions]
     longest = min([settings.most_tokens, *(int(one) for one in limits if one)])
 
@@ -107,6 +108,7 @@ def open_service(settings: Settings, draining: Callable[[], bool] = lambda: Fals
         model=settings.name or settings.directory.resolve().name,
         worker=worker,
         tokenizer=load_tokenizer(settings.directory),
+        words=Words(load_tokenizer(settings.directory)),
         vocabulary=int(config.vocab_size),
         longest=longest,
         timeout=settings.timeout,
@@ -127,7 +129,7 @@ class _Server(uvicorn.Server):  # type: ignore[misc]
         await super().startup(sockets)
         if not self.should_exit and self.servers:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._ready(f"http://{host}:{port}")
+            self._ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
 
 def _say(model: str) -> Callable[[str], None]:

@@ -7,6 +7,8 @@ from typing import Any, Final
 
 _HALF: Final = "\ufffd"
 """What a decoder writes for bytes that are no whole character."""
+_MOST_HELD: Final = 8
+"""Tokens that wait for the rest of a character, at most: then what is surely broken is shown."""
 
 
 class Detokenizer:
@@ -20,6 +22,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._tokens = list(prompt[-6:])
         self._start, self._read = 0, len(self._tokens)
+        self._before = self._decode(self._tokens)
 
     def add(self, token: int) -> str:
         """The text that this token completes; empty while a character is not whole."""
@@ -31,12 +34,31 @@ class Detokenizer:
         return self._next(last=True)
 
     def _next(self, *, last: bool) -> str:
-        before = self._decode(self._tokens[self._start : self._read])
-        after = self._decode(self._tokens[self._start :])
-        if (after.endswith(_HALF) and not last) or len(after) <= len(before):
+        after, read = self._decode(self._tokens[self._start :]), len(self._tokens)
+        if after.endswith(_HALF) and not last:
+            if read - self._read <= _MOST_HELD:
+                return ""
+            after, read = self._broken(after)
+        same = len(self._before)
+        if not after.startswith(self._before):  # the prompt ended within a character
+            same = _shared(self._before, after)
+        piece = after[same:]
+        if not piece and not last:
             return ""
-        self._start, self._read = self._read, len(self._tokens)
-        return after[len(before) :]
+        self._start, self._read = self._read, read
+        self._before = self._decode(self._tokens[self._start : self._read])
+        return piece
+
+    def _broken(self, after: str) -> tuple[str, int]:
+        """The text that no later token can change, and the place after its last token.
+
+        A character has four bytes at most, so three tokens after it decide what a byte becomes.
+        """
+        for end in range(len(self._tokens) - 3, self._read, -1):
+            text = self._decode(self._tokens[self._start : end])
+            if after.startswith(text):
+                return text, end
+        return self._before, self._read
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return decoded(self._tokenizer, tokens)
@@ -79,9 +101,77 @@ def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
     return str(text)
 
 
+class Words:
+    """The text of single tokens, as it stands within a text, and their bytes; each is kept.
+
+    For one thread: it has a tokenizer of its own.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._kept: dict[int, tuple[str, list[int], int]] = {}
+
+    def word(self, token: int) -> str:
+        """The token's text; the name of a special one."""
+        return self._of(token)[0]
+
+    def bytes_of(self, token: int) -> list[int]:
+        """The bytes of its text, also where they are no whole character."""
+        return self._of(token)[1]
+
+    def length(self, token: int) -> int:
+        """How many characters of the text are its own: none of a special one's."""
+        return self._of(token)[2]
+
+    def decoded(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return decoded(self._tokenizer, tokens)
+
+    def _of(self, token: int) -> tuple[str, list[int], int]:
+        if token not in self._kept:
+            # A tokenizer may leave out a space at the beginning of a text, but not a second time.
+            once = self.decoded([token])
+            text = self.decoded([token, token])[len(once) :]
+            name = str(self._tokenizer.convert_ids_to_tokens(int(token)) or "")
+            raw = _raw_bytes(name) if _HALF in text else None
+            word = text or name
+            self._kept[token] = word, list(word.encode()) if raw is None else raw, len(text)
+        return self._kept[token]
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters at the beginning are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` may begin `stop`."""
     for size in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:size]):
             return size
     return 0
+
+
+def _raw_bytes(name: str) -> list[int] | None:
+    """The bytes that a token of half a character stands for; None where its name does not say."""
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return [int(name[3:5], 16)]
+    try:
+        return [_BYTES[letter] for letter in name]
+    except KeyError:
+        return None
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """The byte of each letter in which byte-level tokenizers write their tokens.
+
+    Printable bytes of Latin-1 are their own letters; the others are numbered from 256 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    found = {chr(byte): byte for byte in printable}
+    return found | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTES: Final = _letters_of_bytes()

@@ -51,14 +51,14 @@ Event = Piece | Done | Failed
 
 @dataclass(eq=False)
 class Job:
-    """A prompt, how to answer it, and where the answer goes."""
+    """A prompt, how to answer it, and where the answer goes; None there: the client has gone."""
 
     ids: Sequence[int]
     sampling: Sampling
     stops: Sequence[str]
     deadline: float
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
     gone: threading.Event = field(default_factory=threading.Event)
     arrived: float = field(default_factory=time.monotonic)
 
@@ -119,6 +119,11 @@ class Worker:
         return len(self._waiting)
 
     @property
+    def most_waiting(self) -> int:
+        """The jobs for which the queue has room."""
+        return self._most
+
+    @property
     def busy(self) -> bool:
         """Whether a job is being answered."""
         return self._running is not None
@@ -155,6 +160,12 @@ class Worker:
             return
         finally:
             self._ready.set()
+        try:
+            self._serve(generator, tokenizer)
+        finally:
+            generator.close()
+
+    def _serve(self, generator: Generator, tokenizer: Any) -> None:
         while (job := self._next()) is not None:
             self._running = job
             try:

@@ -230,10 +230,12 @@ class _Writer:
 
     def read(self, sample: int, start: int, logits: torch.Tensor) -> None:
         rows, vocab = logits.shape
-        log_p = torch.log_softmax(logits / self._asked.temperature, dim=-1)
+        cooled = logits if self._asked.temperature == 1 else logits / self._asked.temperature
+        log_p = torch.log_softmax(cooled, dim=-1)
+        del cooled  # rows of the vocabulary: as few arrays of them as can be
         top, ids = log_p.topk(self._asked.outcomes, dim=-1)
         if self._asked.outcomes < vocab:
-            others = log_p.scatter_(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+            others = _logsumexp_(log_p.scatter_(1, ids, -torch.inf))
             top = torch.cat([top, others], dim=1)
         numbers = ids.to(torch.int32).cpu().numpy()
         content = top.cpu().contiguous().numpy().tobytes()
@@ -300,6 +302,13 @@ class _File:
         text += b" " * (-len(text) % 8)
         self._at = {name: place + 8 + len(text) for name, place in self._at.items()}
         _write(self._file, struct.pack("<Q", len(text)) + text, 0)
+
+
+def _logsumexp_(rows: torch.Tensor) -> torch.Tensor:
+    """`rows.logsumexp(1, keepdim=True)` to the bit, in the memory of `rows`, which is lost."""
+    largest = rows.amax(1, keepdim=True)
+    largest.masked_fill_(largest.isinf(), 0)
+    return rows.sub_(largest).exp_().sum(1, keepdim=True).log_().add_(largest)
 
 
 def _row_bytes(vocab: int, outcomes: int) -> dict[str, int]:

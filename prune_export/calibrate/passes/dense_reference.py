@@ -27,6 +27,9 @@ to them, and only the sum of their outputs is compared."""
 DENSE_STATES: Final = 1 + len(TARGETED)
 """Arrays of states that are held more: the dense model's, and one for each group's target."""
 
+MIXERS: Final = ("attention.out", "linear.out")
+"""Linear groups whose outputs come first; a block has one of them, or (Falcon-H1) both at once."""
+
 _LEAST: Final = 1e-20
 
 _NOT_ADDED: Final = {"norm.attn.out", "norm.mlp.out", "shortcut.attn", "shortcut.mlp"}
@@ -50,10 +53,12 @@ def added_times(arch: Arch) -> float | None:
     """The factor of a block's outputs when they are added to the residual stream.
 
     None where more than a factor lies between: where an output is normalized before it is added,
-    or the sum is normalized or multiplied after.
+    the sum is normalized or multiplied after, or two mixers are added to each other first.
     """
     roles = {row.role for row in arch.table.rows()}
     if roles & _NOT_ADDED:
+        return None
+    if any({"o", "linear.out"} <= {t.role for t in arch.block(i)} for i in range(arch.layers)):
         return None
     if not holds(arch.table.added_when, arch.config):
         return None
@@ -111,9 +116,9 @@ class DenseReference:
     ) -> None:
         del module, args
         goal = tracker.states(tracker.at)
-        if kind != "attention.out":  # what attention gives is in it by now
+        if kind not in MIXERS:  # what a mixer gives is in it by now
             goal = torch.add(goal, output.view(goal.shape), alpha=self.times)
-        self._goals[kind].write(tracker.at, goal)
+        self._goals[_slot(kind)].write(tracker.at, goal)
 
     def wanted(
         self, kind: str, start: int, before: torch.Tensor, bias: torch.Tensor | None
@@ -122,7 +127,7 @@ class DenseReference:
 
         `before` `[samples, length, residual]` are the edited model's states that it is added to.
         """
-        goal = self._goals[kind].read(start, start + len(before)).to(before.device)
+        goal = self._goals[_slot(kind)].read(start, start + len(before)).to(before.device)
         outputs = (goal - before) / self.times
         if bias is not None:
             outputs -= bias
@@ -140,9 +145,10 @@ def inverse_mean_square(states: torch.Tensor) -> torch.Tensor:
 class ResidualTracker:
     """Tracks the residual stream to which each projection's output is added, batch by batch.
 
-    For attention those that enter the block. For the MLP what attention gives has been added to
-    them: so it is in blocks where one follows the other, and in those where both read the same
-    states, what the MLP is to make good is what is left after attention has.
+    For attention, or what stands in its place, those that enter the block. For the MLP what
+    attention gives has been added to them: so it is in blocks where one follows the other, and
+    in those where both read the same states, what the MLP is to make good is what is left after
+    attention has.
     """
 
     def __init__(
@@ -153,7 +159,7 @@ class ResidualTracker:
         self.at = 0
         """The batch that is being computed."""
         for kind, module in projections(layerwise, layer).items():
-            if kind == "attention.out":
+            if kind in MIXERS:
                 hooks.callback(module.register_forward_hook(self._add).remove)
 
     def begin(self, start: int, inputs: torch.Tensor) -> None:
@@ -186,4 +192,9 @@ def projections(layerwise: LayerwiseModel, layer: int) -> dict[str, nn.Module]:
 
 def has_target(group: LinearGroup) -> bool:
     """Whether the dense model gives a target for a linear group."""
-    return group.kind in TARGETED and group.expert is None
+    return _slot(group.kind) in TARGETED and group.expert is None
+
+
+def _slot(kind: str) -> str:
+    """The one of `TARGETED` under which a group's targets are held."""
+    return MIXERS[0] if kind in MIXERS else kind

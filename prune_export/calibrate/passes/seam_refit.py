@@ -166,18 +166,18 @@ class _Pass:
         self.inside = {seam.goal.layer for seam in seams if seam.goal.part == "attention"}
         arrays = 2 * tokens.samples + self.held + (tokens.samples if self.inside else 0)
         held_on = driver.place_of(arrays * length * residual * driver.dtype.itemsize)
-        self.spooled = held_on is None
+        self.offloaded = held_on is None
         shape, dtype = (length, residual), driver.dtype
 
         def buffer(rows: int, name: str) -> Buffer:
-            path = saves.folder / f"{name}.spool" if self.spooled else None
+            path = saves.folder / f"{name}.spool" if self.offloaded else None
             made = Buffer(max(rows, 1), shape, dtype, path=path, device=held_on or "cpu")
             return stack.enter_context(made)
 
         everywhere = partial(buffer, tokens.samples)
-        self.dense = Lane(everywhere, "dense", spooled=self.spooled)
-        self.edited = Lane(everywhere, "edited", spooled=self.spooled)
-        self.plain = Lane(partial(buffer, self.held), "plain", spooled=self.spooled)
+        self.dense = Lane(everywhere, "dense", offloaded=self.offloaded)
+        self.edited = Lane(everywhere, "edited", offloaded=self.offloaded)
+        self.plain = Lane(partial(buffer, self.held), "plain", offloaded=self.offloaded)
         self.goal = everywhere("goal") if self.inside else None
         self.saves.layout = tuple(sorted(self._in_memory()))
 
@@ -202,7 +202,7 @@ class _Pass:
                 ended = number + 1 == len(self.steps)
                 if ended and self.held:
                     self._hear()
-                if ended or self.spooled or self.saves.due():
+                if ended or self.offloaded or self.saves.due():
                     self.saves.save(number + 1, {} if ended else self._in_memory(), {})
 
     def _take(self, number: int, call: Call, task: Task) -> None:
@@ -348,7 +348,7 @@ class _Pass:
 
     def _resume(self, done: int) -> None:
         self.saves.restore(self._in_memory())
-        if self.spooled:
+        if self.offloaded:
             if sum(step.dense for step in self.steps[:done]) % 2:
                 self.dense.swap()
             if sum(step.edited for step in self.steps[:done]) % 2:
@@ -356,7 +356,7 @@ class _Pass:
                 self.plain.swap()
 
     def _in_memory(self) -> dict[str, Buffer]:
-        if self.spooled:
+        if self.offloaded:
             return {}
         lanes = {lane.name: lane.states for lane in (self.dense, self.edited, self.plain)}
         return lanes | ({"goal": self.goal} if self.goal is not None else {})

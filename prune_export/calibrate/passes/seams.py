@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from prune_export.arch import Arch
-from prune_export.calibrate.passes.dense_reference import has_target
+from prune_export.calibrate.passes.dense_reference import MIXERS, has_target
 from prune_export.calibrate.streaming.linear_groups import LinearGroup, linear_groups
 from prune_export.calibrate.streaming.skip import Part, Unit
 
-_KINDS: Final[Mapping[Part, str]] = {"attention": "attention.out", "mlp": "mlp.out"}
+_KINDS: Final[Mapping[Part, tuple[str, ...]]] = {"attention": MIXERS, "mlp": ("mlp.out",)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def seams_of(
 ) -> tuple[Seam, ...]:
     """Finds the seams that removing these units leaves, from the first to the last.
 
-    `is_zero` says that a part of a block that stays adds nothing: earlier stages may have silenced
+    `is_zero` says that a part of a block that stays adds nothing: earlier stages may have zeroed
     it. Of blocks whose parts are added to the same states, a part that stays stands before one that
     goes: it can make good what that gave.
     """
@@ -133,13 +133,17 @@ def _seam(
     if before is None:
         return Seam(removed, goal, None, "no projection stands before it")
     groups = {group.kind: group for group in linear_groups(arch, before.layer) if has_target(group)}
-    group = groups.get(_KINDS[before.part])
+    group = _first(groups, before.part)
     if group is None and (before.layer, "attention") not in gone:
         # Experts: what the block's attention gives is refitted, as if they did not see it.
-        group = groups.get(_KINDS["attention"])
+        group = _first(groups, "attention")
     if group is None:
         return Seam(removed, goal, None, "only experts stand before it")
     return Seam(removed, goal, group)
+
+
+def _first(groups: Mapping[str, LinearGroup], part: Part) -> LinearGroup | None:
+    return next((groups[kind] for kind in _KINDS[part] if kind in groups), None)
 
 
 def _whole(run: list[Unit]) -> tuple[Unit, ...]:

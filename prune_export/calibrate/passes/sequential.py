@@ -139,11 +139,11 @@ class SequentialPass:
         on_gpu = driver.device == "cuda"
         free = driver.free_gpu_bytes() if on_gpu else driver.free_ram_bytes()
         held_on = driver.place_of(held_bytes)
-        spooled = held_on is None
+        offloaded = held_on is None
         shape = (ids.shape[1], arch.sizes["residual"])
 
         def buffer(name: str) -> Buffer:
-            path = saves.folder / f"{name}.spool" if spooled else None
+            path = saves.folder / f"{name}.spool" if offloaded else None
             made = Buffer(len(ids), shape, dtype, path=path, device=held_on or "cpu")
             return stack.enter_context(made)
 
@@ -153,7 +153,7 @@ class SequentialPass:
             if times is None:
                 raise ValueError(f"{arch.family}: outputs are not simply added to the states")
             goals = {kind: buffer(f"goal-{kind}") for kind in TARGETED}
-            lane = Lane(buffer, "dense", spooled=spooled)
+            lane = Lane(buffer, "dense", offloaded=offloaded)
             reference = DenseReference(layerwise, times, lane, goals)
         self.state = SequentialState(
             arch=arch,
@@ -163,7 +163,7 @@ class SequentialPass:
             batch=driver.batch(),
             layerwise=layerwise,
             weights=Weights(layerwise),
-            lane=Lane(buffer, "states", spooled=spooled),
+            lane=Lane(buffer, "states", offloaded=offloaded),
             dense=reference,
             suspends=suspended + held_bytes <= free,
             folder=saves.folder,
@@ -181,7 +181,7 @@ class SequentialPass:
                 return
             if done:
                 self.saves.restore(self._held())
-                if state.lane.spooled and done % 2:
+                if state.lane.offloaded and done % 2:
                     state.swap()
             layerwise.look_up(ids.flatten())
             calls, prefix_calls = layerwise.calls(ids), layerwise.calls(ids[:, :PREFIX_TOKENS])
@@ -197,7 +197,7 @@ class SequentialPass:
                 last = layer + 1 == layers
                 if last and self.asks_loss:
                     (self.saves.folder / _LOSS).write_text(repr(self._loss()), encoding="ascii")
-                if last or state.lane.spooled or self.saves.due():
+                if last or state.lane.offloaded or self.saves.due():
                     self.saves.save(layer + 1, {} if last else self._held(), {})
 
     def _loss(self) -> float:
@@ -215,4 +215,4 @@ class SequentialPass:
         return [self.state.lane, *([self.state.dense.lane] if self.state.dense else [])]
 
     def _held(self) -> dict[str, Buffer]:
-        return {lane.name: lane.states for lane in self._lanes() if not lane.spooled}
+        return {lane.name: lane.states for lane in self._lanes() if not lane.offloaded}

@@ -289,8 +289,8 @@ class _Pass:
                 for stream in self.streams:
                     stream.advance(self.layerwise, layer, task)
                 # A state in a file is overwritten by the block after next: it is marked each time.
-                spooled = any(stream.spare is not None for stream in self.streams)
-                if layer + 1 < self.arch.layers and (spooled or self.saves.due()):
+                offloaded = any(stream.spare is not None for stream in self.streams)
+                if layer + 1 < self.arch.layers and (offloaded or self.saves.due()):
                     self.saves.save(layer + 1, self._states | self._kept, self._collected())
             hearing = [stream for stream in self.streams if len(stream.lanes) > 1]
             reading = [stream for stream in self.streams if stream.readers]

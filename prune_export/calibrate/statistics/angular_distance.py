@@ -10,7 +10,7 @@ import torch
 
 from prune_export.calibrate.statistics.api import Scope
 from prune_export.calibrate.streaming.skip import Unit
-from prune_export.scores import angles
+from prune_export.numeric.scores import angles
 
 
 @dataclass(frozen=True)

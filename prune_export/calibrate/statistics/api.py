@@ -114,7 +114,7 @@ class ExtraPass:
 
     `forwards` are passes of `samples` windows, cut to `length` tokens (None: all of them), through
     the whole model; a backward pass counts as two. `ram_bytes` and `disk_bytes` are what they hold
-    beyond the states and blocks of a pass, `handy_bytes` what more where there is room; `parks`
+    beyond the states and blocks of a pass, `handy_bytes` what more where there is room; `suspends`
     says that windows are suspended inside a block (`sequential`); `states` is the number of arrays
     of hidden states that it holds.
     """

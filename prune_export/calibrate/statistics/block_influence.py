@@ -10,7 +10,7 @@ import torch
 
 from prune_export.calibrate.statistics.api import Collector, Scope
 from prune_export.calibrate.streaming.skip import Part, Unit
-from prune_export.scores import turned
+from prune_export.numeric.scores import turned
 
 
 @dataclass(frozen=True)

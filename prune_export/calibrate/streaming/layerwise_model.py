@@ -83,6 +83,9 @@ class LayerwiseModel:
         self._places = [_Place(block, in_tuple=arch.table.tuple_blocks) for block in self._blocks]
         parent, _, leaf = arch.table.blocks.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._places))
+        # Without the head; a class of a larger model's text may name no such part.
+        base = self.model.base_model
+        self._base = self.model.get_submodule(parent) if base is self.model else base
         small = [
             tensor
             for tensor in arch.stored()
@@ -132,11 +135,9 @@ class LayerwiseModel:
         """Embeds ids that were looked up: the first block's input `[samples, length, residual]`."""
         own, places = torch.unique(ids, return_inverse=True)
         rows = self._rows[torch.searchsorted(self._known, own)]
-        # The embedding module itself: some families scale in it.
+        # The model embeds them itself: some families scale in the embedding, others behind it.
         self._embedding.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
-        self.model.base_model(
-            inputs_embeds=self._embedding(places.to(self.device)), use_cache=False
-        )
+        self._base(input_ids=places.to(self.device), use_cache=False)
         states = self._places[0].states
         assert states is not None
         return states
@@ -198,7 +199,7 @@ class LayerwiseModel:
             if kwargs.get(name) is not None:  # recorded with one window
                 kwargs[name] = kwargs[name].repeat(len(states), *[1] * (kwargs[name].dim() - 1))
         out = self._blocks[layer](states, *call.args, **kwargs)
-        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        result: torch.Tensor = out[0] if isinstance(out, tuple | list) else out
         return result
 
     def load_head(self) -> None:
@@ -288,7 +289,9 @@ class LayerwiseModel:
                 setattr(owner, leaf, stored.to(self.device, non_blocking=True))
                 continue
             value = stored.to(self.device, self.dtype, non_blocking=True)
-            setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+            parameter = nn.Parameter(value, requires_grad=False)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # stays as it is
+            setattr(owner, leaf, parameter)
 
 
 def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -304,8 +307,10 @@ def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 def _rebuild_buffers(model: Any, module: nn.Module, device: str) -> None:
     """Computes what no checkpoint stores (rotary frequencies, embedding scales), off `meta`.
 
-    By transformers' own `_init_weights`, which does the same when it loads a checkpoint.
+    By transformers' own `_init_weights`, which does the same when it loads a checkpoint; of the
+    model too, as some fill the buffers of their blocks from there.
     """
+    filled = False
     for part in module.modules():
         buffers = part.named_buffers(recurse=False)
         blank = {name: buffer for name, buffer in buffers if buffer.is_meta}
@@ -313,6 +318,9 @@ def _rebuild_buffers(model: Any, module: nn.Module, device: str) -> None:
             setattr(part, name, torch.empty_like(buffer, device=device))
         if blank:
             model.base_model._init_weights(part)
+            filled = True
+    if filled:
+        model.base_model._init_weights(model.base_model)
 
 
 class _Names:

@@ -118,14 +118,14 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 class Lane:
     """The hidden states of one model between two blocks, in memory or in files.
 
-    In files (`spooled`), a block's outputs are written beside its inputs: a killed pass reads these
-    again.
+    In files (`offloaded`), a block's outputs are written beside its inputs: a killed pass reads
+    these again.
     """
 
-    def __init__(self, make: Callable[[str], Buffer], name: str, *, spooled: bool) -> None:
-        self.name, self.spooled = name, spooled
+    def __init__(self, make: Callable[[str], Buffer], name: str, *, offloaded: bool) -> None:
+        self.name, self.offloaded = name, offloaded
         self.states = make(name)
-        self.spare = make(f"{name}-spare") if spooled else self.states
+        self.spare = make(f"{name}-spare") if offloaded else self.states
 
     def swap(self) -> None:
         """Makes what was written last what is read next."""

@@ -36,7 +36,7 @@ OUTPUTS: Final[Mapping[Part, tuple[str, ...]]] = {
 """The roles of what writes the output of a part of a block; zeros there remove the part."""
 
 _LANDMARKS: Final[Mapping[Part, tuple[str, ...]]] = {
-    "attention": ("o",),
+    "attention": ("o", "linear.out"),
     "mlp": ("down", "router", "shared.down"),
 }
 """The roles of matrices by which a part is found; experts are fused in memory, their router not."""
@@ -47,9 +47,8 @@ def skipped(layerwise: LayerwiseModel, layer: int, parts: Collection[Part]) -> I
     """Makes these parts of a loaded block give zeros inside a `with`; modules are not computed."""
     with ExitStack() as undo:
         for part in parts:
-            for module, whole in _modules(layerwise, layer, part):
+            for module, whole, pair in _modules(layerwise, layer, part):
                 if whole:
-                    pair = part == "attention" or layerwise.arch.table.tuple_mlp
                     zeros = _zeros_and_none if pair else _zeros
                     _instead(module, partial(zeros, layerwise.arch.sizes["residual"]), undo)
                 else:
@@ -76,7 +75,7 @@ class Steps:
         self._layerwise, self._layer, self._call = layerwise, layer, call
         parts: tuple[Part, ...] = ("attention", "mlp")
         self._modules = [
-            (part, module) for part in parts for module, _ in _modules(layerwise, layer, part)
+            (part, module) for part in parts for module, *_ in _modules(layerwise, layer, part)
         ]
         self._kept: dict[Any, Any] = {}
 
@@ -105,13 +104,13 @@ class Steps:
             return self._layerwise.run(self._layer, states, self._call)
 
 
-def _modules(layerwise: LayerwiseModel, layer: int, part: Part) -> list[tuple[Any, bool]]:
+def _modules(layerwise: LayerwiseModel, layer: int, part: Part) -> list[tuple[Any, bool, bool]]:
     """The modules of a block that are a part, and True: one, or that of a shared expert too.
 
     Else its last one, and False: some MLPs have no module (OPT), and some modules add the residual
-    states (Bloom).
+    states (Bloom). The third says whether the module returns its output as the first of two.
     """
-    found: list[tuple[Any, bool]] = []
+    found: list[tuple[Any, bool, bool]] = []
     for tensor in layerwise.arch.block(layer):
         if tensor.role in _LANDMARKS[part]:
             leaf = layerwise.module(tensor)
@@ -122,8 +121,11 @@ def _modules(layerwise: LayerwiseModel, layer: int, part: Part) -> list[tuple[An
             )
             if layerwise.arch.table.parts_add:
                 whole = leaf
-            if all(whole is not other for other, _ in found):
-                found.append((whole, whole is not leaf))
+            if all(whole is not other for other, *_ in found):
+                pair = tensor.role == "o"
+                if part == "mlp":
+                    pair = layerwise.arch.mlp_in_tuple(layer)
+                found.append((whole, whole is not leaf, pair))
     return found
 
 

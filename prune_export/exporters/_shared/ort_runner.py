@@ -2,7 +2,7 @@
 
 Works for any graph with the Hub's names: inputs `input_ids`, `attention_mask`, `position_ids` (the
 last two optional) and `past_key_values.{i}.key`/`.value`, outputs `logits` and `present.{i}.key`/
-`.value`.
+`.value`; of convolutions and recurrences `.conv_state` and `.recurrent_state`, which do not grow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from prune_export.exporters._shared.ort_providers import (
 )
 from prune_export.machine import Machine
 
-_PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_PAST: Final = re.compile(r"past_key_values\.(\d+)\.(key|value|conv_state|recurrent_state)")
+_STATE: Final = "_state"
+"""How the names of caches end that do not grow: they start as zeros."""
 _DTYPES: Final[Mapping[str, Any]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -44,15 +46,17 @@ def session_for(
     prepack: bool = True,
     fuse: bool = True,
     accuracy_level: int | None = None,
+    spinning: bool = False,
     library: Path | None = None,
 ) -> Any:
-    """Opens an `onnxruntime.InferenceSession` with this machine's threads, none of them spinning.
+    """Opens an `onnxruntime.InferenceSession` with this machine's threads.
 
-    Without `prepack`, weights stay memory-mapped: slower steps, but the session needs hardly more
-    memory than its activations. Without `fuse`, the graph is run as it is written: int8 weights are
-    then not multiplied with activations that the runtime rounds. `accuracy_level` says what
-    products with dequantized weights compute in, as `MatMulNBits` has it. `library` has operators
-    of its own: machine code, which runs as soon as it is loaded.
+    None of them spins unless that is asked for: engines that are measured take turns. Without
+    `prepack`, weights stay memory-mapped: slower steps, but the session needs hardly more memory
+    than its activations. Without `fuse`, the graph is run as it is written: int8 weights are then
+    not multiplied with activations that the runtime rounds. `accuracy_level` says what products
+    with dequantized weights compute in, as `MatMulNBits` has it. `library` has operators of its
+    own: machine code, which runs as soon as it is loaded.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
@@ -66,7 +70,7 @@ def session_for(
     options.intra_op_num_threads = machine.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     if not fuse:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if not prepack:
@@ -112,11 +116,12 @@ class OrtRunner:
         fuse: bool = True,
         head_size: int | None = None,
         accuracy_level: int | None = None,
+        spinning: bool = False,
         library: Path | None = None,
     ) -> None:
         self._session = session_for(
             graph, machine, provider=provider, prepack=prepack, fuse=fuse,
-            accuracy_level=accuracy_level, library=library,
+            accuracy_level=accuracy_level, spinning=spinning, library=library,
         )  # fmt: skip
         wanted = (provider or Provider()).resolved(machine)
         self._provider = NAMES[wanted]
@@ -179,10 +184,24 @@ class OrtRunner:
         for name in self._past:
             if name not in self._cache:
                 entry = self._inputs[name]
-                shape = (batch, int(entry.shape[1]), 0, int(self._head_size or entry.shape[3]))
                 kind = _DTYPES.get(entry.type, _BFLOAT16)
-                self._cache[name] = OrtValue.ortvalue_from_shape_and_type(shape, kind, self._device)
+                if name.endswith(_STATE):
+                    self._cache[name] = self._zeros((batch, *map(int, entry.shape[1:])), kind)
+                else:
+                    shape = (batch, int(entry.shape[1]), 0, int(self._head_size or entry.shape[3]))
+                    self._cache[name] = OrtValue.ortvalue_from_shape_and_type(
+                        shape, kind, self._device
+                    )
             yield name, self._cache[name]
+
+    def _zeros(self, shape: tuple[int, ...], kind: Any) -> Any:
+        """A state of zeros; of bfloat16, which numpy lacks, by its bits."""
+        from onnxruntime import OrtValue
+
+        if kind == _BFLOAT16:
+            bits = np.zeros(shape, np.uint16)
+            return OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
+        return OrtValue.ortvalue_from_numpy(np.zeros(shape, kind), self._device)
 
 
 def _present(past: str) -> str:

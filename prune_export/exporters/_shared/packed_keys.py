@@ -23,14 +23,21 @@ Packing = Annotated[
 ]
 
 
-def refuse_unpackable(exporter: str, packed: str, precision: str, block: int) -> None:
+def refuse_unpackable(exporter: str, packed: str, precision: str, block: int, tune: bool) -> None:
     """Refuses keys with which the kernel has nothing that it can multiply.
 
     Raises:
-        PlanError: another precision than int8, int4 or fp32, or blocks that it does not have.
+        PlanError: another precision than int8, int4 or fp32, blocks that it does not have, or
+            `tune`, which tries settings of the runtime's own products.
     """
     if packed == "no":
         return
+    if tune:
+        raise PlanError(
+            f"{exporter}.packed",
+            "got `tune: true` too, which times the runtime's own products, not our kernel",
+            "leave `tune` or `packed` out",
+        )
     if precision not in ("int8", "int4", "fp32"):
         raise PlanError(
             f"{exporter}.packed",

@@ -32,13 +32,6 @@ def refuse_untraceable(where: str, arch: Arch) -> None:
         PlanError: with what is the same, or runs it.
     """
     refuse_rope(where, arch.config)
-    if arch.table.tuple_blocks:
-        raise PlanError(
-            where,
-            f"torch.export cannot follow {arch.family}: its code in transformers builds masks and "
-            "caches in ways of before torch.export",
-            "run it in PyTorch: leave the export out",
-        )
     if arch.table.untraceable:
         raise PlanError(
             where,

@@ -27,6 +27,7 @@ from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.logit_check import PROMPT, refuse_other_logits
 from prune_export.exporters._shared.rope import refuse_untraceable
 from prune_export.exporters._shared.side_files import copy_side_files
+from prune_export.exporters._shared.states import refuse_states
 from prune_export.machine import Machine
 from prune_export.units import GIB
 
@@ -82,6 +83,7 @@ class Aoti:
                 the model computes what cannot be compiled.
         """
         refuse_untraceable("export: aoti", arch)
+        refuse_states("export: aoti", arch)
         if not any(map(shutil.which, ("g++", "c++", "clang++"))):
             raise PlanError(
                 "export: aoti", "needs a C++ compiler, and none is on the PATH",

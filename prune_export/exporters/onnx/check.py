@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from prune_export.exporters._shared.logit_check import PROMPT, refuse_other_logits
 from prune_export.exporters._shared.ort_runner import OrtRunner
@@ -49,9 +50,10 @@ def reference_logits(
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 buffer.copy_(source.read(f"{path}.{name}"))  # a router's correction
-        if any(parameter is not None for parameter in module._parameters.values()):
+        if _has_own(module):
             rounded = {} if isinstance(module, nn.Embedding) else stored
-            _stream(path, module, partial(_rounded, source=source, dtype=dtype, stored=rounded))
+            read = partial(_rounded, source=source, dtype=dtype, stored=rounded)
+            _stream(path, module, read, when=_reader(model, path, module))
     with torch.no_grad():
         logits: np.ndarray = model(torch.from_numpy(ids), use_cache=False).logits.numpy()
     return logits
@@ -76,7 +78,25 @@ def _rounded(
     return values
 
 
-def _stream(path: str, module: nn.Module, read: Callable[[str], torch.Tensor]) -> None:
+def _has_own(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+def _reader(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The module whose `forward` reads the parameters of `module`: itself, or the one it is in.
+
+    Mixers with states read the weight of a convolution, or of a projection of step sizes, and do
+    not call it.
+    """
+    owner = model.get_submodule(path.rpartition(".")[0])
+    by_owner = isinstance(module, _ConvNd) or (isinstance(module, nn.Linear) and _has_own(owner))
+    return owner if by_owner else module
+
+
+def _stream(
+    path: str, module: nn.Module, read: Callable[[str], torch.Tensor], *, when: nn.Module
+) -> None:
+    """Reads the parameters of a module before the module `when` runs, and frees them after."""
     empty = dict(module._parameters)
 
     def load(*_: Any) -> None:
@@ -88,8 +108,8 @@ def _stream(path: str, module: nn.Module, read: Callable[[str], torch.Tensor]) -
     def free(*_: Any) -> None:
         module._parameters.update(empty)
 
-    module.register_forward_pre_hook(load)
-    module.register_forward_hook(free)
+    when.register_forward_pre_hook(load)
+    when.register_forward_hook(free)
 
 
 def compare(

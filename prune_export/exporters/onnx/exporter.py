@@ -2,8 +2,9 @@
 
 Inputs `input_ids`, `attention_mask`, `position_ids` and `past_key_values.{i}.key`/`.value`, outputs
 `logits` and `present.{i}.key`/`.value`: the names that the Hub's ONNX models have. Batch, sequence
-and past are dynamic. Tracing costs seconds for every block, and blocks are alike, so one of each
-kind is traced and replicated for the others; weights are copied from the checkpoint one at a time.
+and past are dynamic. States of convolutions and recurrences are caches too (`caches`). Tracing
+costs seconds for every block, and blocks are alike, so one of each kind is traced and replicated
+for the others; weights are copied from the checkpoint one at a time.
 
 What a wide checkpoint holds as zeros (`trim`) is not in the graph: each block has the channels and
 heads that are left of it, and none of a sub-block that only adds zero. `i` counts the caches, and a
@@ -41,6 +42,8 @@ from prune_export.exporters._shared.ort_providers import (
 from prune_export.exporters._shared.packed_keys import Packing, refuse_unpackable
 from prune_export.exporters._shared.rope import refuse_untraceable
 from prune_export.exporters._shared.side_files import copy_side_files
+from prune_export.exporters._shared.states import refuse_states
+from prune_export.exporters._shared.tuning import TUNING_S
 from prune_export.kernels.compiling import LIBRARY, refuse_without_compiler
 from prune_export.machine import Machine
 from prune_export.units import GIB
@@ -96,6 +99,13 @@ class Onnx:
             "2 of 4, exactly, for hardware that knows no other pattern"
         ),
     ] = False
+    tune: Annotated[
+        bool,
+        Field(
+            description="measure here which accuracy level (of int8 and int4; none coarser than "
+            "asked), threads, spinning and pages are fastest: written to run.sh and tuned.json"
+        ),
+    ] = False
 
     packed: Packing = "no"
 
@@ -134,11 +144,11 @@ class Onnx:
     calibrates: ClassVar[bool] = False
     WRITES_CODES: ClassVar[bool] = True
     LATER: ClassVar[Mapping[str, Any]] = {
-        "block_size": 32, "head": "same", "accuracy_level": 4, "packed": "no",
+        "block_size": 32, "head": "same", "accuracy_level": 4, "tune": False, "packed": "no",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
-        refuse_unpackable("onnx", self.packed, self.precision, self.block_size)
+        refuse_unpackable("onnx", self.packed, self.precision, self.block_size, self.tune)
         if self.packed != "no" and (self.provider not in ("auto", "cpu") or self.sliding):
             raise PlanError(
                 "onnx.packed",
@@ -162,6 +172,8 @@ class Onnx:
             PlanError: the model computes what no graph can, or nothing here can run it.
         """
         refuse_untraceable("export: onnx", arch)
+        if self.provider.startswith("tensorrt"):
+            refuse_states(f"onnx.provider: {self.provider}", arch)
         for package in _PACKAGES:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: onnx", package, "onnx")
@@ -184,7 +196,7 @@ class Onnx:
             disk_bytes=written * (3 if self.sliding else 1),
             flops=2.0 * 6 * 2 * arch.parameters(),
             moved_bytes=2 * checkpoint_bytes + written * (6 if self.sliding else 2),
-            seconds=12.0,
+            seconds=12.0 + (TUNING_S if self.tune else 0.0),
         )
 
     def export(self, checkpoint: Path, out: Path, work: Work) -> BuildRecord:
@@ -229,10 +241,11 @@ class Onnx:
             note = self._compared(out, config, narrow, stamped.weights, work.machine)
             task.advance()
         packed = self._pack(out, work)
+        chosen, tuned = self._tuned(out, int(opened.full_config()["vocab_size"]), work)
         return BuildRecord(
             exporter="onnx",
             version=self.VERSION,
-            parameters=asdict(self) | {"opset": tracing.OPSET},
+            parameters=asdict(chosen) | {"opset": tracing.OPSET},
             graph="model.onnx",
             weight_bytes=weight_files.decode_bytes(stamped, dtype, trace.experts_visited)
             + (slid.added_bytes if slid else 0)
@@ -246,6 +259,7 @@ class Onnx:
                 *filter(None, (self._provider().note(work.machine),)),
                 *(slid.notes() if slid else ()),
                 *(packed.notes() if packed else ()),
+                *tuned,
             ),
             sparsity=packed.sparsity(self.packed) if packed else self._sparsity(),
         )
@@ -256,13 +270,22 @@ class Onnx:
         Raises:
             StageError: the graph does not load, or the wanted provider does not run it.
         """
+        return self.opened(path, machine, spinning=False)
+
+    def opened(self, path: Path, machine: Machine, *, spinning: bool) -> Runner:
+        """Opens it with threads that may spin, as `tune` tries."""
         from prune_export.exporters._shared.ort_runner import OrtRunner
 
         level = self.accuracy_level if self._bits else None
         return OrtRunner(
             path / "model.onnx", machine, provider=self._provider(), accuracy_level=level,
-            library=path / LIBRARY if self.runs_code else None,
+            spinning=spinning, library=path / LIBRARY if self.runs_code else None,
         )  # fmt: skip
+
+    @property
+    def times_machine(self) -> bool:
+        """Whether the engine depends on how fast this machine is."""
+        return self.tune
 
     def without_sparsity(self) -> Onnx | None:
         """The same exporter without SlideSparse and sparse kernels; None where it uses none."""
@@ -303,6 +326,20 @@ class Onnx:
         head = {"int4": 4, "int8": 8}.get(self.head, 8 if source.grids else self._bits)
         plain, of_head = (Coding(bits, self.block_size) for bits in (self._bits, head))
         return chooser(source, plain, of_head, blocks)
+
+    def _tuned(self, out: Path, vocab: int, work: Work) -> tuple[Onnx, tuple[str, ...]]:
+        """This with the accuracy level that is fastest here, and what was measured; if asked."""
+        if not self.tune:
+            return self, ()
+        from prune_export.exporters._shared.tuning import settings_for, tune
+
+        levels = dict.fromkeys((self.accuracy_level, 1)) if self._bits else ()
+        keys = [{"accuracy_level": level} for level in levels] or [{}]
+        own = {"precision": self.precision, "provider": self.provider}
+        machine = replace(work.machine, device="cpu")
+        found = tune(out, "onnx", own, settings_for(machine, keys), vocab, work)
+        found.write(out, machine)
+        return replace(self, **found.best.setting.keys), (found.note(),)
 
     def _provider(self) -> Provider:
         return Provider(

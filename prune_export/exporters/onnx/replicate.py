@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir import tensor_adapters
 
+from prune_export.exporters.onnx.caches import MARKERS, Caches
 from prune_export.exporters.onnx.coding import Chooser, Coding
 from prune_export.exporters.onnx.cut import cut
 from prune_export.exporters.onnx.dead import Live, live
@@ -93,14 +94,14 @@ class _Stamper:
         self._copies: dict[int, Any] = {}
         self.weights: dict[str, Weight] = {}
         self.constants: dict[str, Any] = {}
-        self.cache: list[tuple[tuple[int, int], ...]] = []
+        self.caches = Caches.of(graph, self.dtype)
 
     def run(self) -> Stamped:
         graph = self.trace.model.graph
         names = {graph.outputs[0].name: "logits"}
         for node in self.cut.before:
             self._emit(node, names, "before")
-        hidden = self._name(self.cut.hidden["enter"], names)
+        hidden = self.named(self.cut.hidden["enter"], names)
         for layer, kind in enumerate(self.trace.kinds):
             hidden = self._block(layer, kind, names, hidden)
         names[self.cut.hidden["leave"]] = hidden
@@ -156,14 +157,14 @@ class _Stamper:
         inside = iter(alive.nodes)
         for node in inside:
             marker = node.op_type if node.domain == DOMAIN else ""
-            if marker in ("Attention", "Append"):
-                self._attend(node, layer, names)
+            if marker in MARKERS:
+                self.caches.write(node, layer, names, self)
             elif marker == "ExpertInput":
                 self._experts(node, inside, layer, names)
             else:
                 self._emit(node, names, prefix, layer, alias=alive.alias)
         out = self.cut.hidden[f"out {kind}"]
-        return self._name(alive.alias.get(out, out), names)
+        return self.named(alive.alias.get(out, out), names)
 
     def _live(self, layer: int, kind: int) -> Live:
         nodes = [*self.cut.sized, *self.cut.inside.get(kind, [])]
@@ -180,33 +181,6 @@ class _Stamper:
             return False
         return self.fit.is_dead(f"{self.trace.blocks}.{layer}.{match.group(2)}", layer, expert)
 
-    def _attend(self, node: Any, layer: int, names: dict[str, str]) -> None:
-        at = 1 if node.op_type == "Attention" else 0
-        # Caches are numbered without gaps, as runtimes count them, whatever layers have none.
-        number = len(self.cache)
-        self.cache.append(
-            tuple(
-                (self._read(int(value.shape[1]), layer), int(value.shape[3]))
-                for value in node.outputs[at : at + 2]
-            )
-        )
-        past = [f"past_key_values.{number}.{part}" for part in ("key", "value")]
-        present = [f"present.{number}.{part}" for part in ("key", "value")]
-        names |= dict(zip((v.name for v in node.outputs[at : at + 2]), present, strict=True))
-        read = [self._name(value.name, names) for value in node.inputs]
-        where = f"layers.{layer}"
-        if node.op_type == "Attention":
-            wrote = [self._name(node.outputs[0].name, names), *present]
-            given = {
-                name: self._read(attr.value, layer)
-                for name, attr in node.attributes.items()
-                if name != "block"
-            }
-            self._add("Attention", [*read, *past], wrote, where, **given)
-            return
-        for old, new, both in zip(past, read, present, strict=True):
-            self._add("Concat", [old, new], [both], where, axis=2)
-
     def _experts(
         self, start: Any, inside: Iterator[Any], layer: int, names: dict[str, str]
     ) -> None:
@@ -217,40 +191,40 @@ class _Stamper:
                 end = node
                 break
             template.append(node)
-        hidden, index, weight = (self._name(value.name, names) for value in start.inputs)
+        hidden, index, weight = (self.named(value.name, names) for value in start.inputs)
         where = f"layers.{layer}.experts"
         total = f"{where}.zero"
         # Sums are float32, also in half precision, in which ONNX Runtime scatters nothing.
         routed = onnx.TensorProto.FLOAT
         weight = self._cast(weight, int(start.inputs[2].dtype), routed, where)
         zero = onnx.helper.make_tensor("value", routed, [1], [0.0])
-        self._add("Shape", [hidden], [f"{where}.shape"], where)
-        self._add("ConstantOfShape", [f"{where}.shape"], [total], where, value=zero)
+        self.add("Shape", [hidden], [f"{where}.shape"], where)
+        self.add("ConstantOfShape", [f"{where}.shape"], [total], where, value=zero)
         ends = [value.name for node in template for value in node.inputs if value is not None]
         for expert in range(start.attributes["experts"].as_int()):
             if any(self._is_dead(value, layer, expert) for value in ends):
                 continue
             own = f"{where}.{expert}"
             number, last = f"expert.{expert}", f"{own}.sum"
-            self._constant(number, expert)
-            self._add("Equal", [index, number], [f"{own}.hit"], own)
-            self._add("NonZero", [f"{own}.hit"], [f"{own}.at"], own)
-            self._add("Gather", [f"{own}.at", self._constant("expert.0", 0)], [f"{own}.token"], own)
-            self._add("Gather", [hidden, f"{own}.token"], [f"{own}.rows"], own)
+            self.constant(number, expert)
+            self.add("Equal", [index, number], [f"{own}.hit"], own)
+            self.add("NonZero", [f"{own}.hit"], [f"{own}.at"], own)
+            self.add("Gather", [f"{own}.at", self.constant("expert.0", 0)], [f"{own}.token"], own)
+            self.add("Gather", [hidden, f"{own}.token"], [f"{own}.rows"], own)
             inner = {**names, start.outputs[0].name: f"{own}.rows"}
             for node in template:
                 for value in node.outputs:
                     if value.name not in self.transposed:
                         inner[value.name] = f"{own}.{value.name}"
                 self._emit(node, inner, own, layer, expert)
-            made = self._cast(self._name(end.inputs[0].name, inner), self.dtype, routed, own)
-            self._add("Transpose", [f"{own}.at"], [f"{own}.places"], own, perm=[1, 0])
-            self._add("GatherND", [weight, f"{own}.places"], [f"{own}.share"], own)
-            column = self._constant("minus_one", [-1])
-            self._add("Unsqueeze", [f"{own}.share", column], [f"{own}.shares"], own)
-            self._add("Mul", [made, f"{own}.shares"], [f"{own}.part"], own)
-            self._add("Unsqueeze", [f"{own}.token", column], [f"{own}.tokens"], own)
-            self._add("ScatterND", [total, f"{own}.tokens", f"{own}.part"], [last], own,
+            made = self._cast(self.named(end.inputs[0].name, inner), self.dtype, routed, own)
+            self.add("Transpose", [f"{own}.at"], [f"{own}.places"], own, perm=[1, 0])
+            self.add("GatherND", [weight, f"{own}.places"], [f"{own}.share"], own)
+            column = self.constant("minus_one", [-1])
+            self.add("Unsqueeze", [f"{own}.share", column], [f"{own}.shares"], own)
+            self.add("Mul", [made, f"{own}.shares"], [f"{own}.part"], own)
+            self.add("Unsqueeze", [f"{own}.token", column], [f"{own}.tokens"], own)
+            self.add("ScatterND", [total, f"{own}.tokens", f"{own}.part"], [last], own,
                       reduction="add")  # fmt: skip
             total = last
         names[end.outputs[0].name] = self._cast(total, routed, self.dtype, where)
@@ -258,10 +232,10 @@ class _Stamper:
     def _cast(self, value: str, dtype: int, wanted: int, where: str) -> str:
         if dtype == wanted:
             return value
-        self._add("Cast", [value], [f"{value}_cast"], where, to=wanted)
+        self.add("Cast", [value], [f"{value}_cast"], where, to=wanted)
         return f"{value}_cast"
 
-    def _constant(self, name: str, value: Any) -> str:
+    def constant(self, name: str, value: Any) -> str:
         self.constants[name] = onnx.numpy_helper.from_array(np.asarray(value, np.int64), name)
         return name
 
@@ -285,16 +259,16 @@ class _Stamper:
         proto = onnx.NodeProto()
         proto.CopyFrom(copy)
         proto.input[:] = [
-            "" if v is None else self._name(alias.get(v.name, v.name), names, layer, expert)
+            "" if v is None else self.named(alias.get(v.name, v.name), names, layer, expert)
             for v in node.inputs
         ]
         for attribute in proto.attribute:
             if attribute.type == onnx.AttributeProto.INT:
-                attribute.i = self._read(attribute.i, layer, expert)
-        proto.output[:] = [self._name(value.name, names) for value in node.outputs]
+                attribute.i = self.sized(attribute.i, layer, expert)
+        proto.output[:] = [self.named(value.name, names) for value in node.outputs]
         self._append(proto, where)
 
-    def _add(
+    def add(
         self, kind: str, read: list[str], wrote: list[str], where: str, **attributes: Any
     ) -> None:
         self._append(onnx.helper.make_node(kind, read, wrote, **attributes), where)
@@ -303,7 +277,7 @@ class _Stamper:
         proto.name = f"{where}/{proto.op_type}_{len(self.nodes)}"
         self.nodes.append(proto)
 
-    def _name(self, value: str, names: Mapping[str, str], layer: int = -1, expert: int = -1) -> str:
+    def named(self, value: str, names: Mapping[str, str], layer: int = -1, expert: int = -1) -> str:
         """A value's name in the whole graph; weights that are read are noted."""
         if self.transposed.get(value, value) in self.parameters:
             return self._weight(value, layer, expert)
@@ -312,8 +286,8 @@ class _Stamper:
             return names.get(value, value)
         if self._is_size(value):
             own = f"layers.{layer}.{value}" if expert < 0 else f"layers.{layer}.{expert}.{value}"
-            numbers = np.vectorize(lambda number: self._read(int(number), layer, expert))
-            return self._constant(own, numbers(initializer.const_value.numpy()))
+            numbers = np.vectorize(lambda number: self.sized(int(number), layer, expert))
+            return self.constant(own, numbers(initializer.const_value.numpy()))
         if value not in self.constants:
             proto = ir.serde.serialize_tensor(initializer.const_value)
             proto.name = value
@@ -331,7 +305,7 @@ class _Stamper:
             self.fit.is_size(int(number)) for number in found.numpy().reshape(-1)
         )
 
-    def _read(self, number: Any, layer: int, expert: int = -1) -> Any:
+    def sized(self, number: Any, layer: int, expert: int = -1) -> Any:
         """The value in a layer of an integer of the traced graph."""
         if self.fit is None or layer < 0 or not isinstance(number, int):
             return number
@@ -352,7 +326,7 @@ class _Stamper:
         key = f"{name}_{coding.suffix}" if coding else name
         if key not in self.weights:
             shape = tuple(
-                self._read(int(size), layer, expert) for size in self.parameters[traced].shape
+                self.sized(int(size), layer, expert) for size in self.parameters[traced].shape
             )
             self.weights[key] = Weight(
                 name, path, shape[::-1] if transposed else shape, which, transposed,
@@ -360,7 +334,7 @@ class _Stamper:
             )  # fmt: skip
             if coding:
                 read = [key, f"{name}_scale", *([f"{name}_zero"] if coding.zeros else [])]
-                self._add("DequantizeLinear", read, [f"{name}_dequantized"], name,
+                self.add("DequantizeLinear", read, [f"{name}_dequantized"], name,
                           axis=0, block_size=coding.block)  # fmt: skip
         return f"{name}_dequantized" if coding else name
 
@@ -375,12 +349,8 @@ class _Stamper:
         vocab = int(self.trace.model.graph.outputs[0].shape[-1])
         wide = 1 if self.last else "sequence"
         outputs = [info("logits", self.dtype, ["batch", wide, vocab])]
-        for number, parts in enumerate(self.cache):
-            for part, (heads, size) in zip(("key", "value"), parts, strict=True):
-                shape = ["batch", heads, "past_sequence", size]
-                inputs.append(info(f"past_key_values.{number}.{part}", self.dtype, shape))
-                shape = ["batch", heads, "total_sequence", size]
-                outputs.append(info(f"present.{number}.{part}", self.dtype, shape))
+        inputs += self.caches.inputs
+        outputs += self.caches.outputs
         read = {name for node in self.nodes for name in node.input}
         graph = onnx.helper.make_graph(
             self.nodes, "model", [i for i in inputs if i.name in read or i.name in _ALWAYS],

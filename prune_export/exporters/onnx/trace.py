@@ -10,17 +10,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Final
 
 import torch
 from torch import nn
 
+from prune_export.arch import Arch
+from prune_export.arch.roles import CONTROLS
 from prune_export.errors import PlanError
 from prune_export.exporters._shared.quiet import quiet
 from prune_export.exporters._shared.repeatable import sets_in_order
 from prune_export.exporters._shared.trim import Trim
 from prune_export.exporters.onnx.fuse import optimize
 from prune_export.exporters.onnx.markers import DOMAIN, NAME, OTHER, registered
+from prune_export.exporters.onnx.recurrent import recurrences, shifted
 from prune_export.exporters.onnx.widths import resize
 
 OPSET: Final = 23
@@ -36,7 +40,7 @@ class Trace:
     parameter that shares its storage, the others that do; `parameter_of` gives the torch name of a
     tensor in a file; `experts_visited` is the fraction of its experts that a token visits;
     `routers` are parameters of the traced model that choose experts, which rounding would send to
-    others.
+    others, or control a recurrence.
     """
 
     model: Any
@@ -66,9 +70,12 @@ def trace(
     _reduce(model, blocks, firsts)
     wrapper = _Wrapper(model, last)
     _mark(model.get_submodule(blocks))
-    with registered(), sets_in_order(model):
+    with registered(), recurrences(model), sets_in_order(model):
         graph = _graph_of(wrapper, config)
+    rename = _renaming(model)
     routers = _routers(model)
+    if trim is not None:
+        routers |= _controls(trim.arch, blocks, firsts, rename)
     names = (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -76,7 +83,7 @@ def trace(
     known = {f"model.{name}" for name, _ in names}
     optimize(graph, DOMAIN, known, {f"model.{name}" for name in routers})
     return Trace(
-        graph, blocks, kinds, dict(_computed(model)), _tied(model), _renaming(model),
+        graph, blocks, kinds, dict(_computed(model)), _tied(model), rename,
         _experts_visited(model), routers,
     )  # fmt: skip
 
@@ -96,6 +103,18 @@ def _routers(model: nn.Module) -> frozenset[str]:
         for path, module in model.named_modules()
         if "Router" in type(module).__name__
         for name in module._parameters
+    )
+
+
+def _controls(
+    arch: Arch, blocks: str, firsts: list[int], rename: Callable[[str], str]
+) -> frozenset[str]:
+    """The parameters of the traced blocks that control a recurrence."""
+    return frozenset(
+        rename(tensor.name).replace(f"{blocks}.{first}.", f"{blocks}.{number}.", 1)
+        for number, first in enumerate(firsts)
+        for tensor in arch.block(first)
+        if tensor.role in CONTROLS
     )
 
 
@@ -128,17 +147,20 @@ def _tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def weightless(config: Any, dtype: torch.dtype) -> Any:
     """Builds the model with parameters of stride 0, which take no memory, and real buffers."""
+    from torch.nn.modules.conv import _ConvNd
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    original = nn.Module.register_parameter
+    original, filled = nn.Module.register_parameter, _ConvNd.reset_parameters
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and any(param.stride()):
             param = nn.Parameter(torch.zeros((), dtype=dtype).expand(param.shape), False)
+            param._is_hf_initialized = True  # type: ignore[attr-defined]  # not to be written to
         original(module, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    setattr(_ConvNd, "reset_parameters", lambda _: None)  # noqa: B010  # it writes in place
     try:
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(
@@ -150,6 +172,7 @@ def weightless(config: Any, dtype: torch.dtype) -> Any:
         model.tie_weights()
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+        setattr(_ConvNd, "reset_parameters", filled)  # noqa: B010
     return model.eval()
 
 
@@ -171,10 +194,18 @@ def _kinds(layers: nn.ModuleList, config: Any) -> tuple[tuple[int, ...], list[in
 
 
 def _per_layer(config: Any, layers: int) -> dict[str, list[Any]]:
+    derived = {
+        name: getattr(config, name)
+        for name in ("layer_types", "layers_block_type")
+        if isinstance(getattr(type(config), name, None), property)
+    }
     return {
         key: list(value)
-        for key, value in vars(config).items()
-        if isinstance(value, list | tuple) and len(value) == layers and key != "architectures"
+        for key, value in {**vars(config), **derived}.items()
+        if isinstance(value, list | tuple)
+        and len(value) == layers
+        and key != "architectures"
+        and not any(isinstance(entry, float) for entry in value)  # factors and limits
     }
 
 
@@ -186,7 +217,7 @@ def _signature(layer: nn.Module) -> Iterator[Any]:
             yield name, None if tensor is None else (tuple(tensor.shape), tensor.dtype)
         for name, buffer in module._buffers.items():
             if buffer is not None and name in module._non_persistent_buffers_set:
-                yield name, buffer.flatten().tolist() if buffer.numel() <= 4096 else id(buffer)
+                yield name, sha256(buffer.flatten().view(torch.uint8).numpy()).hexdigest()
         for name, value in sorted(vars(module).items()):
             if name not in ("layer_idx", "layer_id", "training") and _plain(value):
                 yield name, repr(value)
@@ -216,7 +247,12 @@ def _reduce(model: Any, blocks: str, firsts: list[int]) -> None:
     configs = {id(module.config): module.config for module in model.modules()
                if hasattr(module, "config")}  # fmt: skip
     for config in configs.values():
-        vars(config).update({key: [value[i] for i in firsts] for key, value in lists.items()})
+        left = {key: [value[i] for i in firsts] for key, value in lists.items()}
+        plain = {key: value for key, value in left.items() if key in vars(config)}
+        vars(config).update(plain)
+        if left.keys() - plain.keys():  # what properties derive, of which keys no longer are true
+            kind = type(config)
+            config.__class__ = type(kind.__name__, (kind,), {**left})
         config.num_hidden_layers = len(firsts)
         config._attn_implementation = config._experts_implementation = NAME
         config.use_cache = True
@@ -269,6 +305,27 @@ class _Past:
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return key, value
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None, as before a prompt: what a block computes of several tokens is traced."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None: `_recur` reads the state where it stands."""
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+    ) -> torch.Tensor:
+        return shifted(conv_states, conv_kernel_size, layer_idx)
+
+    def update_recurrent_state(self, state: None, layer_idx: int, state_idx: int = 0) -> None:
+        """Does nothing: the marker writes the state."""
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
 
 
 class _Wrapper(nn.Module):

@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from prune_export.arch.roles import CONTROLS
 from prune_export.exporters._shared.trim import Trim
 
 _MLP: Final = 2**45 + 59
@@ -102,6 +103,8 @@ def resize(model: Any, blocks: str, trim: Trim, parameter_of: Callable[[str], st
     has_groups = any(axis.startswith("group.") for axis in arch.sizes)
     queries = _KV * (_GROUP if has_groups else 1)
     shapes = {parameter_of(tensor.name): arch.shape(tensor) for tensor in arch.tensors}
+    # What keeps states counts other heads, which are never cut.
+    own = {parameter_of(t.name).rpartition(".")[0] for t in arch.tensors if t.role in CONTROLS}
     for path, module in model.named_modules():
         if path.startswith(f"{blocks}."):
             for name, parameter in list(module._parameters.items()):
@@ -110,7 +113,7 @@ def resize(model: Any, blocks: str, trim: Trim, parameter_of: Callable[[str], st
                     if shape != tuple(parameter.shape):
                         empty = torch.zeros((), dtype=parameter.dtype).expand(shape)
                         setattr(module, name, nn.Parameter(empty, requires_grad=False))
-            _tell(module, "kv" in names, queries)
+            _tell(module, "kv" in names and path not in own, queries)
     if "kv" in names:
         if getattr(model.config, "head_dim", None) is None and "dim" in arch.sizes:
             model.config.head_dim = arch.sizes["dim"]  # else some divide by the number of heads

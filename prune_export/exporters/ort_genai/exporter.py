@@ -38,6 +38,7 @@ from prune_export.exporters._shared.ort_providers import runtime_version
 from prune_export.exporters._shared.packed_keys import Packing, refuse_unpackable, sparsity_of
 from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.exporters._shared.trim import Trim
+from prune_export.exporters._shared.tuning import TUNING_S
 from prune_export.exporters.ort_genai.graph import decode_bytes
 from prune_export.exporters.ort_genai.runner import GRAPH, name_library, open_runner
 from prune_export.exporters.ort_genai.support import corrections, refuse
@@ -53,6 +54,8 @@ _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MAX_RELATIVE_ERROR: Final = {"fp32": 1e-3, "fp16": 5e-2}
 """Largest logit error as a fraction of the logits' standard deviation."""
 _MAX_KL: Final = 0.1  # nats a token, for int8; SmolLM2-135M has 0.005
+_GRAPHS_TRIED: Final = 5
+"""Graphs that `tune` builds in an integer precision."""
 _BITS: Final = {"fp32": 32.0, "fp16": 16.0, "int8": 9.0, "int4": 5.0}
 """A stored weight with its share of scales, at the default block size."""
 
@@ -75,7 +78,7 @@ class OrtGenai:
 
     calibrates: ClassVar[bool] = False
     WRITES_CODES: ClassVar[bool] = True
-    LATER: ClassVar[Mapping[str, Any]] = {"head": "same", "packed": "no"}
+    LATER: ClassVar[Mapping[str, Any]] = {"head": "same", "tune": False, "packed": "no"}
 
     precision: Annotated[
         Literal["fp32", "fp16", "int8", "int4"],
@@ -100,10 +103,23 @@ class OrtGenai:
             "and int4: `same` as the blocks, but int8 where the checkpoint's own codes are written"
         ),
     ] = "same"
+    tune: Annotated[
+        bool,
+        Field(
+            description="measure here which block size, head and accuracy level (none of them "
+            "coarser in what it computes than asked), threads, spinning and pages are fastest; "
+            "threads and spinning go into genai_config.json, the rest into run.sh beside it"
+        ),
+    ] = False
     packed: Packing = "no"
 
     def __post_init__(self) -> None:
-        refuse_unpackable("ort_genai", self.packed, self.precision, self.block_size)
+        refuse_unpackable("ort_genai", self.packed, self.precision, self.block_size, self.tune)
+
+    @property
+    def times_machine(self) -> bool:
+        """Whether the engine depends on how fast this machine is."""
+        return self.tune
 
     def check(self, arch: Arch, machine: Machine) -> None:
         """Refuses, in the plan, what the builder does not know or gets wrong, or cannot run here.
@@ -139,14 +155,28 @@ class OrtGenai:
         """Estimates memory for the builder, which holds the whole model in fp32, and disk."""
         weights = 4 * arch.parameters()
         copies = 3 if self.precision.startswith("int") else 2  # measured: 2.8 and 1.3
-        disk = int(arch.parameters() * _BITS[self.precision] / 8)
+        tries = _GRAPHS_TRIED if self.tune and self._bits else 1
+        disk = int(arch.parameters() * _BITS[self.precision] / 8) + self._embedding_bytes(arch)
         return Cost(
             ram_bytes=600 * MIB + copies * weights,
             disk_bytes=disk,
             flops=2.0 * arch.parameters() * 64,
-            moved_bytes=2 * checkpoint_bytes + 2 * disk,
-            seconds=20.0 + 0.2 * arch.layers,
+            moved_bytes=(2 * checkpoint_bytes + 2 * disk) * tries,
+            seconds=(10.0 + 0.15 * arch.layers) * tries + (TUNING_S if self.tune else 0.0),
         )
+
+    def _embedding_bytes(self, arch: Arch) -> int:
+        """What the embedding takes more than its share of codes: the builder keeps it in fp32.
+
+        Only one that is tied to an int4 head is read from the head's codes.
+        """
+        if not self._bits:
+            return 0
+        tied = any(tensor.tied_to for tensor in arch.tensors)
+        size = arch.sizes["vocab"] * arch.sizes["residual"]
+        if tied:
+            return 0 if self._bits == 4 else 4 * size
+        return int((4 - _BITS[self.precision] / 8) * size)
 
     def export(self, checkpoint: Path, out: Path, work: Work) -> BuildRecord:
         """Writes graph, `genai_config.json`, tokenizer and configs into `out`, and tries them.
@@ -155,6 +185,14 @@ class OrtGenai:
             CheckpointError: the checkpoint has no tokenizer.
             StageError: the builder failed, or the engine does not compute what PyTorch does.
         """
+        if self.tune:
+            from prune_export.exporters.ort_genai.tuned import export_tuned
+
+            return export_tuned(self, checkpoint, out, work)
+        return self.export_tried(checkpoint, out, work)[0]
+
+    def export_tried(self, checkpoint: Path, out: Path, work: Work) -> tuple[BuildRecord, float]:
+        """Exports with these keys as they are; gives also the engine's KL from PyTorch in nats."""
         start = perf_counter()
         source = Checkpoint.open(checkpoint)
         if not any((checkpoint / name).is_file() for name in _TOKENIZERS):
@@ -166,8 +204,8 @@ class OrtGenai:
         self._build(source, out, work)
         copy_side_files(source, out, replacing=False)  # the builder wrote some itself
         packed = self._pack(out, work)
-        notes, calls = self._try(checkpoint, out, work)
-        return BuildRecord(
+        notes, kl, calls = self._try(checkpoint, out, work)
+        record = BuildRecord(
             exporter="ort_genai",
             version=self.VERSION,
             parameters=asdict(self),
@@ -181,6 +219,7 @@ class OrtGenai:
             ),
             sparsity=sparsity_of(packed, calls, self.packed) if packed else {},
         )
+        return record, kl
 
     def open(self, path: Path, machine: Machine) -> Runner:
         """Opens the engine at `path`, as `export` wrote it, on the CPU."""
@@ -205,6 +244,10 @@ class OrtGenai:
             found = pack_graph(out / GRAPH, self.packed)
         name_library(out)
         return found
+
+    def opened(self, path: Path, machine: Machine, *, spinning: bool) -> Runner:
+        """Opens it for tuning, with threads that may spin."""
+        return open_runner(path, machine, spinning=spinning)
 
     def _build(self, source: Checkpoint, out: Path, work: Work) -> None:
         config = source.full_config()
@@ -254,8 +297,8 @@ class OrtGenai:
             }
         return options
 
-    def _try(self, checkpoint: Path, out: Path, work: Work) -> tuple[tuple[str, str], int]:
-        """Compares with PyTorch; gives notes, and how often a step calls our kernel."""
+    def _try(self, checkpoint: Path, out: Path, work: Work) -> tuple[tuple[str, str], float, int]:
+        """Compares with PyTorch; gives notes, KL in nats, how often a step calls our kernel."""
         answer = work.scratch / "genai-trial-answer.json"
         request = {
             "source": str(checkpoint.resolve()),
@@ -281,7 +324,7 @@ class OrtGenai:
             f"{found['max_error']:.1g}, KL {found['mean_kl']:.1g} nats, same choice "
             f"{found['same_choice']}; onnxruntime-genai generated {found['generated']} tokens"
         )
-        return (tried, str(found["tokenizer"])), int(found["calls"])
+        return (tried, str(found["tokenizer"])), float(found["mean_kl"]), int(found["calls"])
 
     def _problem(self, found: Mapping[str, Any], *, exact: bool = False) -> str:
         """Says what is wrong with a trial's findings; empty when nothing is.

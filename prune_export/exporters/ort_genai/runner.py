@@ -36,7 +36,9 @@ def name_library(path: Path) -> None:
     file.write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
-def open_runner(path: Path, machine: Machine, library: Path | None = None) -> Runner:
+def open_runner(
+    path: Path, machine: Machine, *, library: Path | None = None, spinning: bool = False
+) -> Runner:
     """Opens the builder's graph in `path` on the CPU.
 
     fp16 graphs have no attention that appends in place; their cache is handed on instead.
@@ -44,8 +46,11 @@ def open_runner(path: Path, machine: Machine, library: Path | None = None) -> Ru
     """
     shared, head_size = _read_config(path)
     if shared:
-        return GenaiRunner(path, machine, library)
-    return OrtRunner(path / GRAPH, machine, provider=PROVIDER, head_size=head_size, library=library)
+        return GenaiRunner(path, machine, library, spinning=spinning)
+    return OrtRunner(
+        path / GRAPH, machine, provider=PROVIDER, head_size=head_size, spinning=spinning,
+        library=library,
+    )  # fmt: skip
 
 
 def _read_config(path: Path) -> tuple[bool, int]:
@@ -74,8 +79,12 @@ def _read_config(path: Path) -> tuple[bool, int]:
 class GenaiRunner:
     """Runs the graph step by step, with the KV cache in buffers that the graph writes into."""
 
-    def __init__(self, path: Path, machine: Machine, library: Path | None = None) -> None:
-        self._session = session_for(path / GRAPH, machine, provider=PROVIDER, library=library)
+    def __init__(
+        self, path: Path, machine: Machine, library: Path | None = None, *, spinning: bool = False
+    ) -> None:
+        self._session = session_for(
+            path / GRAPH, machine, provider=PROVIDER, spinning=spinning, library=library
+        )
         self._head_size = _read_config(path)[1]
         # Blocks may have different numbers of heads.
         self._past = {

@@ -18,6 +18,7 @@ from typing import Any, Final
 from prune_export.arch import Arch
 from prune_export.errors import MissingExtra, PlanError
 from prune_export.exporters._shared.rope import refuse_rope, rope_kinds
+from prune_export.exporters._shared.states import refuse_states
 
 _ACTIVATIONS: Final = frozenset(
     {"silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2"}
@@ -90,6 +91,7 @@ def refuse(arch: Arch) -> None:
             f"onnxruntime-genai's model builder does not know {name or arch.config['model_type']}"
         )
     refuse_rope("exporter ort_genai", arch.config)
+    refuse_states("exporter ort_genai", arch)
     for problem in _problems(arch):
         raise _refusal(problem)
 

@@ -42,7 +42,7 @@ def main(request: dict[str, Any]) -> None:
     out, source = Path(request["out"]), Path(request["source"])
     ids = _ids(source)
     library = out / LIBRARY if request["packed"] else None
-    with open_runner(out, machine, library) as runner:
+    with open_runner(out, machine, library=library) as runner:
         got = [runner.step(ids[:, :-_STEPS])[0]]
         got += [
             runner.step(ids[:, i : i + 1])[0] for i in range(ids.shape[1] - _STEPS, len(ids[0]))

@@ -30,6 +30,7 @@ from prune_export.errors import MissingExtra, PlanError
 from prune_export.exporter_facts import SparseNote
 from prune_export.exporters._shared.rope import refuse_untraceable
 from prune_export.exporters._shared.side_files import copy_files
+from prune_export.exporters._shared.states import refuse_states
 from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.tensorrt import rules
 from prune_export.exporters.tensorrt.binding import EXTRAS, Binding, Flavor, installed
@@ -134,6 +135,7 @@ class Tensorrt:
             PlanError: this machine cannot build it, or this GPU cannot run it.
         """
         refuse_untraceable("export: tensorrt", arch)
+        refuse_states("export: tensorrt", arch)
         for package in _PACKAGES:
             if find_spec(package) is None:
                 raise MissingExtra.of("export: tensorrt", package, "onnx")

@@ -12,8 +12,8 @@ from typing import ClassVar
 from prune_export.arch import Arch
 from prune_export.calibrate import AngularDistance, ModelView, Statistic
 from prune_export.contracts import Decision
+from prune_export.numeric.scores import runs
 from prune_export.pruning.depth import block_choice, seam_refit
-from prune_export.scores import runs
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class AngularDistanceDrop(block_choice.Amount):
             return self.dropping(model, self.layers)
         distances = model.stat(AngularDistance())
         remove = self.of(model.arch)
-        choice = block_choice.least_run(runs(distances, remove), remove)
+        of = model.arch.droppable
+        scores = runs(distances, remove)[of.start : of.stop - remove + 1]
+        choice = block_choice.least_run(scores, remove, of)
         return self.dropping(
             model,
             choice.dropped,

@@ -124,7 +124,9 @@ class GreedyLoss(part_choice.Amount):
         )
 
     def candidates(self, arch: Arch) -> range:
-        candidates = range(self.protect_first, arch.layers - self.protect_last)
+        possible = self.possible(arch)
+        first, last = self.protect_first, arch.layers - self.protect_last
+        candidates = range(max(first, possible.start), min(last, possible.stop))
         remove = self.of(arch)
         if remove > len(candidates):
             raise PlanError(

@@ -13,8 +13,8 @@ from prune_export.arch import Arch
 from prune_export.calibrate import ModelView, Seam, Unit
 from prune_export.contracts import Decision
 from prune_export.errors import PlanError
+from prune_export.numeric.scores import least, run_sums
 from prune_export.pruning.depth import seam_refit
-from prune_export.scores import least, run_sums
 from prune_export.surgery import Drop
 
 Sparsity = Annotated[

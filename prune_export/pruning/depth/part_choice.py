@@ -74,7 +74,11 @@ class Amount(block_choice.Amount):
 
     def candidates(self, arch: Arch) -> range:
         """The blocks to choose from, without protected ones."""
-        return range(arch.layers)
+        return self.possible(arch)
+
+    def possible(self, arch: Arch) -> range:
+        """The blocks that the model can do without, or whose part it can do without."""
+        return arch.droppable if self.unit == "block" else range(arch.layers)
 
     def note(self, arch: Arch) -> str:
         """Says in the plan how a removed part of a block is stored."""

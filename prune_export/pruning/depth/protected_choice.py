@@ -36,7 +36,9 @@ class ProtectedAmount(part_choice.Amount):
         Raises:
             PlanError: fewer are left than are to go.
         """
-        candidates = range(self.protect_first, arch.layers - self.protect_last)
+        possible = self.possible(arch)
+        first, last = self.protect_first, arch.layers - self.protect_last
+        candidates = range(max(first, possible.start), min(last, possible.stop))
         remove = self.of(arch)
         if remove > len(candidates):
             raise PlanError(

@@ -53,7 +53,7 @@ def limits(arch: Arch, multiple_of: int, *, stock: bool = True) -> tuple[Limits,
     keeps to what a stock class can have in all of its blocks; else a block may lose all of either.
 
     Raises:
-        PlanError: a block has no plain MLP, or blocks differ.
+        PlanError: a block has no plain MLP or no attention, or blocks differ.
     """
     ffn = _common(arch, "mlp")
     if ffn is None:
@@ -61,6 +61,13 @@ def limits(arch: Arch, multiple_of: int, *, stock: bool = True) -> tuple[Limits,
             f"model  {arch.family}",
             "has blocks without an MLP of their own, or of different widths",
             "ziplm narrows plain MLPs of one width; for experts choose a method that cuts experts",
+        )
+    attends = {f"kv.{layer}" in arch.sizes for layer in range(arch.layers)}
+    if len(attends) > 1:
+        raise PlanError(
+            f"model  {arch.family}",
+            "has blocks without attention beside others, and ziplm narrows both halves of each",
+            "choose a method that cuts MLPs alone: `structured_wanda` or `minitron` with `ffn`",
         )
     step = min(multiple_of, 1 << max(0, (ffn // 8).bit_length() - 1))
     widths, exact = [ffn], float(ffn)

@@ -85,15 +85,15 @@ class _Losses:
         """The mean next-token loss in nats over the calibration windows."""
         editor = narrowing.Narrower(self._model.arch, sizes)
         if editor.key not in self._known:
-            swept = self._model.sequential(editor, loss=True)
-            assert swept.loss is not None
-            self._known[editor.key] = swept.loss
+            result = self._model.sequential(editor, loss=True)
+            assert result.loss is not None
+            self._known[editor.key] = result.loss
             if self._file:
                 partial = self._file.with_suffix(".partial")
                 partial.write_text(json.dumps(self._known), encoding="utf-8")
                 partial.replace(self._file)
                 # Matrices of what may lose: the winner's are made again.
-                shutil.rmtree(swept.folder)
+                shutil.rmtree(result.folder)
         return self._known[editor.key]
 
 

@@ -86,7 +86,14 @@ def free(arch: Arch, tensor: Tensor, nm: Nm) -> Channels | None:
             return None
         return Channels(arch, tensor, torch.arange(sizes[0]).view(1, 1, -1))
     others = any(role(one.role).part != "attention" for one in arch.using(axes[0]))
-    if others or not _values(arch, tensor) or _base(axes[0]) != "kv" or _base(axes[-1]) != "dim":
+    gated = any(one.role == "q" and _is_gated(one) for one in arch.block(tensor.layer or 0))
+    if (
+        others
+        or gated
+        or not _values(arch, tensor)
+        or _base(axes[0]) != "kv"
+        or _base(axes[-1]) != "dim"
+    ):
         return None
     return Channels(arch, tensor, torch.arange(prod(sizes)).view(sizes[0], -1, sizes[-1]))
 
@@ -180,6 +187,11 @@ def _input_axes(tensor: Tensor) -> tuple[str, ...]:
 
 def _base(axis: str) -> str:
     return axis.partition(".")[0]
+
+
+def _is_gated(queries: Tensor) -> bool:
+    """Whether queries come with a gate for each channel of their head, which would have to move."""
+    return any(axis == "2" for dim in queries.dims.of for part in dim for axis in part)
 
 
 def _values(arch: Arch, o: Tensor) -> tuple[Tensor, ...]:

@@ -93,9 +93,9 @@ def _outliers(
 
 def _norms(model: ModelView) -> dict[tuple[int | None, str, int | None], torch.Tensor]:
     """Gathers the norm of each input channel, by layer, kind of linear group, and expert."""
-    swept = model.sequential(_Norms())
+    result = model.sequential(_Norms())
     found: dict[tuple[int | None, str, int | None], torch.Tensor] = {}
-    for layer, log in enumerate(swept.logs):
+    for layer, log in enumerate(result.logs):
         for group in linear_groups(model.arch, layer):
             squares = np.frombuffer(base64.b64decode(log[group.name]["squares"]), np.float32)
             found[layer, group.kind, group.expert] = torch.from_numpy(squares.copy()).sqrt()

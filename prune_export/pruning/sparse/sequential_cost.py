@@ -17,20 +17,20 @@ def of(arch: Arch, order: Order, *, hessians: bool = False, permutes: bool = Fal
     finds their limit, and a mask. A block's new matrices wait to be stored. With Hessians, those of
     all groups of a block are held, one is being factored, and weights are changed in copies.
     """
-    site_weights = matrix_weights = widest = squares = total = 0
+    group_weights = matrix_weights = widest = squares = total = 0
     for layer in range(arch.layers):
         here = 0
         for group in linear_groups(arch, layer):
             sizes = [prod(arch.shape(tensor)) for tensor in group.tensors]
-            site_weights = max(site_weights, sum(sizes))
+            group_weights = max(group_weights, sum(sizes))
             matrix_weights = max(matrix_weights, *sizes)
             width = inputs_of(arch, group.tensors[0])
             widest, here = max(widest, width), here + width**2
             total += sum(sizes)
         squares = max(squares, here)
-    held = block_bytes(arch, torch.float32) + 4 * site_weights + 13 * matrix_weights
+    held = block_bytes(arch, torch.float32) + 4 * group_weights + 13 * matrix_weights
     if hessians:
-        held += 4 * squares + 8 * widest**2 + 4 * site_weights + 8 * matrix_weights
+        held += 4 * squares + 8 * widest**2 + 4 * group_weights + 8 * matrix_weights
     if permutes:
         # The scores of a matrix, input by input, and in two orders.
         held += 12 * matrix_weights

@@ -39,7 +39,7 @@ from prune_export.pruning.sparse.targets import (
 from prune_export.sparsity.nm import Nm
 from prune_export.surgery import Edit, Overwrite
 
-_CORRECTED: Final = ("attention.out", "mlp.out")
+_CORRECTED: Final = ("attention.out", "linear.out", "mlp.out")
 """Linear groups whose inputs come from pruned matrices of the same block."""
 
 NO_SPEEDUP: Final = (
@@ -276,17 +276,17 @@ def key_of(method: SparseMethod, amounts: Mapping[int, Amount]) -> str:
 def sequential_decision(
     method: CalibratedSparseMethod,
     model: ModelView,
-    swept: SequentialResult,
+    result: SequentialResult,
     why: Mapping[str, Any],
 ) -> Decision:
     """Makes the decision from the result of a sequential pass: edits and log."""
-    groups = [group for log in swept.logs for group in log.values()]
+    groups = [group for log in result.logs for group in log.values()]
     logs = {name: own for group in groups for name, own in group["tensors"].items()}
     unseen = [name for group in groups if not group["tokens"] for name in group["tensors"]]
     more = {"order": method.order, **why}
     if unseen:
         more["by_magnitude_for_want_of_tokens"] = unseen
-    edits = tuple(Overwrite(name, read) for name, read in swept.values())
+    edits = tuple(Overwrite(name, read) for name, read in result.values())
     orders = {name: own for group in groups for name, own in group["orders"].items() if own}
     return permuted(method, model, edits, logs, more, orders)
 

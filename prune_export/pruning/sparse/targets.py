@@ -57,7 +57,7 @@ def chosen_matrices(
                 f"the model has {arch.layers} blocks",
                 f"write numbers up to {arch.layers - 1}",
             )
-    if include is None and any(is_fused(tensor.role) for tensor in arch.block(0)):
+    if include is None and any(is_fused(tensor.role) for tensor in arch.tensors):
         raise PlanError(
             f"model  {arch.family}",
             "has the experts of a block in one tensor on disk, most of its weights, and these "

@@ -24,21 +24,21 @@ class _Values:
     """Reads current tensor values: the method's own, refitted ones, else the checkpoint's."""
 
     model: ModelView
-    swept: SequentialResult | None
+    result: SequentialResult | None
     own: Mapping[str, Callable[[], torch.Tensor]]
 
     def __call__(self, name: str) -> torch.Tensor:
         if name in self.own:
             return self.own[name]()
-        if self.swept is not None and name in self.swept.names:
-            return self.swept.read(name)
+        if self.result is not None and name in self.result.names:
+            return self.result.read(name)
         return self.model.checkpoint.read_finite(name)
 
 
 def edits(
     model: ModelView,
     kept: Kept,
-    swept: SequentialResult | None,
+    result: SequentialResult | None,
     own: Mapping[str, Callable[[], torch.Tensor]],
     shares: EnergyShares | None,
     *,
@@ -48,8 +48,8 @@ def edits(
 
     `own` are values that the method made itself; `shares` are of norms that are to be rescaled.
     """
-    values = _Values(model, swept, own)
-    made = (dict(swept.values()) if swept else {}) | dict(own)
+    values = _Values(model, result, own)
+    made = (dict(result.values()) if result else {}) | dict(own)
     if "residual" in kept:
         made |= _rescaled(model.arch, kept["residual"], shares or {}, values)
     for axis, flags in kept.items():
@@ -154,7 +154,7 @@ def _moved(
 
 
 def log(
-    arch: Arch, kept: Kept, scores: Mapping[str, torch.Tensor], swept: SequentialResult | None
+    arch: Arch, kept: Kept, scores: Mapping[str, torch.Tensor], result: SequentialResult | None
 ) -> Any:
     """Logs the removed units and the error of each projection's output, as JSON."""
     found: dict[str, Any] = {
@@ -169,8 +169,8 @@ def log(
         own = found["width"].setdefault(axis.split(".")[0], {"units": 0, "kept": 0})
         own["units"] += flags.numel()
         own["kept"] += int(flags.sum())
-    if swept is not None:
-        found["refits"] = list(_refits(arch, swept))
+    if result is not None:
+        found["refits"] = list(_refits(arch, result))
         errors: list[list[float]] = [[] for _ in range(arch.layers)]
         for row in found["refits"]:
             if row["error"] is not None:
@@ -192,8 +192,8 @@ def log(
     return found
 
 
-def _refits(arch: Arch, swept: SequentialResult) -> Iterator[dict[str, Any]]:
-    for layer, logs in enumerate(swept.logs):
+def _refits(arch: Arch, result: SequentialResult) -> Iterator[dict[str, Any]]:
+    for layer, logs in enumerate(result.logs):
         for group in linear_groups(arch, layer):
             if axis_of(arch, group) is not None and group.name in logs:
                 own = logs[group.name]

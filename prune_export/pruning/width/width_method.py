@@ -2,7 +2,7 @@
 
 A method holds a scorer: of weights or gradients before anything is cut, of states as they pass, or
 of both (`scorer`). The rest is here. Where only channels and heads go, in equal
-numbers in every block, scoring and refitting are one sweep: each projection is scored when its
+numbers in every block, scoring and refitting are one pass: each projection is scored when its
 inputs have arrived, cut and refitted, and the blocks after it see what it then gives. What can be
 ranked only when all of the model has been seen (the hidden size, whole experts, widths that differ
 by block) is scored in a pass before.
@@ -226,7 +226,7 @@ class WidthMethod:
                 kept = chosen_everywhere(arch, known, sizes, own, self.multiple_of)
             else:
                 kept = chosen_in_block(arch, known, sizes)
-        swept: SequentialResult | None = None
+        result: SequentialResult | None = None
         if self.refits():
             cut = width_passes.Cut(
                 from_states,
@@ -238,12 +238,12 @@ class WidthMethod:
                 always=self.compensate is True,
                 method=self._digest(),
             )
-            swept = model.sequential(cut, dense=self.aims(arch))
-            kept |= width_passes.kept_in(arch, swept)
+            result = model.sequential(cut, dense=self.aims(arch))
+            kept |= width_passes.kept_in(arch, result)
         shares = model.stat(NormEnergy()) if self._rescales() else None
         moved = self.reworked(model, kept, known) if isinstance(self, MovesUnits) else {}
-        edits = unit_edits.edits(model, kept, swept, moved, shares, wide=self.per_layer)
-        return Decision(edits, unit_edits.log(arch, kept, known, swept))
+        edits = unit_edits.edits(model, kept, result, moved, shares, wide=self.per_layer)
+        return Decision(edits, unit_edits.log(arch, kept, known, result))
 
     def scores_before(self, model: ModelView) -> Scores:
         """The scores that are known before any unit is cut: of weights, or of gradients."""

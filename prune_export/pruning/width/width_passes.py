@@ -216,10 +216,10 @@ class Cut:
         return scores + self.known[axis] if axis in self.known else scores
 
 
-def kept_in(arch: Arch, swept: SequentialResult) -> dict[str, torch.Tensor]:
+def kept_in(arch: Arch, result: SequentialResult) -> dict[str, torch.Tensor]:
     """The units that a cutting pass kept, by axis."""
     found = {}
-    for layer, logs in enumerate(swept.logs):
+    for layer, logs in enumerate(result.logs):
         for group in linear_groups(arch, layer):
             axis = axis_of(arch, group)
             if axis is not None and group.name in logs:

@@ -17,7 +17,7 @@ from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.machine import Machine
 
 OUTPUTS = {
-    "attention": ("o", "o.bias"),
+    "attention": ("o", "o.bias", "linear.out", "linear.out.bias"),
     "mlp": (
         "down", "down.bias", "expert.down", "experts.down", "experts.down.bias", "shared.down",
         "shared.down.bias",
@@ -61,6 +61,7 @@ QUESTIONS: list[list[Unit]] = [
 ]
 
 
+@pytest.mark.families("roles")
 @pytest.mark.parametrize("model_type", sorted(tables()))
 def test_losses_equal_those_of_whole_models(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, model_type: str

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,13 @@ from prune_export.calibrate import (
     answer_bytes,
     keep_answers,
 )
+from prune_export.calibrate.passes import answers
 from prune_export.calibrate.streaming import checkpointing as saving
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError
 from prune_export.machine import Machine
 from tests.heal.conftest import save_tiny, windows
+from tests.killed import Killed, killed_after
 
 MACHINE = Machine("cpu", 4 << 30, 0, 1)
 FAMILIES = ["llama", "gpt2", "gemma2", "mixtral", "phi"]
@@ -85,37 +85,6 @@ def test_numbers_of_a_large_vocabulary_take_four_bytes(tmp_path: Path) -> None:
     assert int(ids.max()) > 1 << 16
 
 
-class Killed(BaseException):
-    """What no code catches."""
-
-
-class KilledAfter:
-    """A progress that dies after so many advances."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-
-    @contextmanager
-    def task(self, label: str, total: float | None = None) -> Iterator[Any]:
-        del label, total
-        outer = self
-
-        class Task:
-            def advance(self, steps: float = 1) -> None:
-                del steps
-                outer.left -= 1
-                if not outer.left:
-                    raise Killed
-
-            def note(self, text: str) -> None:
-                del text
-
-        yield Task()
-
-    def say(self, text: str) -> None:
-        del text
-
-
 @pytest.mark.parametrize("spooled", [False, True])
 def test_killed_passes_end_in_the_same_bytes(
     spooled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -130,7 +99,7 @@ def test_killed_passes_end_in_the_same_bytes(
     options["scratch"].mkdir()
     for count in (2, 4, 5):
         with pytest.raises(Killed):
-            kept(source, tmp_path / "out", tokens, progress=KilledAfter(count), **options)
+            kept(source, tmp_path / "out", tokens, progress=killed_after(count), **options)
     with monkeypatch.context() as patch:
         read = torch.Tensor.topk
         calls = iter(range(100))
@@ -159,3 +128,14 @@ def test_answers_whose_parts_do_not_belong_together_are_refused(tmp_path: Path) 
     save_file(tensors, tmp_path / "answers.safetensors", metadata={"temperature": "1.0"})
     with pytest.raises(CheckpointError, match=r"has log_p \[3, 5, 2\], expected as many as ids"):
         KeptAnswers.open(tmp_path)
+
+
+def test_what_all_others_have_is_made_in_place() -> None:
+    """A row of the vocabulary less in memory, and not a bit changed."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.log_softmax(3 * torch.randn(8, 999, generator=random), dim=-1)
+    rows[:, 5:70] = -torch.inf
+    rows[3] = -torch.inf
+    expected, place = rows.logsumexp(1, keepdim=True), rows.data_ptr()
+    assert torch.equal(answers._logsumexp_(rows), expected)
+    assert rows.data_ptr() == place

@@ -46,6 +46,7 @@ class Everything:
         return {f"{name} {kind}": s for name, own in sums.items() for kind, s in own.items()}
 
 
+@pytest.mark.families("roles")
 @pytest.mark.parametrize("model_type", sorted(tables()))
 def test_gradients_equal_autograd(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, model_type: str

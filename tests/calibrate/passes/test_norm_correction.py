@@ -55,6 +55,7 @@ def first_block(
     return {kind: sums for (layer, kind), sums in editor.sums.items() if layer == 0}
 
 
+@pytest.mark.families("each", "mode")
 @pytest.mark.parametrize("mode", ["parked", "repeated"], indirect=True)
 @pytest.mark.parametrize("model_type", DENSE)
 def test_whole_windows_give_the_norms_of_the_unedited_block(

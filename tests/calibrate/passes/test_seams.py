@@ -6,17 +6,10 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
 
-from prune_export.arch import Arch
-from prune_export.arch.table import table_for
 from prune_export.calibrate.passes.seams import Step, seams_of, steps
 from prune_export.calibrate.streaming.skip import Part, Unit
-
-
-def arch_of(layers: int, model_type: str = "llama") -> Arch:
-    settings = {**table_for(model_type).tiny.config, "num_hidden_layers": layers}
-    return Arch.from_config(AutoConfig.for_model(model_type, **settings).to_dict())
+from tests.arch.tiny_models import arch_of
 
 
 def found(
@@ -25,7 +18,9 @@ def found(
     zero: Collection[tuple[int, Part]] = (),
 ) -> list[Any]:
     """Of each seam: the block and the kind of its site (or why none), and where its goal is."""
-    made = seams_of(arch_of(8, model_type), removed, lambda layer, part: (layer, part) in zero)
+    made = seams_of(
+        arch_of(model_type, num_hidden_layers=8), removed, lambda layer, part: (layer, part) in zero
+    )
     return [
         (
             (seam.group.layer, seam.group.kind) if seam.group else seam.why,
@@ -102,7 +97,7 @@ def test_before_a_seam_with_experts_the_attention_is_refitted() -> None:
 
 
 def test_the_dense_model_goes_ahead_to_the_goal() -> None:
-    arch = arch_of(8)
+    arch = arch_of("llama", num_hidden_layers=8)
     made = seams_of(arch, blocks(2, 3, 5), lambda *_: False)
     assert steps(8, {2, 3, 5}, made, 1) == [
         Step(0, dense=True),
@@ -114,7 +109,7 @@ def test_the_dense_model_goes_ahead_to_the_goal() -> None:
 
 
 def test_between_seams_both_models_share_a_load() -> None:
-    made = seams_of(arch_of(8), blocks(0, 6), lambda *_: False)
+    made = seams_of(arch_of("llama", num_hidden_layers=8), blocks(0, 6), lambda *_: False)
     assert steps(8, {0, 6}, [seam for seam in made if seam.group], 0) == [
         Step(1, edited=True, forks=True), *(Step(layer, edited=True) for layer in (2, 3, 4)),
         *(Step(layer, dense=True) for layer in range(7)),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from prune_export.arch.roles import role
 from prune_export.arch.table import tables
 from prune_export.calibrate import (
     LINEAR_GROUPS,
@@ -88,6 +89,7 @@ DENSE = sorted(name for name, table in tables().items() if "expert" not in table
 MOE = sorted(tables().keys() - set(DENSE))
 
 
+@pytest.mark.families("each", "mode")
 @pytest.mark.parametrize("mode", ["parked", "repeated", "block"], indirect=True)
 @pytest.mark.parametrize("model_type", DENSE)
 def test_an_editor_sees_the_inputs_of_the_edited_model(
@@ -110,9 +112,11 @@ def test_an_editor_sees_the_inputs_of_the_edited_model(
     for name, read in swept.values():
         torch.testing.assert_close(read(), made.checkpoint.read(name) / 2)
     assert dict(swept.values()).keys() == {tensor.name for tensor in linears(made.arch)}
-    assert swept.logs[0]["attention.out"]["tokens"] == tokens.ids.numel()
+    for log in swept.logs[0].values():
+        assert log["tokens"] == tokens.ids.numel()
 
 
+@pytest.mark.families("each", "mode")
 @pytest.mark.parametrize("mode", ["parked", "repeated", "block"], indirect=True)
 @pytest.mark.parametrize("model_type", MOE)
 def test_an_expert_sees_the_tokens_routed_to_it(
@@ -140,17 +144,15 @@ def test_an_expert_sees_the_tokens_routed_to_it(
     block = made.model.get_submodule(made.arch.table.blocks)
     (experts,) = [m for m in block[layer].modules() if hasattr(m, "gate_up_proj")]
     with torch.no_grad():
-        for before in range(layer):
-            for module in block[before].modules():
-                if isinstance(module, torch.nn.Linear):
-                    module.weight /= 2
-                elif hasattr(module, "gate_up_proj"):
-                    module.gate_up_proj /= 2
-                    module.down_proj /= 2
+        halves = [group for sites in every[:layer] for group in sites if group.expert is None]
+        for module in (module for before in block[:layer] for module in before.modules()):
+            if hasattr(module, "gate_up_proj"):
+                module.gate_up_proj /= 2
+                module.down_proj /= 2
         if mode != "block":
-            for module in block[layer].self_attn.modules():
-                if isinstance(module, torch.nn.Linear):
-                    module.weight /= 2
+            halves += [site for site in sites if role(site.tensors[0].role).part == "attention"]
+        for tensor in (tensor for group in halves for tensor in group.tensors):
+            made.model.get_parameter(tensor.name).div_(2)
         caught: list[tuple[torch.Tensor, ...]] = []
         experts.register_forward_pre_hook(lambda _, args: caught.append(args))
         made.model(tokens.ids, use_cache=False)

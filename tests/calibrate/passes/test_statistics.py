@@ -22,11 +22,12 @@ from prune_export.calibrate import (
     gather,
     pass_cost,
 )
-from prune_export.calibrate.streaming import checkpointing, driver
+from prune_export.calibrate.streaming import checkpointing
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
+from tests.killed import Killed
 
 VARIANTS = [
     pytest.param(model_type, changes, id=f"{model_type}-{name}")
@@ -37,12 +38,10 @@ BYPASSED = (0, 2, 5)
 ALL = (AngularDistance(), BlockInfluence(), SkipLoss(BYPASSED), SkipLoss((1, 2), 3, 7))
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows at once, so that five make a ragged last batch."""
-    monkeypatch.setattr(driver, "BATCH_TOKENS", {"cpu": 24})
+pytestmark = pytest.mark.usefixtures("small_sweeps")
 
 
+@pytest.mark.families("each", "tied")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
 def test_every_statistic_equals_brute_force(
@@ -106,10 +105,6 @@ def test_a_spooled_pass_gives_the_same_bits(
     )
     assert list((tmp_path / "scratch").rglob("*.spool"))
     assert_same_bits(spooled, in_memory)
-
-
-class Killed(Exception):
-    """Stands for SIGKILL: nothing after it runs, and files stay as they are."""
 
 
 @pytest.mark.parametrize("ram_bytes", [1, 8 * 1024**3], ids=["spooled", "in memory"])

@@ -37,10 +37,7 @@ VARIANTS = [
 PARTS: Any = ("attention", "mlp")
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows at once, so that five make a ragged last batch."""
-    monkeypatch.setattr(driver, "BATCH_TOKENS", {"cpu": 24})
+pytestmark = pytest.mark.usefixtures("small_sweeps")
 
 
 Steps = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -182,9 +179,8 @@ def test_a_table_says_whether_the_parts_are_parallel(
     made = twin(model_type, **changes)
     block = made.model.get_submodule(made.arch.table.blocks)[0]
     parameters = dict(made.model.named_parameters())
-    reads = next(
-        name for name in ("mlp", "fc1", "block_sparse_moe") if name in dict(block.named_children())
-    )
+    names = ("mlp", "fc1", "shared_mlp", "block_sparse_moe", "feed_forward")
+    reads = next(name for name in names if name in dict(block.named_children()))
     seen: list[torch.Tensor] = []
     hook = block.get_submodule(reads).register_forward_pre_hook(
         lambda _m, args, named: seen.append(args[0] if args else named["hidden_states"]),
@@ -235,6 +231,7 @@ def test_who_listens_inside_of_blocks_hears_them_once(
 UNITS = (Unit(1, "attention"), Unit(4, "mlp"))
 
 
+@pytest.mark.families("roles")
 @pytest.mark.parametrize("model_type", sorted(tables()))
 def test_a_silenced_view_is_the_written_model(
     twin: Callable[..., Any], tokens: TokenSet, machine: Machine, model_type: str, tmp_path: Path

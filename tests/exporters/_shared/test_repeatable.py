@@ -29,7 +29,7 @@ print(hashlib.sha256(repr(names).encode()).hexdigest())
 def test_a_graph_does_not_depend_on_the_seed_of_hashes() -> None:
     """Gemma 3 walks the set of its kinds of attention while it computes."""
     found = set()
-    for seed in ("1", "2", "3"):
+    for seed in ("0", "1"):
         environment = os.environ | {"PYTHONHASHSEED": seed}
         done = subprocess.run(
             [sys.executable, "-c", GRAPH],

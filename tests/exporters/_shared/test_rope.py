@@ -19,7 +19,7 @@ from prune_export.exporters.aoti import Aoti
 from prune_export.exporters.aoti.graph import cache_sizes, compiled
 from prune_export.exporters.onnx import Onnx
 from prune_export.progress import Silent
-from tests.exporters.onnx.test_onnx import MACHINE, error, exported, saved
+from tests.exporters.onnx.graphs import MACHINE, error, exported, saved
 
 ORIGINAL = 8
 """Positions before scaling: prompts of the tests lie on both sides."""
@@ -80,6 +80,7 @@ def check_runner(entry: Any, model: Any, path: Path) -> None:
             assert error(got, wanted, np.ones(got.shape[:2])) < 2e-5, ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), WORKS)
 def test_onnx_is_exact_on_both_sides_of_the_original_length(
     family: str, kind: str, tmp_path: Path

@@ -78,7 +78,9 @@ def test_a_sparse_layer_is_the_dense_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["cutlass", "cusparselt"])
+@pytest.mark.parametrize(
+    "kernel", [pytest.param("cutlass", marks=pytest.mark.all_pairs), "cusparselt"]
+)
 def test_a_sparse_layer_is_compiled(kernel: Any, kernels_on_cpu: Any, tmp_path: Path) -> None:
     """The compiler treats both operators on a CPU as it does on a GPU."""
     settings = {**ENDS, **table_for("llama").tiny.config, "num_hidden_layers": 1,

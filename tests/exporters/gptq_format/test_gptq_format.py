@@ -18,7 +18,7 @@ from prune_export.exporters.gptq_format import GptqFormat
 from prune_export.progress import Silent
 from prune_export.quantize.gptq import Gptq
 from prune_export.quantize.rtn import Rtn
-from tests.exporters.onnx.test_onnx import MACHINE, saved
+from tests.exporters.onnx.graphs import MACHINE, saved
 from tests.exporters.ort_genai.test_codes import quantized
 
 

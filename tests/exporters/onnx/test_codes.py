@@ -16,7 +16,7 @@ from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.onnx.coding import dequantize, quantize
 from prune_export.quantize.gptq import Gptq
 from prune_export.quantize.rtn import Rtn
-from tests.exporters.onnx.test_onnx import MACHINE, exported, saved
+from tests.exporters.onnx.graphs import MACHINE, exported, saved
 from tests.exporters.ort_genai.test_codes import quantized
 
 CASES: dict[str, tuple[str, Gptq | Rtn]] = {
@@ -28,9 +28,7 @@ CASES: dict[str, tuple[str, Gptq | Rtn]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=() if "joined" in c else pytest.mark.slow) for c in CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_the_engine_computes_what_the_checkpoint_does(case: str, tmp_path: Path) -> None:
     family, method = CASES[case]
     saved(family, tmp_path / "dense")
@@ -53,6 +51,7 @@ def test_the_engine_computes_what_the_checkpoint_does(case: str, tmp_path: Path)
     assert _bits(graph) == ({4, 8} if method.bits == 4 else {8})
 
 
+@pytest.mark.slow
 def test_weights_that_were_changed_since_are_refused(tmp_path: Path) -> None:
     saved("llama", tmp_path / "dense")
     after = quantized(tmp_path / "dense", tmp_path / "codes", Rtn(include=("down",)))
@@ -63,6 +62,7 @@ def test_weights_that_were_changed_since_are_refused(tmp_path: Path) -> None:
         exported(Onnx(precision="int4"), tmp_path / "dense", tmp_path / "onnx")
 
 
+@pytest.mark.slow
 def test_without_a_grid_int4_is_rounded_to_nearest(tmp_path: Path) -> None:
     saved("llama", tmp_path / "dense")
     exporter = Onnx(precision="int4", block_size=16, head="int8")

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,90 +14,42 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, PreTrainedModel
 
 from prune_export.arch import Arch
-from prune_export.arch.table import table_for, tables
-from prune_export.contracts import Work
 from prune_export.errors import MissingExtra, StageError
 from prune_export.exporters._shared.ort_providers import Provider
 from prune_export.exporters._shared.ort_runner import OrtRunner
 from prune_export.exporters.onnx import Onnx, exporter
 from prune_export.exporters.onnx.check import compare
-from prune_export.exporters.onnx.coding import dequantize, quantize
 from prune_export.exporters.onnx.weights import Source
-from prune_export.machine import Machine
-from prune_export.progress import Silent
 from prune_export.sparsity.nm import Nm
 from prune_export.sparsity.onnx_weights import load, matrices
 from prune_export.sparsity.slidesparse import holds
-
-MACHINE = Machine(device="cpu", ram_bytes=4 * 1024**3, gpu_bytes=0, threads=1)
-QUICK = ("llama",)
-UNTRACEABLE = {"bloom", "deepseek_v2", "falcon", "gpt_oss", "gptj"}
-"""Their code cannot be followed by torch.export: exporters refuse them in the plan."""
-FAMILIES = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-    for name in sorted(tables().keys() - UNTRACEABLE)
-]
-ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-
-
-def saved(model_type: str, path: Path, **changes: Any) -> PreTrainedModel:
-    """A tiny random model, saved at `path`; windows are shorter than the tests' sequences."""
-    torch.manual_seed(0)
-    settings = {**ENDS, **table_for(model_type).tiny.config}
-    if settings.get("sliding_window"):
-        settings["sliding_window"] = 4
-    config = AutoConfig.for_model(model_type, **{**settings, **changes})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.3)
-            if parameter.dim() == 1 and name.endswith("weight") and "gemma" not in model_type:
-                parameter.add_(1.0)
-        for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
-                buffer.normal_(std=0.3)
-    model.save_pretrained(path)
-    return model
+from tests.exporters.onnx.graphs import (
+    FAMILIES,
+    MACHINE,
+    NARROWED,
+    QUICK,
+    error,
+    expected_logits,
+    exported,
+    padded,
+    saved,
+    stepped,
+)
 
 
-def exported(entry: Onnx, source: Path, out: Path) -> Any:
-    return entry.export(source, out, Work(MACHINE, Silent(), out.parent))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function.__name__ == "test_a_family_computes_the_same":
+        every = metafunc.config.getoption("--all-pairs")
+        shown = NARROWED - set(QUICK) if not every else set()
+        chosen = [family for family in FAMILIES if family.values[0] not in shown]
+        metafunc.parametrize("model_type", chosen)
 
 
-def padded(vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask `[2, 9]`; the first sequence is padded on the left by three."""
-    ids = np.random.default_rng(0).integers(0, vocab, (2, 9))
-    mask = np.ones_like(ids)
-    mask[0, :3] = 0
-    return ids, mask
-
-
-def expected_logits(model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    with torch.no_grad():
-        return model(
-            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask),
-            position_ids=torch.from_numpy(positions), use_cache=False,
-        ).logits.numpy()  # fmt: skip
-
-
-def stepped(runner: OrtRunner, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A prompt of five, one cached token, three cached tokens at once."""
-    parts = [runner.step(ids[:, a:b], mask[:, :b])[0] for a, b in ((0, 5), (5, 6), (6, 9))]
-    return np.concatenate(parts, axis=1)
-
-
-def error(got: np.ndarray, wanted: np.ndarray, mask: np.ndarray) -> float:
-    """The largest difference at real tokens, relative to the largest logit or to one."""
-    return float((np.abs(got - wanted) * mask[:, :, None]).max()) / max(1.0, np.abs(wanted).max())
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_family_computes_the_same(model_type: str, tmp_path: Path) -> None:
+    """Each family is traced once: those that test_trim.py narrows are whole with `--all-pairs`."""
     model = saved(model_type, tmp_path / "dense")
     record = exported(Onnx(), tmp_path / "dense", tmp_path / "onnx")
     ids, mask = padded(model.config.vocab_size)
@@ -106,15 +57,6 @@ def test_a_family_computes_the_same(model_type: str, tmp_path: Path) -> None:
         got = stepped(runner, ids, mask)
     assert error(got, expected_logits(model, ids, mask), mask) < 1e-5
     onnx.checker.check_model(str(tmp_path / "onnx" / record.graph), full_check=True)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path, Any]:
-    """A tiny llama, its directory (`dense`, `onnx`) and the record of its export."""
-    path = tmp_path_factory.mktemp("llama")
-    model = saved("llama", path / "dense")
-    (path / "dense" / "tokenizer.json").write_text("{}")
-    return model, path, exported(Onnx(), path / "dense", path / "onnx")
 
 
 def test_the_graph_has_the_hubs_names_and_only_standard_operators(llama: Any) -> None:
@@ -238,71 +180,6 @@ def test_last_gives_the_last_positions_logits(llama: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_half_precision_is_run_and_rounds_little(llama: Any, tmp_path: Path) -> None:
-    model, path, record = llama
-    half = exported(Onnx(precision="fp16"), path / "dense", tmp_path / "half")
-    assert half.weight_bytes * 2 == record.weight_bytes
-    graph = onnx.load(tmp_path / "half" / "model.onnx", load_external_data=False).graph
-    kinds = Counter(node.op_type for node in graph.node)
-    assert kinds["RotaryEmbedding"] == 2 * model.config.num_hidden_layers
-    ids, mask = padded(model.config.vocab_size)
-    with Onnx().open(tmp_path / "half", MACHINE) as runner:
-        got = stepped(runner, ids, mask)
-    assert 1e-7 < error(got, expected_logits(model, ids, mask), mask) < 2e-2
-
-
-@pytest.mark.slow
-def test_bfloat16_says_that_it_was_not_run(llama: Any, tmp_path: Path) -> None:
-    _, path, _ = llama
-    record = exported(Onnx(precision="bf16"), path / "dense", tmp_path / "brain")
-    assert "checked as a graph only" in record.notes[1]
-    graph = onnx.load(tmp_path / "brain" / "model.onnx").graph
-    types = {weight.data_type for weight in graph.initializer}
-    assert onnx.TensorProto.BFLOAT16 in types
-    assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
-    # TensorRT's way on a machine with a GPU, beside an onnxruntime that has no provider for it.
-    gpu = replace(MACHINE, device="cuda")
-    told = Onnx(precision="bf16")._compared(tmp_path / "brain", None, None, None, gpu)
-    assert "checked as a graph only" in told
-
-
-@pytest.mark.parametrize(
-    "model_type", [pytest.param(t, marks=pytest.mark.slow) for t in ("llama", "gpt2", "mixtral")]
-)
-def test_int8_is_smaller_and_exact_but_for_its_rounding(model_type: str, tmp_path: Path) -> None:
-    model = saved(model_type, tmp_path / "dense", tie_word_embeddings=True)
-    record = exported(Onnx(precision="int8"), tmp_path / "dense", tmp_path / "int8")
-    dense = 4 * sum(parameter.numel() for parameter in model.parameters())
-    assert record.weight_bytes < 0.5 * dense
-    graph = onnx.load(tmp_path / "int8" / "model.onnx", load_external_data=False).graph
-    assert {node.domain for node in graph.node} == {""}
-    ids, mask = padded(model.config.vocab_size)
-    with OrtRunner(tmp_path / "int8" / "model.onnx", MACHINE, fuse=False) as runner:
-        got = stepped(runner, ids, mask)
-    assert error(got, expected_logits(model, ids, mask), mask) > 1e-4
-    round_matrices(model)
-    assert error(got, expected_logits(model, ids, mask), mask) < 1e-5
-
-
-def round_matrices(model: PreTrainedModel) -> None:
-    """Rounds every matrix as int8 does, but for the embedding and the experts' routers."""
-
-    def rounded(matrix: torch.Tensor) -> torch.Tensor:
-        """`[inputs, outputs]`, in blocks of 32 inputs."""
-        return dequantize(*quantize(matrix, 32), 32)
-
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight = torch.nn.Parameter(rounded(module.weight.T).T.contiguous())
-            elif isinstance(module, Conv1D):
-                module.weight.copy_(rounded(module.weight))
-            elif hasattr(module, "gate_up_proj") and module.gate_up_proj.dim() == 3:
-                for stack in (module.gate_up_proj, module.down_proj):
-                    stack.copy_(torch.stack([rounded(expert.T).T for expert in stack]))
-
-
-@pytest.mark.slow
 def test_layers_that_compute_with_their_number_are_traced_each(tmp_path: Path) -> None:
     model = saved("gpt2", tmp_path / "dense", n_layer=3, scale_attn_by_inverse_layer_idx=True)
     record = exported(Onnx(), tmp_path / "dense", tmp_path / "onnx")
@@ -371,6 +248,7 @@ def test_the_cost_bounds_what_is_written(llama: Any) -> None:
     assert cost.seconds > 0
 
 
+@pytest.mark.slow
 def test_sliding_windows_compute_the_same(tmp_path: Path) -> None:
     """Every weight of a block is 6 of 8, and another matrix is not touched."""
     source, out = tmp_path / "dense", tmp_path / "onnx"

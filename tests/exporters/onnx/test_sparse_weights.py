@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.ort_genai import OrtGenai
-from tests.exporters.onnx.test_onnx import exported, saved
+from tests.exporters.onnx.graphs import exported, saved
 from tests.exporters.ort_genai.test_ort_genai import export, model_in
 
 KEEP, OF = 2, 4
@@ -38,7 +38,8 @@ def most_kept(columns: np.ndarray) -> int:
     return int(np.count_nonzero(groups, axis=1).max())
 
 
-@pytest.mark.parametrize("model_type", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_int8_of_the_portable_graph(model_type: str, tmp_path: Path) -> None:
     saved(model_type, tmp_path / "model", tie_word_embeddings=False)
     thinned(tmp_path / "model", transposed=model_type == "gpt2")

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Gptq | Rtn]] = {
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=() if "tied, a" in c else pytest.mark.slow) for c in CASES]
 )
+@pytest.mark.usefixtures("genai_in_this_process")
 def test_the_engine_computes_what_the_checkpoint_does(case: str, tmp_path: Path) -> None:
     family, keys, method = CASES[case]
     model_in(tmp_path / "dense", family, keys)
@@ -91,6 +92,8 @@ def test_the_engine_computes_what_the_checkpoint_does(case: str, tmp_path: Path)
     assert config["model"]["decoder"]["num_hidden_layers"] == 3
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("genai_in_this_process")
 def test_a_graph_with_other_weights_is_told(tmp_path: Path) -> None:
     model_in(tmp_path / "dense", "Llama", {"num_hidden_layers": 1})
     after = quantized(tmp_path / "dense", tmp_path / "codes", Rtn())

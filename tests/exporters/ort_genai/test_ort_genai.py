@@ -198,6 +198,21 @@ def test_cost_grows_with_the_model_and_shrinks_with_precision() -> None:
     assert OrtGenai().cost(small, 1 << 20).ram_bytes < costs[1].ram_bytes
 
 
+@pytest.mark.usefixtures("genai_in_this_process")
+@pytest.mark.parametrize(("precision", "tied"), [("int8", True), ("int4", True), ("int8", False)])
+def test_cost_counts_the_embedding_as_it_is_stored(
+    precision: Any, tied: bool, tmp_path: Path
+) -> None:
+    """In fp32, but for one that is tied to a head in int4."""
+    keys = {"vocab_size": 8192, "tie_word_embeddings": tied}
+    model = model_in(tmp_path / "model", "Llama", keys)
+    exporter = OrtGenai(precision=precision)
+    exporter.export(tmp_path / "model", tmp_path / "out", Work(MACHINE, Silent(), tmp_path / "s"))
+    arch = Arch.from_config(model.config.to_dict(), ignore_keys=model.config.to_dict())
+    data = (tmp_path / "out" / "model.onnx.data").stat().st_size
+    assert 0.8 < exporter.cost(arch, 1 << 20).disk_bytes / data < 1.25
+
+
 def test_decode_bytes_counts_what_every_step_reads(tmp_path: Path) -> None:
     import onnx
     from onnx import TensorProto, helper, numpy_helper

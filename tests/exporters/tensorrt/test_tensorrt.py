@@ -314,7 +314,7 @@ def test_attention_without_a_cache_computes_the_same(tiny_graph: Path, split_gra
     ("precision", "target"),
     [
         ("fp16", "sm89"),
-        ("int8", "sm120"),
+        pytest.param("int8", "sm120", marks=pytest.mark.slow),
         pytest.param("bf16", "sm120", marks=pytest.mark.slow),
         pytest.param("fp32", "sm89", marks=pytest.mark.slow),
         pytest.param("fp8", "sm120", marks=pytest.mark.slow),

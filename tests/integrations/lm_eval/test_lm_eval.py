@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from prune_export_lm_eval.model import NAME, EngineLM, register
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, LlamaForCausalLM
 
+from prune_export import engines
 from prune_export.contracts import Work
 from prune_export.exporters.onnx import Onnx
 from prune_export.exporters.ort_genai import OrtGenai
 from prune_export.machine import Machine
 from prune_export.progress import Silent
+from prune_export.verify import measure_engine_tasks, measure_tasks
 
 TASK = """\
 task: lanterns
@@ -48,13 +53,18 @@ QUESTIONS = (
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
+def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     data = folder / "questions.jsonl"
     lines = (json.dumps({"question": q, "choices": c, "answer": a}) for q, c, a in QUESTIONS)
     data.write_text("\n".join(lines), encoding="utf-8")
     (folder / "lanterns.yaml").write_text(TASK.format(data=data), encoding="utf-8")
-    return TaskManager(include_path=str(folder), include_defaults=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(task_files: Path) -> TaskManager:
+    return TaskManager(include_path=str(task_files), include_defaults=False)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +144,34 @@ def test_it_generates_and_stops_and_scores_long_texts(exports: dict[str, Path]) 
     totals = [model.loglikelihood_rolling([long])[0] for model in models]
     assert totals[0] == pytest.approx(totals[1], rel=1e-4)
     assert totals[0] < -600  # 680 bytes, in three windows
+
+
+def test_a_first_token_is_added_where_transformers_adds_it(
+    model: Path, tasks: TaskManager, tmp_path: Path
+) -> None:
+    folder = tmp_path / "begins"
+    shutil.copytree(model, folder)
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    raw.save(str(folder / "tokenizer.json"))
+    theirs = sums("hf", tasks, pretrained=str(folder), dtype="float32", device="cpu",
+                  max_length=256)  # fmt: skip
+    np.testing.assert_allclose(sums(EngineLM(str(folder)), tasks), theirs, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["onnx", "ort_genai"])
+def test_the_recipes_tasks_measure_engines_as_they_measure_the_checkpoint(
+    exports: dict[str, Path], task_files: Path, name: str
+) -> None:
+    machine = Machine(device="cpu", ram_bytes=8 << 30, gpu_bytes=0, threads=1)
+    checkpoint = measure_tasks(["lanterns"], exports["pytorch"], machine, include=task_files,
+                               dense=exports["pytorch"])  # fmt: skip
+    engine = engines(exports[name])[name]
+    found = measure_engine_tasks(
+        ["lanterns"], engine, machine, beside=checkpoint, include=task_files
+    )
+    assert [replace(one, engine="") for one in found] == checkpoint
+    assert {one.engine for one in found} == {name}
 
 
 def test_lm_eval_knows_it_by_name(exports: dict[str, Path], tasks: TaskManager) -> None:

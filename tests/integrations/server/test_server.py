@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ pytest.importorskip("prune_export_server.app")
 from prune_export_server.app import Service
 from prune_export_server.generation import Generator
 from prune_export_server.metrics import Metrics
+from prune_export_server.text import Words
 from prune_export_server.worker import Worker
 
 from prune_export.plugins import load_model, load_tokenizer
@@ -147,6 +149,8 @@ def test_a_stop_string_is_not_in_the_text(api: Any, reference: Any) -> None:
         ({"prompt": [5, 10**6]}, 400, "token id"),
         ({"prompt": []}, 400, "prompts"),
         ({"stop": ["x"] * 17}, 400, "stop strings"),
+        ({"stop": "x" * 1001}, 400, "1000 characters"),
+        ({"prompt": ["a"] * 65}, 400, "the queue takes 64"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_with_the_key(
@@ -163,6 +167,7 @@ def test_what_cannot_be_answered_is_refused_with_the_key(
     [
         (b"{", 400),
         (b"[1]", 400),
+        (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400),
         (b"\xff\xfe", 400),
         (b"[" * 100_000, 400),
         (b"x" * (5 << 20), 413),
@@ -174,6 +179,112 @@ def test_malformed_bodies_are_refused(served: str, body: bytes, status: int) -> 
         urllib.request.urlopen(request, timeout=60)
     assert refused.value.code == status
     assert json.load(refused.value)["error"]["type"] == "invalid_request_error"
+
+
+def test_null_is_the_default_and_a_seed_may_be_negative(served: str) -> None:
+    body = {"model": "tiny", "prompt": "ab", "max_tokens": 2, "seed": -1}
+    null = dict.fromkeys(("temperature", "top_p", "stop", "stream", "echo", "logprobs", "n"))
+    request = urllib.request.Request(f"{served}/v1/completions", json.dumps(body | null).encode())
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert json.load(answer)["usage"]["completion_tokens"] <= 2
+
+
+def test_offsets_of_a_stream_are_those_of_the_whole_answer(served: str) -> None:
+    asked = {"model": "tiny", "prompt": "Grüße", "max_tokens": 6, "temperature": 0, "echo": True,
+             "logprobs": 1}  # fmt: skip
+    with client(served) as api:
+        whole = api.completions.create(**asked).choices[0]
+        chunks = list(api.completions.create(**asked, stream=True))
+    parts = [one.choices[0].logprobs for one in chunks]
+    offsets = [offset for part in parts if part for offset in part.text_offset]
+    assert offsets == whole.logprobs.text_offset
+    assert len(offsets) == len(whole.logprobs.tokens)
+
+
+class Impossible(Gated):
+    """An engine for which token 5 is certain, or that gives no numbers at all."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+        self.let(10**6)
+
+    def step(self, ids: np.ndarray) -> tuple[np.ndarray, float]:
+        logits = np.full((*ids.shape, 258), self.value, np.float32)
+        if not np.isnan(self.value):
+            logits[..., 5] = 1.0
+        return logits, 0.0
+
+
+@pytest.fixture
+def impossible(request: pytest.FixtureRequest, chatty: Path) -> Any:
+    tokenizer = load_tokenizer(chatty)
+    engine = Impossible(request.param)
+    worker = Worker(
+        lambda: (Generator(engine, [257], 64), tokenizer),  # type: ignore[arg-type]
+        most_waiting=2,
+    )
+    worker.start()
+    words = Words(load_tokenizer(chatty))
+    service = Service("tiny", worker, load_tokenizer(chatty), words, 258, 64, 600,
+                      Metrics(lambda: 0, lambda: 0))  # fmt: skip
+    with listening(service) as address:
+        yield address
+
+
+def _strictly(text: str) -> Any:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("impossible", [-np.inf], indirect=True)
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_cannot_come_is_told_in_json_all_the_same(impossible: str, *, stream: bool) -> None:
+    body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 2, "logprobs": 3, "echo": True,
+            "stream": stream}  # fmt: skip
+    request = urllib.request.Request(f"{impossible}/v1/completions", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        text = answer.read().decode()
+    lines = [line[6:] for line in text.splitlines() if line.startswith("data: {")] or [text]
+    told = [_strictly(line)["choices"][0]["logprobs"] for line in lines]
+    values = [value for one in told if one for value in one["token_logprobs"]]
+    assert values == [None, -9999.0, -9999.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("impossible", [np.nan], indirect=True)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_engine_without_numbers_is_an_error_and_no_text(
+    impossible: str, temperature: float
+) -> None:
+    with client(impossible) as api, pytest.raises(openai.InternalServerError, match="not finite"):
+        api.completions.create(model="tiny", prompt="ab", max_tokens=2, temperature=temperature)
+
+
+def test_a_fault_of_the_server_is_json_and_counted(
+    chatty: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Worker):
+        def submit(self, jobs: Any) -> None:
+            raise KeyError("a fault")
+
+    tokenizer = load_tokenizer(chatty)
+    worker = Broken(
+        lambda: (Generator(Impossible(0.0), [257], 64), tokenizer),  # type: ignore[arg-type]
+        most_waiting=2,
+    )
+    worker.start()
+    metrics = Metrics(lambda: 0, lambda: 0)
+    service = Service("tiny", worker, tokenizer, Words(tokenizer), 258, 64, 600, metrics)
+    with listening(service) as address, client(address) as api:
+        with pytest.raises(openai.InternalServerError, match="KeyError"):
+            api.completions.create(model="tiny", prompt="ab")
+        worker.close()
+        with pytest.raises(openai.InternalServerError, match="does not run"):
+            api.completions.create(model="tiny", prompt="ab")
+    assert b'status="500"' in metrics.page()
+    assert "a fault" in caplog.text
 
 
 def test_models_health_and_metrics(served: str) -> None:
@@ -201,7 +312,9 @@ def test_a_client_that_vanishes_frees_the_engine(chatty: Path, *, stream: bool) 
     worker.start()
     gated.began.get(timeout=60)
     metrics = Metrics(lambda: 0, lambda: 0)
-    service = Service("tiny", worker, load_tokenizer(chatty), 258, 64, 600, metrics)
+    service = Service(
+        "tiny", worker, load_tokenizer(chatty), Words(tokenizer), 258, 64, 600, metrics
+    )
     with listening(service) as address:
         host, _, port = address.removeprefix("http://").partition(":")
         body = json.dumps({"model": "tiny", "prompt": "ab", "max_tokens": 50, "stream": stream,

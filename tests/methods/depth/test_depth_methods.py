@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import AutoConfig
 
 from prune_export import registry
-from prune_export.arch import Arch
-from prune_export.arch.table import table_for
 from prune_export.calibrate import (
     AngularDistance,
     BlockInfluence,
@@ -31,19 +28,17 @@ from prune_export.methods.depth.deepest import Deepest
 from prune_export.methods.depth.perplexity import Perplexity
 from prune_export.recipe import Recipe
 from prune_export.surgery import Drop
+from tests.arch.tiny_models import arch_of
 
 DEPTH = ("angular_distance", "block_influence", "deepest", "perplexity")
-
-
-def arch_of(layers: int, model_type: str = "llama") -> Arch:
-    settings = {**table_for(model_type).tiny.config, "num_hidden_layers": layers}
-    return Arch.from_config(AutoConfig.for_model(model_type, **settings).to_dict())
 
 
 def decided(method: Any, layers: int, results: Mapping[Any, Any] | None = None) -> Decision:
     # The checkpoint is never opened: depth methods read no weights.
     nothing = Checkpoint(path=None, config={}, entries={})  # type: ignore[arg-type]
-    return method.decide(ModelView(arch_of(layers), nothing, results or {}))
+    return method.decide(
+        ModelView(arch_of("llama", num_hidden_layers=layers), nothing, results or {})
+    )
 
 
 def dropped(decision: Decision) -> list[int]:
@@ -108,7 +103,7 @@ def test_block_influence_takes_the_lowest_blocks_or_the_lowest_run() -> None:
 def test_perplexity_takes_the_blocks_that_are_missed_least() -> None:
     method = Perplexity(remove=2, protect_first=1, protect_last=1, samples=3, length=9)
     losses = {1: log(30), 2: log(11), 3: log(20), 4: log(12)}
-    (statistic,) = method.statistics(arch_of(6))
+    (statistic,) = method.statistics(arch_of("llama", num_hidden_layers=6))
     assert statistic == SkipLoss((1, 2, 3, 4), 3, 9)
     results = {statistic: SkipLosses(log(10), losses)}
     found = decided(method, 6, results)
@@ -121,7 +116,7 @@ def test_perplexity_takes_the_blocks_that_are_missed_least() -> None:
 
 
 def test_perplexity_protects_four_and_two_by_default() -> None:
-    (statistic,) = Perplexity(remove=1).statistics(arch_of(12))
+    (statistic,) = Perplexity(remove=1).statistics(arch_of("llama", num_hidden_layers=12))
     assert statistic == SkipLoss(tuple(range(4, 10)), 10, 128)
 
 
@@ -129,14 +124,14 @@ def test_perplexity_protects_four_and_two_by_default() -> None:
 def test_protecting_too_much_is_refused(layers: int, remove: int) -> None:
     for ask in (Perplexity(remove=remove).predict, Perplexity(remove=remove).statistics):
         with pytest.raises(PlanError, match=f"of {layers} blocks to choose from"):
-            ask(arch_of(layers))
+            ask(arch_of("llama", num_hidden_layers=layers))
 
 
 @pytest.mark.parametrize("name", DEPTH)
 def test_listed_blocks_need_no_data(name: str) -> None:
     method = registry.find("methods", name)(layers=(4, 1))
-    assert method.statistics(arch_of(6)) == ()
-    assert method.predict(arch_of(6)).layers == 4
+    assert method.statistics(arch_of("llama", num_hidden_layers=6)) == ()
+    assert method.predict(arch_of("llama", num_hidden_layers=6)).layers == 4
     found = decided(method, 6)
     assert dropped(found) == [1, 4]
     assert found.log["kept"] == [0, 2, 3, 5]
@@ -151,7 +146,7 @@ def test_sparsity_is_rounded_half_up_and_removes_at_least_one(
     name: str, sparsity: float, layers: int, left: int
 ) -> None:
     method = registry.find("methods", name)(sparsity=sparsity)
-    assert method.predict(arch_of(layers)).layers == left
+    assert method.predict(arch_of("llama", num_hidden_layers=layers)).layers == left
 
 
 @pytest.mark.parametrize("name", DEPTH)
@@ -161,13 +156,16 @@ def test_sparsity_is_rounded_half_up_and_removes_at_least_one(
 def test_removing_all_is_refused(name: str, amount: dict[str, Any]) -> None:
     protect = {"protect_first": 0, "protect_last": 0} if name == "perplexity" else {}
     with pytest.raises(PlanError, match=r"of 6 blocks would be removed|all 6 blocks would be"):
-        registry.find("methods", name)(**amount, **protect).predict(arch_of(6))
+        registry.find("methods", name)(**amount, **protect).predict(
+            arch_of("llama", num_hidden_layers=6)
+        )
 
 
 @pytest.mark.parametrize("name", DEPTH)
 def test_a_block_that_does_not_exist_is_refused(name: str) -> None:
     with pytest.raises(PlanError, match=r"got \[6\], but the model has layers 0 to 5"):
-        registry.find("methods", name)(layers=(6,)).predict(arch_of(6))
+        method = registry.find("methods", name)(layers=(6,))
+        method.predict(arch_of("llama", num_hidden_layers=6))
 
 
 @pytest.mark.parametrize("name", DEPTH)
@@ -212,7 +210,7 @@ def test_a_recipe_error_names_the_line(name: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "qwen2", "qwen3_moe"])
 def test_predicted_shapes_are_those_of_a_cut_model(model_type: str) -> None:
-    arch = arch_of(6, model_type)
+    arch = arch_of(model_type, num_hidden_layers=6)
     after = AngularDistanceDrop(remove=2).predict(arch)
     assert (after.layers, after.config["num_hidden_layers"]) == (4, 4)
     assert after == arch.without((3, 4))

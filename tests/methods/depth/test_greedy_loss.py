@@ -14,14 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prune_export.arch.table import tables
-from prune_export.calibrate import CalibrationContext, ExtraPass, ModelView, TokenSet, Unit
-from prune_export.checkpoint import Checkpoint
+from prune_export.calibrate import ExtraPass, Unit
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.methods.depth.greedy_loss import GreedyLoss
 from prune_export.pruning.depth.greedy import greedy
 from prune_export.surgery import Drop, Overwrite, rewrite
-from tests.arch.tiny_models import random_model
+from tests.views import random_view
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 
@@ -144,17 +143,9 @@ def test_an_early_choice_is_revised() -> None:
     assert [loss for loss, _ in found.best] == pytest.approx([0.0, 1.0, 1.8, 2.3])
 
 
-def view(tmp_path: Path, model_type: str, windows: int = 3) -> tuple[Any, ModelView]:
-    tiny = random_model(model_type, {}, tmp_path / "model")
-    ids = torch.randint(3, 60, (windows, 16), generator=torch.Generator().manual_seed(1))
-    context = CalibrationContext(TokenSet.of(ids), MACHINE, tmp_path / "scratch")
-    (tmp_path / "scratch").mkdir()
-    return tiny, ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
-
-
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "mixtral"])
 def test_it_equals_brute_force(model_type: str, tmp_path: Path) -> None:
-    tiny, model = view(tmp_path, model_type, windows=1)
+    tiny, model = random_view(tmp_path, model_type, windows=1)
     ids = model.calibration().tokens.ids
     blocks = tiny.model.get_submodule(tiny.arch.table.blocks)
 
@@ -187,13 +178,14 @@ def test_it_equals_brute_force(model_type: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.families("roles")
 @pytest.mark.parametrize("unit", ["attention", "mlp"])
 @pytest.mark.parametrize("model_type", sorted(tables()))
 def test_parts_are_removed_by_zeros_that_stock_transformers_loads(
     model_type: str, unit: Any, tmp_path: Path
 ) -> None:
     """The written model's loss is the one that the search measured without the parts."""
-    tiny, model = view(tmp_path, model_type)
+    tiny, model = random_view(tmp_path, model_type)
     method = GreedyLoss(remove=2, unit=unit, compute_dtype="float32", refit=False)
     assert method.predict(tiny.arch) == tiny.arch
     decision = method.decide(model)
@@ -215,7 +207,7 @@ def test_parts_are_removed_by_zeros_that_stock_transformers_loads(
 
 
 def test_a_killed_search_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    _, model = view(tmp_path, "llama")
+    _, model = random_view(tmp_path, "llama")
     whole = GreedyLoss(remove=3).decide(model)
     again = GreedyLoss(remove=3).decide(model)
     assert again.log["passes"]["block_forwards"] == 0, "every loss was on the disk"
@@ -223,7 +215,7 @@ def test_a_killed_search_goes_on_to_the_same_end(tmp_path: Path) -> None:
 
 
 def test_the_ends_can_be_protected_and_blocks_listed(tmp_path: Path) -> None:
-    tiny, model = view(tmp_path, "llama")
+    tiny, model = random_view(tmp_path, "llama")
     found = GreedyLoss(remove=2, protect_first=2, protect_last=2).decide(model)
     assert found.log["dropped"] == [2, 3]
     listed = GreedyLoss(layers=(4, 1), refit=False)
@@ -238,7 +230,7 @@ def test_the_ends_can_be_protected_and_blocks_listed(tmp_path: Path) -> None:
 
 
 def test_the_plan_knows_how_many_passes_it_takes(tmp_path: Path) -> None:
-    tiny, _ = view(tmp_path, "llama")
+    tiny, _ = random_view(tmp_path, "llama")
     (cheap,) = GreedyLoss(remove=1, samples=4).statistics(tiny.arch)
     (dear,) = GreedyLoss(remove=4, samples=4, beam=2).statistics(tiny.arch)
     assert isinstance(cheap, ExtraPass)

@@ -14,12 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prune_export.calibrate import (
-    CalibrationContext,
     Chain,
     Layer,
     MergeSimilarity,
-    ModelView,
-    TokenSet,
 )
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
@@ -27,7 +24,7 @@ from prune_export.machine import Machine
 from prune_export.methods.depth.laco import Laco
 from prune_export.pruning.depth.collapse import FoldSearch, combinations, folded
 from prune_export.surgery import rewrite
-from tests.arch.tiny_models import random_model
+from tests.views import random_view
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 
@@ -126,14 +123,6 @@ def test_combinations_of_runs_are_the_best_there_are(count: int) -> None:
     assert combinations(runs, 1, 7, count, 3) == every[:3]
 
 
-def view(tmp_path: Path, model_type: str) -> tuple[Any, ModelView]:
-    tiny = random_model(model_type, {}, tmp_path / "model")
-    ids = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(1))
-    (tmp_path / "scratch").mkdir()
-    context = CalibrationContext(TokenSet.of(ids), MACHINE, tmp_path / "scratch")
-    return tiny, ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
-
-
 def last_states(path: Path, ids: torch.Tensor) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -145,7 +134,7 @@ def last_states(path: Path, ids: torch.Tensor) -> torch.Tensor:
 def test_the_written_model_is_the_one_that_was_measured(
     model_type: str, merge: Any, tmp_path: Path
 ) -> None:
-    tiny, model = view(tmp_path, model_type)
+    tiny, model = random_view(tmp_path, model_type)
     method = Laco(remove=2, merge=merge, merge_layers=3, lowest=0, refit=False)
     decision = method.decide(model)
     out = tmp_path / "out"
@@ -158,7 +147,7 @@ def test_the_written_model_is_the_one_that_was_measured(
 
 
 def test_last_is_dropping_with_transferred_norms(tmp_path: Path) -> None:
-    tiny, model = view(tmp_path, "llama")
+    tiny, model = random_view(tmp_path, "llama")
     decision = Laco(remove=2, merge="last", merge_layers=3, lowest=0, refit=False).decide(model)
     ((of, count, _),) = decision.log["folds"] if len(decision.log["folds"]) == 1 else ((0, 0, 0),)
     if not count:
@@ -176,7 +165,7 @@ def test_last_is_dropping_with_transferred_norms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["segments", "budget", "bisection"])
 @pytest.mark.parametrize("remove", [1, 3])
 def test_every_target_is_met_exactly(target: Any, remove: int, tmp_path: Path) -> None:
-    _, model = view(tmp_path, "llama")
+    _, model = random_view(tmp_path, "llama")
     decision = Laco(remove=remove, target=target, merge_layers=3, lowest=0, refit=False).decide(
         model
     )
@@ -185,7 +174,7 @@ def test_every_target_is_met_exactly(target: Any, remove: int, tmp_path: Path) -
 
 
 def test_untouched_layers_are_shared_and_similarities_kept(tmp_path: Path) -> None:
-    _, model = view(tmp_path, "llama")
+    _, model = random_view(tmp_path, "llama")
     context = model.calibration()
     with MergeSimilarity(model.checkpoint, context) as measured:
         measured.similarity(measured.dense)
@@ -200,7 +189,7 @@ def test_untouched_layers_are_shared_and_similarities_kept(tmp_path: Path) -> No
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
-    tiny, _ = view(tmp_path, "qwen3_moe")
+    tiny, _ = random_view(tmp_path, "qwen3_moe")
     with pytest.raises(PlanError, match="differ in shape"):
         Laco(remove=1).predict(tiny.arch)
     assert Laco(remove=1, merge="drop").predict(tiny.arch).layers == 5

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prune_export import registry
-from prune_export.calibrate import CalibrationContext, ExtraPass, ModelView, TokenSet
+from prune_export.calibrate import CalibrationContext, ModelView, TokenSet
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError, StageError
 from prune_export.exporters.onnx import Onnx
@@ -21,7 +21,8 @@ from prune_export.methods.depth.block_influence import BlockInfluenceDrop
 from prune_export.methods.depth.taylor import Taylor
 from prune_export.surgery import Overwrite, rewrite
 from tests.arch.tiny_models import Tiny, random_model
-from tests.exporters.onnx.test_onnx import error, expected_logits, exported, padded, stepped
+from tests.exporters.onnx.graphs import error, expected_logits, exported, padded, stepped
+from tests.views import decided
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 SCORING = ("block_influence", "perplexity", "taylor")
@@ -40,12 +41,6 @@ def of(name: str, **keys: Any) -> Any:
     """The method as it cuts; what is refitted after is tested in tests/contracts/test_refits.py."""
     protect = {} if name == "block_influence" else {"protect_first": 1, "protect_last": 0}
     return registry.find("methods", name)(refit=False, **protect, **keys)
-
-
-def decided(method: Any, model: ModelView) -> Any:
-    asked = [s for s in method.statistics(model.arch) if not isinstance(s, ExtraPass)]
-    results = model.gather(asked) if asked else {}
-    return method.decide(ModelView(model.arch, model.checkpoint, results, model.context))
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -14,28 +14,16 @@ from prune_export.calibrate import (
     AngularDistance,
     BlockInfluence,
     CalibrationContext,
-    ExtraPass,
-    ModelView,
-    TokenSet,
     gather,
 )
-from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.machine import Machine
 from prune_export.pruning.depth.selection import iterative
 from prune_export.surgery import Drop, rewrite
-from tests.arch.tiny_models import random_model
+from tests.views import decided, random_view
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 SELECTING = ("block_influence", "perplexity", "taylor")
-
-
-def view(tmp_path: Path, model_type: str = "llama") -> ModelView:
-    tiny = random_model(model_type, {}, tmp_path / "model")
-    ids = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(2))
-    (tmp_path / "scratch").mkdir(exist_ok=True)
-    context = CalibrationContext(TokenSet.of(ids), MACHINE, tmp_path / "scratch")
-    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
 
 
 def of(name: str, **keys: Any) -> Any:
@@ -43,15 +31,10 @@ def of(name: str, **keys: Any) -> Any:
     return registry.find("methods", name)(**protect, **keys)
 
 
-def decided(method: Any, model: ModelView) -> Any:
-    asked = [s for s in method.statistics(model.arch) if not isinstance(s, ExtraPass)]
-    results = model.gather(asked) if asked else {}
-    return method.decide(ModelView(model.arch, model.checkpoint, results, model.context))
-
-
+@pytest.mark.families("roles")
 @pytest.mark.parametrize("model_type", sorted(tables()))
 def test_a_view_without_blocks_is_the_cut_model(model_type: str, tmp_path: Path) -> None:
-    model = view(tmp_path, model_type)
+    _, model = random_view(tmp_path, model_type, 4, 2)
     cut = rewrite(model.checkpoint, model.arch, [Drop((1, 4))], tmp_path / "cut", ram_bytes=1 << 30)
     seen = model.without((1, 4))
     seen.checkpoint.check(seen.arch)
@@ -65,7 +48,7 @@ def test_a_view_without_blocks_is_the_cut_model(model_type: str, tmp_path: Path)
 
 
 def test_two_cuts_of_one_depth_are_not_mistaken_for_each_other(tmp_path: Path) -> None:
-    model = view(tmp_path)
+    _, model = random_view(tmp_path, "llama", 4, 2)
     first = model.without((1,)).gather([BlockInfluence()])[BlockInfluence()]
     second = model.without((2,)).gather([BlockInfluence()])[BlockInfluence()]
     assert not torch.equal(first, second)
@@ -73,7 +56,7 @@ def test_two_cuts_of_one_depth_are_not_mistaken_for_each_other(tmp_path: Path) -
 
 def test_scores_are_asked_again_after_each_removal(tmp_path: Path) -> None:
     """By hand: block 1 scores least; without it, block 3 does, which did not at first."""
-    model = view(tmp_path)
+    _, model = random_view(tmp_path, "llama", 4, 2)
     told = iter([[0.0, 1, 2, 3, 4, 5], [0.0, 9, 1, 8, 8]])
     found = iterative(model, 2, range(1, 6), lambda _: next(told))
     assert found.log["order"] == [1, 3]
@@ -85,7 +68,7 @@ def test_scores_are_asked_again_after_each_removal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SELECTING)
 def test_iterative_is_one_shot_again_and_again(name: str, tmp_path: Path) -> None:
-    model = view(tmp_path)
+    _, model = random_view(tmp_path, "llama", 4, 2)
     found = decided(of(name, remove=3, select="iterative"), model).log["order"]
     gone: list[int] = []
     for _ in range(3):
@@ -99,7 +82,7 @@ def test_iterative_is_one_shot_again_and_again(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", SELECTING)
 def test_guided_by_a_score_the_loss_decides(name: str, tmp_path: Path) -> None:
     """Six blocks are fewer than are tried: what goes is what plain greedy removal takes."""
-    model = view(tmp_path)
+    _, model = random_view(tmp_path, "llama", 4, 2)
     found = decided(of(name, remove=2, select="greedy"), model)
     protect = {} if name == "block_influence" else {"protect_first": 1}
     greedy = registry.find("methods", "greedy_loss")

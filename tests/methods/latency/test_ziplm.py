@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prune_export.arch import Arch
-from prune_export.calibrate import CalibrationContext, ModelView, TokenSet, run_sequential
+from prune_export.calibrate import CalibrationContext, TokenSet, run_sequential
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError, StageError
 from prune_export.machine import Machine
@@ -20,9 +20,10 @@ from prune_export.pruning.latency import narrowing, width_costs
 from prune_export.recipe.search import Target
 from prune_export.surgery import Edits, Keep, Overwrite, rewrite
 from tests.arch.tiny_models import Tiny, random_model
+from tests.views import random_ids, view_of
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
-IDS = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(3))
+IDS = random_ids(8, 16, 3)
 
 
 @dataclasses.dataclass
@@ -48,11 +49,6 @@ class Counting:
         }
         both = self.surprise if max(left.values()) < 1 else 0.0
         return 1 / (0.2 + 0.5 * left["mlp"] + 0.3 * left["kv"] + both)
-
-
-def view_of(tiny: Tiny, engines: Any = None, scratch: Path | None = None) -> ModelView:
-    context = CalibrationContext(TokenSet.of(IDS), MACHINE, scratch, None, engines)
-    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
 
 
 def loss_of(path: Path) -> float:
@@ -87,7 +83,7 @@ def test_a_sweeps_loss_is_the_models(llama: Tiny) -> None:
 
 def test_compensated_cuts_lose_less_than_cuts(llama: Tiny, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(llama.path)
-    decision = ZipLM(sparsity=0.25).decide(view_of(llama))
+    decision = ZipLM(sparsity=0.25).decide(view_of(llama, IDS))
     rewrite(checkpoint, llama.arch, decision.edits, tmp_path / "out", ram_bytes=1 << 30)
     bare = [edit for edit in decision.edits if isinstance(edit, Keep)]
     rewrite(checkpoint, llama.arch, bare, tmp_path / "bare", ram_bytes=1 << 30)
@@ -107,7 +103,7 @@ def test_channels_without_effect_go_first_and_change_nothing(tmp_path: Path) -> 
     for block in tiny.model.model.layers:
         block.mlp.up_proj.weight.data[idle] = 0
     tiny.model.save_pretrained(tiny.path)
-    swept = view_of(tiny).sequential(
+    swept = view_of(tiny, IDS).sequential(
         narrowing.Narrower(tiny.arch, {f"mlp.{i}": 36 for i in range(6)})
     )
     kept = [position for position in range(48) if position not in idle]
@@ -121,7 +117,7 @@ def test_channels_without_effect_go_first_and_change_nothing(tmp_path: Path) -> 
 def test_a_speed_is_met_as_measured(llama: Tiny, surprise: float) -> None:
     engines = Counting(llama.arch, surprise)
     target = Target(speedup=1.5, tolerance=0.1)
-    decision = ZipLM(target=target, multiple_of=1).decide(view_of(llama, engines))
+    decision = ZipLM(target=target, multiple_of=1).decide(view_of(llama, IDS, engines=engines))
     after = Edits.of(decision.edits, llama.arch).after(llama.arch)
     sizes = {axis: after.sizes[axis] for axis in decision.log["sizes"]}
     assert sizes == engines.asked[-1], "what was timed last is what is made"
@@ -145,10 +141,10 @@ def test_costs_are_what_was_timed(llama: Tiny) -> None:
 def test_what_is_not_reached_is_said(llama: Tiny) -> None:
     with pytest.raises(StageError) as caught:
         target = Target(speedup=2.5, tolerance=0.02)
-        ZipLM(target=target).decide(view_of(llama, Counting(llama.arch, 0.6)))
+        ZipLM(target=target).decide(view_of(llama, IDS, engines=Counting(llama.arch, 0.6)))
     assert "of the target" in str(caught.value)
     with pytest.raises(PlanError) as refused:
-        ZipLM(target=Target(speedup=6.0)).decide(view_of(llama, Counting(llama.arch)))
+        ZipLM(target=Target(speedup=6.0)).decide(view_of(llama, IDS, engines=Counting(llama.arch)))
     assert "asks for 17% of the dense cost" in str(refused.value)
 
 
@@ -157,7 +153,7 @@ def test_blocks_may_differ_and_lose_whole_parts(llama: Tiny, tmp_path: Path) -> 
     engines = Counting(llama.arch)
     target = Target(speedup=1.8, tolerance=0.1)
     method = ZipLM(target=target, uniform=False, tries=6, multiple_of=1)
-    decision = method.decide(view_of(llama, engines, tmp_path / "scratch"))
+    decision = method.decide(view_of(llama, IDS, tmp_path / "scratch", engines=engines))
     assert method.predict(llama.arch) == llama.arch
     assert all(isinstance(edit, Overwrite) for edit in decision.edits)
     out = tmp_path / "out"
@@ -176,7 +172,7 @@ def test_blocks_may_differ_and_lose_whole_parts(llama: Tiny, tmp_path: Path) -> 
 
 def test_a_size_is_met_without_engines(llama: Tiny) -> None:
     target = Target(parameters=0.8)
-    decision = ZipLM(target=target, multiple_of=1).decide(view_of(llama))
+    decision = ZipLM(target=target, multiple_of=1).decide(view_of(llama, IDS))
     after = Edits.of(decision.edits, llama.arch).after(llama.arch)
     assert after.parameters() / llama.arch.parameters() == pytest.approx(0.8, rel=0.05)
 

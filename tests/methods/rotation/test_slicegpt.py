@@ -50,6 +50,7 @@ def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(((found - wanted).abs().max() / wanted.abs().max()).detach())
 
 
+@pytest.mark.families("each", "tied")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
 def test_rotated_alone_a_model_computes_the_same(

@@ -12,28 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_export.calibrate import (
-    CalibrationContext,
     InputNorms,
-    ModelView,
-    TokenSet,
     as_matrix,
     linears,
 )
-from prune_export.checkpoint import Checkpoint
 from prune_export.machine import Machine
 from prune_export.methods.sparse.gblm import Gblm, Norms, score
 from prune_export.methods.sparse.wanda import Wanda
 from prune_export.pruning.sparse.masks import mask_of
 from prune_export.sparsity.nm import Nm
-from tests.arch.tiny_models import Tiny, random_model
+from tests.arch.tiny_models import random_model
+from tests.views import random_ids, view_of
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
-IDS = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))
-
-
-def view_of(tiny: Tiny, scratch: Path) -> ModelView:
-    context = CalibrationContext(TokenSet.of(IDS), MACHINE, scratch)
-    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
+IDS = random_ids(4, 10, 1)
 
 
 def found_by(method: Gblm, x: torch.Tensor, g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -121,7 +113,7 @@ def test_without_gradients_a_score_is_wanda_s_bit_for_bit(seed: int, dtype: torc
 def test_alpha_zero_is_wanda(model_type: str, amount: dict[str, Any], tmp_path: Path) -> None:
     tiny = random_model(model_type, {}, tmp_path / "model")
     decisions = [
-        method.decide(view_of(tiny, tmp_path / name))
+        method.decide(view_of(tiny, IDS, tmp_path / name))
         for name, method in (("a", Gblm(alpha=0, **amount)), ("b", Wanda(**amount)))
     ]
     assert decisions[0].log["mask_digest"] == decisions[1].log["mask_digest"]
@@ -134,7 +126,7 @@ def test_vanishing_gradients_are_wanda_too(tmp_path: Path) -> None:
     """Norms in the true order are corrected for the noise of pruning, whatever alpha is."""
     tiny = random_model("llama", {}, tmp_path / "model")
     digests = [
-        method.decide(view_of(tiny, tmp_path / name)).log["mask_digest"]
+        method.decide(view_of(tiny, IDS, tmp_path / name)).log["mask_digest"]
         for name, method in (
             ("a", Gblm(alpha=1e-30, nm=Nm(2, 4))),
             ("b", Wanda(nm=Nm(2, 4))),
@@ -150,7 +142,7 @@ def test_masks_equal_those_of_autograd_on_the_whole_model(
 ) -> None:
     tiny = random_model(model_type, {}, tmp_path / "model")
     method = Gblm(sparsity=0.5, norm=norm, order="block", alpha=3.0)
-    decision = method.decide(view_of(tiny, tmp_path))
+    decision = method.decide(view_of(tiny, IDS, tmp_path))
     values = {edit.tensor: edit.value() for edit in decision.edits}
 
     model = tiny.model.float()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from prune_export.calibrate import CalibrationContext, ModelView, TokenSet, as_matrix, linears
-from prune_export.checkpoint import Checkpoint
+from prune_export.calibrate import ModelView, as_matrix, linears
 from prune_export.errors import PlanError, StageError
 from prune_export.machine import Machine
 from prune_export.methods.sparse.iterative_magnitude import IterativeMagnitude
@@ -20,15 +17,12 @@ from prune_export.pruning.sparse import lottery_ticket
 from prune_export.pruning.sparse.lottery_ticket import Schedule, _batch
 from prune_export.sparsity.nm import Nm
 from tests.arch.tiny_models import Tiny, random_model
+from tests.killed import Killed, killed_after
+from tests.views import view_of
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
 IDS = (torch.arange(20)[:, None] * 5 + 3 * torch.arange(12)) % 60 + 2
 QUICK: dict[str, Any] = {"rounds": 2, "steps": 4, "batch": 3, "learning_rate": 3e-3}
-
-
-def view_of(tiny: Tiny, scratch: Path, progress: Any = None) -> ModelView:
-    context = CalibrationContext(TokenSet.of(IDS), MACHINE, scratch, progress)
-    return ModelView(tiny.arch, Checkpoint.open(tiny.path), {}, context)
 
 
 def made(method: IterativeMagnitude, view: ModelView) -> tuple[dict[str, torch.Tensor], Any]:
@@ -86,7 +80,7 @@ def test_it_is_the_plain_loop(rewind: int, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(lottery_ticket, "TOKENS", 24)  # two of three windows at once
     tiny = random_model("llama", {}, tmp_path / "model")
     method = IterativeMagnitude(sparsity=0.6, rewind=rewind, **QUICK)
-    ours, log = made(method, view_of(tiny, tmp_path / "s"))
+    ours, log = made(method, view_of(tiny, IDS, tmp_path / "s"))
     theirs = by_hand(tiny, method)
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
@@ -104,7 +98,7 @@ def test_layouts_and_patterns(
 ) -> None:
     tiny = random_model(model_type, {}, tmp_path / "model")
     capfd.readouterr()
-    values, log = made(IterativeMagnitude(**amount, **QUICK), view_of(tiny, tmp_path / "s"))
+    values, log = made(IterativeMagnitude(**amount, **QUICK), view_of(tiny, IDS, tmp_path / "s"))
     assert capfd.readouterr() == ("", "")
     zeros = 0
     for tensor in linears(tiny.arch):
@@ -121,7 +115,7 @@ def test_training_lowers_the_loss_and_controls_keep_the_counts(tmp_path: Path) -
     method = IterativeMagnitude(sparsity=0.8, **QUICK | {"steps": 20})
     found = {}
     for control in ("none", "random_mask", "reinit"):
-        view = view_of(tiny, tmp_path / control)
+        view = view_of(tiny, IDS, tmp_path / control)
         found[control] = made(replace(method, control=control), view)
     losses = {control: log["rounds"][-1]["loss"] for control, (_, log) in found.items()}
     before = found["none"][1]["rounds"][0]["loss_before_training"]
@@ -136,48 +130,19 @@ def test_training_lowers_the_loss_and_controls_keep_the_counts(tmp_path: Path) -
     assert not torch.allclose(ticket[norm], drawn[norm], atol=0.05)
 
 
-class Killed(BaseException):
-    """What no code catches."""
-
-
-class KilledAt:
-    """A progress that dies after so many steps of this run."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    @contextmanager
-    def task(self, label: str, total: float | None = None) -> Iterator[Any]:
-        del label, total
-        outer = self
-
-        class Task:
-            def advance(self, steps: float = 1) -> None:
-                if steps == 1:
-                    outer.left -= 1
-                    if outer.left < 0:
-                        raise Killed
-
-            def note(self, text: str) -> None:
-                del text
-
-        yield Task()
-
-    def say(self, text: str) -> None:
-        del text
-
-
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lottery_ticket, "_SAVE_SECONDS", -1.0)  # after each step
     tiny = random_model("gpt2", {}, tmp_path / "model")  # which has dropout
     method = IterativeMagnitude(sparsity=0.5, rewind=1, **QUICK)
-    whole, log = made(method, view_of(tiny, tmp_path / "whole"))
+    whole, log = made(method, view_of(tiny, IDS, tmp_path / "whole"))
     for steps in (0, 2, 3, 4):
         with pytest.raises(Killed):
-            made(method, view_of(tiny, tmp_path / "parts", KilledAt(steps)))
-    parts, again = made(method, view_of(tiny, tmp_path / "parts"))
+            made(
+                method, view_of(tiny, IDS, tmp_path / "parts", killed_after(steps + 1, single=True))
+            )
+    parts, again = made(method, view_of(tiny, IDS, tmp_path / "parts"))
     assert again == log
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name
@@ -189,9 +154,7 @@ def test_what_cannot_be_is_refused_before_work(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="owl"):
         IterativeMagnitude(sparsity=0.5, allocation="owl")
     tiny = random_model("llama", {}, tmp_path / "model")
-    view = replace(
-        view_of(tiny, tmp_path), context=CalibrationContext(TokenSet.of(IDS[:1]), MACHINE, tmp_path)
-    )
+    view = view_of(tiny, IDS[:1], tmp_path)
     with pytest.raises(StageError, match="expected at least 2"):
         IterativeMagnitude(sparsity=0.5, **QUICK).decide(view)
 

@@ -17,9 +17,6 @@ from prune_export.arch import Arch
 from prune_export.arch.table import tables
 from prune_export.calibrate import (
     LINEAR_GROUPS,
-    CalibrationContext,
-    ModelView,
-    TokenSet,
     as_matrix,
     linears,
     pass_cost,
@@ -37,8 +34,10 @@ from prune_export.pruning.sparse import owl, sparse_method
 from prune_export.pruning.sparse.masks import mask_of
 from prune_export.sparsity.nm import Nm
 from tests.arch.tiny_models import arch_of, random_model
+from tests.views import random_ids, view_of
 
 MACHINE = Machine("cpu", 8 << 30, 0, 1)
+IDS = random_ids(4, 12, 3)
 METHODS: list[Any] = [Magnitude, Wanda, Ria, SparseGpt]
 
 
@@ -52,14 +51,6 @@ def tiny(tmp_path: Path) -> Callable[..., Checkpoint]:
         return Checkpoint.open(path)
 
     return make
-
-
-def view_of(checkpoint: Checkpoint, samples: int = 4, length: int = 12) -> ModelView:
-    random = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 60, (samples, length), generator=random)
-    return ModelView(
-        checkpoint.arch(), checkpoint, {}, CalibrationContext(TokenSet.of(ids), MACHINE)
-    )
 
 
 def made(decision: Decision) -> dict[str, torch.Tensor]:
@@ -79,7 +70,7 @@ def test_every_matrix_gets_exactly_its_zeros_in_its_own_dtype(
 ) -> None:
     checkpoint = tiny("llama", dtype)
     arch, own = checkpoint.arch(), method(**amount)
-    decision = own.decide(view_of(checkpoint))
+    decision = own.decide(view_of(checkpoint, IDS))
     found = made(decision)
     assert found.keys() == {tensor.name for tensor in linears(arch)}
     for name, weight in found.items():
@@ -103,6 +94,7 @@ def test_every_matrix_gets_exactly_its_zeros_in_its_own_dtype(
     json.dumps(decision.log)
 
 
+@pytest.mark.families("matrices")
 @pytest.mark.parametrize("model_type", sorted(tables()))
 @pytest.mark.parametrize("method", [Magnitude, Wanda, SparseGpt])
 def test_groups_run_along_the_input_in_every_layout(
@@ -111,14 +103,16 @@ def test_groups_run_along_the_input_in_every_layout(
     checkpoint = tiny(model_type)
     arch = checkpoint.arch()
     roles = tuple(dict.fromkeys(tensor.role for tensor in linears(arch)))
-    found = matrices(arch, made(method(nm=Nm(2, 4), include=roles).decide(view_of(checkpoint))))
+    found = matrices(
+        arch, made(method(nm=Nm(2, 4), include=roles).decide(view_of(checkpoint, IDS)))
+    )
     assert {arch.by_name[name].role for name in found} == set(roles)
     for name, weight in found.items():
         kept = (weight.reshape(-1, 4) != 0).sum(-1)
         assert bool((kept <= 2).all()), name
         assert float((kept == 2).float().mean()) > 0.9, "and no more than that"
     if model_type == "gpt2":
-        stored = made(Wanda(nm=Nm(2, 4), include=("qkv",)).decide(view_of(checkpoint)))
+        stored = made(Wanda(nm=Nm(2, 4), include=("qkv",)).decide(view_of(checkpoint, IDS)))
         assert stored["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)
 
 
@@ -127,7 +121,7 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input(
     model_type: str, tiny: Callable[..., Checkpoint]
 ) -> None:
     checkpoint = tiny(model_type)
-    arch, view = checkpoint.arch(), view_of(checkpoint)
+    arch, view = checkpoint.arch(), view_of(checkpoint, IDS)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path).eval()
     norms: dict[str, torch.Tensor] = {}
     first = [tensor for tensor in linears(arch) if tensor.layer == 0]
@@ -156,7 +150,7 @@ def test_wanda_is_the_weight_times_the_norm_of_its_input(
 def test_the_true_order_prunes_from_what_pruned_matrices_give(
     tiny: Callable[..., Checkpoint],
 ) -> None:
-    view = view_of(tiny("llama"))
+    view = view_of(tiny("llama"), IDS)
     one = made(Wanda(sparsity=0.6).decide(view))
     other = made(Wanda(sparsity=0.6, order="block").decide(view))
     same = {name: torch.equal(one[name] == 0, other[name] == 0) for name in one}
@@ -174,7 +168,7 @@ def test_relative_importance_by_hand() -> None:
 def test_only_what_was_asked_for_is_pruned(method: Any, tiny: Callable[..., Checkpoint]) -> None:
     checkpoint = tiny("llama")
     own = method(sparsity=0.5, include=("q", "down"), exclude=("q",), layers=(1, 4))
-    assert made(own.decide(view_of(checkpoint))).keys() == {
+    assert made(own.decide(view_of(checkpoint, IDS))).keys() == {
         "model.layers.1.mlp.down_proj.weight",
         "model.layers.4.mlp.down_proj.weight",
     }
@@ -188,9 +182,9 @@ def test_a_sparse_model_is_pruned_further_and_keeps_its_zeros(
 
     checkpoint = tiny("llama")
     arch = checkpoint.arch()
-    first = method(sparsity=0.3, include=("gate", "o")).decide(view_of(checkpoint))
+    first = method(sparsity=0.3, include=("gate", "o")).decide(view_of(checkpoint, IDS))
     once = rewrite(checkpoint, arch, first.edits, tmp_path / "once", ram_bytes=1 << 30)
-    twice = made(method(sparsity=0.5).decide(view_of(once)))
+    twice = made(method(sparsity=0.5).decide(view_of(once, IDS)))
     for name, weight in twice.items():
         assert bool((weight[once.read(name) == 0] == 0).all()), "a zero came back"
         assert abs(int((weight == 0).sum()) / weight.numel() - 0.5) < 0.02
@@ -200,7 +194,7 @@ def test_an_expert_that_no_token_reached_goes_by_magnitude(
     tiny: Callable[..., Checkpoint],
 ) -> None:
     checkpoint = tiny("mixtral")
-    view = view_of(checkpoint, samples=1, length=1)
+    view = view_of(checkpoint, random_ids(1, 1, 3))
     for own in (Wanda(sparsity=0.5), SparseGpt(sparsity=0.5)):
         decision = own.decide(view)
         unseen = decision.log["by_magnitude_for_want_of_tokens"]
@@ -232,7 +226,7 @@ def test_owl_keeps_the_total_and_counts_outliers_of_the_dense_model(
     method: Any, tiny: Callable[..., Checkpoint]
 ) -> None:
     checkpoint = tiny("llama")
-    arch, view = checkpoint.arch(), view_of(checkpoint)
+    arch, view = checkpoint.arch(), view_of(checkpoint, IDS)
     own = method(sparsity=0.5, allocation="owl", owl_outlier=2.0)
     assert len(own.statistics(arch)) == (1 if method is Magnitude else 2)
     decision = own.decide(view)
@@ -306,7 +300,7 @@ def test_routers_norms_and_embeddings_are_never_pruned() -> None:
 
 
 def test_zeros_without_a_pattern_come_with_a_warning(tiny: Callable[..., Checkpoint]) -> None:
-    view = view_of(tiny("llama"))
+    view = view_of(tiny("llama"), IDS)
     assert Magnitude(sparsity=0.5).decide(view).log["notes"] == [sparse_method.NO_SPEEDUP]
     assert Magnitude(nm=Nm(2, 4)).decide(view).log["notes"] == []
 
@@ -327,7 +321,7 @@ def test_magnitude_over_the_model_has_one_limit(
 ) -> None:
     checkpoint = tiny("gpt2", dtype)
     arch = checkpoint.arch()
-    decision = Magnitude(sparsity=0.6, compare="model").decide(view_of(checkpoint))
+    decision = Magnitude(sparsity=0.6, compare="model").decide(view_of(checkpoint, IDS))
     before = torch.cat([checkpoint.read(t.name).float().abs().flatten() for t in linears(arch)])
     found = made(decision)
     zero = torch.cat([(found[tensor.name] == 0).flatten() for tensor in linears(arch)])

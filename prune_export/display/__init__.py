@@ -1,0 +1,1 @@
+"""Text for people to see: `escapes` (characters that deceive), `notebook` (tables in HTML)."""

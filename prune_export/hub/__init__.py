@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: `publishing` (results), `recipes`, `credentials` (refused in both)."""

@@ -1,0 +1,1 @@
+"""Results, later: `opening` (their engines), `provenance` (where they are from), `reproduction`."""
