@@ -30,7 +30,7 @@ from prune_export.system.temporary import temporary_place
 DISTRIBUTION: Final = "prune-export"
 PURPOSES: Final[Mapping[str, str]] = {
     "data": "datasets of the Hub and Parquet files as data",
-    "gguf": "models in .gguf files",
+    "gguf": "models in .gguf files, and the files of gguf",
     "heal": "heal stages",
     "onnx": "engines of onnx and ort_genai, and the graphs of tensorrt",
     "tensorrt": "engines of tensorrt",
@@ -38,6 +38,7 @@ PURPOSES: Final[Mapping[str, str]] = {
     "eval": "verify.quality.tasks, with lm-eval",
     "ray": "searches with executor: ray",
     "server": "serving over HTTP: prune-export serve",
+    "sign": "publish --sign",
 }
 """What a user needs each extra for; those for developers are left out."""
 

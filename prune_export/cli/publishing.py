@@ -40,6 +40,13 @@ def publish(
             "--recipe-only", help="Publish the recipe DIR alone: a file, or a directory of them."
         ),
     ] = False,
+    bill: Annotated[
+        bool, typer.Option("--bom", help="Add a bill of materials (CycloneDX), bom.cdx.json.")
+    ] = False,
+    sign: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY", help="Sign all of it with this private key: model.sig."),
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -69,6 +76,8 @@ def publish(
         dry_run=dry_run,
         as_json=json,
         allow=allow or (),
+        bill=bill,
+        key=sign,
     )
 
 
@@ -101,13 +110,15 @@ def upload(
     dry_run: bool = False,
     as_json: bool = False,
     allow: Sequence[str] = (),
+    bill: bool = False,
+    key: Path | None = None,
 ) -> None:
     """Uploads a result directory and shows what went where."""
     from prune_export.hub.publishing import publish as publish_result
 
     found = publish_result(
         directory, repo, private=private, force=force, dry_run=dry_run, allow=allow,
-        progress=console.progress(quiet=quiet or as_json),
+        bill=bill, key=key, progress=console.progress(quiet=quiet or as_json),
     )  # fmt: skip
     _show(found, as_json=as_json)
 

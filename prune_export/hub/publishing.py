@@ -19,6 +19,8 @@ from pydantic import ValidationError
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import CheckpointError, PublishError
 from prune_export.hub.credentials import refuse_secrets
+from prune_export.hub.materials import BILL, write_bill
+from prune_export.hub.signing import SIGNATURE, sign
 from prune_export.modeling import FOLDER
 from prune_export.progress import Progress, Silent
 from prune_export.system.files import (
@@ -42,7 +44,7 @@ _OURS: Final = (
     *_CODE,
 )  # fmt: skip
 _ENGINE: Final = (
-    "config.json", "genai_config.json", "*.onnx", "*.onnx_data", "*.onnx.data",
+    "config.json", "genai_config.json", "*.onnx", "*.onnx_data", "*.onnx.data", "*.gguf",
     "build.log", "layers.json",
 )  # fmt: skip
 _BOUND: Final = ("*.plan", "*.engine", "*.trt")
@@ -83,6 +85,8 @@ def publish(
     force: bool = False,
     engines: bool = False,
     allow: Sequence[str] = (),
+    bill: bool = False,
+    key: Path | None = None,
     progress: Progress | None = None,
 ) -> Published:
     """Uploads a result directory in one go, creating the repository where it is missing.
@@ -90,7 +94,9 @@ def publish(
     `force` uploads a result whose verification failed or was not made; `engines` uploads
     machine-bound engine files too. Files of an earlier upload that this one no longer has are
     removed where they are ours: weights, engines, figures. A dry run does every check that needs
-    no network. Names and paths of this machine are refused but for those in `allow`.
+    no network. Names and paths of this machine are refused but for those in `allow`. `bill` adds a
+    bill of materials to the directory, `key` a signature with that private key over all else; a dry
+    run writes neither.
 
     Raises:
         PublishError: the directory is not fit for it, or the Hub refuses.
@@ -106,6 +112,8 @@ def publish(
     owner = repo_id.partition("/")[0]
     refuse_secrets(directory, files, token, owner=owner, allowed=allow)
     total = sum((directory / name).stat().st_size for name in files)
+    if bill or key:
+        files, left_out = _attested(directory, files, left_out, bill, key, dry_run=dry_run)
     found = Published(repo_id, "", "", tuple(files), tuple(left_out), total)
     progress = progress or Silent()
     size = f"{len(files)} files, {text_from_bytes(total)}"
@@ -124,6 +132,26 @@ def publish(
     )  # fmt: skip
     progress.say(f"Published {url}")
     return Published(repo_id, url, commit, tuple(files), tuple(left_out), total)
+
+
+def _attested(
+    directory: Path,
+    files: list[str],
+    left_out: list[str],
+    bill: bool,
+    key: Path | None,
+    *,
+    dry_run: bool,
+) -> tuple[list[str], list[str]]:
+    """Adds the bill and the signature, in this order; those of an earlier upload are replaced."""
+    new = [*([BILL] if bill else []), *([SIGNATURE] if key else [])]
+    files = [name for name in files if name not in (BILL, SIGNATURE)]
+    if not dry_run:
+        if bill:
+            write_bill(directory, files)
+        if key:
+            sign(directory, [*files, *([BILL] if bill else [])], key)
+    return sorted([*files, *new]), [name for name in left_out if name not in new]
 
 
 def check_names(repo_id: str, revision: str | None = None) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prune_export.opening import reported_engines
 
 from prune_export.errors import CheckpointError
 from prune_export.execution import Options, measure, run
@@ -17,6 +16,7 @@ from prune_export.kernels.compiling import compiler
 from prune_export.machine import Machine
 from prune_export.recipe import Recipe
 from prune_export.recipe.stages import Workload
+from prune_export.results.opening import reported_engines
 from prune_export.verify import Engine
 from prune_export.verify.results import Speed
 

@@ -145,6 +145,19 @@ def test_dry_run_lists_without_a_network_or_token(result: Path) -> None:
     assert "genai/model.plan (left out)" in text
 
 
+def test_a_bill_of_materials_and_a_gguf_file_go_along(result: Path, tmp_path: Path) -> None:
+    (result / "genai" / "model.gguf").write_bytes(b"GGUF of a test")
+    lock = {"base": {"model": "tiny"}, "versions": {"prune_export": "0.1.0"}}
+    (result / "prune_recipe.lock.json").write_text(json.dumps(lock), encoding="utf-8")
+    with FakeHub() as fake:
+        outcomes, _ = called(fake, tmp_path / "home", [uploading(result, "me/m", bill=True)])
+        assert "error" not in outcomes[0], outcomes
+        stored = fake.files("me/m")
+    assert set(stored) == EXPECTED | {"genai/model.gguf", "bom.cdx.json"}
+    names = {one["name"] for one in json.loads(stored["bom.cdx.json"])["components"]}
+    assert names >= EXPECTED | {"genai/model.gguf"}
+
+
 def test_machine_bound_engines_only_when_asked(result: Path) -> None:
     found = publish(result, "me/model", dry_run=True, engines=True)
     assert set(found.files) == EXPECTED | {"genai/model.plan"}

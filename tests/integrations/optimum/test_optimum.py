@@ -28,17 +28,13 @@ def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_optimum_lists_it_and_shows_our_help() -> None:
-    assert "Prune, heal, export and verify" in " ".join(call("--help").stdout.split())
+def test_optimum_finds_it_and_shows_our_help() -> None:
     done = call("prune", "--help")
     assert done.returncode == 0, done.stderr
     assert "reproduce" in done.stdout
 
 
 def test_arguments_go_through_and_the_status_comes_back(tmp_path: Path) -> None:
-    listed = call("prune", "methods", "--json")
-    assert listed.returncode == 0, listed.stderr
-    assert '"wanda"' in listed.stdout
     refused = call("prune", "plan", tmp_path / "none.yaml", "--model", tmp_path)
     assert refused.returncode == 2
     assert "none.yaml" in refused.stderr
