@@ -34,8 +34,9 @@ from tests.exporters.onnx.graphs import (
 ALLOWED = {"fp32": 1e-5, "fp16": 3e-2, "bf16": 1e-1, "int8": 5e-1}
 """Largest error as a fraction of the largest logit; random models magnify every rounding."""
 
-ROUTED = {("mixtral", "bf16"): 6e-1}
-"""PyTorch's own bfloat16 is as far off (0.44): a rounding sends some tokens to other experts."""
+ROUTED = {("mixtral", "bf16"): 6e-1, ("bamba", "bf16"): 2e-1}
+"""PyTorch's own bfloat16 is as far off: mixtral's by 0.44, as a rounding sends some tokens to other
+experts; bamba's by 0.13, as its states are sums over all tokens before."""
 
 CHOSEN = {"num_experts_per_tok", "moe_topk", "moe_k"}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
