@@ -15,7 +15,7 @@ PASSED_ON = {
     ("modeling/__init__.py", "cls._own().from_pretrained"),
     # Code is run in the reload check where it is, byte for byte, our own.
     ("verify/reload_child.py", "AutoConfig.from_pretrained"),
-    ("verify/reload_child.py", "AutoModelForCausalLM.from_pretrained"),
+    ("verify/reload_child.py", "own.from_pretrained"),
 }
 WRAPPED = {("exporters/ort_genai/build.py", "AutoModelForCausalLM.from_pretrained")}
 """Taken as a value, to be called with the same arguments; its own test is in test_loading."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from prune_export.arch import Arch
 from prune_export.arch.table import Table
+from prune_export.checkpoint.loading import load_config, load_model
 
 FILE: Final = "model.safetensors"
 NO_ENDS: Final = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -112,14 +113,12 @@ def random_instance(config: Mapping[str, Any], path: Path, table: Table | None =
     The model is the saved one, read again: the layout of fused experts in memory moves the last
     bits of their products, and cut models are read from files too.
     """
-    from transformers import AutoConfig
-
     model = build({**NO_ENDS, **config})
     randomize(model)
     with quietly():
         model.save_pretrained(path)
     model, _ = load(path)
-    full = AutoConfig.from_pretrained(path).to_dict()
+    full = load_config(path).to_dict()
     return Instance(model, path, full, Arch.from_config(full, table=table))
 
 
@@ -134,12 +133,8 @@ def write(state: Mapping[str, torch.Tensor], config: Mapping[str, Any], out: Pat
 
 def load(path: Path) -> tuple[Any, list[str]]:
     """Loads a checkpoint with stock transformers; with it what did not fit, in words."""
-    from transformers import AutoModelForCausalLM
-
     with quietly():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True
-        )
+        model, report = load_model(path, dtype=torch.float32, output_loading_info=True)
     wrong = [
         f"{what}: {', '.join(sorted(map(str, names))[:3])}"
         for what, names in report.items()

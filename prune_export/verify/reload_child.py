@@ -45,6 +45,8 @@ def check(directory: Path, ram_bytes: int, *, own_code: bool = False) -> dict[st
         listed = type(config) in own._model_mapping or own_code
         if config.get_text_config() is not config or not listed:
             own = getattr(transformers, config.architectures[0])
+            if not (isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)):
+                raise ValueError(f"config.json  architectures: {own!r:.80} is no model class")
         model, info = own.from_pretrained(
             directory,
             output_loading_info=True,

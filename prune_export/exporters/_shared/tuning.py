@@ -20,6 +20,7 @@ from typing import Any, Final
 from prune_export.contracts import Work
 from prune_export.errors import StageError
 from prune_export.machine import Machine
+from prune_export.system.platforms import usable_cores
 
 TUNED: Final = "tuned.json"
 SCRIPT: Final = "run.sh"
@@ -30,6 +31,8 @@ TUNING_S: Final = 30.0
 """What timing the settings of a small engine takes; of a large one, loading it several times."""
 
 _PROMPT, _NEW, _ROUNDS = 16, 24, 3
+_BUSY: Final = 1.5
+"""The load over the cores from which on times say little of a machine at rest."""
 _WORTH: Final = 1.03
 """How many times as fast a setting must be to be taken before one that asks for less."""
 
@@ -71,6 +74,8 @@ class Tuned:
     """All settings that were timed, and the fastest, with and without spinning threads."""
 
     times: Sequence[Timed]
+    busy: str = ""
+    """What else the machine did before, in words; empty where that was little."""
 
     @property
     def best(self) -> Timed:
@@ -85,7 +90,7 @@ class Tuned:
     def note(self) -> str:
         """What was found, in a sentence."""
         best, quiet = self.best, self.quiet
-        told = f"tuned here: {1 / best.decode:,.0f} tokens/s with {best.setting.label}"
+        told = f"tuned here{self.busy}: {1 / best.decode:,.0f} tokens/s with {best.setting.label}"
         if best is quiet:
             return f"{told}; spinning threads and huge pages gain nothing"
         return f"{told}, {1 / quiet.decode:,.0f} with {quiet.setting.label}, as speed is verified"
@@ -161,6 +166,7 @@ def tune(
         StageError: it does not run.
     """
     times: list[Timed] = []
+    busy = how_busy()
     with work.progress.task(f"{exporter}: settings", len(settings)) as task:
         for huge in dict.fromkeys(one.huge_pages for one in settings):
             own = [one for one in settings if one.huge_pages == huge]
@@ -177,7 +183,16 @@ def tune(
             found = _in_process(asked, work, HUGE_PAGES if huge else {})
             times += [Timed(one, *seconds) for one, seconds in zip(own, found, strict=True)]
             task.advance(len(own))
-    return Tuned(times)
+    return Tuned(times, busy)
+
+
+def how_busy() -> str:
+    """Says whether others have kept this machine busy for the last minute: then tune again."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    cores = usable_cores()
+    if load < _BUSY * cores:
+        return ""
+    return f" on a busy machine (load {load:.1f} on {cores} cores; tune it again at rest)"
 
 
 def _in_process(

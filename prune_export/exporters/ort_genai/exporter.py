@@ -36,7 +36,7 @@ from prune_export.exporters._shared.packed_keys import Packing, refuse_unpackabl
 from prune_export.exporters._shared.side_files import copy_side_files
 from prune_export.exporters._shared.trim import Trim
 from prune_export.exporters._shared.tuning import TUNING_S
-from prune_export.exporters.ort_genai.graph import decode_bytes
+from prune_export.exporters.ort_genai.graph import decode_bytes, embedding_bytes
 from prune_export.exporters.ort_genai.programs import run_program as _run
 from prune_export.exporters.ort_genai.runner import GRAPH, name_library, open_runner
 from prune_export.exporters.ort_genai.support import corrections, refuse
@@ -154,7 +154,8 @@ class OrtGenai:
         weights = 4 * arch.parameters()
         copies = 3 if self.precision.startswith("int") else 2  # measured: 2.8 and 1.3
         tries = _GRAPHS_TRIED if self.tune and self._bits else 1
-        disk = int(arch.parameters() * _BITS[self.precision] / 8) + self._embedding_bytes(arch)
+        more = embedding_bytes(arch, self._bits, _BITS[self.precision])
+        disk = int(arch.parameters() * _BITS[self.precision] / 8) + more
         return Cost(
             ram_bytes=600 * MIB + copies * weights,
             disk_bytes=disk,
@@ -162,19 +163,6 @@ class OrtGenai:
             moved_bytes=(2 * checkpoint_bytes + 2 * disk) * tries,
             seconds=(10.0 + 0.15 * arch.layers) * tries + (TUNING_S if self.tune else 0.0),
         )
-
-    def _embedding_bytes(self, arch: Arch) -> int:
-        """What the embedding takes more than its share of codes: the builder keeps it in fp32.
-
-        Only one that is tied to an int4 head is read from the head's codes.
-        """
-        if not self._bits:
-            return 0
-        tied = any(tensor.tied_to for tensor in arch.tensors)
-        size = arch.sizes["vocab"] * arch.sizes["residual"]
-        if tied:
-            return 0 if self._bits == 4 else 4 * size
-        return int((4 - _BITS[self.precision] / 8) * size)
 
     def export(self, checkpoint: Path, out: Path, work: Work) -> BuildRecord:
         """Writes graph, `genai_config.json`, tokenizer and configs into `out`, and tries them.

@@ -1,10 +1,12 @@
-"""Counts the weight bytes that one decode step reads, from the graph alone."""
+"""Counts the weight bytes that one decode step reads, from the graph alone, and the embedding's."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Final
+
+from prune_export.arch import Arch
 
 _LOOKUPS: Final = frozenset({"Gather", "GatherBlockQuantized"})
 _SAME_BYTES: Final = frozenset({"Reshape", "Transpose", "Identity", "Cast"})
@@ -44,3 +46,16 @@ def _size(tensor: Any) -> int:
         if entry.key == "length":
             return int(entry.value)
     return len(tensor.raw_data) or tensor.ByteSize()
+
+
+def embedding_bytes(arch: Arch, bits: int, bits_a_weight: float) -> int:
+    """What an embedding takes more than its share of codes: the builder keeps it in fp32.
+
+    Only one that is tied to an int4 head is read from the head's codes.
+    """
+    if not bits:
+        return 0
+    size = arch.sizes["vocab"] * arch.sizes["residual"]
+    if any(tensor.tied_to for tensor in arch.tensors):
+        return 0 if bits == 4 else 4 * size
+    return int((4 - bits_a_weight / 8) * size)

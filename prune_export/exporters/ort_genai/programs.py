@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from prune_export.contracts import Work
 from prune_export.errors import StageError
+from prune_export.exporters.ort_genai.environment import environment
 
 
 def run_program(
@@ -45,7 +44,7 @@ def run_program(
             text=True,
             encoding="utf-8",
             errors="replace",
-            env=_environment(work.machine.threads),
+            env=environment(work.machine.threads),
         ) as process,
     ):
         try:
@@ -62,16 +61,3 @@ def run_program(
             f"ended with {process.returncode}: " + " | ".join(line.strip()[:300] for line in tail),
             "use the exporter `onnx` for this model; memory is short where it ended with -9",
         )
-
-
-def _environment(threads: int) -> dict[str, str]:
-    root = str(Path(__file__).resolve().parents[3])
-    path = os.environ.get("PYTHONPATH")
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join((root, path)) if path else root,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "OMP_NUM_THREADS": str(threads),
-        # The builder stamps the commit of the repository around it, ours, into the graph.
-        "GIT_DIR": os.devnull,
-    }
