@@ -1,19 +1,21 @@
 """Times products of packed weights, and engines made of them, beside what a runtime has.
 
     python benchmarks/packed.py products [--threads 1]
-    python benchmarks/packed.py engines --int8 DIR --int4 DIR [--threads 1]
+    python benchmarks/packed.py prepare --source DIR --engines DIR
+    python benchmarks/packed.py engines --engines DIR [--threads 1]
 
-`products` are of a random 4096 x 4096 matrix with one token. `engines` are onnxruntime-genai's of
-one model, exported by `ort_genai` with `block_size: 128`; their blocks' smallest codes are made
-zero here, as speed depends on how many are, so that nothing is said of quality. Contenders take
+`products` are of a random 4096 x 4096 matrix with one token. `engines` are those of one model,
+made from an int8 engine of `ort_genai`: its blocks are rounded in groups of 128, and their smallest
+weights made zero, as speed depends on how many are; so nothing is said of quality. Contenders take
 turns in one run. A call counts if no other process took its processor (no involuntary switch);
-its time is then its wall time. The floor is the time in which its bytes can be read, at the rate at
-which this machine reads in the same rounds.
+its time is then its wall time. With `--processor` all calls count, by processor time. The floor is
+the time in which its bytes can be read, at the rate at which memory is read in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import shutil
 import tempfile
@@ -31,27 +33,31 @@ SIZE = 4096
 SHARES = (0.0, 0.5, 0.7, 0.9)
 
 
-def undisturbed(call: Callable[[], Any]) -> float | None:
-    """Seconds of a call; None where another process came between."""
+def timed(call: Callable[[], Any], *, processor: bool) -> float | None:
+    """Seconds of a call, of wall or processor time; None where another process came between."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-    start = time.perf_counter()
+    clock = time.process_time if processor else time.perf_counter
+    start = clock()
     call()
-    seconds = time.perf_counter() - start
-    return seconds if resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == before else None
+    seconds = clock() - start
+    whole = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == before
+    return seconds if whole or processor else None
 
 
-def in_turns(contenders: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Calls all contenders round after round; the undisturbed times of each."""
+def in_turns(
+    contenders: dict[str, Callable[[], Any]], given: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Calls all contenders round after round; the times of each."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():
         call()
-    end = time.process_time() + seconds
+    end = time.process_time() + given.seconds
     while time.process_time() < end:
         for name, call in contenders.items():
-            taken = undisturbed(call)
+            taken = timed(call, processor=given.processor)
             if taken is not None:
                 found[name].append(taken)
-    return found
+    return {name: taken or [float("nan")] for name, taken in found.items()}
 
 
 def random_matrices(block: int) -> Iterator[tuple[str, Any]]:
@@ -123,7 +129,7 @@ def products(given: argparse.Namespace) -> None:
         sizes[f"packed {name}"] = packed.bytes_a_weight
     for name, call, size in runtimes(block, threads):
         calls[name], sizes[name] = call, size
-    times = in_turns(calls, given.seconds)
+    times = in_turns(calls, given)
     rate = memory.size / float(np.median(times["read"]))
     rows = {}
     for name, taken in times.items():
@@ -136,68 +142,107 @@ def products(given: argparse.Namespace) -> None:
         }  # fmt: skip
         print(f"{name:24} {sizes[name]:6.3f} B {middle * 1e6:8.0f} us  {floor / middle:5.2f} of "
               f"the floor  ({len(taken)} calls)", flush=True)  # fmt: skip
-    payload = {"size": SIZE, "block": block, "threads": threads, "instructions": instructions,
-               "read_bytes_a_second": rate, "products": rows}  # fmt: skip
+    payload = {
+        "size": SIZE, "block": block, "clock": _clock(given), "threads": threads,
+        "instructions": instructions, "read_bytes_a_second": rate, "products": rows,
+    }  # fmt: skip
     if not given.dry:
         print(save(f"packed-products-{instructions}", payload))
 
 
-def thinned(source: Path, out: Path, share: float) -> None:
-    """Copies an engine of `ort_genai` with a share of its blocks' codes made zero, the smallest."""
+def rounded(source: Path, out: Path, bits: int, share: float) -> None:
+    """Copies an int8 engine of `ort_genai`, its blocks rounded anew in groups of 128.
+
+    A share of their codes is made zero, the smallest. The head stays as it is in all engines.
+    """
     import onnx
     from onnx import numpy_helper
 
-    shutil.copytree(source, out)
-    model = onnx.load(out / "model.onnx")
+    from prune_export.exporters._shared.nbits import unpacked
+    from prune_export.sparsity.onnx_weights import raw_of
+
+    out.mkdir(parents=True)
+    for file in source.iterdir():
+        if not file.name.startswith("model.onnx"):
+            shutil.copy(file, out)
+    model = onnx.load(source / "model.onnx", load_external_data=False)
     held = {tensor.name: tensor for tensor in model.graph.initializer}
+    most, blocks = (1 << bits - 1) - 1, 128
     for node in model.graph.node:
         if node.op_type != "MatMulNBits" or "layers" not in node.name:
             continue
-        bits = next(entry.i for entry in node.attribute if entry.name == "bits")
-        tensor = held[node.input[1]]
-        codes, middle = numpy_helper.to_array(tensor), 1 << bits - 1
-        parts = codes[..., None] >> np.array([0, 4] if bits == 4 else [0]) & (1 << bits) - 1
-        size = abs(parts.astype(np.int16) - middle) + np.random.default_rng(0).random(parts.shape)
-        parts[size < np.quantile(size, share)] = middle
+        given = {entry.name: entry for entry in node.attribute}
+        keys = {name: entry.i for name, entry in given.items()}
+        codes, scales = (held[name] for name in node.input[1:3])
+        weights = unpacked(
+            raw_of(codes, source).reshape(codes.dims), raw_of(scales, source).view(np.float32),
+            None, keys,
+        )  # fmt: skip
+        groups = np.pad(weights, ((0, 0), (0, -keys["K"] % blocks))).reshape(keys["N"], -1, blocks)
+        scale = abs(groups).max(axis=2, keepdims=True) / most
+        size = abs(groups)
+        if share:
+            sample = size.reshape(-1)[:: max(1, size.size // 100_000)]
+            groups[size <= np.quantile(sample, share)] = 0
+        fresh = np.rint(groups / np.maximum(scale, 1e-30)).astype(np.int16) + most + 1
+        fresh = fresh.astype(np.uint8)
         if bits == 4:
-            parts = parts[..., :1] | parts[..., 1:] << 4
-        tensor.CopyFrom(numpy_helper.from_array(parts[..., 0].astype(np.uint8), tensor.name))
-    (out / "model.onnx_data").unlink(missing_ok=True)
-    (out / "model.onnx.data").unlink(missing_ok=True)
+            fresh = fresh[..., 0::2] | fresh[..., 1::2] << 4
+        codes.CopyFrom(numpy_helper.from_array(fresh, codes.name))
+        scales.CopyFrom(numpy_helper.from_array(scale.astype(np.float32).reshape(-1), scales.name))
+        given["block_size"].i, given["bits"].i = blocks, bits
+    for tensor in model.graph.initializer:
+        if tensor.external_data:
+            raw = raw_of(tensor, source).tobytes()
+            del tensor.external_data[:]
+            tensor.data_location, tensor.raw_data = onnx.TensorProto.DEFAULT, raw
     onnx.save(model, out / "model.onnx", save_as_external_data=True, location="model.onnx.data")
 
 
-def engines(given: argparse.Namespace) -> None:
+def contenders(shares: list[float]) -> Iterator[tuple[str, int, float, bool]]:
+    """Names of engines, with their bits, share of zeros, and whether they are packed."""
+    for bits in (8, 4):
+        yield f"ort_genai int{bits}", bits, 0.0, False
+        for share in shares:
+            yield f"packed int{bits}, {share:.0%} zeros", bits, share, True
+
+
+def prepare(given: argparse.Namespace) -> None:
+    """Makes the engines that are not there yet, at most `--most` of them."""
     from prune_export.exporters._shared.packed_graph import pack_graph
+
+    made = 0
+    for name, bits, share, packed in contenders(given.shares):
+        path = Path(given.engines) / name.replace(" ", "-").replace("%", "").replace(",", "")
+        if path.is_dir() or made >= given.most:
+            continue
+        partial = path.with_name("partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        rounded(Path(given.source), partial, bits, share)
+        if packed:
+            print(name, pack_graph(partial / "model.onnx", "sparse").note(), flush=True)
+        partial.rename(path)
+        made += 1
+
+
+def engines(given: argparse.Namespace) -> None:
     from prune_export.exporters.ort_genai.graph import decode_bytes
     from prune_export.exporters.ort_genai.runner import open_runner
     from prune_export.machine import Machine
 
+    # Each engine has a library of its own, which reads this once.
+    os.environ["PRUNE_EXPORT_INSTRUCTIONS"] = given.instructions
     machine = Machine.detect(device="cpu", threads=given.threads)
     calls: dict[str, Callable[[], Any]] = {}
     sizes: dict[str, int] = {}
-    with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
-        for precision in ("int8", "int4"):
-            source = Path(getattr(given, precision))
-            for share in (None, *given.shares):
-                name = f"ort_genai {precision}"
-                path, library = source, None
-                if share is not None:
-                    name = f"packed {precision}, {share:.0%} zeros"
-                    path = Path(folder) / name.replace(" ", "-").replace("%", "")
-                    thinned(source, path, share)
-                    print(name, pack_graph(path / "model.onnx", "sparse").note(), flush=True)
-                    library = path / LIBRARY
-                    library.with_name(LIBRARY).chmod(0o755)
-                sizes[name] = decode_bytes(path / "model.onnx")
-                runner = open_runner(path, machine, library)
-                token = np.ones((1, 1), np.int64)
-
-                def steps(runner: Any = runner, token: np.ndarray = token) -> None:
-                    runner.step(token)
-
-                calls[name] = steps
-        times = in_turns(calls, given.seconds)
+    token = np.ones((1, 1), np.int64)
+    for name, _, _, packed in contenders(given.shares):
+        path = Path(given.engines) / name.replace(" ", "-").replace("%", "").replace(",", "")
+        if path.is_dir():
+            runner = open_runner(path, machine, path / LIBRARY if packed else None)
+            sizes[name] = decode_bytes(path / "model.onnx")
+            calls[name] = lambda one=runner: one.step(token)
+    times = in_turns(calls, given)
     base = float(np.median(times["ort_genai int4"]))
     rows = {}
     for name, taken in times.items():
@@ -208,24 +253,37 @@ def engines(given: argparse.Namespace) -> None:
         }  # fmt: skip
         print(f"{name:24} {sizes[name] / 1e6:6.0f} MB {1 / middle:7.1f} tokens/s "
               f"{base / middle:5.2f} of ort_genai int4 ({len(taken)})", flush=True)  # fmt: skip
-    payload = {"threads": given.threads, "block": 128, "engines": rows}
+    (packed, *_) = Path(given.engines).glob("packed*")
+    used = Library(packed / LIBRARY).use(given.instructions)
+    payload = {
+        "threads": given.threads, "block": 128, "clock": _clock(given), "instructions": used,
+        "engines": rows,
+    }  # fmt: skip
     if not given.dry:
-        print(save(f"packed-engines-{given.threads}threads", payload))
+        print(save(f"packed-engines-{used}-{given.threads}threads", payload))
+
+
+def _clock(given: argparse.Namespace) -> str:
+    return "processor" if given.processor else "wall, undisturbed calls"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["products", "engines"])
+    parser.add_argument("what", choices=["products", "prepare", "engines"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60, help="of processor time")
     parser.add_argument("--instructions", default="avx512", help="no better ones than these")
     parser.add_argument("--shares", type=float, nargs="*", default=SHARES)
-    parser.add_argument("--int8", help="an int8 engine of ort_genai")
-    parser.add_argument("--int4", help="an int4 engine of ort_genai")
-    parser.add_argument("--scratch", help="where engines are made")
+    parser.add_argument("--source", help="an int8 engine of ort_genai, to prepare others from")
+    parser.add_argument("--engines", help="the directory of prepared engines")
+    parser.add_argument("--most", type=int, default=100, help="engines to prepare in this call")
+    parser.add_argument(
+        "--processor", action="store_true",
+        help="processor time of all calls, for a busy machine and one thread",
+    )  # fmt: skip
     parser.add_argument("--dry", action="store_true", help="write no result")
     given = parser.parse_args()
-    {"products": products, "engines": engines}[given.what](given)
+    {"products": products, "prepare": prepare, "engines": engines}[given.what](given)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from prune_export.arch import Arch
 from prune_export.arch.facts import cuts_of
 from prune_export.arch.table import Table, tables
+from prune_export.deriving.proof import WIDTHS
 from prune_export.errors import PlanError
 from prune_export.exporters.gguf.shapes import ARCHITECTURES
 from prune_export.exporters.onnx import Onnx
@@ -27,6 +28,7 @@ from prune_export.exporters.ort_genai.support import architectures
 from prune_export.machine import Machine
 from prune_export.modeling import register
 from tests.contracts.refused import REFUSED, WHOLE_HEADS
+from tests.deriving.test_whole_run import MODEL_TYPE as EXPORTED
 from tests.exporters.gguf.test_writing import FAMILIES as GGUF
 from tests.exporters.onnx.graphs import UNTRACEABLE
 from tests.exporters.ort_genai.test_ort_genai import RIGHT
@@ -149,18 +151,20 @@ def _derived() -> Iterator[str]:
     yield "## Types without a table"
     yield ""
     yield (
-        f"What came of deriving a table for each other causal language model of transformers "
-        f"{report['versions']['transformers']}, at its class's default config "
-        f"([raw results](../benchmarks/results/{files[-1].name})). {len(proven)} of {len(types)} "
-        "are proven: depth, sparse weights, the cache, calibration by blocks; widths as listed."
+        f"What came of deriving a table for {len(types)} other types of transformers "
+        f"{report['versions']['transformers']}, each at its class's default config "
+        f"([raw results](../benchmarks/results/{files[-1].name}), by "
+        f"`benchmarks/derive_types.py`). {len(proven)} are proven: shapes, depth, the cache, "
+        "calibration by blocks; widths as listed. Other types were not tried."
     )
     yield ""
     yield "| type | widths proven | graphs | processor seconds |"
     yield "|:--|:--|:--|--:|"
     for one in proven:
         widths = [what for what, word, _ in one["checks"] if word == "holds" and what in
-                  ("MLP width", "heads")]  # fmt: skip
+                  WIDTHS.values()]  # fmt: skip
         graphs = f"refused: {one['untraceable']}" if one["untraceable"] else "not tried"
+        graphs = "onnx: yes" if one["model_type"] == EXPORTED else graphs
         seconds = f"{one['processor_seconds']:.1f}"
         yield _line([f"`{one['model_type']}`", ", ".join(widths) or "none", graphs, seconds])
     yield ""

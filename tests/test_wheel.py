@@ -76,6 +76,12 @@ def test_the_wheel_has_types_recipes_tables_and_nothing_of_the_tests(wheel: Path
     recipes = {file.name for file in (ROOT / "recipes").glob("*.yaml")}
     assert {f"prune_export/_recipes/{name}" for name in recipes} <= names
     assert "prune_export/arch/families/llama.yaml" in names
+    kernels = (ROOT / "prune_export" / "kernels").iterdir()
+    sources = {
+        f"prune_export/kernels/{one.name}" for one in kernels if one.suffix in (".cpp", ".h")
+    }
+    assert len(sources) >= 8
+    assert sources <= names
     assert {name.partition("/")[0] for name in names} == {
         "prune_export",
         "prune_export_llama_cpp",

@@ -52,6 +52,25 @@ def load_model(path: Path | str, **options: Any) -> Any:
         )
 
 
+def load_whole_model(path: Path | str, **options: Any) -> Any:
+    """Loads a directory's model as `load_model` does; of a larger one, all of it.
+
+    Raises:
+        OSError, ValueError: as transformers has them, for what it cannot load.
+    """
+    if _wrapped(Path(path)) is None:
+        return load_model(path, **options)
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(
+        path,
+        local_files_only=True,
+        trust_remote_code=False,
+        adapter_kwargs=dict(NO_ADAPTER),
+        **options,
+    )
+
+
 @contextmanager
 def _silent(name: str) -> Iterator[None]:
     """Keeps a logger from its warnings: that tensors of the other parts are left alone is meant."""

@@ -170,9 +170,11 @@ def _block(
     """The size of the blocks that share a scale, as config.json says it or as the scales divide."""
     rows, columns = entry.shape[-2] if len(entry.shape) > 1 else 1, entry.shape[-1]
     count = tuple(scale.shape[-2:]) if len(scale.shape) > 1 else (1, 1)
-    if said and count == (-(-rows // said[0]), -(-columns // said[1])):
+    if said and len(entry.shape) == 2 and count == (-(-rows // said[0]), -(-columns // said[1])):
         return said
     plain = len(scale.shape) > 1 or scale.shape in ((), (1,))
+    if len(entry.shape) == 3:  # a matrix for each expert, and so are its scales
+        plain = len(scale.shape) == 3 and scale.shape[0] == entry.shape[0]
     if plain and not rows % count[0] and not columns % count[1]:
         return rows // count[0], columns // count[1]
     raise CheckpointError(

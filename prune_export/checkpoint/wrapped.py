@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from prune_export.arch.table import Table
-from prune_export.arch.wrappers import Within, Wrapper, wrapper_of
+from prune_export.arch.wrappers import TEXT, Within, Wrapper, wrapper_of
 from prune_export.checkpoint.config import filled_config
 from prune_export.checkpoint.header import Entry
 from prune_export.errors import CheckpointError
@@ -81,6 +81,14 @@ def unwrap(config: dict[str, Any], path: Path) -> tuple[dict[str, Any], Wrapped 
     wrapper = wrapper_of(config)
     if wrapper is None or not wrapper.holds_text(config):
         return config, None
+    text = config.get(TEXT)
+    named = text.get("model_type", "") if isinstance(text, dict) else ""
+    if not isinstance(named, str):
+        raise CheckpointError(
+            f"{path / 'config.json'}  {TEXT}.model_type",
+            f"got {named!r:.60}, expected the name of a model type",
+            "correct the value, or fetch the file again",
+        )
     full = filled_config(config, path) if wrapper.reads_as or wrapper.feeds else config
     within = wrapper.within(str(config["model_type"]), full)
     return wrapper.text_config(full), Wrapped(wrapper, config, within)

@@ -107,13 +107,18 @@ def randomize(model: Any, seed: int = 0) -> None:
 
 
 def random_instance(config: Mapping[str, Any], path: Path, table: Table | None = None) -> Instance:
-    """Makes and saves a random model of a config; its Arch is of `table`, or of a known one."""
+    """Makes and saves a random model of a config; its Arch is of `table`, or of a known one.
+
+    The model is the saved one, read again: the layout of fused experts in memory moves the last
+    bits of their products, and cut models are read from files too.
+    """
     from transformers import AutoConfig
 
     model = build({**NO_ENDS, **config})
     randomize(model)
     with quietly():
         model.save_pretrained(path)
+    model, _ = load(path)
     full = AutoConfig.from_pretrained(path).to_dict()
     return Instance(model, path, full, Arch.from_config(full, table=table))
 

@@ -19,6 +19,9 @@ from prune_export.errors import CheckpointError
 Values = Literal["int8", "int4", "bf16"]
 Layout = Literal["dense", "bitmap", "two_of_four"]
 
+OPERATOR: Final = "PackedMatMul"
+"""The name of the operator that multiplies with packed weights, in the domain `prune_export`."""
+
 MAGIC: Final = b"PEPACKED"
 VERSION: Final = 1
 CHUNK: Final = 64

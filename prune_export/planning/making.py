@@ -32,7 +32,7 @@ from prune_export.planning.sparsity_notes import packed_note, windows_note
 from prune_export.planning.sparsity_rules import Planned, refuse_impossible
 from prune_export.planning.talks import talks_of
 from prune_export.planning.teacher import teacher_of
-from prune_export.planning.wrapped import further_notes, packed_notes, wrapped_notes
+from prune_export.planning.wrapped import further_notes, packed_notes, with_rest, wrapped_notes
 from prune_export.recipe import (
     Recipe,
     Search,
@@ -148,6 +148,7 @@ class _Planner:
         note: str = "",
     ) -> PlannedStage:
         sizes, seconds = (self.size(before), self.size(after)), self.rates.seconds(cost)
+        cost = with_rest(cost, kind, self.checkpoint)
         return PlannedStage(kind, name, parameters, *sizes, cost, seconds, note)
 
     def imported(self, arch: Arch, source: str) -> PlannedStage:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Final
+
 from prune_export.arch import Arch
 from prune_export.checkpoint import Checkpoint
+from prune_export.contracts import Cost
 from prune_export.recipe import Recipe
 from prune_export.units import text_from_bytes
+
+_WRITES: Final = ("import", "prune", "quantize", "heal", "report")
+"""The steps that write a checkpoint."""
 
 
 def wrapped_notes(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -33,6 +40,15 @@ def wrapped_notes(recipe: Recipe, checkpoint: Checkpoint) -> tuple[str, ...]:
     if recipe.export or any(stage.kind == "search" for stage in recipe.stages):
         notes.append("Engines hold the language model alone, and take no images.")
     return tuple(notes)
+
+
+def with_rest(cost: Cost, kind: str, checkpoint: Checkpoint) -> Cost:
+    """A step's cost with the bytes of the other parts, which come along into each checkpoint."""
+    rest = checkpoint.wrapped.carried_bytes if checkpoint.wrapped else 0
+    if kind not in _WRITES:
+        return cost
+    moved = cost.moved_bytes + 2 * rest
+    return replace(cost, disk_bytes=cost.disk_bytes + rest, moved_bytes=moved)
 
 
 def further_notes(checkpoint: Checkpoint, arch: Arch) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_export.checkpoint import Checkpoint
-from prune_export.checkpoint.loading import load_model
+from prune_export.checkpoint.loading import load_whole_model
 from prune_export.errors import CheckpointError
 from prune_export.recipe import PUBLISHED_NAME, Recipe
 from prune_export.store import sha256_of_file
@@ -80,7 +80,7 @@ def load(path: str | Path, *, dtype: str = "auto", device: str | None = None) ->
         )
     Checkpoint.open(folder)
     known = provenance_of(folder)
-    model = load_model(folder, dtype=dtype).eval()
+    model = load_whole_model(folder, dtype=dtype).eval()
     return Loaded(model.to(device) if device else model, known)
 
 

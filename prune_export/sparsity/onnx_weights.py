@@ -15,14 +15,13 @@ from typing import Any, Final
 import numpy as np
 
 from prune_export.errors import CheckpointError
+from prune_export.kernels.packing import OPERATOR as _PACKED
 from prune_export.kernels.packing import read, unpack
 from prune_export.system.cached import is_within
 from prune_export.system.files import read_regular
 
 _LONGEST_GRAPH: Final = 2**31
 """Protobuf's own bound."""
-_PACKED: Final = "PackedMatMul"
-"""Our own product, whose weight is bytes that `kernels` reads."""
 _PRODUCTS: Final = frozenset({"MatMul", "Gemm", "MatMulNBits", _PACKED})
 _KEEP_ZEROS: Final = frozenset(
     {"Cast", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear"}

@@ -246,6 +246,16 @@ def test_what_is_not_described_is_refused(save: Save, tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("odd", [[], {"a": 1}, 3])
+def test_odd_text_configs_are_refused(save: Save, tmp_path: Path, name: str, odd: Any) -> None:
+    config = json.loads((save(name).path / "config.json").read_text())
+    for text in (odd, {**config["text_config"], "model_type": odd}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": text}))
+        with pytest.raises((CheckpointError, UnsupportedArch)):
+            Checkpoint.open(tmp_path, weights=False).arch()
+
+
 def test_a_config_alone_is_planned(save: Save, tmp_path: Path) -> None:
     tiny = save("mistral3")
     (tmp_path / "config.json").write_bytes((tiny.path / "config.json").read_bytes())

@@ -15,6 +15,9 @@ from prune_export.deriving.cache import ensure_family
 from prune_export.errors import UnsupportedArch
 from prune_export.execution.asked import config_of as opened_config
 
+MODEL_TYPE = "biogpt"
+"""The type of `tiny_other`."""
+
 RECIPE = """
 recipe: 1
 data:
@@ -31,7 +34,7 @@ verify: {generation: false}
 
 @pytest.mark.usefixtures("measured_here")
 def test_a_derived_type_goes_all_the_way(tiny_other: Path, corpus: Path, tmp_path: Path) -> None:
-    assert "biogpt" not in tables()
+    assert MODEL_TYPE not in tables()
     recipe = Recipe.parse(RECIPE, root=corpus)
     machine = Machine.detect(device="cpu", threads=1)
     options = Options(tmp_path / "out", tmp_path / "store", machine)

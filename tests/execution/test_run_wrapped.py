@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+import prune_export
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.execution import Options, plan, run
@@ -55,6 +56,10 @@ def test_the_language_model_is_pruned_in_place(
     planned = plan(recipe, str(gemma3), options)
     assert "its language model is cut" in planned.notes[0]
     assert "take no images" in planned.notes[1]
+    rest = Checkpoint.open(gemma3).wrapped
+    assert rest is not None
+    first = planned.stages[0]
+    assert first.cost.disk_bytes == first.after.bytes + rest.carried_bytes
     result = run(recipe, str(gemma3), options)
     assert result.verification.reload.ok
     assert result.verification.reload.model_type == "gemma3"
@@ -73,6 +78,10 @@ def test_the_language_model_is_pruned_in_place(
     engine = json.loads((out / "gptq" / "config.json").read_text())
     assert engine["model_type"] == "gemma3_text"
     assert engine["num_hidden_layers"] == 4
+    loaded = prune_export.load(out)
+    assert type(loaded.model).__name__ == "Gemma3ForConditionalGeneration"
+    assert loaded.provenance is not None
+    assert not loaded.provenance.changed()
     card = (out / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in card
     assert "pipeline_tag: image-text-to-text" in card

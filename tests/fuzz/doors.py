@@ -16,7 +16,7 @@ from typing import Any
 
 from mutate import Door
 
-from prune_export.checkpoint import Checkpoint, card_license, read_gguf_header
+from prune_export.checkpoint import Checkpoint, card_license, packed_in, read_gguf_header
 from prune_export.checkpoint.loading import load_ends, load_tokenizer
 from prune_export.execution import Options, plan
 from prune_export.exporters.aoti import runner as aoti_runner
@@ -58,6 +58,20 @@ def _config(model_type: str) -> dict[str, Any]:
 
 def _arch(place: Path) -> None:
     Checkpoint.open(place, weights=False).arch().parameters()
+
+
+def _wrapped(name: str) -> dict[str, Any]:
+    """The config of a model of images and text."""
+    text = {**_config("llama"), "model_type": {"llava": "llama"}.get(name, f"{name}_text")}
+    vision = {"depth": 1, "deepstack_visual_indexes": [0]} if name != "llava" else {}
+    return {"model_type": name, "text_config": text, "vision_config": vision,
+            "tie_word_embeddings": False}  # fmt: skip
+
+
+def _packed(place: Path) -> None:
+    found = packed_in(place)
+    if found is not None:
+        found.alone().arch().parameters()
 
 
 def _genai(place: Path) -> None:
@@ -183,6 +197,15 @@ DOORS: list[Door] = [
         Door(f"config-{name}", "config.json", "json", _written("config.json", _config(name)), _arch)
         for name in CONFIGS
     ),
+    *(
+        Door(f"wrapped-{name}", "config.json", "json",
+             _written("config.json", _wrapped(name)), _arch)
+        for name in ("llava", "qwen3_vl")
+    ),
+    Door("packed", "config.json", "json", _written("config.json", {
+        **_config("llama"), "dtype": "bfloat16",
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }), _packed),
     *(
         Door(f"genai-support-{name}", "config.json", "json",
              _written("config.json", _config(name)), _genai)

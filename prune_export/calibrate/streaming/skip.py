@@ -37,7 +37,7 @@ OUTPUTS: Final[Mapping[Part, tuple[str, ...]]] = {
 
 _LANDMARKS: Final[Mapping[Part, tuple[str, ...]]] = {
     "attention": ("o", "linear.out"),
-    "mlp": ("down", "router", "shared.down"),
+    "mlp": ("down", "router", "shared.down", "experts.down"),
 }
 """The roles of matrices by which a part is found; experts are fused in memory, their router not."""
 

@@ -27,6 +27,7 @@ from pydantic import Field
 from prune_export.contracts import Placement
 from prune_export.errors import MissingExtra, PlanError, StageError
 from prune_export.exporters._shared.ort_links import openable
+from prune_export.kernels.packing import OPERATOR as PACKED_OPERATOR
 from prune_export.machine import Machine, user_cache
 
 ProviderName = Literal["auto", "cpu", "cuda", "tensorrt", "tensorrt_rtx"]
@@ -259,10 +260,11 @@ def open_session(graph: Path, provider: Provider, machine: Machine, options: Any
         raise
     except Exception as error:  # onnxruntime's own classes share no public base
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        fix = "report this with the recipe: the exporter wrote a graph that the runtime refuses"
+        if PACKED_OPERATOR in reason:
+            fix = "open it as the result that it is part of, whose report says that it is packed"
         raise StageError(
-            str(graph),
-            f"onnxruntime {onnxruntime.__version__} does not load it: {reason}",
-            "report this with the recipe: the exporter wrote a graph that the runtime refuses",
+            str(graph), f"onnxruntime {onnxruntime.__version__} does not load it: {reason}", fix
         ) from error
     if NAMES[key] not in session.get_providers():
         raise StageError(

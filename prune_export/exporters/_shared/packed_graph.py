@@ -20,11 +20,10 @@ import onnx
 
 from prune_export.errors import StageError
 from prune_export.kernels import LIBRARY, Packed, compile_library, pack_codes, pack_floats
-from prune_export.kernels.packing import Layout, takes_group
+from prune_export.kernels.packing import OPERATOR, Layout, takes_group
 from prune_export.sparsity.onnx_weights import Matrix, array_of, load, matrices, raw_of
 
 DOMAIN: Final = "prune_export"
-OPERATOR: Final = "PackedMatMul"
 ALIGNMENT: Final = 4096
 """Tensors start on a page, so that a runtime can map them instead of reading them."""
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from prune_export.arch import Arch
+from prune_export.arch.roles import CONTROLS
 from prune_export.calibrate import as_matrix, inputs_last, linears
 from prune_export.checkpoint import Checkpoint, Planned, write_checkpoint
 from prune_export.checkpoint.grid_file import Grids
@@ -192,6 +193,11 @@ class _Written:
             "pack_dtype": "int32",
         }
         left = {t.role: t.name for t in linears(self.arch) if t.name not in self.grids}
+        left |= {
+            tensor.role: tensor.name
+            for tensor in self.arch.tensors
+            if tensor.role in CONTROLS - {"linear.decay"} and len(tensor.dims.of) == 2
+        }
         if left:
             # What is not quantized, by the last part of its module's name.
             ends = sorted({name.rsplit(".", 2)[1] for name in left.values()})

@@ -92,3 +92,19 @@ def test_what_the_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
 
         with pytest.raises(PlanError, match="loaders of the layout do not expect"):
             GptqFormat().check(Checkpoint.open(tmp_path / family).arch(), MACHINE)
+
+
+def test_what_controls_a_recurrence_is_told_to_have_no_codes(tmp_path: Path) -> None:
+    """As loaders would look for codes of every linear layer of a block."""
+    saved("qwen3_5_text", tmp_path / "dense", linear_value_head_dim=8, linear_key_head_dim=8)
+    after = quantized(tmp_path / "dense", tmp_path / "codes", Rtn(group_size=16))
+    written(after.path, tmp_path / "gptq")
+    about = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert about["dynamic"] == {"-:.*in_proj_a.*": {}, "-:.*in_proj_b.*": {}}
+    model = AutoModelForCausalLM.from_pretrained(after.path).eval()
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 9))
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)).logits.numpy()
+    with GptqFormat().open(tmp_path / "gptq", MACHINE) as runner:
+        got = runner.step(ids)[0]
+    np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=1e-4)

@@ -20,7 +20,7 @@ from tests.arch.kinds import one_of_each
 
 MACHINE = Machine(device="cpu", ram_bytes=4 * 1024**3, gpu_bytes=0, threads=1)
 QUICK = ("llama",)
-UNTRACEABLE = {"bloom", "deepseek_v2", "falcon", "gpt_oss", "gptj", "gemma4_text", "llama4_text"}
+UNTRACEABLE = {name for name, table in tables().items() if table.untraceable}
 """Their code cannot be followed by torch.export: exporters refuse them in the plan."""
 FAMILIES = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)

@@ -14,10 +14,10 @@ import torch
 
 from prune_export.contracts import BuildRecord
 from prune_export.errors import CheckpointError, PlanError
-from prune_export.exporters._shared.packed_graph import OPERATOR
 from prune_export.exporters.ort_genai import OrtGenai
 from prune_export.kernels import LIBRARY
 from prune_export.kernels.compiling import compiler
+from prune_export.kernels.packing import OPERATOR
 from prune_export.verify.engine import Engine
 from prune_export.verify.sparsity import measure_sparsity
 from tests.exporters.ort_genai.test_ort_genai import MACHINE, export, model_in, some_ids
