@@ -88,7 +88,7 @@ def destination(proposed: str | None, push_to: str | None, *, publish: bool) -> 
         PlanError: `--publish`, and the recipe proposes none.
         PublishError: it is no name of a repository.
     """
-    from prune_export.hub.publishing import check_names
+    from prune_export.hub.uploading import check_names
 
     repo = push_to or (proposed if publish else None)
     if publish and repo is None:

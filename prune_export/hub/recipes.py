@@ -23,7 +23,8 @@ from huggingface_hub import ModelCardData
 from prune_export.display.escapes import escaped_page
 from prune_export.errors import PublishError, RecipeError
 from prune_export.hub.credentials import refuse_secrets
-from prune_export.hub.publishing import Published, check_names, check_online, found_token, upload
+from prune_export.hub.publishing import Published
+from prune_export.hub.uploading import check_names, check_online, found_token, upload
 from prune_export.progress import Progress, Silent
 from prune_export.recipe import PUBLISHED_NAME, Recipe, bundled
 from prune_export.recipe.document import MAX_BYTES, read

@@ -9,12 +9,12 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Final
 
 from prune_export.errors import PlanError, StageError
+from prune_export.system.temporary import Temporary
 
 LIBRARY: Final = "libprune_export_packed.so"
 """The name of the library beside an engine."""
@@ -77,8 +77,8 @@ def compiler_version(found: str) -> str:
 def _compiled(found: str) -> bytes:
     """The library's bytes; compiled once in a process."""
     source = Path(__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / LIBRARY
+    with Temporary() as folder:
+        made = folder / LIBRARY
         command = [found, *_FLAGS, "-o", str(made), *SOURCES]
         done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
         if done.returncode:
