@@ -21,6 +21,9 @@ _ROOM: Final = 0.85
 """The part of the time that is planned with: plans are estimates."""
 
 _LENGTHS: Final = {0: None, 1: None, 2: 1024, 3: 1024, 4: 512, 5: 512}
+_ENGINES: Final = 4
+"""Engines that stay: models refuse some, and the run leaves out what it has no time for."""
+
 _TOO_SHORT_TO_TIME: Final = 6
 """The level from which on candidates are timed only where the target is a speed."""
 
@@ -122,7 +125,7 @@ def _scaled_search(search: Search, level: int) -> Search:
         candidates=search.candidates[:keep],
         heal=_scaled_heal(dict(search.heal), level) if search.heal else None,
         rungs=max(1, search.rungs - level // 3),
-        engines=search.engines[: max(3, len(search.engines) - level // 2)],
+        engines=search.engines[: max(_ENGINES, len(search.engines) - level // 2)],
         measure_speed=search.measure_speed and level < _TOO_SHORT_TO_TIME,
     )
 

@@ -94,6 +94,8 @@ class TestFitting:
         times = [plan_of(scaled(recipe, level)).seconds for level in range(13)]
         assert times == sorted(times, reverse=True)
         assert times[0] > 1000 * times[-1] - 60_000
+        bundled = scaled(Recipe.load("smaller-25"), 12).stages[0].entry
+        assert len(bundled.engines) == 4  # a model that ort_genai refuses is left with onnx int8
         least = scaled(recipe, 12)
         (stage, _) = least.stages
         assert len(stage.entry.candidates) == 1
