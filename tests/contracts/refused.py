@@ -67,7 +67,7 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
 WHOLE_HEADS: Final = frozenset(
     {
         "bloom", "falcon", "flex_olmo", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
-        "helium", "jamba", "lfm2_moe", "minimax_m2", "olmo2", "olmo3", "olmoe", "opt", "persimmon",
+        "helium", "minimax_m2", "olmo2", "olmo3", "olmoe", "opt", "persimmon",
         "stablelm",
     }
 )  # fmt: skip
