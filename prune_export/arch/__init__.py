@@ -288,8 +288,8 @@ class Arch:
             if tensor.layer is None:
                 found[tensor.name] = tensor.name
             elif tensor.layer in new:
-                rest = tensor.name.removeprefix(f"{self.table.blocks}.{tensor.layer}.")
-                found[f"{self.table.blocks}.{new[tensor.layer]}.{rest}"] = tensor.name
+                rest = tensor.name.removeprefix(f"{self.table.on_disk}.{tensor.layer}.")
+                found[f"{self.table.on_disk}.{new[tensor.layer]}.{rest}"] = tensor.name
         return found
 
     def to_config(self, base: Mapping[str, Any]) -> dict[str, Any]:

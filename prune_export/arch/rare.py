@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 PER_LAYER: str = "per_layer_config"
 """The key under which transformers writes the sizes of single layers, by their numbers."""
@@ -33,3 +33,16 @@ class ByKind(BaseModel):
 
     layers: str
     keys: dict[str, str]
+
+
+class Derivation(BaseModel):
+    """How a table was derived: by which transformers, and what was proven of it on random models.
+
+    `unproven` has, for each use that the proof did not carry, why; such uses are refused.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    transformers: str
+    proven: list[str]
+    unproven: dict[str, str] = Field(default_factory=dict)

@@ -66,6 +66,7 @@ ROLES: Final[Mapping[str, Role]] = {
     "down": Role("mlp", "mlp.out", writes=True),
     "expert.gate": Role("mlp", "experts.in", reads="norm.mlp"),
     "expert.up": Role("mlp", "experts.in", reads="norm.mlp"),
+    "expert.in": Role("mlp", "experts.in", reads="norm.mlp"),
     "expert.down": Role("mlp", "experts.out", writes=True),
     "experts.gate_up": Role("mlp", reads="norm.mlp"),
     "experts.down": Role("mlp", writes=True),
@@ -143,6 +144,10 @@ def is_fused(name: str) -> bool:
 
 OUTPUT_PROJECTIONS: Final = frozenset(roles(lambda own: own.writes and own.group))
 """The roles of matrices whose outputs are added to the residual stream: `o`, `down` …"""
+
+STACKED_ALONE: Final = frozenset({"expert.in", "expert.down"})
+"""The roles of experts' matrices of which transformers stacks nothing else in one tensor; gates and
+ups share one. `expert.in` is that of experts without gate."""
 
 CONTROLS: Final = frozenset(
     name for name, own in ROLES.items() if name.startswith("linear.") and own.part and not own.group

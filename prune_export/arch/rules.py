@@ -24,6 +24,9 @@ def with_stored_names(table: Table, config: Mapping[str, Any]) -> dict[str, Any]
                     f"got {other!r}, but {key}, which means the same, is {named[key]!r}",
                     "remove the one that is wrong",
                 )
+    listed = named.get(table.layers_of or "")
+    if isinstance(listed, list | tuple):
+        named[table.layers] = len(listed)
     return _without_layers(table, named)
 
 
@@ -65,6 +68,8 @@ def with_names_of(
         if alias in base and key not in base
     }
     named = {used.get(key, key): value for key, value in config.items()}
+    if table.layers_of and table.layers not in base:
+        named.pop(table.layers, None)
     rule = table.config.by_kind
     if rule is None or PER_LAYER not in base:
         return named

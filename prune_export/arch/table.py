@@ -19,7 +19,7 @@ from prune_export.arch import outside
 from prune_export.arch.common import common, is_among, parse_yaml
 from prune_export.arch.conditions import holds, keys_of, value
 from prune_export.arch.dims import Dims
-from prune_export.arch.rare import ByKind, Further
+from prune_export.arch.rare import ByKind, Derivation, Further
 from prune_export.errors import UnsupportedArch, did_you_mean
 
 __all__ = [
@@ -178,23 +178,16 @@ class Tiny(_Frozen):
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
-class Derivation(_Frozen):
-    """How a table was derived: by which transformers, and what was proven of it on random models.
-
-    `unproven` has, for each use that the proof did not carry, why; such uses are refused.
-    """
-
-    transformers: str
-    proven: list[str]
-    unproven: dict[str, str] = Field(default_factory=dict)
-
-
 class Table(_Frozen):
     """The table of a family.
 
     `blocks`, `final_norm` and `embeddings` are module paths in the transformers model, which are
     also prefixes of the stored names: the list of blocks, the norm after the last block (None, or
-    `final_norm_when` untrue, where there is none), and what runs before the first block.
+    `final_norm_when` untrue, where there is none), and what runs before the first block. Where
+    blocks have another prefix on disk, it is `stored_blocks`.
+
+    `layers` is the key that counts the blocks; where files need not have it, as the length of a
+    list says it, `layers_of` is that list.
 
     `norm` is what the norms on the residual states do before their gain: `rms` divides by the root
     mean square, which a rotation leaves alone; `layer` subtracts the mean first.
@@ -239,7 +232,9 @@ class Table(_Frozen):
     bundled: Bundled | None = None
     derived: Derivation | None = None
     layers: str
+    layers_of: str | None = None
     blocks: str
+    stored_blocks: str | None = None
     final_norm: str | None
     final_norm_when: str | None = None
     norm: Literal["rms", "layer"]
@@ -265,6 +260,11 @@ class Table(_Frozen):
     config: ConfigRules
     tiny: Tiny
     notes: str = ""
+
+    @property
+    def on_disk(self) -> str:
+        """The prefix of the stored names of all blocks."""
+        return self.stored_blocks or self.blocks
 
     def rows(self) -> Iterator[TensorRow]:
         """Every row, in the order of the model."""

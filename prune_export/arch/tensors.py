@@ -108,7 +108,7 @@ class Binding:
     def _plain(self, rows: Sequence[TensorRow], layer: int) -> Iterator[Tensor]:
         own = tuple(self._own(layer).items())
         for row in rows:
-            name = f"{self.table.blocks}.{layer}.{row.name}"
+            name = f"{self.table.on_disk}.{layer}.{row.name}"
             yield Tensor(name, _renamed(row.dims, own), row.role, layer)
 
     def _experts(self, rows: Sequence[TensorRow], layer: int) -> Iterator[Tensor]:
@@ -129,7 +129,7 @@ class Binding:
             mine = {name: f"{name}.{layer}.{expert}" for name, axis in axes if axis.per_expert}
             names = tuple((own | mine).items())
             for row in rows:
-                name = f"{self.table.blocks}.{layer}.{row.name.replace('{expert}', str(expert))}"
+                name = f"{self.table.on_disk}.{layer}.{row.name.replace('{expert}', str(expert))}"
                 yield Tensor(name, _renamed(row.dims, names), row.role, layer, None, expert)
 
     def _own(self, layer: int) -> dict[str, str]:

@@ -56,7 +56,7 @@ def with_prefix(entries: dict[str, Entry], table: Table) -> dict[str, Entry]:
 
     GPT-2 on the Hub, for one, stores `h.0.…` for `transformer.h.0.…`.
     """
-    prefix, dot, rest = table.blocks.partition(".")
+    prefix, dot, rest = table.on_disk.partition(".")
     if not dot or any(name.startswith(f"{prefix}.") for name in entries):
         return entries
     if not any(name.startswith(f"{rest}.") for name in entries):

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from prune_export.arch import Arch
-from prune_export.arch.table import Derivation, Table
+from prune_export.arch.rare import Derivation
+from prune_export.arch.table import Table
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.calibrate.streaming.layerwise_model import _Names as Names
 from prune_export.checkpoint import Checkpoint

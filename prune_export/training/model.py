@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,12 +45,14 @@ class Trainee:
     """A frozen model with adapters on it.
 
     `adapted` has, by the stored name of the weight, the module that carries its adapter, and
-    `transposed` the weights that are stored `[in, out]` (GPT-2's Conv1D).
+    `transposed` the weights that are stored `[in, out]` (GPT-2's Conv1D). `stored` has the stored
+    names of parameters that have another one in the model.
     """
 
     model: torch.nn.Module
     adapted: Mapping[str, Any]
     transposed: frozenset[str]
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def masks(self) -> Mapping[str, torch.Tensor]:
@@ -79,7 +81,7 @@ class Trainee:
     def dequantized(self) -> dict[str, Callable[[], torch.Tensor]]:
         """Functions that dequantize each 4-bit weight, by stored name, to float32 as stored."""
         return {
-            name: _Dequantize(module, _is_transposed(module))
+            self.stored.get(name, name): _Dequantize(module, _is_transposed(module))
             for name, module in _quantized_modules(self.model).items()
         }
 
@@ -118,7 +120,9 @@ def trainee(
     from peft import LoraConfig, get_peft_model
 
     model = _frozen(source.path, device, dtype, quantization)
-    modules, transposed = _modules(model, targets)
+    renamed = _renaming(model)
+    modules, transposed = _modules(model, targets, renamed)
+    stored = {new: name for name in source.entries if (new := renamed(name)) != name}
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.rank,
@@ -153,7 +157,7 @@ def trainee(
                 packed = Packed.of(zero.T if turned else zero, device)
             # A 4-bit layer is [out, in] whatever it stands for.
             mask(carriers[name], _ADAPTER, Base(layer, turned and packed is None, packed))
-    return Trainee(adapted, carriers, frozenset(transposed))
+    return Trainee(adapted, carriers, frozenset(transposed), stored)
 
 
 def _frozen(path: Path, device: str, dtype: torch.dtype, quantization: Quantization | None) -> Any:
@@ -238,8 +242,19 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _renaming(model: torch.nn.Module) -> Callable[[str], str]:
+    """Gets transformers' own renaming of stored names to those of its model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    known = frozenset(model.state_dict())
+    mapping: Any = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    rules = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    return lambda name: name if name in known else str(rename_source_key(name, rules, [])[0])
+
+
 def _modules(
-    model: torch.nn.Module, targets: Sequence[str]
+    model: torch.nn.Module, targets: Sequence[str], renamed: Callable[[str], str]
 ) -> tuple[dict[str, str], frozenset[str]]:
     """Maps stored weights to module names, and finds the weights that are stored `[in, out]`."""
     from transformers.pytorch_utils import Conv1D
@@ -248,7 +263,7 @@ def _modules(
     transposed = set()
     modules = dict(model.named_modules())
     for target in targets:
-        name = target.removesuffix(".weight")
+        name = renamed(target).removesuffix(".weight")
         module = modules.get(name)
         if not isinstance(module, torch.nn.Linear | Conv1D):
             raise StageError(
@@ -271,7 +286,7 @@ def _is_transposed(module: Any) -> bool:
 
 
 def _quantized_modules(model: Any) -> dict[str, Any]:
-    """Finds the 4-bit linear layers by the stored name of their weight, also under adapters."""
+    """Finds the 4-bit linear layers by the name of their weight, also under adapters."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(base, "is_loaded_in_4bit", False):
         return {}

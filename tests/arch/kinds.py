@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from prune_export.arch.table import tables
+
+HALF_BLOCKS: Final = frozenset({"nemotron_h"})
+"""Families whose blocks are a mixer or an MLP alone: no part of a block goes, whole blocks do."""
 
 Facts = Callable[[str], frozenset[Hashable]]
 

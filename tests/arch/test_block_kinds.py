@@ -14,6 +14,7 @@ from prune_export.arch.table import tables
 from prune_export.calibrate import linear_groups
 from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
+from prune_export.methods.depth.block_influence import BlockInfluenceDrop
 from prune_export.training.adapters.targets import targets
 from tests.arch.tiny_models import Tiny, arch_of
 
@@ -128,6 +129,33 @@ def test_projections_are_pruned_and_what_controls_a_state_is_not(model_type: str
             for group in linear_groups(arch, layer)
             for tensor in group.tensors
         } - set(arch.table.unadapted)
+
+
+def test_a_pattern_gives_way_to_the_list_that_it_stands_for() -> None:
+    """Nemotron-H as published: files have a pattern and a number, transformers a list alone."""
+    listed = tables()["nemotron_h"].tiny.config["layers_block_type"]
+    said = {key: value for key, value in tables()["nemotron_h"].tiny.config.items()
+            if key != "layers_block_type"}  # fmt: skip
+    file = {"model_type": "nemotron_h", **said, "num_hidden_layers": 6}
+    file |= {"hybrid_override_pattern": "M-*EM*"}
+    full = AutoConfig.for_model(**file).to_dict()
+    assert full["layers_block_type"] == listed
+    assert not full.keys() & {"num_hidden_layers", "hybrid_override_pattern"}
+    arch = Arch.from_config(full)
+    assert arch.layers == 6
+    assert arch.to_config(file) == file
+    written = arch.without((1, 4)).to_config(file)
+    assert "hybrid_override_pattern" not in written
+    assert written["num_hidden_layers"] == 4
+    assert written["layers_block_type"] == [listed[i] for i in (0, 2, 3, 5)]
+    loaded = AutoConfig.for_model(**written)
+    assert (loaded.num_hidden_layers, loaded.hybrid_override_pattern) == (4, "M*E*")
+    assert "num_hidden_layers" not in arch.without((1, 4)).to_config(full)
+
+
+def test_parts_of_blocks_that_are_one_part_alone_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"block 1 has none.*\n.*unit: block"):
+        BlockInfluenceDrop(remove=1, unit="attention").predict(arch_of("nemotron_h"))
 
 
 def test_numbers_that_json_lacks_are_read(tiny: Callable[..., Tiny]) -> None:

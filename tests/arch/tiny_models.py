@@ -40,6 +40,11 @@ def tiny_config(model_type: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     return {**ends, **table_for(model_type).tiny.config, **changes}
 
 
+def name_in_memory(arch: Arch, name: str) -> str:
+    """The name of a stored tensor in transformers' model, but for experts, which it stacks."""
+    return name.replace(arch.table.on_disk, arch.table.blocks, 1)
+
+
 def arch_of(model_type: str, **changes: Any) -> Arch:
     """The shapes of a tiny model, from its config alone."""
     settings = {**table_for(model_type).tiny.config, **changes}

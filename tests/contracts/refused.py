@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from tests.arch.kinds import HALF_BLOCKS
+
 _ALIBI: Final = frozenset({"bloom"})
 """Heads have slopes by their number, and the MLP is always four times as wide as the states."""
 
@@ -31,7 +33,8 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
         {
             "bamba", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "gemma4_text",
             "glm4_moe", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "llama4_text", "mistral4",
-            "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
+            "nemotron_h", "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
+            "qwen3_next",
         }
     ),
     "llm_pruner": _ALIBI | _FUSED | {"mistral4"},
@@ -46,9 +49,9 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
             "bamba", "bloom", "cohere", "cohere2", "exaone4", "falcon", "flex_olmo", "gemma2",
             "gemma3_text", "gemma4_text", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj",
             "granitemoehybrid", "helium", "hyperclovax", "jais2", "jamba", "lfm2", "lfm2_moe",
-            "minicpm3", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi",
-            "phimoe", "sliced_llama", "sliced_mistral", "sliced_qwen2", "sliced_qwen3", "stablelm",
-            "starcoder2",
+            "minicpm3", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "olmoe", "opt",
+            "persimmon", "phi", "phimoe", "sliced_llama", "sliced_mistral", "sliced_qwen2",
+            "sliced_qwen3", "stablelm", "starcoder2",
         }
     ),
     # Their MLPs differ, or are experts, or are as wide as the states ask, or some blocks have no
@@ -58,8 +61,8 @@ REFUSED: Final[dict[str, frozenset[str]]] = {
             "bamba", "bloom", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo",
             "glm4_moe", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared",
             "hunyuan_v1_moe", "jamba", "lfm2", "lfm2_moe", "llama4_text", "minimax_m2", "mistral4",
-            "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_5_text",
-            "qwen3_moe", "qwen3_next",
+            "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text",
+            "qwen3_5_text", "qwen3_moe", "qwen3_next",
         }
     ),
 }  # fmt: skip
@@ -74,5 +77,11 @@ WHOLE_HEADS: Final = frozenset(
 """Families whose config has no head size, or a norm over all heads: nothing cuts their heads."""
 
 
-def refuses(name: str, model_type: str) -> bool:
-    return model_type in REFUSED.get(name, frozenset())
+def refused_by(name: str, unit: str | None) -> frozenset[str]:
+    """The families that a method refuses, with this `unit` where it has one."""
+    halves = HALF_BLOCKS if unit in ("attention", "mlp") else frozenset()
+    return REFUSED.get(name, frozenset()) | halves
+
+
+def refuses(name: str, model_type: str, unit: str | None = None) -> bool:
+    return model_type in refused_by(name, unit)

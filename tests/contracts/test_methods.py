@@ -28,7 +28,7 @@ from prune_export.recipe.reference import described
 from prune_export.report.reading import StageReading
 from prune_export.surgery import rewrite
 from tests.contracts.made import alike, an_instance, units_of, view_for
-from tests.contracts.refused import REFUSED, refuses
+from tests.contracts.refused import refused_by, refuses
 
 ENTRIES = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
 
@@ -42,7 +42,7 @@ PAIRS = [
     (name, unit, model_type)
     for name, unit in UNITS
     for model_type in sorted(tables())
-    if not refuses(name, model_type)
+    if not refuses(name, model_type, unit)
 ]
 _FIRST = ("llama", "gpt2", "gemma2", "phi3", "qwen3_moe", "olmo2", "falcon")
 """Families that differ most from each other: each method meets them all."""
@@ -79,7 +79,7 @@ def test_a_method_refuses_these_families_and_no_others(
                 "a family that a method cannot do is refused with what to do instead"
             )
             refused.add(model_type)
-    assert refused == REFUSED.get(name, set())
+    assert refused == refused_by(name, unit)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

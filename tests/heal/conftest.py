@@ -29,8 +29,8 @@ def save_tiny(path: Path, model_type: str, dtype: str = "float32", **changes: An
     """Saves a tiny random model of a family, with a side file."""
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     settings = {**ends, **table_for(model_type).tiny.config, "num_hidden_layers": 3, **changes}
-    if "layer_types" in settings:
-        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
+    for key in {"layer_types", *table_for(model_type).config.per_layer} & settings.keys():
+        settings[key] = settings[key][: settings["num_hidden_layers"]]
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)

@@ -35,6 +35,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Any, Distilled]] = {
     "gemma2 capped": ("gemma2", {}, "all", KEPT),
     "mixtral experts": ("mixtral", {}, ("q", "v"), KEPT),
     "qwen3_moe experts": ("qwen3_moe", {}, ("q", "v"), BESIDE),
+    "nemotron_h renamed": ("nemotron_h", {}, "all", BESIDE),
 }
 METHODS = ("lora", "qlora", "full")
 OBJECTIVES = ("next_token", "distill")

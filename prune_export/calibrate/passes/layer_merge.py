@@ -44,9 +44,9 @@ class Layer:
         """Reads a tensor of block `of`, merged unless it belongs to a norm, in its own dtype."""
         if arch.by_name[name].role.startswith("norm"):
             return checkpoint.read_finite(name)
-        prefix = f"{arch.table.blocks}.{self.of}."
+        prefix = f"{arch.table.on_disk}.{self.of}."
         rest = name.removeprefix(prefix)
-        parts = [(f"{arch.table.blocks}.{block}.{rest}", weight) for block, weight in self.weights]
+        parts = [(f"{arch.table.on_disk}.{block}.{rest}", weight) for block, weight in self.weights]
         if len(parts) == 1 and parts[0][1] == 1.0:
             return checkpoint.read_finite(parts[0][0])
         first = checkpoint.read_finite(parts[0][0])

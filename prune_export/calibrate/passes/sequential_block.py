@@ -117,13 +117,14 @@ class Block:
         `states` `[tokens, residual]`; `chosen` and `shares` `[tokens, experts of each]`.
         """
         linear = nn.functional.linear
-        routed = [torch.where(chosen == expert) for expert in range(len(module.gate_up_proj))]
+        gated = hasattr(module, "gate_up_proj")
+        first, act = (
+            (module.gate_up_proj, module._apply_gate) if gated else (module.up_proj, module.act_fn)
+        )
+        routed = [torch.where(chosen == expert) for expert in range(len(first))]
         inputs = {expert: states[token] for expert, (token, _) in enumerate(routed)}
         self._see("experts.in", {expert: x[None] for expert, x in inputs.items()})
-        inner = {
-            expert: module._apply_gate(linear(x, module.gate_up_proj[expert]))
-            for expert, x in inputs.items()
-        }
+        inner = {expert: act(linear(x, first[expert])) for expert, x in inputs.items()}
         self._see("experts.out", {expert: x[None] for expert, x in inner.items()})
         out = torch.zeros_like(states)
         for expert, (token, place) in enumerate(routed):

@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 import torch
 
 from prune_export.arch import Arch, Tensor
-from prune_export.arch.roles import ROLES
+from prune_export.arch.roles import ROLES, STACKED_ALONE
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.checkpoint.header import TORCH
 
@@ -129,12 +129,12 @@ def as_matrix(tensor: Tensor, stored: torch.Tensor) -> torch.Tensor:
 def part_of(tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
     """The slice of a parameter in transformers' model that is one stored matrix.
 
-    Transformers keeps all experts of a block in one, gates above ups.
+    Transformers keeps all experts of a block in one, gates (where there are any) above ups.
     """
     if tensor.expert is None:
         return whole
     own = whole[tensor.expert]
-    if tensor.role == "expert.down":
+    if tensor.role in STACKED_ALONE:
         return own
     half = own.shape[0] // 2
     return own[:half] if tensor.role == "expert.gate" else own[half:]

@@ -71,7 +71,6 @@ def _experts(
     """Traces one expert between markers; `replicate` repeats it for the others."""
     if (
         module.has_bias
-        or not module.has_gate
         or module.is_transposed
         or (not module.is_concatenated or module.has_post_expert_norm)
     ):
@@ -80,8 +79,11 @@ def _experts(
         f"{DOMAIN}::ExpertInput", [hidden, index, weight], {"experts": module.num_experts},
         dtype=hidden.dtype, shape=hidden.shape, version=1,
     )  # fmt: skip
-    gated = module._apply_gate(nn.functional.linear(rows, module.gate_up_proj))
-    result = nn.functional.linear(gated, module.down_proj)
+    if module.has_gate:
+        inner = module._apply_gate(nn.functional.linear(rows, module.gate_up_proj))
+    else:
+        inner = module.act_fn(nn.functional.linear(rows, module.up_proj))
+    result = nn.functional.linear(inner, module.down_proj)
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::ExpertOutput", [result], {}, dtype=result.dtype, shape=result.shape, version=1
     )

@@ -77,7 +77,9 @@ class _Stamper:
     def __init__(self, trace: Trace, last: bool, coding: Chooser | None, fit: Fit | None) -> None:
         self.trace, self.last, self.coding, self.fit = trace, last, coding, fit
         graph = trace.model.graph
-        self.dtype = int(graph.outputs[0].dtype)
+        # Of the states, and so of the caches: logits may be float32 in any precision.
+        entry = next(node for node in graph if node.op_type == "BlockInput")
+        self.dtype = int(entry.outputs[0].dtype)
         self.parameters = {
             value.name: value for value in graph.inputs if value.name.startswith(_WRAPPER)
         }
@@ -348,7 +350,9 @@ class _Stamper:
         ]
         vocab = int(self.trace.model.graph.outputs[0].shape[-1])
         wide = 1 if self.last else "sequence"
-        outputs = [info("logits", self.dtype, ["batch", wide, vocab])]
+        outputs = [
+            info("logits", int(self.trace.model.graph.outputs[0].dtype), ["batch", wide, vocab])
+        ]
         inputs += self.caches.inputs
         outputs += self.caches.outputs
         read = {name for node in self.nodes for name in node.input}

@@ -36,6 +36,7 @@ _ONNX: Final = {
 
 _EXPERTS: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
     "gate_up_proj": (("w1.weight", "w3.weight"), ("gate_proj.weight", "up_proj.weight")),
+    "up_proj": (("up_proj.weight",),),
     "down_proj": (("w2.weight",), ("down_proj.weight",)),
 }
 """How files spell one expert's part of a parameter that transformers stacks in memory."""

@@ -125,7 +125,9 @@ def _stacked(name: str, parameter: torch.Tensor, names: frozenset[str]) -> tuple
     count, rows, columns = parameter.shape
     if "moe" not in names:
         return count, rows, columns
-    return (count, rows, _MLP) if name == "down_proj" else (count, 2 * _MLP, columns)
+    if name == "down_proj":
+        return count, rows, _MLP
+    return count, _MLP if name == "up_proj" else 2 * _MLP, columns
 
 
 def _tell(module: nn.Module, heads: bool, queries: int) -> None:

@@ -105,7 +105,7 @@ class _Changes:
         return self.part == "block" or _part(self._roles(layer).get(name)) == self.part
 
     def _roles(self, layer: int) -> dict[str, str]:
-        prefix = f"{self.arch.table.blocks}.{layer}."
+        prefix = f"{self.arch.table.on_disk}.{layer}."
         return {tensor.name.removeprefix(prefix): tensor.role for tensor in self.arch.block(layer)}
 
     def keep(

@@ -42,13 +42,28 @@ class Amount(block_choice.Amount):
     unit: Of = "block"
 
     def predict(self, arch: Arch) -> Arch:
-        """The shapes after the cut; an attention or MLP that goes keeps its shape, as zeros."""
+        """The shapes after the cut; an attention or MLP that goes keeps its shape, as zeros.
+
+        Raises:
+            PlanError: some blocks have no such part, or it cannot go from so many.
+        """
         if self.unit == "block":
             return super().predict(arch)
+        self._refuse_half_blocks(arch)
         if self.layers is not None:
             arch.kept(self.layers)
         self.of(arch)
         return arch
+
+    def _refuse_half_blocks(self, arch: Arch) -> None:
+        outputs = OUTPUTS[self.unit]
+        for layer in range(arch.layers):
+            if not any(tensor.role in outputs for tensor in arch.block(layer)):
+                raise PlanError(
+                    f"unit: {self.unit}",
+                    f"block {layer} has none: blocks of {arch.family} are one part alone",
+                    "write `unit: block`: each block that goes is such a part",
+                )
 
     def ablated(self, arch: Arch, known: Ablated) -> Ablated:
         """The parts of blocks that are zeroed after it.

@@ -56,6 +56,9 @@ def _problem(arch: Arch) -> str:
     known = NORMS | READS_BEHIND.keys() | WRITES
     if not found >= NORMS:
         return "it has no norm before attention and MLP"
+    inside = NORMS - {"norm.final"}
+    if not all(inside <= {one.role for one in arch.block(i)} for i in range(arch.layers)):
+        return "some of its blocks have attention or an MLP alone"
     if found - known:
         return f"`{min(found - known)}` scales the states between a matrix and the residual stream"
     return ""

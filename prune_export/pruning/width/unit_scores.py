@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 
 from prune_export.arch import Arch, Tensor
 from prune_export.calibrate import LINEAR_GROUPS, Gradients, ModelView, Sums
+from prune_export.calibrate.streaming.linear_groups import part_of
 from prune_export.pruning.width.unit_layout import summed, unit_axes, unit_shape
 
 Aggregate = Literal["sum", "prod", "max", "first"]
+
+_STACKS: Final = {"expert.in": "up_proj", "expert.down": "down_proj"}
+"""In which of transformers' tensors the experts of a block are; gates and ups share one."""
 
 
 def matrices(arch: Arch, layer: int) -> Iterator[Tensor]:
@@ -108,7 +112,7 @@ class UnitReader:
         """Whether a parameter is one of the matrices that are read; experts are fused in memory."""
         read = list(self._read(layer))
         if any(tensor.expert is not None for tensor in read):
-            return name.endswith(("gate_up_proj", "down_proj")) or self._named(name, read)
+            return name.endswith(("up_proj", "down_proj")) or self._named(name, read)
         return self._named(name, read)
 
     def keep(
@@ -146,12 +150,12 @@ class UnitReader:
                 name = _name_in_block(self.arch, tensor)
                 yield tensor, parameters[name], sums[name]
                 continue
-            # In memory, transformers keeps all experts of a block in one tensor, gates above ups.
-            name = fused["down_proj" if tensor.role == "expert.down" else "gate_up_proj"]
+            # In memory, transformers keeps all experts of a block in one tensor.
+            name = fused[_STACKS.get(tensor.role, "gate_up_proj")]
             yield (
                 tensor,
-                _expert(tensor, parameters[name]),
-                {kind: _expert(tensor, one) for kind, one in sums[name].items()},
+                part_of(tensor, parameters[name]),
+                {kind: part_of(tensor, one) for kind, one in sums[name].items()},
             )
 
 
@@ -177,12 +181,4 @@ def complete(arch: Arch, axes: Iterable[str], scores: Mapping[str, torch.Tensor]
 
 
 def _name_in_block(arch: Arch, tensor: Tensor) -> str:
-    return tensor.name.removeprefix(f"{arch.table.blocks}.{tensor.layer}.")
-
-
-def _expert(tensor: Tensor, fused: torch.Tensor) -> torch.Tensor:
-    own = fused[tensor.expert]
-    if tensor.role == "expert.down":
-        return own
-    half = own.shape[0] // 2
-    return own[:half] if tensor.role == "expert.gate" else own[half:]
+    return tensor.name.removeprefix(f"{arch.table.on_disk}.{tensor.layer}.")

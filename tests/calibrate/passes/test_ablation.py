@@ -15,6 +15,7 @@ from prune_export.calibrate import Ablations, CalibrationContext, TokenSet, Unit
 from prune_export.calibrate.passes import ablation
 from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
 from prune_export.machine import Machine
+from tests.arch.tiny_models import name_in_memory
 
 OUTPUTS = {
     "attention": ("o", "o.bias", "linear.out", "linear.out.bias"),
@@ -34,7 +35,7 @@ def by_hand(made: Any, ids: torch.Tensor, units: Iterable[Unit]) -> float:
         for tensor in made.arch.block(unit.layer) if unit.part != "block" else ():
             if tensor.role not in OUTPUTS[unit.part]:
                 continue
-            name = tensor.name
+            name = name_in_memory(made.arch, tensor.name)
             if tensor.role in ("expert.down", "experts.down") and name not in parameters:
                 prefix = f"{made.arch.table.blocks}.{unit.layer}."
                 inside = next(

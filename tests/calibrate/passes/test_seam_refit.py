@@ -22,6 +22,7 @@ from prune_export.calibrate.passes.seams import seams_of
 from prune_export.calibrate.streaming import checkpointing, driver
 from prune_export.calibrate.streaming.skip import OUTPUTS, Unit
 from prune_export.machine import Machine
+from tests.arch.tiny_models import name_in_memory
 
 NORMED = {
     "exaone4", "falcon_h1", "flex_olmo", "gemma2", "gemma3_text", "glm4", "hyperclovax", "minicpm3",
@@ -130,7 +131,7 @@ def test_each_seam_is_mended_as_the_rows_say(
     for seam, log in zip(seams, found.logs, strict=True):
         assert seam.group is not None
         (tensor,) = seam.group.tensors
-        path = tensor.name.removesuffix(".weight")
+        path = name_in_memory(arch, tensor.name).removesuffix(".weight")
         module = edited.get_submodule(path)
         goal = states_after(made.model, arch, seam.goal.layer, ids)
         lacks = (goal - states_after(edited, arch, seam.group.layer, ids)) / times
@@ -154,7 +155,7 @@ def test_each_seam_is_mended_as_the_rows_say(
             torch.testing.assert_close(change, weight + expected.change, atol=2e-2, rtol=2e-2)
             module.weight.data.copy_(found.read(tensor.name))
             if bias:
-                module.bias.data.copy_(found.read(f"{path}.bias"))
+                module.bias.data.copy_(found.read(tensor.name.replace(".weight", ".bias")))
     assert any(log["ridge"] is not None for log in found.logs)
     assert found.loss == pytest.approx((before, loss_of(edited, ids[21:])), rel=1e-3)
 

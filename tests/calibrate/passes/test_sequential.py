@@ -26,6 +26,7 @@ from prune_export.calibrate import (
 )
 from prune_export.calibrate.streaming import checkpointing
 from prune_export.machine import Machine
+from tests.arch.tiny_models import name_in_memory
 
 pytestmark = pytest.mark.usefixtures("small_sweeps")
 
@@ -116,6 +117,14 @@ def test_an_editor_sees_the_inputs_of_the_edited_model(
         assert log["tokens"] == tokens.ids.numel()
 
 
+def stack_of(module: Any) -> torch.Tensor | None:
+    """What all experts of a block read their states with, in one tensor; None of other modules."""
+    if not hasattr(module, "has_gate"):
+        return None
+    found: torch.Tensor = module.gate_up_proj if module.has_gate else module.up_proj
+    return found
+
+
 @pytest.mark.families("each", "mode")
 @pytest.mark.parametrize("mode", ["parked", "repeated", "block"], indirect=True)
 @pytest.mark.parametrize("model_type", MOE)
@@ -142,29 +151,35 @@ def test_an_expert_sees_the_tokens_routed_to_it(
     sites = next(sites for sites in every if any(site.expert is not None for site in sites))
     layer = sites[0].layer
     block = made.model.get_submodule(made.arch.table.blocks)
-    (experts,) = [m for m in block[layer].modules() if hasattr(m, "gate_up_proj")]
+    (experts,) = [m for m in block[layer].modules() if stack_of(m) is not None]
     with torch.no_grad():
         halves = [group for sites in every[:layer] for group in sites if group.expert is None]
         for module in (module for before in block[:layer] for module in before.modules()):
-            if hasattr(module, "gate_up_proj"):
-                module.gate_up_proj /= 2
+            if (stack := stack_of(module)) is not None:
+                stack /= 2
                 module.down_proj /= 2
         if mode != "block":
             halves += [site for site in sites if role(site.tensors[0].role).part == "attention"]
         for tensor in (tensor for group in halves for tensor in group.tensors):
-            made.model.get_parameter(tensor.name).div_(2)
+            made.model.get_parameter(name_in_memory(made.arch, tensor.name)).div_(2)
         caught: list[tuple[torch.Tensor, ...]] = []
         experts.register_forward_pre_hook(lambda _, args: caught.append(args))
         made.model(tokens.ids, use_cache=False)
         states, chosen, _ = caught[0]
-        for expert in range(len(experts.gate_up_proj)):
+        first = stack_of(experts)
+        assert first is not None
+        for expert in range(len(first)):
             own = states[(chosen == expert).any(-1)]
             torch.testing.assert_close(
                 editor.grams[layer, f"experts.in.{expert}"], own.T @ own, atol=2e-3, rtol=2e-4
             )
             halved = 1.0 if mode == "block" else 0.5
-            gate, up = (own @ (halved * experts.gate_up_proj[expert]).T).chunk(2, -1)
-            inner = experts.act_fn(gate) * up
+            inner = own @ (halved * first[expert]).T
+            if experts.has_gate:
+                gate, up = inner.chunk(2, -1)
+                inner = experts.act_fn(gate) * up
+            else:
+                inner = experts.act_fn(inner)
             torch.testing.assert_close(
                 editor.grams[layer, f"experts.out.{expert}"], inner.T @ inner, atol=2e-3, rtol=2e-4
             )
