@@ -24,8 +24,8 @@ from prune_export.calibrate.streaming.skip import OUTPUTS, Unit
 from prune_export.machine import Machine
 
 NORMED = {
-    "exaone4", "falcon_h1", "flex_olmo", "gemma2", "gemma3_text", "glm4", "hyperclovax", "minicpm3",
-    "olmo2", "olmo3",
+    "exaone4", "falcon_h1", "flex_olmo", "gemma2", "gemma3_text", "gemma4_text", "glm4",
+    "hyperclovax", "minicpm3", "olmo2", "olmo3",
 }  # fmt: skip
 ADDED = [name for name in sorted(tables()) if name not in NORMED
          and not name.startswith("sliced_")]  # fmt: skip
