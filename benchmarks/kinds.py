@@ -152,26 +152,7 @@ def write_tokenizer(out: Path) -> None:
 
 def write_text(data: Path) -> None:
     """Writes three texts of the same words, each in an order of its own."""
-    words = [
-        "a",
-        "model",
-        "that",
-        "is",
-        "too",
-        "big",
-        "or",
-        "slow",
-        "for",
-        "where",
-        "it",
-        "must",
-        "run",
-        "can",
-        "be",
-        "cut",
-        "and",
-        "healed",
-    ]
+    words = "a model that is too big or slow for where it must run is cut and healed".split()  # noqa: SIM905
     data.mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(("text.txt", "healing.txt", "evaluation.txt")):
         dice = random.Random(seed)

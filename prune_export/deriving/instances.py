@@ -91,9 +91,8 @@ def build(config: Mapping[str, Any], device: str = "cpu") -> Any:
         ).eval()
 
 
-def randomize(model: Any, seed: int = 0) -> None:
+def randomize(model: Any) -> None:
     """Makes every parameter random, so that none is a zero that hides a mistake."""
-    torch.manual_seed(seed)
     stored = model.state_dict().keys()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,6 +112,7 @@ def random_instance(config: Mapping[str, Any], path: Path, table: Table | None =
     The model is the saved one, read again: the layout of fused experts in memory moves the last
     bits of their products, and cut models are read from files too.
     """
+    torch.manual_seed(0)
     model = build({**NO_ENDS, **config})
     randomize(model)
     with quietly():

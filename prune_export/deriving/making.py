@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +39,7 @@ from prune_export.deriving.table import (
 )
 from prune_export.deriving.watching import Watched
 from prune_export.errors import PruneExportError, UnsupportedArch
+from prune_export.system.temporary import Temporary
 
 _WIDTH_KEYS: Final = {
     "MLP width": ("mlp",),
@@ -68,7 +68,7 @@ class Derived:
         return tuple(one for one in self.checks if not one.ok and one.what not in optional)
 
 
-def derive(full: Mapping[str, Any], scratch: Path | None = None) -> Derived:
+def derive(full: Mapping[str, Any]) -> Derived:
     """Derives and proves a table for the model type of a full config.
 
     `Derived.failed` says what is disproved: then the table is a start, not to be used.
@@ -79,10 +79,10 @@ def derive(full: Mapping[str, Any], scratch: Path | None = None) -> Derived:
     began = time.perf_counter()
     refuse_unknown_type(full)
     threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+    with Temporary() as folder:
         torch.set_num_threads(1)
         try:
-            table, checks, notes = _derived(full, Path(folder))
+            table, checks, notes = _derived(full, folder)
         except PruneExportError:
             raise
         except Exception as error:  # whatever the model's own code raises on its config
@@ -111,10 +111,10 @@ def prove_table(table: Table) -> tuple[list[Check], float]:
         for name, changes in {"plain": {}, **table.tiny.variants}.items():
             words = [model_type if len(table.model_types) > 1 else "", name]
             label = ", ".join(filter(None, words)) if len(table.tiny.variants) else ""
-            with tempfile.TemporaryDirectory() as folder:
+            with Temporary() as folder:
                 config = {**table.tiny.config, **changes, "model_type": model_type}
                 try:
-                    made = random_instance(config, Path(folder) / "small", table)
+                    made = random_instance(config, folder / "small", table)
                 except PruneExportError:
                     raise
                 except Exception as error:
@@ -123,7 +123,7 @@ def prove_table(table: Table) -> tuple[list[Check], float]:
                         f"transformers cannot make this model: {type(error).__name__}: {error}",
                         "correct `tiny` in the table",
                     ) from error
-                checks = [*proof.prove(made, Path(folder)),
+                checks = [*proof.prove(made, folder),
                           checked("blocks one at a time", partial(_streamed, made))]  # fmt: skip
             found += [replace(one, what=f"{label}: {one.what}") if label else one for one in checks]
     return found, time.perf_counter() - began
@@ -146,6 +146,7 @@ def _derived(
     full: Mapping[str, Any], folder: Path
 ) -> tuple[Table, tuple[Check, ...], tuple[str, ...]]:
     small = shrunk(full)
+    torch.manual_seed(0)
     model = build(small.config)
     randomize(model)
     blocks = _blocks(model, small.config[small.keys["layers"]])

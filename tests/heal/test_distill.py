@@ -197,7 +197,8 @@ def test_ways_to_write_the_objective() -> None:
     assert made[0].distill == Distill()
     assert Lora(objective="distill").distill == Distill()
     assert read({}).distill is None
-    assert read({"objective": {"distill": {"cache": 64, "beta": 0.1}}}).distill.cache == 64
+    jsd = {"cache": 64, "divergence": "jsd", "beta": 0.1}
+    assert read({"objective": {"distill": jsd}}).distill.cache == 64
 
 
 @pytest.mark.parametrize(

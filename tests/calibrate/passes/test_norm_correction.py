@@ -75,8 +75,10 @@ def test_whole_windows_give_the_norms_of_the_unedited_block(
         expected = (unedited[kind] + 0.1 * edited[kind]) / 1.1
         torch.testing.assert_close(sums, expected, rtol=2e-3, atol=1e-5)
         differs += not torch.allclose(edited[kind], unedited[kind], rtol=0.05)
-    # Where experts are one tensor on disk, only attention is edited.
-    assert differs >= min(2, len(found) - 1), "edits must matter here"
+    # Where experts are one tensor on disk, only attention is edited. Gemma 4 norms queries, keys,
+    # values, and what attention gives: smaller weights change only what leaves its MLP.
+    least = 1 if model_type == "gemma4_text" else min(2, len(found) - 1)
+    assert differs >= least, "edits must matter here"
 
 
 def test_heads_stand_for_their_windows(

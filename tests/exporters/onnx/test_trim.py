@@ -30,7 +30,8 @@ from tests.zeroed_models import Zeroed
 KINDS = {
     "cohere2": 2, "deepseek_v3": 2, "dots1": 2, "ernie4_5_moe": 2, "exaone4": 2, "gemma2": 2,
     "bamba": 2, "gemma3_text": 2, "glm4_moe": 2, "granitemoehybrid": 2, "jamba": 4, "lfm2": 2,
-    "lfm2_moe": 4, "nemotron_h": 4, "olmo3": 2, "qwen3_5_moe_text": 2, "qwen3_5_text": 2,
+    "lfm2_moe": 4, "mistral4": 2, "nemotron_h": 4, "olmo3": 2, "qwen3_5_moe_text": 2,
+    "qwen3_5_text": 2,
     "qwen3_next": 3, "qwen2": 2, "qwen2_moe": 3, "qwen3": 2, "qwen3_moe": 2, "sliced_qwen2": 2,
     "sliced_qwen3": 2, "smollm3": 2,
 }  # fmt: skip
