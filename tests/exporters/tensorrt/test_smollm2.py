@@ -89,7 +89,7 @@ def prune(folder: Path, nm: Nm) -> None:
 def test_the_real_model_builds(nm: Nm | None, target: str, graph: Path, tmp_path: Path) -> None:
     """Each pattern and each generation once: patterns are in the graph, the target in the build.
 
-    By default the last row alone, whose graph is rewritten; tiny models are built with all patterns.
+    By default the last row alone, whose graph is rewritten; tiny models have all patterns.
     """
     folder = tmp_path / "graph"
     shutil.copytree(graph, folder)
