@@ -59,6 +59,7 @@ def test_the_inspection_is_json(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 2, 5])
 def test_the_picture_shows_the_map_and_is_the_same_each_time(tmp_path: Path, layers: int) -> None:
     found = made(tmp_path / "model", layers)

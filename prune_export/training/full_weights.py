@@ -56,7 +56,7 @@ class Whole:
     def edits(self, source: Checkpoint, keep_zeros: Collection[str]) -> Iterator[Overwrite]:
         """The edits that put what was trained into `source`; `keep_zeros` keep theirs."""
         parameters = self.trained()
-        back = _Back(self.model)
+        back = _Back(self.model, source)
         owners = {name: owner for owner, names in self.stored.items() for name in names}
         for name in source.entries:
             if name in owners:
@@ -83,7 +83,7 @@ def whole_model(
     where = {"": 0 if device == "cuda" else "cpu"}
     model = load_model(source.path, dtype=torch.float32, device_map=where)
     model.requires_grad_(False).eval()
-    asked, back = set(names), _Back(model)
+    asked, back = set(names), _Back(model, source)
     stored: dict[str, tuple[str, ...]] = {}
     masks: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -114,10 +114,15 @@ def _autocast(device: str, dtype: torch.dtype, forward: Any, *args: Any, **named
 
 
 class _Back:
-    """From parameters to stored weights; the last is kept, as its parts are asked for in turn."""
+    """From parameters to stored weights; the last is kept, as its parts are asked for in turn.
 
-    def __init__(self, model: Any) -> None:
+    In files of a larger model (of images and text) they have other names than in `source`.
+    """
+
+    def __init__(self, model: Any, source: Checkpoint) -> None:
         self._model = model
+        wrapped = source.wrapped
+        self._own = {wrapped.stored_name(name): name for name in source.entries} if wrapped else {}
         self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
 
     def names(self, name: str, parameter: torch.Tensor) -> tuple[str, ...]:
@@ -134,7 +139,7 @@ class _Back:
         from transformers.core_model_loading import revert_weight_conversion
 
         found: dict[str, torch.Tensor] = revert_weight_conversion(self._model, {name: value})
-        return found
+        return {self._own.get(stored, stored): part for stored, part in found.items()}
 
 
 def _stored(

@@ -22,6 +22,7 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.checkpoint.loading import load_config, load_model
 from prune_export.errors import CheckpointError, PlanError, UnsupportedArch
 from prune_export.surgery import Become, Drop, Edit, Keep, Untie, rewrite
+from prune_export.training.full_weights import trained_tensors, whole_model
 from tests.checkpoint.tiny_wrappers import IMAGE, RECIPES, TinyWrapper, save_wrapper
 
 TEXT = torch.tensor([[5, 9, 40, 3, 17, 22, 8, 2, 11, 50]])
@@ -345,3 +346,16 @@ def test_released_configs_are_understood(name: str, tmp_path: Path) -> None:
     again.mkdir()
     (again / "config.json").write_text(json.dumps(whole))
     assert Checkpoint.open(again, weights=False).arch().layers == arch.layers - 1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_all_of_its_weights_can_be_trained(save: Save, name: str) -> None:
+    source = Checkpoint.open(save(name).path)
+    names = [tensor.name for tensor in trained_tensors(source.arch(), embeddings=True)]
+    whole = whole_model(
+        source, names, device="cpu", dtype=torch.float32, gradient_checkpointing=False,
+        keep_zeros=(),
+    )  # fmt: skip
+    found = {edit.tensor: edit.value() for edit in whole.edits(source, ())}
+    assert found.keys() == set(names)
+    assert all(torch.equal(value, source.read(one)) for one, value in found.items())

@@ -66,6 +66,7 @@ def _instance(name: str, unit: str | None) -> Any:
     return an_instance(registry.find("methods", name), unit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "unit"), UNITS)
 def test_a_method_refuses_these_families_and_no_others(
     name: str, unit: str | None, tiny: Callable[[str], Checkpoint]

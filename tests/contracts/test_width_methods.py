@@ -37,6 +37,7 @@ def method_for(name: str, checkpoint: Checkpoint, **keys: Any) -> Any:
     return registry.find("methods", name)(ffn=0.5, **keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_heads_are_refused_for_these_families_and_no_others(
     name: str, tiny: Callable[[str], Checkpoint]

@@ -310,6 +310,7 @@ def test_a_sparse_score_is_of_each_weight_and_leaves_the_matrix(
         plugins.zero_least(method, plain_view(Checkpoint.open(tiny_llama), tmp_path), score)
 
 
+@pytest.mark.slow
 def test_an_engine_says_by_whose_name_it_is_opened(tmp_path: Path, tiny_llama: Path) -> None:
     code = EXAMPLES["program.py"].replace('exporter="program"', 'exporter="other"')
     entries = {"prune_export.exporters": {"misnamed": "misnamed_package.own:Program"}}

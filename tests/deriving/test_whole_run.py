@@ -32,6 +32,7 @@ verify: {generation: false}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured_here")
 def test_a_derived_type_goes_all_the_way(tiny_other: Path, corpus: Path, tmp_path: Path) -> None:
     assert MODEL_TYPE not in tables()

@@ -78,6 +78,7 @@ def at_each_step(before: Callable[[Path], None], tmp_path: Path) -> Iterator[Pat
     raise AssertionError("it never ended")
 
 
+@pytest.mark.slow
 def test_a_killed_swap_is_mended_by_whoever_comes_next(tmp_path: Path) -> None:
     for out in at_each_step(lambda out: put(out, OLD), tmp_path):
         # A half-filled directory is no model: config.json goes first and comes last.
@@ -142,6 +143,7 @@ def test_what_came_meanwhile_is_kept_and_told_of(tmp_path: Path) -> None:
     assert is_whole(out, NEW)
 
 
+@pytest.mark.slow
 def test_a_swap_writes_over_nothing(tmp_path: Path) -> None:
     """Killed in the middle, and then the user puts something where the rest would go."""
     for out in at_each_step(lambda out: put(out, OLD), tmp_path):

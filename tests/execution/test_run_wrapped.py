@@ -49,6 +49,7 @@ def options(tmp_path: Path) -> Options:
     return Options(tmp_path / "out", tmp_path / "store", Machine.detect(device="cpu", threads=1))
 
 
+@pytest.mark.slow
 def test_the_language_model_is_pruned_in_place(
     gemma3: Path, corpus: Path, options: Options, measured_here: None
 ) -> None:

@@ -19,6 +19,7 @@ from tests.hub.fake_hub import GOOD, READ_ONLY, WRONG, FakeHub, Repo
 from tests.hub.made import EXPECTED, called, uploading
 
 
+@pytest.mark.slow
 def test_uploads_the_same_bytes_and_only_ours(result: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     with FakeHub() as fake:

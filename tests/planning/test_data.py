@@ -209,6 +209,7 @@ def test_a_token_that_the_embedding_lacks_is_named_before_any_work(
         plan(recipe(tmp_path, PRUNE, calibration=tokens), str(grown), options)
 
 
+@pytest.mark.slow
 def test_a_prompt_with_a_token_that_the_embedding_lacks(
     grown: Path, corpus: Path, options: Options
 ) -> None:

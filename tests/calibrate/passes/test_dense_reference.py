@@ -180,6 +180,7 @@ def bend(model: Any, arch: Any, group: LinearGroup, factor: float) -> None:
         model.get_submodule(path).weight.data *= factor
 
 
+@pytest.mark.slow
 def test_every_table_says_whether_outputs_are_added(twin: Callable[..., Any]) -> None:
     """Others' are normalized or scaled first; the test above proves those that are added."""
     added = {

@@ -48,6 +48,7 @@ def first_tensor(graph: Path) -> Any:
     return next(t for t in load(graph).graph.initializer if t.data_location == t.EXTERNAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_an_engine_from_the_hub_runs_and_shows_its_weights(
     shared: bool, tiny_graph: Path, tmp_path: Path

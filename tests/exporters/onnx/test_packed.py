@@ -40,6 +40,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "int4", "fp32"])
 def test_a_packed_engine_computes_the_same_from_fewer_bytes(
     sparse: Path, tmp_path: Path, precision: str
@@ -79,6 +80,7 @@ def engine(sparse: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return Engine.of(exported(ENTRY, sparse, path), path)
 
 
+@pytest.mark.slow
 def test_dense_is_the_twin_that_sparse_is_timed_against(
     sparse: Path, engine: Engine, tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def short_convolutions(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTra
     return model, path / "onnx"
 
 
+@pytest.mark.slow
 def test_states_are_caches_of_the_graph(short_convolutions: tuple[PreTrainedModel, Path]) -> None:
     model, path = short_convolutions
     graph = onnx.load(path / "model.onnx", load_external_data=False).graph

@@ -83,6 +83,7 @@ def zero_everything(model: Zeroed) -> None:
             model.channels(layer, range(arch.sizes[f"moe.{layer}.{expert}"]), expert=expert)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [one for one in FAMILIES if one.values[0] in NARROWED])
 def test_a_wide_family_becomes_a_narrow_engine(model_type: str, tmp_path: Path) -> None:
     """Also that the family's graph computes the same: the others' are in test_onnx.py."""
@@ -141,6 +142,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Zeroed, Path, Any]:
     return model, path, exported(Onnx(), path / "wide", path / "onnx")
 
 
+@pytest.mark.slow
 def test_every_block_has_the_shapes_that_are_left_of_it(llama: Any) -> None:
     _, path, record = llama
     graph = path / "onnx" / record.graph

@@ -43,6 +43,7 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_packed_engine_runs_in_both_runtimes(sparse: Path, tmp_path: Path) -> None:
     """The trial at the end of an export has onnxruntime-genai itself load the library, and run."""
     plain = replace(ENTRY, packed="no")

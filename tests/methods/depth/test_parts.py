@@ -183,6 +183,7 @@ def test_a_distance_across_blocks_knows_no_parts() -> None:
         AngularDistanceDrop(remove=1, unit="attention")  # type: ignore[call-arg]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
 def test_engines_leave_out_what_stock_transformers_loads_as_zeros(
     model_type: str, tmp_path: Path

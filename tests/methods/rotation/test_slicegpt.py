@@ -94,6 +94,7 @@ def test_a_basis_for_each_junction_keeps_more_and_counts_its_matrices(tmp_path: 
     assert after.parameters() == sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_its_code_comes_along_for_those_without_prune_export(tmp_path: Path) -> None:
     """A fresh process that knows nothing of us, and allows the checkpoint's code."""
     tiny = random_model("llama", {}, tmp_path / "model")
