@@ -47,6 +47,7 @@ def test_importing_it_brings_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_verbs_stay_functions_when_their_homes_are_imported_without_what_is_heavy() -> None:
     code = (
         "import prune_export.execution, prune_export.planning, prune_export.results.provenance\n"

@@ -108,6 +108,7 @@ def test_one_line_is_planned_from_a_text_and_a_time(
         assert told in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured_here")
 def test_run_and_plan_take_one_text(
     cli: Any, tiny_llama: Path, notes: Path, tmp_path: Path

@@ -121,6 +121,7 @@ def test_plan_run_and_store(cli: Any, tiny_llama: Path, recipe: Path, tmp_path: 
     assert json.loads(cli("publish", out, "--repo", "a/b", "--dry-run", "--json")[1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured_here")
 def test_a_recipe_alone_never_publishes(
     cli: Any, tiny_llama: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -89,6 +89,7 @@ class Here:
         return drive.drawn(self.runner, prompts, new, task.advance, **keys)
 
 
+@pytest.mark.slow
 def test_the_same_answers_come_again_and_a_killed_run_ends_in_them(
     tiny_llama: Path, tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:

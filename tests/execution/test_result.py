@@ -93,6 +93,7 @@ def test_a_killed_swap_is_mended_by_whoever_comes_next(tmp_path: Path) -> None:
         assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_killed_first_result_leaves_nothing_that_stays(tmp_path: Path) -> None:
     for out in at_each_step(lambda _: None, tmp_path):
         assert not out.exists() or is_whole(out, NEW)
@@ -216,6 +217,7 @@ assert is_whole(out, NEW) and out.is_mount()
 """
 
 
+@pytest.mark.slow
 def test_a_mount_point_is_filled_from_within(tmp_path: Path) -> None:
     """As a container's volume is; its parent may not even be writable."""
     try:

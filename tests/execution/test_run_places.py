@@ -70,6 +70,7 @@ def test_what_a_result_has_got_since_is_not_destroyed(
     assert "holds .git/ and notes.txt" in refused(recipe, tiny_llama, options)
 
 
+@pytest.mark.slow
 def test_a_place_that_is_read_is_not_written_to(
     tiny_llama: Path, tmp_path: Path, recipe: Recipe, options: Options, result: Path
 ) -> None:

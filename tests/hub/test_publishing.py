@@ -105,6 +105,7 @@ def test_the_hub_refuses_in_words(result: Path, tmp_path: Path) -> None:
         assert token not in printed
 
 
+@pytest.mark.slow
 def test_a_saved_login_is_used(result: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -146,6 +147,7 @@ def test_dry_run_lists_without_a_network_or_token(result: Path) -> None:
     assert "genai/model.plan (left out)" in text
 
 
+@pytest.mark.slow
 def test_a_bill_of_materials_and_a_gguf_file_go_along(result: Path, tmp_path: Path) -> None:
     (result / "genai" / "model.gguf").write_bytes(b"GGUF of a test")
     lock = {"base": {"model": "tiny"}, "versions": {"prune_export": "0.1.0"}}

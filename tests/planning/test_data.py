@@ -56,6 +56,7 @@ def refused(asked: Recipe, model: Path, options: Options) -> str:
     return str(planned.value)
 
 
+@pytest.mark.slow
 def test_text_that_is_too_short_for_any_of_its_uses(
     tiny_llama: Path, corpus: Path, options: Options
 ) -> None:
@@ -138,6 +139,7 @@ def test_saved_tokens_that_are_too_few(tiny_llama: Path, tmp_path: Path, options
         assert "holds 3 windows of 32 tokens" in said
 
 
+@pytest.mark.slow
 def test_healing_needs_a_window_to_measure_with(
     tiny_llama: Path, corpus: Path, tmp_path: Path, options: Options
 ) -> None:
@@ -223,6 +225,7 @@ def test_a_prompt_with_a_token_that_the_embedding_lacks(
         measure_generation("dense", Engine.pytorch(grown), grown, options.machine)
 
 
+@pytest.mark.slow
 def test_files_that_are_no_text_are_refused_without_a_tokenizer_too(
     tiny_llama: Path, tmp_path: Path, options: Options
 ) -> None:

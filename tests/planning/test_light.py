@@ -50,6 +50,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_a_plan_imports_no_transformers_models(
     tiny_llama: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
     assert draw_figures(made("least"), tmp_path / "figures") == []
 
 
+@pytest.mark.slow
 def test_equal_reports_give_equal_bytes_in_another_process(tmp_path: Path) -> None:
     draw_summary(made("full"), tmp_path / "here.png")
     # A user's own style changes nothing.

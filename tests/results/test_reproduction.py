@@ -81,6 +81,7 @@ def differing(found: Reproduction) -> list[str]:
     return [one.what for one in found.findings if not one.same]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured_here")
 def test_a_run_comes_out_again(made: Path, tiny_llama: Path, corpus: Path, tmp_path: Path) -> None:
     chosen = places(tmp_path / "again", options(tmp_path))

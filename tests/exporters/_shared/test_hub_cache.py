@@ -67,6 +67,7 @@ def test_an_engine_from_the_hub_runs_and_shows_its_weights(
     assert patterns(snapshot / "model.onnx") == patterns(tiny_graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_link_to_elsewhere_is_refused(shared: bool, tiny_graph: Path, tmp_path: Path) -> None:
     source = tmp_path / "onnx"

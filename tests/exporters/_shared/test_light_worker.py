@@ -8,6 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
 from prune_export.machine import Machine
 from prune_export.verify.engine import Engine
 
@@ -22,6 +24,7 @@ print(sorted(heavy), file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_an_engine_is_opened_and_timed_without_torch(tiny_graph: Path) -> None:
     engine = Engine("onnx", tiny_graph.parent, trusted=True)
     opening = {"engine": engine.to_json(), "machine": asdict(MACHINE)}

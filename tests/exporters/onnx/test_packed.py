@@ -98,6 +98,7 @@ def test_dense_is_the_twin_that_sparse_is_timed_against(
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-5 * abs(found[1]).max())
 
 
+@pytest.mark.slow
 def test_the_operators_calls_are_counted(engine: Engine) -> None:
     library = Library(engine.path / LIBRARY)
     graph = onnx.load(engine.path / "model.onnx", load_external_data=False)
@@ -139,6 +140,7 @@ def test_a_library_of_another_machine_says_so(engine: Engine, tmp_path: Path) ->
         ENTRY.open(tmp_path / "onnx", MACHINE)
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_packed_say_why(tmp_path: Path) -> None:
     saved("llama", tmp_path / "dense")
     with pytest.raises(StageError, match=r"no bf16 numbers[\s\S]*precision: int8"):

@@ -21,7 +21,7 @@ def chain(between: str | None = None, over: bool = False) -> Trace:
         given = [ir.AttrInt64(key, value) for key, value in attributes.items()]
         nodes.append(ir.Node(domain, kind, list(read), given, name=f"n{len(nodes)}"))
         value = nodes[-1].outputs[0]
-        value.name = f"v{len(nodes)}"
+        value.name, value.type = f"v{len(nodes)}", ir.TensorType(ir.DataType.FLOAT)
         return value
 
     given = ir.Value(

@@ -174,6 +174,7 @@ def test_states_are_caches_of_the_graph(short_convolutions: tuple[PreTrainedMode
     assert len(caches) == 2 * kinds.count("full_attention") + kinds.count("conv")
 
 
+@pytest.mark.slow
 def test_states_go_on_where_a_step_ended_and_are_forgotten_on_reset(
     short_convolutions: tuple[PreTrainedModel, Path],
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_wide_family_becomes_a_narrow_engine(model_type: str, tmp_path: Path) 
     onnx.checker.check_model(str(graph), full_check=True)
 
 
+@pytest.mark.slow
 def test_experts_without_a_gate_are_narrowed(tmp_path: Path) -> None:
     kinds = ["moe", "full_attention", "moe", "linear_attention"]
     saved("nemotron_h", tmp_path / "wide", layers_block_type=kinds)
@@ -161,6 +162,7 @@ def test_every_block_has_the_shapes_that_are_left_of_it(llama: Any) -> None:
     assert record.notes[1] == "trimmed: 2 attention, 1 mlp, 6 heads, 15 channels"
 
 
+@pytest.mark.slow
 def test_a_step_reads_only_what_is_left(llama: Any) -> None:
     model, _, record = llama
     whole = {layer: sum(prod(model.arch.shape(t)) for t in model.arch.block(layer))

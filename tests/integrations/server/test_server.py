@@ -300,6 +300,7 @@ def test_models_health_and_metrics(served: str) -> None:
     assert "prune_export_waiting 0.0" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_vanishes_frees_the_engine(chatty: Path, *, stream: bool) -> None:
     gated = Gated()

@@ -39,6 +39,7 @@ def repository(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_a_repository_holds_the_model_its_config_and_a_compose_file(repository: Path) -> None:
     files = {one.relative_to(repository).as_posix() for one in repository.rglob("*")}
     assert files >= {"compose.yaml", "small/config.pbtxt", "small/1/model.onnx"}
