@@ -41,7 +41,7 @@ test: $(BIN)/.demo  ## all tests
 test-all: $(BIN)/.demo  ## all tests, and every row of the products over families; over an hour
 	$(BIN)/python -m pytest $(SPREAD) --all-pairs
 
-quick: $(BIN)/.demo  ## after each change: a few rows of every test that takes no more than seconds
+quick: $(BIN)/.demo  ## after each change: one row of every test that takes about a second at most
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow" --few
 
 lint: $(BIN)/.demo  ## ruff, mypy, import-linter and the docs site, as CI runs them

@@ -86,7 +86,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run every row of the products over families that are covers by default",
     )
-    parser.addoption("--few", action="store_true", help="run two rows of every test")
+    parser.addoption("--few", action="store_true", help="run one row of every test")
 
 
 SENTENCES = (
