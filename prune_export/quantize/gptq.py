@@ -118,9 +118,9 @@ class Gptq(QuantizeMethod):
     def decide(self, model: ModelView) -> Decision:
         names = frozenset(tensor.name for tensor in self.targets(model.arch))
         editor = _Rounding(f"{type(self).__name__} {self.VERSION} {self}", names, self)
-        swept = model.sequential(editor, self.order)
-        sites = [site for log in swept.logs for site in log.values()]
-        tensors = {name: own for site in sites for name, own in site["tensors"].items()}
+        result = model.sequential(editor, self.order)
+        groups = [group for log in result.logs for group in log.values()]
+        tensors = {name: own for group in groups for name, own in group["tensors"].items()}
         more: dict[str, Any] = {
             "order": self.order,
             "mean_square_error": sum(own["loss"] for own in tensors.values()) / len(tensors),
@@ -135,16 +135,16 @@ class Gptq(QuantizeMethod):
                 "zeros": zeros,
                 "weights": weights,
             }
-        unseen = [name for site in sites if not site["tokens"] for name in site["tensors"]]
+        unseen = [name for group in groups if not group["tokens"] for name in group["tensors"]]
         if unseen:
             more["rounded_to_nearest_for_want_of_tokens"] = unseen
-        edits = tuple(Overwrite(name, read) for name, read in swept.values())
-        grids = {name: partial(self._grid, swept, name) for name in swept.names}
+        edits = tuple(Overwrite(name, read) for name, read in result.values())
+        grids = {name: partial(self._grid, result, name) for name in result.names}
         return decision(self, edits, grids, more | {"tensors": tensors})
 
-    def _grid(self, swept: SequentialResult, name: str) -> Grid:
-        zeros = None if self.symmetric else swept.read(f"{name}:zeros")
-        return Grid(self.bits, self.group_size, swept.read(f"{name}:scales"), zeros)
+    def _grid(self, result: SequentialResult, name: str) -> Grid:
+        zeros = None if self.symmetric else result.read(f"{name}:zeros")
+        return Grid(self.bits, self.group_size, result.read(f"{name}:scales"), zeros)
 
     @property
     def asked(self) -> Asked:
@@ -164,23 +164,25 @@ class _Rounding:
     targets: frozenset[str]
     method: Gptq
 
-    def watch(self, site: LinearGroup, width: int, device: str) -> Hessian | None:
+    def watch(self, group: LinearGroup, width: int, device: str) -> Hessian | None:
         """Accumulates the Hessian for a linear group of which a matrix is quantized."""
-        wanted = any(tensor.name in self.targets for tensor in site.tensors)
+        wanted = any(tensor.name in self.targets for tensor in group.tensors)
         return Hessian(width, device) if wanted else None
 
-    def edit(self, site: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian) -> Edited:
+    def edit(
+        self, group: LinearGroup, weights: Mapping[str, torch.Tensor], seen: Hessian
+    ) -> Edited:
         """Quantizes the matrices of a group, and updates weights that are still to come."""
         method = self.method
-        chosen = [tensor.name for tensor in site.tensors if tensor.name in self.targets]
-        gram = seen.sums
-        order = torch.arange(len(gram), device=gram.device)
+        chosen = [tensor.name for tensor in group.tensors if tensor.name in self.targets]
+        hessian = seen.sums
+        order = torch.arange(len(hessian), device=hessian.device)
         if method.act_order:
             unit = method.nm.of if method.nm else 1
-            order = processing_order(gram.diagonal(), method.group_size, unit)
-            gram = gram[order][:, order]
-        where = f"block {site.layer}, {site.name}"
-        factor = obs_unstructured.factor(gram, method.damping, where)
+            order = processing_order(hessian.diagonal(), method.group_size, unit)
+            hessian = hessian[order][:, order]
+        where = f"block {group.layer}, {group.name}"
+        factor = obs_unstructured.factor(hessian, method.damping, where)
         made, log, beside = {}, {}, {}
         own = [weights[name] for name in chosen]
         for name, found in zip(chosen, quantize(own, factor, order, method.asked), strict=True):

@@ -16,8 +16,7 @@ import torch
 from prune_export.errors import CheckpointError, PruneExportError, UnsupportedArch
 from tests.checkpoint.raw_safetensors import parts, write
 
-ONE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM = "model.norm.weight"
 Break = Callable[[Path], None]
 CASES: list[Any] = []
