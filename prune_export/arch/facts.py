@@ -38,9 +38,7 @@ def facts_of(table: Table) -> dict[str, Any]:
         "depth": _depth(table),
         "width": ", ".join(_CUTS[axis] for axis in cuts_of(table)) or "none",
         "sparse and quantized": ", ".join(dict.fromkeys(sparse)) or "none",
-        "graphs (onnx, tensorrt, aoti)": f"refused: it {table.untraceable}"
-        if table.untraceable
-        else "yes",
+        "graphs (onnx, tensorrt, aoti)": _graphs(table),
         "source": table.source,
     }
     if table.derived is not None:
@@ -60,3 +58,11 @@ def _depth(table: Table) -> str:
     if table.layer_sets:
         return "blocks of each kind, as far as the config can say what is left"
     return "any blocks"
+
+
+def _graphs(table: Table) -> str:
+    if table.untraceable:
+        return f"refused: it {table.untraceable}"
+    if any(row.role == "linear.conv" for row in table.block):
+        return "onnx; the others refuse blocks that keep states of convolutions or recurrences"
+    return "yes"

@@ -47,6 +47,8 @@ def test_the_facts_of_one(cli: Any, tmp_path: Path) -> None:
     assert json.loads(cli("families", "gptj", *where)[1])["graphs (onnx, tensorrt, aoti)"][:7] == (
         "refused"
     )
+    hybrid = json.loads(cli("families", "lfm2", *where)[1])["graphs (onnx, tensorrt, aoti)"]
+    assert hybrid.startswith("onnx; the others refuse")
     status, _, error = cli("families", "qwen33", *where[1:])
     assert status == 2
     assert "did you mean" in error
