@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from prune_export.calibrate.streaming.layerwise_model import _Names as Names
+from prune_export.calibrate.streaming.layerwise_model import ModuleNames
 from prune_export.deriving import proof
 from prune_export.deriving.small import Small, shapes
 from prune_export.errors import UnsupportedArch
@@ -42,7 +42,7 @@ class Kind:
 
 def stored_names(path: Path, model: Any) -> Stored:
     """Every tensor of a saved model, in the order of the model in memory."""
-    names = Names(model)
+    names = ModuleNames(model)
     order = {name: index for index, name in enumerate(model.state_dict())}
     found = {
         name: (names.renamed(name), shape) for name, shape in proof.shapes_on_disk(path).items()

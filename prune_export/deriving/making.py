@@ -16,8 +16,7 @@ from torch import nn
 from prune_export.arch import Arch
 from prune_export.arch.rare import Derivation
 from prune_export.arch.table import Table
-from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel
-from prune_export.calibrate.streaming.layerwise_model import _Names as Names
+from prune_export.calibrate.streaming.layerwise_model import LayerwiseModel, ModuleNames
 from prune_export.checkpoint import Checkpoint
 from prune_export.deriving import proof
 from prune_export.deriving.assembly import Found, table_of
@@ -252,7 +251,7 @@ def _true_shapes(full: Mapping[str, Any], small: Small, table: Table) -> str:
         # Tens of thousands of tensors: its first blocks, one of each kind among them.
         full = of_depth(full, small.keys, small.config[small.keys["layers"]])
     model, arch = build(full, "meta"), Arch.from_config(full, table=table)
-    names, state = Names(model), model.state_dict()
+    names, state = ModuleNames(model), model.state_dict()
     there = proof.untied(arch, names, {name: tuple(one.shape) for name, one in state.items()})
     proof.compare(*proof.comparable(arch, names, there))
     some = f" in its first {arch.layers} blocks" if "expert" in table.axes else ""
@@ -262,7 +261,7 @@ def _true_shapes(full: Mapping[str, Any], small: Small, table: Table) -> str:
 def _varied(small: Small, table: Table) -> str:
     """One size key at a time: the table's shapes move as those of the model do."""
     model = build(small.config, "meta")
-    names, known = Names(model), proof.of_one_block(model.state_dict())
+    names, known = ModuleNames(model), proof.of_one_block(model.state_dict())
     keys = [small.keys["layers"], *small.keys.standard.values(), *small.keys.others]
     moved = 0
     for key in dict.fromkeys(keys):

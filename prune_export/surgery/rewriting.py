@@ -19,6 +19,7 @@ from prune_export.checkpoint.config import full_config
 from prune_export.checkpoint.grid_file import NAME as GRIDS
 from prune_export.checkpoint.header import TORCH, Entry
 from prune_export.checkpoint.reader import Checkpoint, all_finite
+from prune_export.checkpoint.tied import refuse_two_heads
 from prune_export.checkpoint.wrapped import Wrapped
 from prune_export.checkpoint.writer import SHARD_BYTES, Planned, write_checkpoint
 from prune_export.errors import CheckpointError, PlanError
@@ -76,7 +77,7 @@ def rewrite(
         side_files = (*side_files, *(FOLDER / name for name in after.table.bundled.files))
     source.check(arch)
     _refuse_unsayable(config, after, out)
-    _refuse_untied(source, arch)
+    refuse_two_heads(source.entries, arch, source.path)
     window = max(MIB, min(_WINDOW_BYTES, ram_bytes // 16))
     planned = list(_planned(source, arch, after, sorted_edits, window))
     if source.wrapped is not None:
@@ -259,31 +260,6 @@ def _windows(rows: Iterable[int], span: int) -> Iterator[list[int]]:
         group.append(row)
     if group:
         yield group
-
-
-def _refuse_untied(source: Checkpoint, arch: Arch) -> None:
-    """Refuses a stored copy of a tied tensor that is no copy: it would be left behind."""
-    for tensor in arch.tensors:
-        if tensor.tied_to is None or tensor.name not in source.entries:
-            continue
-        one, other = source.entries[tensor.name], source.entries[tensor.tied_to]
-        if one.nbytes != other.nbytes or not _same_bytes(one, other):
-            raise CheckpointError(
-                f"{source.path}  {tensor.name}",
-                f"differs from {tensor.tied_to}, but config.json says that they are tied",
-                'write `"tie_word_embeddings": false` into config.json, or remove the tensor',
-            )
-
-
-def _same_bytes(one: Entry, other: Entry) -> bool:
-    with one.file.open("rb") as left, other.file.open("rb") as right:
-        left.seek(one.start)
-        right.seek(other.start)
-        for start in range(0, one.nbytes, MIB):
-            count = min(MIB, one.nbytes - start)
-            if left.read(count) != right.read(count):
-                return False
-    return True
 
 
 def _refuse_unsayable(config: Mapping[str, Any], after: Arch, out: Path) -> None:

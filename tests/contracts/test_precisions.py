@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx.reference import ReferenceEvaluator
 from transformers import AutoConfig
 
@@ -34,9 +35,12 @@ from tests.exporters.onnx.graphs import (
 ALLOWED = {"fp32": 1e-5, "fp16": 3e-2, "bf16": 1e-1, "int8": 5e-1}
 """Largest error as a fraction of the largest logit; random models magnify every rounding."""
 
-ROUTED = {("mixtral", "bf16"): 6e-1, ("bamba", "bf16"): 2e-1}
-"""PyTorch's own bfloat16 is as far off: mixtral's by 0.44, as a rounding sends some tokens to other
-experts; bamba's by 0.13, as its states are sums over all tokens before."""
+ROUTED = {("mixtral", "bf16"): 6e-1}
+"""PyTorch's own bfloat16 is as far off, by 0.44: a rounding sends some tokens to other experts."""
+
+SUMMED = {"bamba"}
+"""Their states are sums over all tokens before, so that PyTorch's own bfloat16 is further off than
+the bound of others; an engine may be a quarter further off than that."""
 
 CHOSEN = {"num_experts_per_tok", "moe_topk", "moe_k"}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -114,5 +118,9 @@ def test_a_family_computes_the_same_in_every_precision(
     else:
         with entry.open(tmp_path / "onnx", MACHINE) as runner:
             got = stepped(runner, ids, mask)
+    expected = expected_logits(model, ids, mask)
     allowed = ROUTED.get((model_type, precision), ALLOWED[precision])
-    assert error(got, expected_logits(model, ids, mask), mask) < allowed
+    if precision == "bf16" and model_type in SUMMED:
+        half = type(model).from_pretrained(tmp_path / "dense", dtype=torch.bfloat16).eval()
+        allowed = 1.25 * error(expected_logits(half, ids, mask), expected, mask)
+    assert error(got, expected, mask) < allowed

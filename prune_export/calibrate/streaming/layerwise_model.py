@@ -74,7 +74,7 @@ class LayerwiseModel:
         self.dtype = dtype
         self.device = device
         self.model = _on_meta(checkpoint, dtype)
-        self._names = _Names(self.model)
+        self._names = ModuleNames(self.model)
         self._embedding = self.model.get_input_embeddings()
         # It matters in training only, and may lie beyond the rows that are looked up.
         self._embedding.padding_idx = None
@@ -323,7 +323,7 @@ def _rebuild_buffers(model: Any, module: nn.Module, device: str) -> None:
         model.base_model._init_weights(model.base_model)
 
 
-class _Names:
+class ModuleNames:
     """Maps stored names and layouts to those of transformers' model, by its own conversions.
 
     Transformers keeps the experts of a block fused, checkpoints keep them apart.

@@ -70,7 +70,7 @@ def expected_logits(model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray) -
         return model(
             input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask),
             position_ids=torch.from_numpy(positions), use_cache=False,
-        ).logits.numpy()  # fmt: skip
+        ).logits.float().numpy()  # fmt: skip
 
 
 def stepped(runner: OrtRunner, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
