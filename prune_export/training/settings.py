@@ -182,10 +182,12 @@ class Settings(Training):
         float, Field(ge=0, lt=1, description="Dropout on what enters an adapter.")
     ] = 0.05
     targets: Annotated[
-        Literal["ffn", "all"] | tuple[str, ...],
+        Literal["ffn", "all", "all_but_experts"] | tuple[str, ...],
         Field(
             description="Which weights get an adapter: `ffn` (the feed-forward ones), `all` (every "
-            "linear weight of the blocks), or a list of roles such as `[q, v, down]`."
+            "linear weight of the blocks), `all_but_experts` (those of a mixture share one tensor, "
+            "and get none; on other models the same as `all`), or a list of roles such as "
+            "`[q, v, down]`."
         ),
     ] = "ffn"
 
@@ -201,7 +203,9 @@ class Settings(Training):
             raise PlanError("dropout", f"got {self.dropout}, expected a fraction in [0, 1)")
         if not self.targets:
             raise PlanError(
-                "targets", "got an empty list", "write `ffn`, `all`, or roles such as `[q, v]`"
+                "targets",
+                "got an empty list",
+                "write `ffn`, `all`, `all_but_experts`, or roles such as `[q, v]`",
             )
 
     @property

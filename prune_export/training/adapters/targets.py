@@ -47,6 +47,8 @@ def targets(which: str | tuple[str, ...], arch: Arch) -> tuple[Tensor, ...]:
     roles = list(dict.fromkeys(tensor.role for tensor in weights))
     if which == "all":
         chosen = weights
+    elif which == "all_but_experts":
+        chosen = tuple(tensor for tensor in weights if not is_expert(tensor))
     elif which == "ffn":
         chosen = tuple(tensor for tensor in weights if _axes(tensor) & _FFN_AXES)
     else:
@@ -65,7 +67,8 @@ def targets(which: str | tuple[str, ...], arch: Arch) -> tuple[Tensor, ...]:
             "targets",
             f"`{which if isinstance(which, str) else ', '.join(which)}` takes in the experts of "
             f"this {arch.family} model, which share one stacked tensor and get no adapter",
-            f"write `targets: [{', '.join(rest)}]`",
+            f"write `targets: [{', '.join(rest)}]`, which `all_but_experts` stands for; "
+            "`method: full` trains experts too",
         )
     if not chosen:
         raise PlanError(

@@ -12,7 +12,12 @@ from prune_export.checkpoint import Checkpoint
 from prune_export.errors import PlanError
 from prune_export.heal.lora import Lora
 from prune_export.heal.qlora import Qlora
-from prune_export.training.adapters.targets import stacks_experts, targets
+from prune_export.training.adapters.targets import (
+    is_expert,
+    linear_weights,
+    stacks_experts,
+    targets,
+)
 from prune_export.training.model import trainee
 from tests.arch.tiny_models import arch_of
 from tests.heal.conftest import MACHINE, save_tiny
@@ -58,6 +63,19 @@ def test_refusals_say_what_to_write(
     with pytest.raises(PlanError) as raised:
         Lora(targets=which).check(arch_of(model_type), MACHINE)
     assert says in str(raised.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt_oss", "qwen2_moe"])
+def test_all_but_experts_are_all_where_there_are_none(model_type: str) -> None:
+    arch = arch_of(model_type)
+    found = targets("all_but_experts", arch)
+    assert found
+    if model_type == "llama":
+        assert found == targets("all", arch)
+    else:
+        assert found == tuple(one for one in linear_weights(arch) if not is_expert(one))
+        assert "q" in {one.role for one in found}
+    Lora(targets="all_but_experts").check(arch, MACHINE)
 
 
 def test_experts_are_healed_by_attention_in_full_precision_only() -> None:
